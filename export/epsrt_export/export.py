@@ -1,0 +1,213 @@
+"""Checkpoint or module -> bundle: step graphs, weights, golden file and the parity gate. All of it or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import platform
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import safetensors.numpy
+import torch
+from torch import nn
+
+from epsrt import __version__
+from epsrt.bundle import FORMAT, GOLDEN, MANIFEST, PARITY, Bundle, FileEntry, Graph, Manifest, Provenance, Rung, render
+from epsrt.bundle import digest as digest_of
+from epsrt.engines import open_engine
+from epsrt.errors import EpsrtError
+from epsrt.files import sha256, whole_directory
+from epsrt.plan import STEP_COLUMNS
+from epsrt.schedule import Schedule
+from epsrt.solvers import PREDICTIONS
+from epsrt.verify import verify
+from epsrt_export import golden, parity
+from epsrt_export.onnx_graph import WeightsFile, to_onnx
+from epsrt_export.precision import half_copy
+from epsrt_export.stepgraph import StepGraph, check_network
+from epsrt_trainer.checkpoint import Checkpoint, load_checkpoint
+
+OnStage = Callable[[str, float], object]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+def export(
+    checkpoint: Checkpoint | str | Path,
+    out: str | Path,
+    *,
+    precisions: Sequence[str] = ("fp32", "fp16"),
+    max_batch: int = 64,
+    opset: int = 21,
+    on_stage: OnStage | None = None,
+) -> Bundle:
+    """Turn a checkpoint into the bundle `out`. Arguments and errors as in export_network."""
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = load_checkpoint(checkpoint)
+    c, config = checkpoint, checkpoint.config
+    return export_network(
+        c.network, c.schedule, out,
+        shape=(config.image_channels, config.image_size, config.image_size),
+        prediction=c.prediction, value_range=c.value_range,
+        classes=config.classes, null_label=config.classes if config.null_label else None, class_names=c.class_names,
+        precisions=precisions, max_batch=max_batch, opset=opset, on_stage=on_stage,
+        source=Path(c.path).name, source_sha256=c.sha256,
+        config=dataclasses.asdict(config), training=dict(c.training),
+    )  # fmt: skip
+
+
+def export_network(
+    network: nn.Module,
+    schedule: Schedule,
+    out: str | Path,
+    *,
+    shape: tuple[int, int, int],
+    prediction: str = "epsilon",
+    value_range: tuple[float, float] = (-1.0, 1.0),
+    classes: int = 0,
+    null_label: int | None = None,
+    class_names: Sequence[str] = (),
+    precisions: Sequence[str] = ("fp32", "fp16"),
+    max_batch: int = 64,
+    opset: int = 21,
+    on_stage: OnStage | None = None,
+    source: str = "module",
+    source_sha256: str = "",
+    config: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+) -> Bundle:
+    """Turn any module with forward(x [B, C, H, W], t [B] float32[, label [B] int64]) -> [B, C, H, W] into a bundle.
+
+    shape        C, H, W
+    prediction   what the network returns: epsilon, x0 or v
+    value_range  of its images; x0 is clipped to it when sampling
+    classes      0: forward takes no label. `null_label`: the label that means "none", where the network knows one
+    precisions   fp32, and fp16 unless it is left out; parity is proven in each
+    max_batch    the largest batch of the step graphs
+    on_stage     called as on_stage(what, fraction)
+
+    The module is put in eval mode, computed on the CPU in FP32 and left as it was otherwise.
+    Raises EpsrtError when the network does not fit, ParityError when a rung of the ladder is missed. In both cases,
+    and when interrupted, `out` is as it was before.
+    """
+    tell = on_stage or (lambda what, fraction: None)
+    out = Path(out)
+    _check_arguments(schedule, shape, prediction, value_range, classes, null_label, class_names, precisions, max_batch)
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise EpsrtError(f"{out} exists and is not a bundle: choose another name, or remove it")
+    network = network.eval().to("cpu", torch.float32)
+    check_network(network, shape, classes > 0, torch.float32)
+    clip = max(abs(v) for v in value_range)
+    rungs = [parity.schedule_rung(schedule), *parity.plan_rungs(schedule, prediction, clip)]
+    parity.require(rungs)
+    with whole_directory(out) as beside:
+        graphs = []
+        for precision in precisions:
+            tell(f"graph {precision}", 0.0)
+            graphs.append(_write_graph(network, precision, beside, shape, classes > 0, max_batch, opset))
+            tell(f"graph {precision}", 1.0)
+        kept = golden.record(network, schedule, shape, prediction, clip, classes, null_label, tell)
+        (beside / GOLDEN).write_bytes(safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in kept.items()}))
+        manifest = Manifest(
+            format=FORMAT, shape=shape, max_batch=max_batch, schedule=schedule, prediction=prediction,  # type: ignore[arg-type]
+            value_range=value_range, classes=classes, class_names=tuple(class_names), null_label=null_label,
+            graphs=tuple(graphs), provenance=_provenance(network, source, source_sha256, config, training), files={},
+        )  # fmt: skip
+        for precision in precisions:
+            rungs += _measure(Bundle(beside, manifest), precision, tell)
+        (beside / PARITY).write_bytes(msgspec.json.format(msgspec.json.encode(rungs), indent=1) + b"\n")
+        files = {p.name: FileEntry(sha256(p), p.stat().st_size) for p in sorted(beside.iterdir())}
+        manifest = msgspec.structs.replace(manifest, files=files)
+        manifest = msgspec.structs.replace(manifest, digest=digest_of(manifest))
+        (beside / MANIFEST).write_bytes(render(manifest))
+        Bundle.open(beside)  # what was written is what can be read
+    return Bundle.open(out)
+
+
+def _measure(bundle: Bundle, precision: str, tell: OnStage) -> list[Rung]:
+    engine = open_engine(bundle, "onnxruntime", precision=precision)
+    try:
+        rungs = verify(engine, lambda name, fraction: tell(f"parity {precision} {name}", fraction))
+    finally:
+        engine.close()
+    parity.require(rungs)
+    return rungs
+
+
+def _write_graph(
+    network: nn.Module,
+    precision: str,
+    directory: Path,
+    shape: tuple[int, int, int],
+    labelled: bool,
+    max_batch: int,
+    opset: int,
+) -> Graph:
+    dtype = DTYPES[precision]
+    if dtype == torch.float16:
+        network = half_copy(network)
+        try:
+            check_network(network, shape, labelled, dtype)
+        except EpsrtError as error:
+            raise EpsrtError(f'in half precision, {error}; export with precisions=["fp32"] alone') from error
+    model = to_onnx(StepGraph(network, STEP_COLUMNS, labelled, dtype), shape, max_batch, opset)
+    weights = WeightsFile(f"weights-{precision}.bin")
+    weights.take(model)
+    weights.write(directory)
+    name = f"step-{precision}.onnx"
+    (directory / name).write_bytes(model.SerializeToString(deterministic=True))
+    return Graph(name, weights.name, precision, STEP_COLUMNS)  # type: ignore[arg-type]
+
+
+def _check_arguments(
+    schedule: Schedule,
+    shape: tuple[int, int, int],
+    prediction: str,
+    value_range: tuple[float, float],
+    classes: int,
+    null_label: int | None,
+    class_names: Sequence[str],
+    precisions: Sequence[str],
+    max_batch: int,
+) -> None:
+    if len(shape) != 3 or min(shape) < 1:
+        raise EpsrtError(f"shape = {list(shape)} is not C, H, W")
+    if prediction not in PREDICTIONS:
+        raise EpsrtError(f"prediction {prediction!r} is unknown: use one of {', '.join(PREDICTIONS)}")
+    if prediction == "epsilon" and schedule.alpha_bar[-1] <= 0:
+        raise EpsrtError("ε-prediction says nothing of x0 at the last timestep, where ᾱ = 0: use a v or x0 network")
+    if not value_range[0] < value_range[1]:
+        raise EpsrtError(f"value_range = {list(value_range)} does not ascend")
+    if not 1 <= max_batch <= 65536:
+        raise EpsrtError(f"max_batch = {max_batch} is outside 1 … 65536")
+    if not precisions or set(precisions) - set(DTYPES) or len(set(precisions)) != len(precisions):
+        raise EpsrtError(f"precisions = {list(precisions)}: choose from {', '.join(DTYPES)}, each once")
+    if len(class_names) not in (0, classes):
+        raise EpsrtError(f"{len(class_names)} class names for {classes} classes: give one each, or none")
+    if (null_label is not None and not 0 <= null_label <= classes) or (null_label is not None and not classes):
+        raise EpsrtError(f"null_label = {null_label} is outside 0 … {classes} (or the network has no classes)")
+
+
+def _provenance(
+    network: nn.Module, source: str, source_sha256: str, config: dict[str, Any] | None, training: dict[str, Any] | None
+) -> Provenance:
+    kind = type(network)
+    if not source_sha256:  # a module: its weights are its identity
+        hasher = hashlib.sha256()
+        for name, tensor in network.state_dict().items():
+            hasher.update(name.encode())
+            hasher.update(tensor.contiguous().numpy().tobytes())
+        source_sha256 = hasher.hexdigest()
+    return Provenance(
+        network=f"{kind.__module__}.{kind.__qualname__}",
+        parameters=sum(p.numel() for p in network.parameters()),
+        source=source, source_sha256=source_sha256, config=config or {}, training=training or {},
+        versions={
+            "epsrt": __version__, "torch": str(torch.__version__), "onnx": version("onnx"),
+            "python": platform.python_version(),
+        },
+    )  # fmt: skip

@@ -1,0 +1,23 @@
+"""epsrt: sample from diffusion networks in production. This package never imports torch.
+
+>>> from epsrt import Sampler
+>>> with Sampler.open("digits.epsrt") as sampler:
+...     x = sampler.sample(10, method="ddim", steps=50, seed=1, labels=range(10))   # float32 [10, C, H, W]
+"""
+
+from epsrt import noise, solvers, spacing
+from epsrt.bundle import Bundle, Manifest, Rung
+from epsrt.engines import Engine, Lanes, Sample, open_engine
+from epsrt.errors import BundleError, EngineError, EpsrtError, NotFiniteError
+from epsrt.plan import COLUMNS, Plan, idle_row
+from epsrt.sampler import Sampler, to_images
+from epsrt.schedule import Schedule
+from epsrt.verify import verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "COLUMNS", "Bundle", "BundleError", "Engine", "EngineError", "EpsrtError", "Lanes", "Manifest", "NotFiniteError",
+    "Plan", "Rung", "Sample", "Sampler", "Schedule", "idle_row", "noise", "open_engine", "solvers", "spacing",
+    "to_images", "verify",
+]  # fmt: skip

@@ -1,0 +1,243 @@
+"""Bundle: the directory NAME.epsrt, the only contract between PyTorch and production.
+
+Opening one checks everything: the manifest's own digest, and each file's size and SHA-256. Hashes detect damage, not
+malice: open bundles only from those whose code you would run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from epsrt.errors import BundleError
+from epsrt.files import sha256
+from epsrt.plan import COLUMNS, STEP_COLUMNS
+from epsrt.schedule import Schedule
+from epsrt.solvers import Prediction
+
+FORMAT = 1
+MANIFEST, GOLDEN, PARITY = "manifest.json", "golden.safetensors", "parity.json"
+MANIFEST_LIMIT = 64 << 20
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Precision = Literal["fp32", "fp16"]
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    sha256: str
+    size: int  # bytes
+
+
+class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A step graph: inputs x, m, z [batch, C, H, W], rows [batch, len(columns)], label [batch]; outputs x', m', x0."""
+
+    file: str
+    weights: str
+    precision: Precision
+    columns: tuple[str, ...]
+    features: tuple[str, ...] = ()
+
+
+class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the network came from."""
+
+    network: str  # class
+    parameters: int
+    source: str  # file name of the checkpoint, or "module"
+    source_sha256: str
+    config: dict[str, Any]
+    training: dict[str, Any]
+    versions: dict[str, str]
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    format: int
+    shape: tuple[int, int, int]  # C, H, W
+    max_batch: int
+    schedule: Schedule
+    prediction: Prediction
+    value_range: tuple[float, float]
+    classes: int  # 0: unconditional
+    class_names: tuple[str, ...]
+    null_label: int | None  # the label that means "no label", where the network knows one
+    graphs: tuple[Graph, ...]
+    provenance: Provenance
+    files: dict[str, FileEntry]
+    digest: str = ""
+
+    @property
+    def clip(self) -> float:
+        """The bound of |x0| that the value range implies."""
+        return max(abs(v) for v in self.value_range)
+
+
+class _Version(msgspec.Struct):
+    format: int
+
+
+class Rung(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One measurement of the parity ladder. `figure` must be ≤ `limit`, or ≥ it where `at_least`."""
+
+    name: str
+    engine: str
+    precision: Literal["fp64", "fp32", "fp16"]
+    figure: float | None  # None: not finite
+    limit: float
+    unit: str
+    where: str = ""
+    at_least: bool = False
+    by_timestep: tuple[tuple[int, float | None], ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        if self.figure is None:
+            return False
+        return self.figure >= self.limit if self.at_least else self.figure <= self.limit
+
+
+def digest(manifest: Manifest) -> str:
+    """SHA-256 of the manifest's canonical JSON (sorted keys, no spaces) without the field `digest`."""
+    fields = msgspec.to_builtins(manifest)
+    del fields["digest"]
+    return hashlib.sha256(msgspec.json.encode(fields, order="sorted")).hexdigest()
+
+
+def render(manifest: Manifest) -> bytes:
+    """The bytes of manifest.json; a file that differs from them in one byte is refused."""
+    return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=2) + b"\n"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle: `path` the directory, `manifest` what it holds."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Read and verify a bundle. Raises BundleError naming the first thing that is wrong with it."""
+        path = Path(path)
+        if not path.is_dir():
+            what = "is a file" if path.exists() else "does not exist"
+            raise BundleError(f'{path} {what}: a bundle is a directory that "epsrt export" wrote')
+        manifest = _read_manifest(path / MANIFEST)
+        _check_fields(path, manifest)
+        _check_files(path, manifest.files)
+        return cls(path, manifest)
+
+    def graph(self, precision: str, features: Iterable[str] = ()) -> Graph:
+        """The smallest step graph of a precision that has the features. Raises BundleError when there is none."""
+        wanted = set(features)
+        fit = [g for g in self.manifest.graphs if g.precision == precision and wanted <= set(g.features)]
+        if not fit:
+            have = ", ".join(" ".join([g.precision, *g.features]) for g in self.manifest.graphs)
+            asked = " ".join([precision, *sorted(wanted)])
+            raise BundleError(f"{self.path} has no {asked} step graph, only {have}: export it again with that one")
+        return min(fit, key=lambda g: len(g.features))
+
+    def golden(self) -> dict[str, NDArray[Any]]:
+        """The golden file: inputs, and PyTorch's outputs recorded at export."""
+        try:
+            return dict(load_file(self.path / GOLDEN))
+        except (SafetensorError, OSError) as error:
+            raise BundleError(f"{self.path / GOLDEN} is not a safetensors file ({error}): export again") from None
+
+    def parity(self) -> list[Rung]:
+        """What the export measured."""
+        try:
+            return msgspec.json.decode((self.path / PARITY).read_bytes(), type=list[Rung])
+        except (msgspec.DecodeError, OSError) as error:
+            raise BundleError(f"{self.path / PARITY} cannot be read ({error}): export again") from None
+
+    @property
+    def labelled(self) -> bool:
+        return self.manifest.classes > 0
+
+    def label_of(self, label: int | None) -> int:
+        """The network's label for a request: None is the null label. Raises BundleError where none fits."""
+        m = self.manifest
+        if not self.labelled:
+            if label is not None:
+                raise BundleError(f"label {label} was given, but {self.path.name} is unconditional: leave labels out")
+            return 0
+        if label is None:
+            if m.null_label is None:
+                raise BundleError(f"{self.path.name} needs labels, 0 … {m.classes - 1}, and knows no null label")
+            return m.null_label
+        whole = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
+        if not whole or not (0 <= label < m.classes or label == m.null_label):
+            raise BundleError(f"label {label!r} is outside 0 … {m.classes - 1}, the classes of {self.path.name}")
+        return int(label)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    if path.is_symlink() or not path.is_file():
+        raise BundleError(f"{path.parent} has no {MANIFEST}: it is not a bundle, or its export was damaged")
+    if path.stat().st_size > MANIFEST_LIMIT:
+        raise BundleError(f"{path} is {path.stat().st_size} bytes, more than any manifest: it is damaged")
+    raw = path.read_bytes()
+    try:
+        version = msgspec.json.decode(raw, type=_Version).format
+        if version != FORMAT:
+            raise BundleError(f"{path} has format {version}, this epsrt reads {FORMAT}: update epsrt or export again")
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} is not a manifest ({error}): it is damaged, copy or export it again") from None
+    if digest(manifest) != manifest.digest or render(manifest) != raw:
+        raise BundleError(f"{path} was changed after its export (its digest differs): copy or export it again")
+    return manifest
+
+
+def _check_fields(path: Path, m: Manifest) -> None:
+    """What the types do not say. A digest proves only that the writer meant it."""
+
+    def demand(truth: bool, what: str) -> None:
+        if not truth:
+            raise BundleError(f"{path / MANIFEST}: {what}: export it again")
+
+    demand(all(0 < n <= 65536 for n in m.shape), f"shape {list(m.shape)} is not C, H, W ≥ 1")
+    demand(0 < m.max_batch <= 65536, f"max_batch = {m.max_batch} is outside 1 … 65536")
+    demand(m.value_range[0] < m.value_range[1], f"value_range {list(m.value_range)} does not ascend")
+    demand(m.classes >= 0, f"classes = {m.classes} is negative")
+    demand(len(m.class_names) in (0, m.classes), f"{len(m.class_names)} class names for {m.classes} classes")
+    demand(m.null_label is None or 0 <= m.null_label <= m.classes, f"null_label = {m.null_label} is no label")
+    demand(bool(m.graphs), "it lists no step graph")
+    for name, entry in m.files.items():
+        plain = bool(_PLAIN_NAME.fullmatch(name)) and name != MANIFEST
+        demand(plain, f"file name {name!r} is not a plain name inside the bundle")
+        demand(bool(_SHA256.fullmatch(entry.sha256)) and entry.size >= 0, f"the entry of {name} is no hash and size")
+    named = [GOLDEN, PARITY, *(g.file for g in m.graphs), *(g.weights for g in m.graphs)]
+    for name in named:
+        demand(name in m.files, f"{name} is used but not listed under files")
+    for g in m.graphs:
+        known = set(STEP_COLUMNS) <= set(g.columns) <= set(COLUMNS) and len(set(g.columns)) == len(g.columns)
+        demand(known, f"graph {g.file} takes columns that are no step's: {', '.join(g.columns)}")
+
+
+def _check_files(path: Path, files: dict[str, FileEntry]) -> None:
+    again = "copy or export the bundle again"
+    for name in sorted(p.name for p in path.iterdir()):
+        if name != MANIFEST and name not in files:
+            raise BundleError(f"{path} holds {name}, which its manifest does not name: remove it")
+    for name, entry in files.items():
+        file = path / name
+        if file.is_symlink() or not file.is_file():
+            what = "is a link, not a file" if file.is_symlink() else "is missing"
+            raise BundleError(f"{file} {what}: {again}")
+        size = file.stat().st_size
+        if size != entry.size:
+            raise BundleError(f"{file} has {size} bytes, the manifest says {entry.size}: {again}")
+        if sha256(file) != entry.sha256:
+            raise BundleError(f"{file} was changed (its SHA-256 differs from the manifest's): {again}")

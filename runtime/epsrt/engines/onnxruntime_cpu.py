@@ -1,0 +1,216 @@
+"""The step graph on onnxruntime's CPU provider."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epsrt import noise
+from epsrt.bundle import Bundle, Graph
+from epsrt.engines.protocol import Images, Rows, Sample
+from epsrt.errors import EngineError, NotFiniteError
+from epsrt.plan import idle_row
+
+try:
+    import onnxruntime as ort
+except ImportError as error:
+    raise EngineError(
+        f'engine onnxruntime needs its library ({error}): pip install "epsrt[cpu]", or "epsrt[gpu]" for NVIDIA'
+    ) from None
+
+NOISE_BLOCK = 1 << 16  # normals drawn at once: enough to hide NumPy's call overhead, small enough for a cache
+
+
+class OnnxRuntimeCpu:
+    """Engine "onnxruntime"; see protocol.Engine."""
+
+    name = "onnxruntime"
+    device = "cpu"
+
+    def __init__(self, bundle: Bundle, precision: str, features: Iterable[str] = (), threads: int | None = None):
+        _refuse_both_packages()
+        if threads is not None and threads < 1:
+            raise EngineError(f"threads = {threads}: give at least 1, or leave it out for all cores")
+        graph = bundle.graph(precision, features)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # errors come as exceptions; warnings about fusions are nobody's news
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        file = bundle.path / graph.file
+        try:
+            self.session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions share no public base class
+            reason = " ".join(str(error).split())
+            raise EngineError(f"onnxruntime refuses {file}: {reason}; export the bundle again") from None
+        self.bundle = bundle
+        self.precision = precision
+        self.columns = graph.columns
+        self.max_batch = bundle.manifest.max_batch
+        _check_signature(self.session, bundle, graph)
+
+    def lanes(self, batch: int) -> OnnxRuntimeLanes:
+        """Lanes for `batch` samples, 1 … max_batch."""
+        if not 1 <= batch <= self.max_batch:
+            raise EngineError(f"a batch of {batch} is outside 1 … {self.max_batch}, the bundle's largest")
+        return OnnxRuntimeLanes(self, batch)
+
+    def close(self) -> None:
+        """Nothing to release before the object goes."""
+
+
+class OnnxRuntimeLanes:
+    """See protocol.Lanes. Owns its NumPy buffers; two bindings of them alternate, so that x and x' only swap."""
+
+    def __init__(self, engine: OnnxRuntimeCpu, batch: int):
+        self.batch = batch
+        self._engine = engine
+        self._columns = {name: i for i, name in enumerate(engine.columns)}
+        shape = (batch, *engine.bundle.manifest.shape)
+        self._x = [np.zeros(shape, np.float32) for _ in range(2)]
+        self._m = [np.zeros(shape, np.float32) for _ in range(2)]
+        self._x0 = np.zeros(shape, np.float32)
+        self._z = np.zeros((batch, self._x0[0].size), np.float32)
+        self._row = np.tile(idle_row(engine.columns), (batch, 1))
+        self._label = np.zeros(batch, np.int64)
+        self._now = 0  # which of the two x holds the state
+        self._bindings = [self._bind(0), self._bind(1)]
+        self._samples = [Sample() for _ in range(batch)]
+        self._seeds = np.zeros(batch, np.uint64)
+        self._indices = np.zeros(batch, np.int64)
+        self._steps = np.zeros(batch, np.int64)
+        self._broken: dict[int, str] = {}  # lane -> since when
+
+    def _bind(self, now: int) -> Any:
+        binding = self._engine.session.io_binding()
+        inputs = {"x": self._x[now], "m": self._m[now], "z": self._z.reshape(self._x0.shape), "rows": self._row}
+        if self._engine.bundle.labelled:
+            inputs["label"] = self._label
+        for name, array in inputs.items():
+            binding.bind_input(name, "cpu", 0, array.dtype.type, list(array.shape), array.ctypes.data)
+        for name, array in (("x_next", self._x[1 - now]), ("m_next", self._m[1 - now]), ("x0", self._x0)):
+            binding.bind_output(name, "cpu", 0, array.dtype.type, list(array.shape), array.ctypes.data)
+        return binding
+
+    def write(self, index: int, sample: Sample) -> None:
+        self._check_lane(index)
+        x, (signal, scale) = self._x[self._now][index], sample.start
+        if sample.init is not None and sample.init.shape != x.shape:
+            raise EngineError(f"init has shape {list(sample.init.shape)}, the network wants {list(x.shape)}")
+        x.fill(0)
+        if scale:
+            x += np.float32(scale) * noise.normals(sample.seed, sample.index, noise.START, 0, x.size).reshape(x.shape)
+        if sample.init is not None and signal:
+            x += np.float32(signal) * sample.init
+        self._m[self._now][index] = 0
+        self._x0[index] = 0
+        self._label[index] = sample.label
+        self._samples[index] = sample
+        self._seeds[index], self._indices[index], self._steps[index] = sample.seed, sample.index, 0
+        self._broken.pop(index, None)
+
+    def advance(self, rows: Rows) -> None:
+        if rows.ndim != 3 or rows.shape[1:] != self._row.shape or rows.dtype != np.float32:
+            want = ["steps", *self._row.shape]
+            raise EngineError(f"rows must be float32 {want}, not {rows.dtype} {list(rows.shape)}")
+        block = max(1, NOISE_BLOCK // self._z.size)
+        run, session = self._engine.session.run_with_iobinding, self._engine.bundle.path
+        for first in range(0, len(rows), block):
+            part = rows[first : first + block]
+            z = self._draw(part)
+            for i, row in enumerate(part):
+                np.copyto(self._row, row)
+                if z is not None:
+                    np.copyto(self._z, z[i])
+                try:
+                    run(self._bindings[self._now])
+                except Exception as error:
+                    reason = " ".join(str(error).split())
+                    raise EngineError(f"onnxruntime failed in a step of {session}: {reason}") from None
+                self._now ^= 1
+                self._steps += 1
+                if not np.isfinite(self._x[self._now].sum()):
+                    self._note_broken()
+
+    def read(self, index: int, what: Literal["x", "x0"] = "x") -> Images:
+        self._check_lane(index)
+        if index in self._broken:
+            raise NotFiniteError(self._broken[index])
+        source: Images = self._x[self._now] if what == "x" else self._x0
+        return source[index].copy()  # type: ignore[no-any-return]
+
+    def _draw(self, rows: Rows) -> NDArray[np.float32] | None:
+        """z for rows [steps, batch, columns], as [steps, batch, elements]; None where no row adds noise."""
+        noisy = rows[:, :, self._columns["d"]] != 0
+        if not noisy.any():
+            return None
+        n = rows[:, :, self._columns["n"]].astype(np.int64)
+        size = self._z.shape[1]
+        if noisy.all():
+            return noise.normals(self._seeds, self._indices, noise.STEP, n, size)
+        z = np.zeros((*noisy.shape, size), np.float32)
+        step, lane = np.nonzero(noisy)
+        z[step, lane] = noise.normals(self._seeds[lane], self._indices[lane], noise.STEP, n[step, lane], size)
+        return z
+
+    def _note_broken(self) -> None:
+        for lane, x in enumerate(self._x[self._now]):
+            if lane not in self._broken and not np.isfinite(x).all():
+                sample, step, t = self._samples[lane], self._steps[lane], self._row[lane, self._columns["t"]]
+                self._broken[lane] = (
+                    f"lane {lane} (seed {sample.seed}, index {sample.index}) is not finite since its step {step} "
+                    f"(t = {t:g}): the network gave NaN or infinity there, or was given it"
+                )
+
+    def _check_lane(self, index: int) -> None:
+        if not 0 <= index < self.batch:
+            raise EngineError(f"lane {index} is outside 0 … {self.batch - 1}")
+
+    def close(self) -> None:
+        self._bindings.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _check_signature(session: Any, bundle: Bundle, graph: Graph) -> None:
+    """Raw pointers are bound, so the graph's inputs and outputs must be what the manifest says."""
+    image: list[int | None] = [None, *bundle.manifest.shape]
+    want: dict[str, tuple[str, list[int | None]]] = dict.fromkeys("xmz", ("tensor(float)", image))
+    want["rows"] = ("tensor(float)", [None, len(graph.columns)])
+    if bundle.labelled:
+        want["label"] = ("tensor(int64)", [None])
+    want |= dict.fromkeys(("x_next", "m_next", "x0"), ("tensor(float)", image))
+    have = {
+        v.name: (v.type, [d if isinstance(d, int) else None for d in v.shape])
+        for v in [*session.get_inputs(), *session.get_outputs()]
+    }
+    if have != want:
+        name = next(k for k in [*want, *have] if have.get(k) != want.get(k))
+        raise EngineError(
+            f"{bundle.path / graph.file}: {name} is {have.get(name)}, the manifest implies {want.get(name)}: "
+            "export the bundle again"
+        )
+
+
+def _refuse_both_packages() -> None:
+    found = []
+    for package in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    if len(found) == 2:
+        raise EngineError(
+            f"{' and '.join(found)} are both installed and overwrite each other: "
+            'pip uninstall -y onnxruntime onnxruntime-gpu, then pip install "epsrt[cpu]" or "epsrt[gpu]"'
+        )

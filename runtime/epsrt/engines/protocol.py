@@ -1,0 +1,73 @@
+"""What an engine is to its callers, and what both engines and callers need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epsrt.bundle import Bundle
+
+Rows = NDArray[np.float32]
+Images = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a lane begins with: x = start[0]·init + start[1]·z, z drawn from (seed, index), m = 0.
+
+    `init` is float32 [C, H, W] or None for zeros; `label` is the network's own number, as Bundle.label_of gives it.
+    """
+
+    seed: int = 0
+    index: int = 0
+    start: tuple[float, float] = (0.0, 1.0)
+    init: Images | None = None
+    label: int = 0
+
+
+class Lanes(Protocol):
+    """An engine's batch; the state lives on the device. A context manager, for one thread, that owns its stream."""
+
+    batch: int
+
+    def write(self, index: int, sample: Sample) -> None:
+        """Begin a sample in lane `index`; the other lanes are not touched."""
+
+    def advance(self, rows: Rows) -> None:
+        """Run steps: rows float32 [steps, batch, len(engine.columns)]. Asynchronous; nothing returns to the host.
+
+        `rows` may be reused by the caller as soon as this returns.
+        """
+
+    def read(self, index: int, what: Literal["x", "x0"] = "x") -> Images:
+        """A copy of a lane's x or x0 estimate, float32 [C, H, W]. Synchronises.
+
+        Raises NotFiniteError that names the lane, its sample and the step since which it holds NaN or infinity.
+        """
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Engine(Protocol):
+    """A bundle's step graph on one device. Safe to share between threads; each thread takes its own lanes."""
+
+    name: str
+    device: str  # "cpu" or "cuda": which limits of the parity ladder hold
+    bundle: Bundle
+    precision: str
+    columns: tuple[str, ...]
+    max_batch: int
+
+    def lanes(self, batch: int) -> Lanes: ...
+
+    def close(self) -> None: ...

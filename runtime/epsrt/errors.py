@@ -1,0 +1,17 @@
+"""What a user can mend. Each message is one sentence: the thing, the value and the way out."""
+
+
+class EpsrtError(ValueError):
+    """Base of every error that epsrt raises on bad input; the command prints it and exits 1."""
+
+
+class BundleError(EpsrtError):
+    """A bundle, checkpoint or other file is damaged, foreign or of an unknown version."""
+
+
+class EngineError(EpsrtError):
+    """An engine cannot be opened here, or cannot run what it was given."""
+
+
+class NotFiniteError(EpsrtError):
+    """The network produced NaN or infinity; the message names the sample and the step."""

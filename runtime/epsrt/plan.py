@@ -1,0 +1,116 @@
+"""Plan: a sampler as a table. One row a step, one named column a coefficient.
+
+    out = net(in_scale * x, t, label)
+    x0  = min(max(p*x + q*out, -clip), clip)
+    x'  = a*x + b*x0 + h*out + c*m + d*z          z ~ N(0, I)
+    m'  = e*x + f*x0 + o*out + g*m
+
+x is the noisy image, m one memory register (0 at first). The step runs inside the exported graph; an engine gets rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from epsrt.errors import EpsrtError
+
+CLIP_OFF = 1e30  # larger than any sample, and finite in float32
+
+# name -> the value that a column has where a sampler does not speak of it
+DEFAULTS: dict[str, float] = {
+    "t": 0.0, "in_scale": 1.0,
+    "p": 0.0, "q": 0.0, "clip": CLIP_OFF,
+    "a": 0.0, "b": 0.0, "h": 0.0, "c": 0.0, "d": 0.0,
+    "e": 0.0, "f": 0.0, "o": 0.0, "g": 0.0,
+    "n": 0.0, "w": 1.0, "r": 0.0, "ka": 1.0, "kb": 0.0,
+}  # fmt: skip
+COLUMNS = tuple(DEFAULTS)
+STEP_COLUMNS = COLUMNS[: COLUMNS.index("n") + 1]  # what the plainest step graph takes
+NEEDS_FEATURE = {"w": "guidance", "r": "learned variance"}  # a graph without the column cannot run another value
+MAX_N = 1 << 24  # n travels as float32
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A sampler: `table` float64 [steps, len(COLUMNS)], and `start`: x begins as start[0]·init + start[1]·z.
+
+    `name` is for people; nothing downstream depends on it. Raises EpsrtError when the table is empty, of another
+    width, not finite, or has a noise index n that is not an integer in [0, 2^24).
+    """
+
+    table: NDArray[np.float64]
+    start: tuple[float, float] = (0.0, 1.0)
+    name: str = "plan"
+
+    def __post_init__(self) -> None:
+        table = np.array(self.table, dtype=np.float64)  # a copy: nobody else holds it
+        if table.ndim != 2 or table.shape[1] != len(COLUMNS) or not len(table):
+            raise EpsrtError(f"a plan is a table [steps ≥ 1, {len(COLUMNS)}], not {list(table.shape)}: see Plan.of")
+        bad = np.argwhere(~np.isfinite(table))
+        if len(bad):
+            row, column = bad[0]
+            raise EpsrtError(f"plan {self.name!r}: {COLUMNS[column]} is {table[row, column]} in row {row}")
+        n = table[:, COLUMNS.index("n")]
+        if np.any((n != np.floor(n)) | (n < 0) | (n >= MAX_N)):
+            raise EpsrtError(f"plan {self.name!r}: noise indices n must be integers in 0 … {MAX_N - 1}")
+        table.flags.writeable = False
+        object.__setattr__(self, "table", table)
+
+    @classmethod
+    def of(cls, name: str, start: tuple[float, float] = (0.0, 1.0), **columns: ArrayLike) -> Plan:
+        """A plan from named columns, each a number or a list [steps]; n counts 0, 1, … unless given.
+
+        >>> Plan.of("euler", t=[2, 1], p=1.0, a=1.0, h=[-0.5, -0.5])
+        """
+        unknown = sorted(set(columns) - set(COLUMNS))
+        if unknown:
+            raise EpsrtError(f"plan {name!r}: no column {unknown[0]!r}; the columns are {', '.join(COLUMNS)}")
+        arrays = {key: np.asarray(value, dtype=np.float64) for key, value in columns.items()}
+        try:
+            (steps,) = np.broadcast_shapes(*(a.shape for a in arrays.values()), (1,))
+        except ValueError:
+            shapes = ", ".join(f"{k} {list(a.shape)}" for k, a in arrays.items())
+            raise EpsrtError(f"plan {name!r}: columns must be lists of one length, got {shapes}") from None
+        table = np.tile(np.array(list(DEFAULTS.values())), (steps, 1))
+        table[:, COLUMNS.index("n")] = np.arange(steps)
+        for key, value in arrays.items():
+            table[:, COLUMNS.index(key)] = value
+        return cls(table, start, name)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, column: str) -> NDArray[np.float64]:
+        """One column by name, float64 [steps]."""
+        if column not in DEFAULTS:
+            raise EpsrtError(f"no column {column!r}; the columns are {', '.join(COLUMNS)}")
+        return self.table[:, COLUMNS.index(column)]
+
+    def cut(self, first: int, last: int | None = None, start: tuple[float, float] | None = None) -> Plan:
+        """Rows first … last−1; each keeps its noise index."""
+        return replace(self, table=self.table[first:last], start=self.start if start is None else start)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step adds noise."""
+        return bool(np.any(self["d"] != 0))
+
+    def rows(self, columns: Sequence[str]) -> NDArray[np.float32]:
+        """The table as an engine takes it, float32 [steps, len(columns)].
+
+        Raises EpsrtError when the plan uses a column that a graph of these columns has no place for.
+        """
+        for name, feature in NEEDS_FEATURE.items():
+            if name not in columns and np.any(self[name] != DEFAULTS[name]):
+                raise EpsrtError(f"plan {self.name!r} uses {feature} (column {name!r}), which this step graph lacks")
+        chosen = self.table[:, [COLUMNS.index(name) for name in columns]]
+        return np.ascontiguousarray(chosen, dtype=np.float32)
+
+
+def idle_row(columns: Sequence[str]) -> NDArray[np.float32]:
+    """The identity row, float32 [len(columns)]: x' = x, m' = m; for lanes without work."""
+    return np.array([{**DEFAULTS, "a": 1.0, "g": 1.0}[name] for name in columns], dtype=np.float32)

@@ -1,0 +1,248 @@
+"""Sampler: a plan and an engine make samples."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epsrt import solvers
+from epsrt.bundle import Bundle
+from epsrt.engines import Engine, Lanes, Sample, open_engine
+from epsrt.errors import EpsrtError
+from epsrt.plan import Plan
+
+Samples = NDArray[np.float32]
+OnStep = Callable[[int, int], object]
+
+
+class Sampler:
+    """Draws samples from a bundle on an engine. A context manager; threads may share it.
+
+    >>> with Sampler.open("out/digits.epsrt") as sampler:
+    ...     images = sampler.to_images(sampler.sample(10, steps=50, seed=1, labels=range(10)))
+    """
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.bundle = engine.bundle
+        self._free: dict[int, list[Lanes]] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(
+        cls, path: str | Path, engine: str = "auto", *, precision: str | None = None, threads: int | None = None
+    ) -> Self:
+        """Open the bundle at `path` on the engine of that name; see epsrt.open_engine."""
+        return cls(open_engine(Bundle.open(path), engine, precision=precision, threads=threads))
+
+    def plan(self, method: str = "ddim", steps: int = 50, **options: object) -> Plan:
+        """The plan that `sample` would run: see epsrt.solvers.make. Clips x0 to the value range unless told `clip`."""
+        m = self.bundle.manifest
+        return solvers.make(
+            method,
+            m.schedule,
+            steps=steps,
+            **{"prediction": m.prediction, "clip": m.clip, **options},  # type: ignore[arg-type]
+        )
+
+    def sample(
+        self,
+        n: int | None = None,
+        *,
+        method: str = "ddim",
+        steps: int = 50,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        first: int = 0,
+        labels: int | Sequence[int] | None = None,
+        plan: Plan | None = None,
+        batch: int | None = None,
+        on_step: OnStep | None = None,
+        every: int = 1,
+        **options: object,
+    ) -> Samples:
+        """Draw n samples, float32 [n, C, H, W] in the manifest's value range.
+
+        method, steps   the sampler, e.g. "ddim", 50; `options` are its own: eta, variance, clip, rederive, spacing,
+                        timesteps. `plan` overrides them all.
+        seed, first     sample i is (seed, first + i), the same in any batch, after any restart
+        seeds           one seed a sample instead, each with index `first`
+        labels          class of each sample, or one for all; None is the null label of a conditional network
+        batch           lanes at once, at most (and by default) the engine's; a larger n is split
+        on_step         called as on_step(done, total) after every `every` rows; when it returns False, sampling stops
+                        and what comes back is what there is: finished samples, and x0 estimates of those in work
+
+        n may be left out where seeds or labels imply it. Raises EpsrtError on bad input, NotFiniteError on NaN.
+        """
+        plan = self._plan(plan, method, steps, options)
+        requests = self._requests(n, seed, seeds, first, labels, plan)
+        size, rows = self._batch(batch, len(requests)), plan.rows(self.engine.columns)
+        groups = [requests[i : i + size] for i in range(0, len(requests), size)]
+        chunk = len(rows) if on_step is None else _at_least_one("every", every)
+        out = np.empty((len(requests), *self.bundle.manifest.shape), np.float32)
+        total, done, filled = len(rows) * len(groups), 0, 0
+        for group in groups:
+            with self._lanes(len(group)) as lanes:
+                _write(lanes, group)
+                going = True
+                for start in range(0, len(rows), chunk):
+                    _advance(lanes, rows[start : start + chunk])
+                    done += len(rows[start : start + chunk])
+                    if on_step is not None and on_step(done, total) is False:
+                        going = start + chunk >= len(rows) and done == total
+                        break
+                whole = done % len(rows) == 0
+                for i in range(len(group)):
+                    out[filled + i] = lanes.read(i, "x" if whole else "x0")
+            filled += len(group)
+            if not going:
+                break
+        return out[:filled]
+
+    def stream(
+        self,
+        n: int | None = None,
+        *,
+        method: str = "ddim",
+        steps: int = 50,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        first: int = 0,
+        labels: int | Sequence[int] | None = None,
+        plan: Plan | None = None,
+        batch: int | None = None,
+        every: int = 1,
+        **options: object,
+    ) -> Iterator[Samples]:
+        """Yield the x0 estimate, float32 [n, C, H, W], after every `every` rows; the last yield is the samples.
+
+        Arguments as in `sample`. All n are in work at once, in several lanes objects where n exceeds the batch.
+        """
+        plan = self._plan(plan, method, steps, options)
+        requests = self._requests(n, seed, seeds, first, labels, plan)
+        size, rows = self._batch(batch, len(requests)), plan.rows(self.engine.columns)
+        _at_least_one("every", every)
+        return self._stream(requests, size, rows, every)
+
+    def _stream(self, requests: list[Sample], size: int, rows: Samples, every: int) -> Iterator[Samples]:
+        with ExitStack() as stack:
+            groups: list[Lanes] = []
+            for i in range(0, len(requests), size):
+                groups.append(stack.enter_context(self._lanes(len(requests[i : i + size]))))
+                _write(groups[-1], requests[i : i + size])
+            for start in range(0, len(rows), every):
+                for lanes in groups:
+                    _advance(lanes, rows[start : start + every])
+                what = "x" if start + every >= len(rows) else "x0"
+                yield np.stack([lanes.read(i, what) for lanes in groups for i in range(lanes.batch)])  # type: ignore[arg-type]
+
+    def to_images(self, samples: Samples) -> NDArray[np.uint8]:
+        """uint8 [n, H, W, C] from float32 [n, C, H, W] in the manifest's value range."""
+        return to_images(samples, self.bundle.manifest.value_range)
+
+    def close(self) -> None:
+        """Release lanes and engine."""
+        with self._lock:
+            for free in self._free.values():
+                for lanes in free:
+                    lanes.close()
+            self._free.clear()
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def _lanes(self, batch: int) -> Iterator[Lanes]:
+        """Lanes of this batch, kept for the next caller: on a GPU they are dear to make."""
+        with self._lock:
+            free = self._free.setdefault(batch, [])
+            lanes = free.pop() if free else None
+        lanes = lanes or self.engine.lanes(batch)
+        try:
+            yield lanes
+        except BaseException:
+            lanes.close()  # its state is anyone's guess
+            raise
+        with self._lock:
+            self._free.setdefault(batch, []).append(lanes)
+
+    def _plan(self, plan: Plan | None, method: str, steps: int, options: dict[str, object]) -> Plan:
+        if plan is None:
+            return self.plan(method, steps, **options)
+        if options:
+            raise EpsrtError(f"{next(iter(options))} was given beside a plan, which has settled it: give one of them")
+        return plan
+
+    def _batch(self, batch: int | None, n: int) -> int:
+        most = self.engine.max_batch
+        if batch is not None and not 1 <= batch <= most:
+            raise EpsrtError(f"batch = {batch} is outside 1 … {most}, the bundle's largest")
+        return min(batch or most, n)
+
+    def _requests(
+        self,
+        n: int | None,
+        seed: int,
+        seeds: Sequence[int] | None,
+        first: int,
+        labels: int | Sequence[int] | None,
+        plan: Plan,
+    ) -> list[Sample]:
+        lists = {"seeds": seeds, "labels": None if np.ndim(labels) == 0 else labels}  # type: ignore[arg-type]
+        given = {name: len(values) for name, values in lists.items() if values is not None}  # type: ignore[arg-type]
+        if n is None:
+            n = next(iter(given.values()), 1)
+        for name, length in given.items():
+            if length != n:
+                raise EpsrtError(f"{length} {name} for {n} samples: give one each")
+        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+            raise EpsrtError(f"n = {n!r}: ask for at least 1 sample")
+        pairs = [(seed, first + i) for i in range(n)] if seeds is None else [(int(s), first) for s in seeds]
+        for s, index in (*pairs[:1], *pairs[-1:]) if seeds is None else pairs:
+            if not 0 <= s < 1 << 64:
+                raise EpsrtError(f"seed {s} is outside 0 … 2^64 − 1")
+            if not 0 <= index < 1 << 32:
+                raise EpsrtError(f"sample index {index} is outside 0 … 2^32 − 1: lower first, or take another seed")
+        each = [labels] * n if np.ndim(labels) == 0 else labels  # type: ignore[arg-type]
+        label_of = self.bundle.label_of
+        return [
+            Sample(seed=s, index=i, start=plan.start, label=label_of(label))  # type: ignore[arg-type]
+            for (s, i), label in zip(pairs, each, strict=True)  # type: ignore[arg-type]
+        ]
+
+
+def to_images(samples: Samples, value_range: tuple[float, float] = (-1.0, 1.0)) -> NDArray[np.uint8]:
+    """uint8 [n, H, W, C] from float [n, C, H, W]; `value_range` maps to 0 … 255, what lies outside is clipped."""
+    low, high = value_range
+    if np.ndim(samples) != 4:
+        raise EpsrtError(f"to_images takes [n, C, H, W], not {list(np.shape(samples))}")
+    scaled = (np.asarray(samples, np.float32) - np.float32(low)) * np.float32(255 / (high - low))
+    return np.ascontiguousarray(scaled.round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+def _write(lanes: Lanes, requests: list[Sample]) -> None:
+    for i, request in enumerate(requests):
+        lanes.write(i, request)
+
+
+def _advance(lanes: Lanes, rows: Samples) -> None:
+    lanes.advance(np.broadcast_to(rows[:, None], (len(rows), lanes.batch, rows.shape[1])))
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if value < 1:
+        raise EpsrtError(f"{name} = {value}: give at least 1")
+    return value

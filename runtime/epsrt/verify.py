@@ -1,0 +1,152 @@
+"""Prove parity without torch: replay the golden file of a bundle on an engine (rungs 3 to 6 of the ladder)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epsrt.bundle import Rung
+from epsrt.engines import Engine, Sample
+from epsrt.errors import BundleError, NotFiniteError
+from epsrt.plan import DEFAULTS, STEP_COLUMNS, idle_row
+
+Float = NDArray[np.float32]
+OnProgress = Callable[[str, float], object]
+
+# (largest relative L2 of a step, least PSNR of a trajectory in dB)
+LIMITS = {("cpu", "fp32"): (2e-6, 100.0), ("cpu", "fp16"): (1e-3, 55.0)}
+PSNR_CEILING = 300.0  # identical images; infinity has no JSON
+
+
+def verify(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
+    """Measure an engine against PyTorch's recorded outputs. Never raises for a miss: see Rung.passed.
+
+    network       relative L2 of the network's output at each golden timestep, the inputs being PyTorch's states
+    trajectory    PSNR of the worst image and relative L2 of all, same noise, same rows, free-running
+    batch         equal rows in batches of 1, 2 and the largest
+
+    `on_progress(name, fraction)` is told how far it is. Raises BundleError when the golden file lacks what it needs.
+    """
+    tell = on_progress or (lambda name, fraction: None)
+    golden = engine.bundle.golden()
+    names = sorted(key.removesuffix(".rows") for key in golden if key.endswith(".rows"))
+    if not names or not {"states.x", "states.t", "states.label", "states.out"} <= set(golden):
+        raise BundleError(f"{engine.bundle.path}: the golden file lacks its states or trajectories: export again")
+    rungs = [_network(engine, golden)]
+    tell("network", 1.0)
+    for name in names:
+        rungs += _trajectory(engine, name, golden, tell)
+    rungs.append(_batches(engine, golden))
+    tell("batch", 1.0)
+    return rungs
+
+
+def relative_l2(value: NDArray[Any], truth: NDArray[Any]) -> float:
+    """‖value − truth‖ / ‖truth‖ in float64."""
+    v, t = np.asarray(value, np.float64), np.asarray(truth, np.float64)
+    return float(np.linalg.norm(v - t)) / max(float(np.linalg.norm(t)), 1e-30)
+
+
+def worst_psnr(images: Float, truth: Float, value_range: tuple[float, float]) -> float:
+    """PSNR in dB of the worst of [n, C, H, W], peak = the width of the value range; at most PSNR_CEILING."""
+    error = np.square(images.astype(np.float64) - truth).reshape(len(images), -1).mean(axis=1).max()
+    peak = value_range[1] - value_range[0]
+    return float(min(10 * np.log10(peak**2 / max(error, 1e-300)), PSNR_CEILING))
+
+
+def network_outputs(engine: Engine, x: Float, t: Float, label: NDArray[np.int64], batch: int) -> Float:
+    """The network's own output for states x [n, C, H, W] at t [n], through the step graph: h = 1 gives x' = out."""
+    out = np.empty_like(x)
+    row = idle_row(engine.columns)
+    at = {name: i for i, name in enumerate(engine.columns)}
+    row[at["a"]], row[at["h"]] = 0.0, 1.0
+    with engine.lanes(batch) as lanes:
+        for first in range(0, len(x), batch):
+            part = range(first, min(first + batch, len(x)))
+            rows = np.tile(row, (1, batch, 1))
+            for lane, i in enumerate(part):
+                lanes.write(lane, Sample(start=(1.0, 0.0), init=x[i], label=int(label[i])))
+                rows[0, lane, at["t"]] = t[i]
+            lanes.advance(rows)
+            for lane, i in enumerate(part):
+                out[i] = lanes.read(lane)
+    return out
+
+
+def _rung(engine: Engine, name: str, figure: float | None, unit: str, limit: float, **more: Any) -> Rung:
+    finite = figure is not None and np.isfinite(figure)
+    return Rung(name, engine.name, engine.precision, figure if finite else None, limit, unit, **more)  # type: ignore[arg-type]
+
+
+def _limits(engine: Engine) -> tuple[float, float]:
+    return LIMITS[engine.device, engine.precision]
+
+
+def _network(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
+    x, t, label, truth = (golden[f"states.{key}"] for key in ("x", "t", "label", "out"))
+    limit = _limits(engine)[0]
+    try:
+        out = network_outputs(engine, x, t, label, min(engine.max_batch, 8))
+    except NotFiniteError as error:
+        return _rung(engine, "network", None, "relative L2", limit, where=str(error))
+    errors = [relative_l2(out[i], truth[i]) for i in range(len(x))]
+    worst = int(np.argmax(errors))
+    by_timestep = tuple((int(s), e) for s, e in zip(t, errors, strict=True))
+    return _rung(
+        engine, "network", errors[worst], "relative L2", limit, where=f"t = {t[worst]:g}", by_timestep=by_timestep
+    )
+
+
+def _trajectory(engine: Engine, name: str, golden: dict[str, NDArray[Any]], tell: OnProgress) -> list[Rung]:
+    """Rungs for one recorded trajectory: keys NAME.rows, .start, .seed, .index, .label, .x and perhaps .init."""
+    limit = _limits(engine)[1]
+    kept, truth = golden[f"{name}.rows"], golden[f"{name}.x"]
+    if kept.shape[1] != len(STEP_COLUMNS):
+        raise BundleError(f"{engine.bundle.path}: golden trajectory {name} has other columns: export again")
+    rows = np.tile(np.array([DEFAULTS[c] for c in engine.columns], np.float32), (len(kept), 1))
+    rows[:, [engine.columns.index(c) for c in STEP_COLUMNS]] = kept
+    batch = min(engine.max_batch, len(truth))
+    signal, scale = (float(v) for v in golden[f"{name}.start"])
+    images = np.empty_like(truth)
+    with engine.lanes(batch) as lanes:
+        for first in range(0, len(truth), batch):
+            part = range(first, min(first + batch, len(truth)))
+            for lane, i in enumerate(part):
+                seed, index, label = (int(golden[f"{name}.{key}"][i]) for key in ("seed", "index", "label"))
+                init = golden[f"{name}.init"][i] if f"{name}.init" in golden else None
+                lanes.write(lane, Sample(seed, index, (signal, scale), init, label))
+            step = max(1, len(rows) // 50)
+            for begin in range(0, len(rows), step):
+                chunk = rows[begin : begin + step, None]
+                lanes.advance(np.broadcast_to(chunk, (len(chunk), batch, rows.shape[1])))
+                share = min(1.0, (begin + step) / len(rows))
+                tell(name, (first + len(part) * share) / len(truth))
+            try:
+                for lane, i in enumerate(part):
+                    images[i] = lanes.read(lane)
+            except NotFiniteError as error:
+                return [_rung(engine, name, None, "dB", limit, where=str(error), at_least=True)]
+    value_range = engine.bundle.manifest.value_range
+    worst = [worst_psnr(images[i : i + 1], truth[i : i + 1], value_range) for i in range(len(truth))]
+    where = f"image {int(np.argmin(worst))}, relative L2 {relative_l2(images, truth):.1e}"
+    return [_rung(engine, name, min(worst), "dB", limit, where=where, at_least=True)]
+
+
+def _batches(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
+    """Rung 6: the middle state, repeated in batches of 1, 2 and the largest."""
+    i = len(golden["states.x"]) // 2
+    one = {key: golden[f"states.{key}"][i : i + 1] for key in ("x", "t", "label")}
+    limit = _limits(engine)[0]
+    outs: dict[int, Float] = {}
+    try:
+        for batch in sorted({1, min(2, engine.max_batch), engine.max_batch}):
+            repeated = {key: np.repeat(value, batch, axis=0) for key, value in one.items()}
+            outs[batch] = network_outputs(engine, **repeated, batch=batch)
+    except NotFiniteError as error:
+        return _rung(engine, "batch", None, "relative L2", limit, where=str(error))
+    errors = {batch: max(relative_l2(lane, outs[1][0]) for lane in out) for batch, out in outs.items()}
+    worst = max(errors, key=lambda batch: errors[batch])
+    return _rung(engine, "batch", errors[worst], "relative L2", limit, where=f"batches {', '.join(map(str, errors))}")

@@ -1,0 +1,103 @@
+"""The forward process and the training loss (DDPM, arXiv 2006.11239, algorithm 1)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from epsrt.errors import EpsrtError
+from epsrt.schedule import Array, Schedule
+from torch import Tensor
+
+Prediction = Literal["epsilon", "x0", "v"]
+Weighting = Literal["simple", "vlb", "min-snr"]
+PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "x0", "v")
+WEIGHTINGS: tuple[Weighting, ...] = ("simple", "vlb", "min-snr")
+GAMMA = 5.0  # min-SNR's clip, arXiv 2303.09556, section 3.4
+
+# Below, signal = √ᾱ_t and noise = √(1 − ᾱ_t): floats, or tensors that broadcast against x.
+
+
+def q_sample(x0: Tensor, eps: Tensor, signal: Tensor | float, noise: Tensor | float) -> Tensor:
+    """x_t = √ᾱ x0 + √(1 − ᾱ) ε (DDPM eq. 4)."""
+    return signal * x0 + noise * eps
+
+
+def target(prediction: Prediction, x0: Tensor, eps: Tensor, signal: Tensor | float, noise: Tensor | float) -> Tensor:
+    """What the network is asked for: ε, x0, or v = √ᾱ ε − √(1 − ᾱ) x0 (arXiv 2202.00512, appendix D)."""
+    match prediction:
+        case "epsilon":
+            return eps
+        case "x0":
+            return x0
+        case "v":
+            return signal * eps - noise * x0
+    raise EpsrtError(f"prediction {prediction!r} is unknown: use one of {', '.join(PREDICTIONS)}")
+
+
+def predicted_x0(prediction: Prediction, x: Tensor, out: Tensor, signal: float, noise: float) -> Tensor:
+    """The network's estimate of the clean image. Raises EpsrtError for ε at ᾱ = 0, where x holds nothing of it."""
+    match prediction:
+        case "epsilon":
+            if signal == 0:
+                raise EpsrtError("ε-prediction cannot start from ᾱ = 0 (zero terminal SNR): train with x0 or v")
+            return (x - noise * out) / signal
+        case "x0":
+            return out
+        case "v":
+            return signal * x - noise * out
+    raise EpsrtError(f"prediction {prediction!r} is unknown: use one of {', '.join(PREDICTIONS)}")
+
+
+def predicted_epsilon(prediction: Prediction, x: Tensor, out: Tensor, signal: float, noise: float) -> Tensor:
+    """The network's estimate of the noise in x."""
+    match prediction:
+        case "epsilon":
+            return out
+        case "x0":
+            return (x - signal * out) / noise
+        case "v":
+            return noise * x + signal * out
+    raise EpsrtError(f"prediction {prediction!r} is unknown: use one of {', '.join(PREDICTIONS)}")
+
+
+def loss_weights(schedule: Schedule, prediction: Prediction, weighting: Weighting) -> Array:
+    """The weight of each timestep's squared error of the network's own output; float64 [T].
+
+    simple   1 (DDPM eq. 14)
+    vlb      DDPM's λ_t of eq. 12, β²/(2σ²α(1−ᾱ)) for ε with σ² the posterior variance. That is 0 at t = 0, where the
+             bound has a discrete decoder instead: t = 0 takes σ² of t = 1, as arXiv 2102.09672 does
+    min-snr  min(SNR, 5) for x0, min(SNR, 5)/SNR for ε, min(SNR, 5)/(SNR + 1) for v (arXiv 2303.09556, section 3.4)
+
+    An error of x0 counts SNR times in ε and 1/(1−ᾱ) times in v, squared: the three are one weighting.
+    Raises EpsrtError for ε with a schedule that ends at ᾱ = 0: nothing of x0 can be learned or sampled there.
+    """
+    if prediction not in PREDICTIONS:
+        raise EpsrtError(f"prediction {prediction!r} is unknown: use one of {', '.join(PREDICTIONS)}")
+    bar = schedule.alpha_bar
+    if prediction == "epsilon" and bar[-1] == 0:
+        raise EpsrtError("ε-prediction cannot learn from ᾱ = 0 (zero terminal SNR): set prediction to v or x0")
+    match weighting:
+        case "simple":
+            return np.ones(schedule.T)
+        case "vlb":
+            before = np.concatenate([[1.0], bar[:-1]])
+            variance = schedule.beta * (1 - before) / (1 - bar)
+            variance[0] = variance[1] if schedule.T > 1 else schedule.beta[0]
+            of_x0 = before * (schedule.beta / (1 - bar)) ** 2 / (2 * variance)
+        case "min-snr":
+            of_x0 = np.minimum(schedule.snr, GAMMA)
+        case _:
+            raise EpsrtError(f"weighting {weighting!r} is unknown: use one of {', '.join(WEIGHTINGS)}")
+    match prediction:
+        case "x0":
+            return of_x0
+        case "epsilon":
+            return of_x0 / schedule.snr
+        case "v":
+            return of_x0 * (1 - bar)
+
+
+def loss(out: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
+    """Weighted squared error, the mean over samples and pixels; weight [B], out and wanted [B, C, H, W]; a scalar."""
+    return (weight * (out.float() - wanted).square().flatten(1).mean(1)).mean()

@@ -1,0 +1,43 @@
+"""The kinds of network that a checkpoint can hold. A new kind is one entry in KINDS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from epsrt.errors import EpsrtError
+from torch import nn
+
+from epsrt_trainer.unet import UNet, UNetConfig
+
+NetworkConfig = UNetConfig  # a union, once there is another; each has image_channels, image_size, classes, null_label
+KINDS: dict[str, tuple[type[NetworkConfig], Callable[[Any], nn.Module]]] = {"unet": (UNetConfig, UNet)}
+
+
+def kind_of(config: NetworkConfig) -> str:
+    """The name under which `config` is saved."""
+    for kind, (cls, _) in KINDS.items():
+        if type(config) is cls:
+            return kind
+    raise EpsrtError(f"{type(config).__name__} configures no known network: use one of {', '.join(KINDS)}")
+
+
+def config_type(kind: str) -> type[NetworkConfig]:
+    """The config class of a kind. Raises EpsrtError for an unknown one."""
+    if kind not in KINDS:
+        raise EpsrtError(f"network kind {kind!r} is unknown: this epsrt knows {', '.join(KINDS)}")
+    return KINDS[kind][0]
+
+
+def build(config: NetworkConfig, seed: int = 0) -> nn.Module:
+    """A freshly initialised network on the CPU in float32: a pure function of (config, seed)."""
+    make = KINDS[kind_of(config)][1]
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        return make(config)
+
+
+def parameter_count(network: nn.Module) -> int:
+    """How many numbers training moves."""
+    return sum(parameter.numel() for parameter in network.parameters())

@@ -1,0 +1,125 @@
+"""DDPM and DDIM sampling, written plainly from the papers: what the export's sampling is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import sqrt
+from typing import Literal
+
+import torch
+from epsrt.errors import EpsrtError
+from epsrt.schedule import Schedule
+from torch import Tensor
+
+from epsrt_trainer.diffusion import Prediction, predicted_epsilon, predicted_x0
+
+Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Noise = Callable[[int], Tensor]
+OnStep = Callable[[int, Tensor, Tensor], object]
+
+# Shared by both loops:
+#   network    (x [B, C, H, W], t [B] float32, label [B] int64 or None) -> [B, C, H, W]
+#   x_T        [B, C, H, W], standard normal, in the network's dtype and on its device
+#   timesteps  descending, in [0, T); the one before an entry is the list's next, and ᾱ = 1 after the last
+#   noise      row number i -> z like x_T; not called for rows that add none
+#   clip       the predicted x0 is clamped to [−clip, clip]; None: not clamped
+#   on_step    called with (i, the new x, the predicted x0) after each row
+# Coefficients are Python floats (float64). Returns the last x.
+
+
+@torch.inference_mode()
+def ddpm_loop(
+    network: Network,
+    schedule: Schedule,
+    x_T: Tensor,
+    timesteps: Sequence[int],
+    noise: Noise,
+    *,
+    prediction: Prediction = "epsilon",
+    clip: float | None = 1.0,
+    variance: Literal["fixed_small", "fixed_large"] = "fixed_small",
+    label: Tensor | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """DDPM's algorithm 2 on a sub-sequence of the timesteps: α_t becomes ᾱ_t/ᾱ_prev (arXiv 2102.09672, section 4).
+
+    variance  σ² = β (fixed_large) or the posterior's β̃ (fixed_small), DDPM section 3.2; the last step adds no noise
+    The rest is described above the function.
+    """
+    if variance not in ("fixed_small", "fixed_large"):
+        raise EpsrtError(f"variance {variance!r} is unknown: use fixed_small or fixed_large")
+    x = x_T
+    for i, bar, bar_prev, t in _steps(schedule, x_T, timesteps):
+        out = network(x, t, label)
+        x0 = _clip(predicted_x0(prediction, x, out, sqrt(bar), sqrt(1 - bar)), clip)
+        alpha = bar / bar_prev
+        beta = 1 - alpha
+        mean = sqrt(bar_prev) * beta / (1 - bar) * x0 + sqrt(alpha) * (1 - bar_prev) / (1 - bar) * x  # DDPM eq. 7
+        sigma = sqrt(beta * (1 - bar_prev) / (1 - bar)) if variance == "fixed_small" else sqrt(beta)
+        x = mean + sigma * noise(i) if i + 1 < len(timesteps) else mean
+        if on_step:
+            on_step(i, x, x0)
+    return x
+
+
+@torch.inference_mode()
+def ddim_loop(
+    network: Network,
+    schedule: Schedule,
+    x_T: Tensor,
+    timesteps: Sequence[int],
+    noise: Noise | None = None,
+    *,
+    eta: float = 0.0,
+    prediction: Prediction = "epsilon",
+    clip: float | None = 1.0,
+    label: Tensor | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """DDIM (arXiv 2010.02502): eq. 12 with σ of eq. 16. ε stays the network's own where x0 is clamped.
+
+    eta  0 (deterministic; noise may be None) to 1 (DDPM's fixed_small); raises EpsrtError outside [0, 1]
+    The rest is described above the functions.
+    """
+    if not 0 <= eta <= 1:
+        raise EpsrtError(f"eta = {eta} is outside [0, 1]")
+    if eta and noise is None:
+        raise EpsrtError(f"eta = {eta} needs noise: give a function of the row, or eta = 0")
+    x = x_T
+    for i, bar, bar_prev, t in _steps(schedule, x_T, timesteps):
+        out = network(x, t, label)
+        x0 = _clip(predicted_x0(prediction, x, out, sqrt(bar), sqrt(1 - bar)), clip)
+        eps = predicted_epsilon(prediction, x, out, sqrt(bar), sqrt(1 - bar))
+        sigma = eta * sqrt((1 - bar_prev) / (1 - bar)) * sqrt(1 - bar / bar_prev)
+        x = sqrt(bar_prev) * x0 + sqrt(max(1 - bar_prev - sigma**2, 0.0)) * eps
+        if sigma and noise is not None:
+            x = x + sigma * noise(i)
+        if on_step:
+            on_step(i, x, x0)
+    return x
+
+
+def guided(network: Network, null_label: int, weight: float) -> Network:
+    """Classifier-free guidance as a network: u + w·(c − u), u with the null label (arXiv 2207.12598; w = 1 is c)."""
+
+    def both(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        if label is None:
+            raise EpsrtError("guidance needs a label to guide to: give [B] int64")
+        nothing = network(x, t, torch.full_like(label, null_label))
+        return nothing + weight * (network(x, t, label) - nothing)
+
+    return both
+
+
+def _steps(schedule: Schedule, x: Tensor, timesteps: Sequence[int]) -> list[tuple[int, float, float, Tensor]]:
+    """(row, ᾱ_t, ᾱ_prev, t as float32 [B]) of every row."""
+    ts = [int(t) for t in timesteps]
+    if not ts or not all(schedule.T > t >= 0 for t in ts) or any(a <= b for a, b in zip(ts, ts[1:], strict=False)):
+        raise EpsrtError(f"timesteps must descend within 0 … {schedule.T - 1}, not {ts[:5]}{' …' if ts[5:] else ''}")
+    bars = [float(schedule.alpha_bar[t]) for t in ts] + [1.0]
+    shape = {"size": (x.shape[0],), "dtype": torch.float32, "device": x.device}
+    return [(i, bars[i], bars[i + 1], torch.full(fill_value=float(t), **shape)) for i, t in enumerate(ts)]
+
+
+def _clip(x0: Tensor, clip: float | None) -> Tensor:
+    return x0 if clip is None else x0.clamp(-clip, clip)

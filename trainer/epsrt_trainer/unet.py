@@ -1,0 +1,247 @@
+"""The DDPM U-Net (arXiv 2006.11239, appendix B; scale-shift conditioning from arXiv 2102.09672, section 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from epsrt.errors import EpsrtError
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The shape of a U-Net. Raises EpsrtError when the numbers do not fit together.
+
+    image_channels, image_size  images are [image_channels, image_size, image_size]
+    base_channels               width of the first level, a multiple of 4
+    channel_multipliers         width of each level over base_channels; each level halves the feature map
+    residual_blocks             per level on the way down; one more on the way up
+    attention_resolutions       feature-map sizes whose blocks are followed by self-attention; the middle always has it
+    heads                       attention heads; they divide every attended width
+    classes, null_label         0 classes: unconditional. With null_label, label == classes means "no label"
+    conditioning                how time and label enter a block: scale and shift of the norm, or added to the features
+    groups                      of GroupNorm; fewer where a group would hold under 4 channels
+    """
+
+    image_channels: int
+    image_size: int
+    base_channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    residual_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (16,)
+    heads: int = 1
+    dropout: float = 0.0
+    classes: int = 0
+    null_label: bool = False
+    conditioning: Literal["scale-shift", "additive"] = "scale-shift"
+    groups: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("image_channels", "image_size", "base_channels", "residual_blocks", "heads", "groups"):
+            if getattr(self, name) < 1:
+                raise EpsrtError(f"{name} = {getattr(self, name)} makes no network: give at least 1")
+        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+            raise EpsrtError(f"channel_multipliers = {self.channel_multipliers} must be one or more numbers from 1 up")
+        halvings = len(self.channel_multipliers) - 1
+        if self.image_size % 2**halvings:
+            raise EpsrtError(
+                f"image_size = {self.image_size} cannot be halved {halvings} times: give fewer channel_multipliers"
+            )
+        if self.base_channels % 4:
+            raise EpsrtError(f"base_channels = {self.base_channels} is not a multiple of 4")
+        sizes = tuple(self.image_size >> level for level in range(halvings + 1))
+        for size in self.attention_resolutions:
+            if size not in sizes:
+                raise EpsrtError(f"attention_resolutions names {size} but the feature maps are {sizes} pixels wide")
+        for size, width in zip(sizes, self.widths, strict=True):
+            if (size in self.attention_resolutions or size == sizes[-1]) and width % self.heads:
+                raise EpsrtError(f"heads = {self.heads} does not divide the width {width} of the {size}-pixel level")
+        if not 0 <= self.dropout < 1:
+            raise EpsrtError(f"dropout = {self.dropout} is outside [0, 1)")
+        if self.classes < 0 or (self.null_label and not self.classes):
+            raise EpsrtError(f"classes = {self.classes} with null_label = {self.null_label}: a null label needs classes")
+        if self.conditioning not in ("scale-shift", "additive"):
+            raise EpsrtError(f"conditioning {self.conditioning!r} is unknown: use scale-shift or additive")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, from the image down."""
+        return tuple(self.base_channels * multiplier for multiplier in self.channel_multipliers)
+
+
+def _norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(groups, channels // 4), channels, eps=1e-6)
+
+
+def _zero(module: nn.Conv2d) -> nn.Conv2d:
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class TimeEmbedding(nn.Module):
+    """t [B] -> [B, width]: sines and cosines in float32 whatever the network's dtype, then two linear layers."""
+
+    frequencies: Tensor
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.half = channels // 2
+        self.register_buffer("frequencies", self._exact(), persistent=False)
+        self.linear1 = nn.Linear(channels, width)
+        self.linear2 = nn.Linear(width, width)
+
+    def _exact(self) -> Tensor:
+        steps = torch.arange(self.half, dtype=torch.float64)
+        return torch.exp(-math.log(10_000) * steps / max(self.half - 1, 1)).float()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.frequencies = self._exact().to(self.frequencies.device)  # .half() would round them; t reaches 1,000
+        return self
+
+    def forward(self, t: Tensor) -> Tensor:
+        angle = t.to(torch.float32)[:, None] * self.frequencies
+        waves = torch.cat([angle.sin(), angle.cos()], dim=1).to(self.linear1.weight.dtype)
+        out: Tensor = self.linear2(F.silu(self.linear1(waves)))
+        return out
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels of a feature map, residual; [B, C, H, W] -> the same."""
+
+    def __init__(self, channels: int, heads: int, groups: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = _norm(channels, groups)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = _zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, c, height, width = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(-1, 3, self.heads, c // self.heads, height * width)
+        q, k, v = (part.transpose(-1, -2) for part in qkv.unbind(1))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(-1, c, height, width)
+        out: Tensor = x + self.out(mixed)
+        return out
+
+
+class Block(nn.Module):
+    """A residual block with the conditioning vector in it, and self-attention after it where asked."""
+
+    def __init__(self, into: int, out: int, config: UNetConfig, attention: bool) -> None:
+        super().__init__()
+        self.scale_shift = config.conditioning == "scale-shift"
+        self.norm1 = _norm(into, config.groups)
+        self.conv1 = nn.Conv2d(into, out, 3, padding=1)
+        self.condition = nn.Linear(4 * config.base_channels, 2 * out if self.scale_shift else out)
+        self.norm2 = _norm(out, config.groups)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = _zero(nn.Conv2d(out, out, 3, padding=1))
+        self.skip = nn.Conv2d(into, out, 1) if into != out else nn.Identity()
+        self.attention = Attention(out, config.heads, config.groups) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        c = self.condition(condition)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = c.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + c)
+        out: Tensor = self.attention(self.skip(x) + self.conv2(self.dropout(F.silu(h))))
+        return out
+
+
+class Down(nn.Module):
+    """Halve the feature map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x)
+        return out
+
+
+class Up(nn.Module):
+    """Double the feature map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
+
+
+class UNet(nn.Module):
+    """ε_θ(x_t, t, label), or x0 or v: whatever it was trained to predict. See UNetConfig."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        base, widths, last = config.base_channels, config.widths, len(config.widths) - 1
+        attended = [config.image_size >> level in config.attention_resolutions for level in range(last + 1)]
+        self.time_embed = TimeEmbedding(base, 4 * base)
+        rows = config.classes + config.null_label
+        self.label_embed = nn.Embedding(rows, 4 * base) if config.classes else None
+        self.stem = nn.Conv2d(config.image_channels, base, 3, padding=1)
+        self.down = nn.ModuleList()
+        skips, width = [base], base
+        for level, out in enumerate(widths):
+            for _ in range(config.residual_blocks):
+                self.down.append(Block(width, out, config, attended[level]))
+                skips.append(width := out)
+            if level < last:
+                self.down.append(Down(out))
+                skips.append(out)
+        self.middle = nn.ModuleList([Block(width, width, config, True), Block(width, width, config, False)])
+        self.up = nn.ModuleList()
+        for level in range(last, -1, -1):
+            for _ in range(config.residual_blocks + 1):
+                self.up.append(Block(width + skips.pop(), widths[level], config, attended[level]))
+                width = widths[level]
+            if level:
+                self.up.append(Up(width))
+        self.norm = _norm(width, config.groups)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)) and module.weight.any():  # not those that start at zero
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        self.head = _zero(nn.Conv2d(width, config.image_channels, 3, padding=1))
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """The prediction for x_t.
+
+        x      [B, C, H, W], the network's dtype
+        t      [B], timesteps in [0, T), float32 or integer
+        label  [B] int64 in [0, classes], == classes only with a null label; None exactly when unconditional
+        Returns [B, C, H, W], x's dtype. Raises EpsrtError when a label is missing or surplus.
+        """
+        condition = self.time_embed(t)
+        if self.label_embed is not None:
+            if label is None:
+                raise EpsrtError(f"the network has {self.config.classes} classes but no label was given: give [B] int64")
+            condition = condition + self.label_embed(label)
+        elif label is not None:
+            raise EpsrtError("a label was given but the network is unconditional: leave it out")
+        condition = F.silu(condition)
+        h = self.stem(x)
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, condition) if isinstance(layer, Block) else layer(h)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, condition)
+        for layer in self.up:
+            h = layer(torch.cat([h, skips.pop()], dim=1), condition) if isinstance(layer, Block) else layer(h)
+        out: Tensor = self.head(F.silu(self.norm(h)))
+        return out
