@@ -53,10 +53,11 @@ def export(
         c.network, c.schedule, out,
         shape=(config.image_channels, config.image_size, config.image_size),
         prediction=c.prediction, value_range=c.value_range,
-        classes=config.classes, null_label=config.classes if config.null_label else None, class_names=c.class_names,
+        classes=config.classes, class_names=c.class_names or (),
+        null_label=config.classes if config.null_label else None,
         precisions=precisions, max_batch=max_batch, opset=opset, on_stage=on_stage,
         source=Path(c.path).name, source_sha256=c.sha256,
-        config=dataclasses.asdict(config), training=dict(c.training),
+        config=dataclasses.asdict(config), training=msgspec.to_builtins(c.training),
     )  # fmt: skip
 
 

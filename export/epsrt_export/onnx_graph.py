@@ -11,9 +11,10 @@ from pathlib import Path
 
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from epsrt.errors import EpsrtError
+from epsrt_export import onnx_passes
 from epsrt_export.stepgraph import OUTPUTS, StepGraph
 
 EXTERNAL_FROM = 1024  # bytes; smaller initializers stay in the graph
@@ -46,10 +47,11 @@ def to_onnx(step: StepGraph, shape: tuple[int, int, int], max_batch: int, opset:
         raise EpsrtError(f"torch cannot export {network}: {_reason(error)}") from error
     assert program is not None
     model: onnx.ModelProto = program.model_proto
-    _strip(model)
     _check_signature(model, names)
+    onnx_passes.strip(model)
+    onnx_passes.group_norm_by_instance_norm(model)
     if step.dtype == torch.float16:
-        _softmax_in_fp32(model)
+        onnx_passes.softmax_in_fp32(model)
     onnx.checker.check_model(model)
     return model
 
@@ -93,17 +95,6 @@ class WeightsFile:
                 file.write(data)
 
 
-def _strip(model: onnx.ModelProto) -> None:
-    """Drop stack traces, which name the exporting machine's paths, and what else no engine reads."""
-    for item in (model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output, *model.functions):
-        item.ClearField("metadata_props")
-        item.ClearField("doc_string")
-    for value in (*model.graph.value_info, *model.graph.initializer):
-        value.ClearField("metadata_props")
-        value.ClearField("doc_string")
-    model.graph.name = "step"
-
-
 def _check_signature(model: onnx.ModelProto, inputs: Sequence[str]) -> None:
     """torch.export freezes a batch, or merges and drops inputs, without a word."""
     for kind, want, values in (("input", inputs, model.graph.input), ("output", OUTPUTS, model.graph.output)):
@@ -117,24 +108,6 @@ def _check_signature(model: onnx.ModelProto, inputs: Sequence[str]) -> None:
                     f"the batch of {kind} {value.name} was frozen to {first.dim_value}: the network fixes its batch "
                     "size, often by chunk() or a Python int of x.shape[0]; slice [:n] and [n:] instead"
                 )
-
-
-def _softmax_in_fp32(model: onnx.ModelProto) -> None:
-    """Wrap each Softmax in casts to float and back: its sums lose digits in FP16."""
-    nodes = []
-    for node in model.graph.node:
-        if node.op_type != "Softmax":
-            nodes.append(node)
-            continue
-        source, target = node.input[0], node.output[0]
-        node.input[0], node.output[0] = f"{source}_as_float_for_{target}", f"{target}_as_float"
-        nodes += [
-            helper.make_node("Cast", [source], [node.input[0]], to=TensorProto.FLOAT, name=f"{node.name}_up"),
-            node,
-            helper.make_node("Cast", [node.output[0]], [target], to=TensorProto.FLOAT16, name=f"{node.name}_down"),
-        ]
-    model.graph.ClearField("node")
-    model.graph.node.extend(nodes)
 
 
 def _reason(error: Exception) -> str:

@@ -39,9 +39,9 @@ def timesteps(T: int, steps: int, spacing: str = "trailing") -> list[int]:
         case "trailing":
             up = np.round(np.arange(T, 0, -T / steps)[:steps])[::-1] - 1
         case _:
-            c = 0.8 * T / (steps - 1) ** 2 if steps > 1 else 0.0
             rank = np.arange(steps)
-            up = rank + np.maximum.accumulate(np.floor(c * rank**2) - rank)
+            floors = 4 * T * rank**2 // (5 * max(steps - 1, 1) ** 2)  # in integers: in floats 800 may come out as 799
+            up = rank + np.maximum.accumulate(floors - rank)
     return [int(t) for t in up[::-1]]
 
 

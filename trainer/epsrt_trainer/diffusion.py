@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+from torch import Tensor
+
 from epsrt.errors import EpsrtError
 from epsrt.schedule import Array, Schedule
-from torch import Tensor
 
 Prediction = Literal["epsilon", "x0", "v"]
 Weighting = Literal["simple", "vlb", "min-snr"]
@@ -84,7 +85,7 @@ def loss_weights(schedule: Schedule, prediction: Prediction, weighting: Weightin
             before = np.concatenate([[1.0], bar[:-1]])
             variance = schedule.beta * (1 - before) / (1 - bar)
             variance[0] = variance[1] if schedule.T > 1 else schedule.beta[0]
-            of_x0 = before * (schedule.beta / (1 - bar)) ** 2 / (2 * variance)
+            of_x0: Array = before * (schedule.beta / (1 - bar)) ** 2 / (2 * variance)
         case "min-snr":
             of_x0 = np.minimum(schedule.snr, GAMMA)
         case _:
@@ -93,9 +94,9 @@ def loss_weights(schedule: Schedule, prediction: Prediction, weighting: Weightin
         case "x0":
             return of_x0
         case "epsilon":
-            return of_x0 / schedule.snr
+            return np.asarray(of_x0 / schedule.snr)
         case "v":
-            return of_x0 * (1 - bar)
+            return np.asarray(of_x0 * (1 - bar))
 
 
 def loss(out: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch import Tensor, nn
+
 from epsrt.errors import EpsrtError
-from torch import nn
 
 
 class EMA:
@@ -21,7 +22,7 @@ class EMA:
             raise EpsrtError(f"ema_decay = {decay} is outside [0, 1)")
         self.decay = decay
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self._ours = list(self.network.parameters())
+        self._ours: list[Tensor] = list(self.network.parameters())
 
     def decay_at(self, n: int) -> float:
         """The decay of update n, counted from 0."""
@@ -30,6 +31,6 @@ class EMA:
     @torch.no_grad()
     def update(self, network: nn.Module, n: int) -> None:
         """ema ← d·ema + (1 − d)·weights, in place, with d = decay_at(n); buffers are copied."""
-        torch._foreach_lerp_(self._ours, list(network.parameters()), 1 - self.decay_at(n))
+        torch._foreach_lerp_(self._ours, tuple(network.parameters()), 1 - self.decay_at(n))
         for ours, theirs in zip(self.network.buffers(), network.buffers(), strict=True):
             ours.copy_(theirs)

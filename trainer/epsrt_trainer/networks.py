@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from epsrt.errors import EpsrtError
 from torch import nn
 
+from epsrt.errors import EpsrtError
 from epsrt_trainer.unet import UNet, UNetConfig
 
 NetworkConfig = UNetConfig  # a union, once there is another; each has image_channels, image_size, classes, null_label
@@ -34,7 +34,7 @@ def build(config: NetworkConfig, seed: int = 0) -> nn.Module:
     """A freshly initialised network on the CPU in float32: a pure function of (config, seed)."""
     make = KINDS[kind_of(config)][1]
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return make(config)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from math import sqrt
 from typing import Literal
 
 import torch
-from epsrt.errors import EpsrtError
-from epsrt.schedule import Schedule
 from torch import Tensor
 
+from epsrt.errors import EpsrtError
+from epsrt.schedule import Schedule
 from epsrt_trainer.diffusion import Prediction, predicted_epsilon, predicted_x0
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -114,11 +115,11 @@ def guided(network: Network, null_label: int, weight: float) -> Network:
 def _steps(schedule: Schedule, x: Tensor, timesteps: Sequence[int]) -> list[tuple[int, float, float, Tensor]]:
     """(row, ᾱ_t, ᾱ_prev, t as float32 [B]) of every row."""
     ts = [int(t) for t in timesteps]
-    if not ts or not all(schedule.T > t >= 0 for t in ts) or any(a <= b for a, b in zip(ts, ts[1:], strict=False)):
+    if not ts or not all(schedule.T > t >= 0 for t in ts) or any(a <= b for a, b in pairwise(ts)):
         raise EpsrtError(f"timesteps must descend within 0 … {schedule.T - 1}, not {ts[:5]}{' …' if ts[5:] else ''}")
     bars = [float(schedule.alpha_bar[t]) for t in ts] + [1.0]
-    shape = {"size": (x.shape[0],), "dtype": torch.float32, "device": x.device}
-    return [(i, bars[i], bars[i + 1], torch.full(fill_value=float(t), **shape)) for i, t in enumerate(ts)]
+    one = torch.ones(x.shape[0], dtype=torch.float32, device=x.device)
+    return [(i, bars[i], bars[i + 1], one * t) for i, t in enumerate(ts)]
 
 
 def _clip(x0: Tensor, clip: float | None) -> Tensor:

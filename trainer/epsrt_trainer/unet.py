@@ -9,8 +9,9 @@ from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from epsrt.errors import EpsrtError
 from torch import Tensor, nn
+
+from epsrt.errors import EpsrtError
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class UNetConfig:
         if not 0 <= self.dropout < 1:
             raise EpsrtError(f"dropout = {self.dropout} is outside [0, 1)")
         if self.classes < 0 or (self.null_label and not self.classes):
-            raise EpsrtError(f"classes = {self.classes} with null_label = {self.null_label}: a null label needs classes")
+            raise EpsrtError(f"classes = {self.classes} with null_label = {self.null_label}: it needs classes")
         if self.conditioning not in ("scale-shift", "additive"):
             raise EpsrtError(f"conditioning {self.conditioning!r} is unknown: use scale-shift or additive")
 
@@ -91,17 +92,17 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.half = channels // 2
+        self.count = channels // 2
         self.register_buffer("frequencies", self._exact(), persistent=False)
         self.linear1 = nn.Linear(channels, width)
         self.linear2 = nn.Linear(width, width)
 
     def _exact(self) -> Tensor:
-        steps = torch.arange(self.half, dtype=torch.float64)
-        return torch.exp(-math.log(10_000) * steps / max(self.half - 1, 1)).float()
+        steps = torch.arange(self.count, dtype=torch.float64)
+        return torch.exp(-math.log(10_000) * steps / max(self.count - 1, 1)).float()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.frequencies = self._exact().to(self.frequencies.device)  # .half() would round them; t reaches 1,000
         return self
 
@@ -229,7 +230,7 @@ class UNet(nn.Module):
         condition = self.time_embed(t)
         if self.label_embed is not None:
             if label is None:
-                raise EpsrtError(f"the network has {self.config.classes} classes but no label was given: give [B] int64")
+                raise EpsrtError(f"the network has {self.config.classes} classes but got no label: give [B] int64")
             condition = condition + self.label_embed(label)
         elif label is not None:
             raise EpsrtError("a label was given but the network is unconditional: leave it out")

@@ -1,0 +1,76 @@
+"""Seconds from process start, cold interpreter, warm disk: python benchmarks/startup.py
+
+import     `import epsrt`, over an interpreter that imports nothing
+sample     `epsrt sample` of one digit with DDIM-20 on onnxruntime, beside diffusers' DDIMPipeline doing the same:
+           a UNet2DModel of about the same size, loaded from disk, one image, 20 steps
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from common import CACHE, alternate, bundle, median_ratio, write
+
+ROUNDS = 9
+DIFFUSERS = CACHE / "diffusers-digits"
+RIVAL = f"""
+from diffusers import DDIMPipeline
+pipe = DDIMPipeline.from_pretrained({str(DIFFUSERS)!r})
+pipe.set_progress_bar_config(disable=True)
+pipe(batch_size=1, num_inference_steps=20).images[0].save({str(CACHE / "rival.png")!r})
+"""
+
+
+def python(*arguments: str) -> None:
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+
+
+def save_rival() -> None:
+    """An unconditional UNet2DModel for 8 × 8 images, about 0.7 M parameters, as its owner would save it."""
+    if DIFFUSERS.exists():
+        return
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(32, 64), layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    print(f"rival: UNet2DModel, {sum(p.numel() for p in unet.parameters()):,} parameters")
+    DDIMPipeline(unet=unet, scheduler=DDIMScheduler()).save_pretrained(DIFFUSERS)
+
+
+def main() -> None:
+    path = str(bundle("digits").path)
+    save_rival()
+    command = str(Path(sys.executable).with_name("epsrt"))
+    arguments = [command, "sample", path, "--steps", "20", "-n", "1", "--labels", "3", "--out", str(CACHE / "one.png")]
+    seconds = alternate(
+        {
+            "nothing": lambda: python("-c", "pass"),
+            "import epsrt": lambda: python("-c", "import epsrt"),
+            "epsrt sample": lambda: subprocess.run(
+                [*arguments, "--engine", "onnxruntime"], check=True, capture_output=True
+            ),
+            "diffusers": lambda: python("-c", RIVAL),
+        },
+        ROUNDS,
+    )
+    rows: list[dict[str, object]] = []
+    for name, values in seconds.items():
+        rows.append({"what": name, "seconds": round(statistics.median(values), 4)})
+        print(f"{name:14} {statistics.median(values):.3f} s")
+    imported = statistics.median(i - n for i, n in zip(seconds["import epsrt"], seconds["nothing"], strict=True))
+    ratio = median_ratio(seconds["diffusers"], seconds["epsrt sample"])
+    rows += [
+        {"what": "import epsrt alone", "seconds": round(imported, 4)},
+        {"what": "diffusers / epsrt", "ratio": round(ratio, 2)},
+    ]
+    print(f"import epsrt alone {1e3 * imported:.0f} ms; diffusers takes {ratio:.1f} × as long as epsrt sample")
+    print(write("startup", rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Train, export, verify and sample the handwritten digits, end to end: `make demo`.
+
+Everything lands in out/; what is there already and still fits is used again. The judge is an RBF support-vector
+machine that saw real digits alone; it says which share of the samples reads as the digit that was asked for.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from sklearn.svm import SVC
+
+from epsrt import Bundle, Sampler, open_engine, verify
+from epsrt.cli import show
+from epsrt.errors import BundleError
+from epsrt.files import sha256, whole_file
+from epsrt_export import export
+from epsrt_trainer import PRESETS, load, train
+
+OUT = Path("out")
+CHECKPOINT, BUNDLE, PICTURE = OUT / "digits.safetensors", OUT / "digits.epsrt", OUT / "demo.png"
+SEED = 1
+RUNS = (("ddpm", 1000, 100), ("ddim", 100, 500), ("ddim", 50, 500), ("ddim", 20, 500), ("ddim", 10, 500))
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Run:
+    method: str
+    steps: int
+    images: NDArray[np.uint8]  # [n, 8, 8, 1]
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        return len(self.images) / self.seconds
+
+
+def trained() -> Path:
+    preset = PRESETS["digits"]
+    with show.progress() as tell:
+        return train(
+            load("digits"), preset.network, preset.schedule, preset.train, CHECKPOINT,
+            progress=lambda step, total, loss: tell(f"train digits ({total} steps)", step / total),
+        )  # fmt: skip
+
+
+def exported(checkpoint: Path) -> Bundle:
+    try:
+        bundle = Bundle.open(BUNDLE)
+        if bundle.manifest.provenance.source_sha256 == sha256(checkpoint):
+            return bundle
+    except BundleError:
+        pass
+    with show.progress() as tell:
+        return export(checkpoint, BUNDLE, on_stage=tell)
+
+
+def verified(bundle: Bundle) -> None:
+    engine = open_engine(bundle)
+    with show.progress() as tell:
+        rungs = verify(engine, lambda name, fraction: tell(f"verify {name}", fraction))
+    console.print(show.rung_table(rungs))
+    if not all(r.passed for r in rungs):
+        raise SystemExit(f"{bundle.path} failed its verification")
+
+
+def sampled(sampler: Sampler, method: str, steps: int, n: int) -> Run:
+    """n samples of classes 0 … 9 in turn, from the same seed for every sampler; kept under out/demo/."""
+    digest = sampler.bundle.manifest.digest
+    kept = OUT / "demo" / f"{method}-{steps}.npz"
+    if kept.exists():
+        with np.load(kept, allow_pickle=False) as file:
+            if str(file["bundle"]) == digest and len(file["images"]) == n:
+                return Run(method, steps, file["images"], float(file["seconds"]))
+    plan = sampler.plan(method, steps)
+    name = f"{method}-{steps}, {n} images"
+    sampler.sample(min(n, sampler.engine.max_batch), plan=plan.cut(0, 2), labels=0)  # warm-up
+    with show.progress() as tell:
+        begin = time.perf_counter()
+        samples = sampler.sample(
+            n, plan=plan, seed=SEED, labels=[i % 10 for i in range(n)],
+            on_step=lambda done, total: tell(name, done / total), every=max(1, steps // 20),
+        )  # fmt: skip
+        seconds = time.perf_counter() - begin
+    images = sampler.to_images(samples)
+    with whole_file(kept) as beside:
+        np.savez(beside, images=images, seconds=seconds, bundle=digest)
+    return Run(method, steps, images, seconds)
+
+
+def judge() -> tuple[SVC, float]:
+    """An RBF SVM on real digits (values 0 … 16), and its accuracy on those that it did not see."""
+    x, y = load_digits(return_X_y=True)
+    x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=0.25, random_state=0, stratify=y)
+    model = SVC(kernel="rbf", C=10, gamma=1e-3).fit(x_train, y_train)
+    return model, float(model.score(x_test, y_test))
+
+
+def accuracy(model: SVC, images: NDArray[np.uint8]) -> float:
+    values = np.round(images.reshape(len(images), -1) / 255 * 16)
+    return float(np.mean(model.predict(values) == np.arange(len(images)) % 10))
+
+
+def draw(runs: list[Run]) -> None:
+    cell, left, top = 56, 110, 8
+    sheet = Image.new("L", (left + 10 * (cell + 4), top + len(runs) * (cell + 8)), 255)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
+    for row, run in enumerate(runs):
+        y = top + row * (cell + 8)
+        pen.text((8, y + cell // 2 - 9), f"{run.method.upper()}-{run.steps}", fill=0, font=font)
+        for i in range(10):
+            tile = Image.fromarray(run.images[i, ..., 0]).resize((cell, cell), Image.Resampling.NEAREST)
+            sheet.paste(tile, (left + i * (cell + 4), y))
+    with whole_file(PICTURE) as beside:
+        sheet.save(beside)
+
+
+def main() -> None:
+    begin = time.perf_counter()
+    bundle = exported(trained())
+    verified(bundle)
+    model, held_out = judge()
+    with Sampler(open_engine(bundle)) as sampler:
+        runs = [sampled(sampler, *run) for run in RUNS]
+    draw(runs)
+    title = f"{BUNDLE} on {sampler.engine.name} {sampler.engine.precision}, seed {SEED}"
+    columns = ("sampler", "steps", "images", "seconds", "images/s", "speed-up", "read as asked")
+    made = show.table(title, *columns, right=columns[1:])
+    for run in runs:
+        made.add_row(
+            run.method.upper(), str(run.steps), str(len(run.images)), f"{run.seconds:.1f}", f"{run.rate:.1f}",
+            f"{run.rate / runs[0].rate:.1f} ×", f"{accuracy(model, run.images):.1%}",
+        )  # fmt: skip
+    console.print(made)
+    console.print(f"judge: RBF SVM, {held_out:.1%} on held-out real digits; picture: {PICTURE}")
+    console.print(f"{time.perf_counter() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""The command's root. Each subcommand is a module; what is heavy it imports when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from epsrt.cli import export, inspect, sample, train, verify
+
+app = typer.Typer(
+    name="epsrt",
+    help="Diffusion networks from PyTorch to production: train, export, verify, sample.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from epsrt import __version__
+
+        print(f"epsrt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+for module in (train, export, verify, sample, inspect):
+    app.command(epilog=module.EXAMPLES)(getattr(module, module.__name__.rsplit(".", 1)[1]))

@@ -1,0 +1,59 @@
+"""epsrt inspect: what a bundle holds, as a person wants to read it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from epsrt.cli import show
+
+EXAMPLES = """\
+[bold]Examples[/]
+
+epsrt inspect out/digits.epsrt
+
+epsrt inspect out/digits.epsrt --json | jq .manifest.schedule
+"""
+
+
+def inspect(bundle: show.BundleArgument, as_json: show.JsonOption = False) -> None:
+    """Show what a bundle holds, where it came from and how well it was proven. Verifies every file first."""
+    from epsrt.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    m, rungs = opened.manifest, opened.parity()
+    if as_json:
+        show.print_json({"manifest": msgspec.to_builtins(m), "parity": msgspec.to_builtins(rungs)})
+        return
+    console, p, s = show.out(), m.provenance, m.schedule
+    facts = show.table(f"{bundle}", "", "")
+    span = f", β {s.beta_start:g} … {s.beta_end:g}" if s.kind not in ("cosine", "given") else ""
+    classes = f"{m.classes}" if m.classes else "none: unconditional"
+    if m.class_names:
+        classes += f" ({', '.join(m.class_names[:12])}{', …' if m.classes > 12 else ''})"
+    if m.null_label is not None:
+        classes += f", null label {m.null_label}"
+    facts.add_row(
+        "images", f"{' × '.join(map(str, m.shape))} (C × H × W), values {m.value_range[0]:g} … {m.value_range[1]:g}"
+    )
+    facts.add_row("classes", classes)
+    facts.add_row("predicts", m.prediction)
+    facts.add_row("schedule", f"{s.kind}, T = {s.T}{span}{', zero terminal SNR' if s.zero_snr else ''}")
+    facts.add_row("ᾱ", f"{s.alpha_bar[0]:.6g} … {s.alpha_bar[-1]:.3g}")
+    facts.add_row("batch", f"1 … {m.max_batch}")
+    facts.add_row("network", f"{p.network}, {p.parameters:,} parameters")
+    facts.add_row("from", f"{p.source} (sha256 {p.source_sha256[:16]}…)")
+    facts.add_row("made with", ", ".join(f"{name} {version}" for name, version in p.versions.items()))
+    for title, values in (("config", p.config), ("training", p.training)):
+        if values:
+            facts.add_row(title, ", ".join(f"{key} {value}" for key, value in values.items()))
+    facts.add_row("digest", m.digest)
+    console.print(facts, "")
+    graphs = show.table("Step graphs", "file", "precision", "features", "weights", "columns")
+    for g in m.graphs:
+        graphs.add_row(g.file, g.precision, " ".join(g.features) or "plain", g.weights, " ".join(g.columns))
+    console.print(graphs, "")
+    files = show.table("Files", "file", "size", "sha256", right=("size",))
+    for name, entry in m.files.items():
+        files.add_row(name, show.size(entry.size), entry.sha256[:16] + "…")
+    console.print(files, "")
+    console.print(show.rung_table(rungs))

@@ -1,0 +1,105 @@
+"""epsrt sample: draw images from a bundle."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from epsrt.cli import show
+from epsrt.errors import EpsrtError
+
+EXAMPLES = """\
+[bold]Examples[/]
+
+epsrt sample out/digits.epsrt --steps 50 --labels 0,1,2,3,4,5,6,7,8,9 --seed 1 --out grid.png
+
+epsrt sample out/digits.epsrt --method ddpm --steps 1000 -n 64 --labels 7 --out sevens.npz
+
+epsrt sample out/digits.epsrt -n 500 --eta 0.5 --out folder/ --json
+"""
+
+
+def sample(
+    bundle: show.BundleArgument,
+    method: Annotated[str, Option(help="The sampler: ddpm or ddim.")] = "ddim",
+    steps: Annotated[int, Option(help="How many, 1 to the schedule's T.")] = 50,
+    n: Annotated[int | None, Option("-n", help="How many images; by default one a label, or 10.")] = None,
+    labels: Annotated[
+        str | None, Option(help="Classes, by number or name: one for all, or one an image, with commas.")
+    ] = None,
+    seed: Annotated[int, Option(help="0 to 2^64 − 1. The same seed gives the same images, everywhere.")] = 0,
+    first: Annotated[int, Option(help="Index of the first image: continues an earlier run of this seed.")] = 0,
+    eta: Annotated[float | None, Option(help="DDIM's η: 0 deterministic (default), 1 as noisy as DDPM.")] = None,
+    variance: Annotated[str | None, Option(help="DDPM's: fixed_small (default) or fixed_large.")] = None,
+    spacing: Annotated[str, Option(help="Which timesteps: leading, linspace, trailing or quadratic.")] = "trailing",
+    clip: Annotated[bool, Option(help="Bound the estimate of x0 to the value range in each step.")] = True,
+    out: Annotated[Path, Option("--out", "-o", help=".png: a grid; .npz; no suffix: a folder of PNGs.")] = Path(
+        "samples.png"
+    ),
+    engine: show.EngineOption = "auto",
+    precision: Annotated[str | None, Option(help="fp32 or fp16; by default the engine's best.")] = None,
+    batch: Annotated[int | None, Option(help="Images at once, at most; by default the bundle's largest.")] = None,
+    threads: Annotated[int | None, Option(help="Of a CPU engine; by default all cores.")] = None,
+    as_json: show.JsonOption = False,
+) -> None:
+    """Draw images from a bundle."""
+    from epsrt.bundle import Bundle
+    from epsrt.cli import pictures
+    from epsrt.engines import open_engine
+    from epsrt.sampler import Sampler
+
+    opened = Bundle.open(bundle)
+    classes = _labels(labels, opened.manifest.class_names)
+    if n is None:
+        n = len(classes) if classes is not None and len(classes) > 1 else 10
+    pictures.check_target(out, opened.manifest.shape[0])
+    options = {"eta": eta, "variance": variance}
+    given = {name: value for name, value in options.items() if value is not None}
+    if not clip:
+        given["clip"] = None
+    with Sampler(open_engine(opened, engine, precision=precision, threads=threads)) as sampler:
+        chosen = classes[0] if classes is not None and len(classes) == 1 else classes
+        plan = sampler.plan(method, steps, spacing=spacing, **given)
+        begin = time.perf_counter()
+        with show.progress() as tell:
+            samples = sampler.sample(
+                n, plan=plan, seed=seed, first=first, labels=chosen, batch=batch,
+                on_step=lambda done, total: tell(f"{method}-{len(plan)}", done / total),
+                every=max(1, len(plan) // 50),
+            )  # fmt: skip
+        seconds = time.perf_counter() - begin
+        images = sampler.to_images(samples)
+        report = {
+            "out": str(out), "n": n, "method": method, "steps": len(plan), "seed": seed, "first": first,
+            "labels": classes, "engine": sampler.engine.name, "precision": sampler.engine.precision,
+            "seconds": round(seconds, 4), "images_per_second": round(n / seconds, 2),
+            "bundle": opened.manifest.digest,
+        }  # fmt: skip
+    indices = range(first, first + n)
+    pictures.save(out, samples, images, seed=[seed] * n, index=list(indices), label=classes if classes else [])
+    if as_json:
+        show.print_json(report)
+    else:
+        typer.echo(
+            f"{out}: {n} images, {method} in {len(plan)} steps on {report['engine']} {report['precision']}, "
+            f"{seconds:.2f} s, {n / seconds:.1f} images/s"
+        )
+
+
+def _labels(text: str | None, names: tuple[str, ...]) -> list[int] | None:
+    if text is None:
+        return None
+    found = []
+    for word in (w.strip() for w in text.split(",")):
+        if word in names:
+            found.append(names.index(word))
+        elif word.lstrip("-").isdecimal():
+            found.append(int(word))
+        else:
+            known = f"; the classes are {', '.join(names)}" if names else ""
+            raise EpsrtError(f"label {word!r} is neither a number nor a class name{known}")
+    return found

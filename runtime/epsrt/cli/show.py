@@ -1,0 +1,75 @@
+"""What the subcommands share: progress on stderr, tables and JSON on stdout, options with one wording."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from epsrt.bundle import Rung
+
+BundleArgument = Annotated[Path, typer.Argument(help="A bundle: the directory that epsrt export wrote.")]
+EngineOption = Annotated[str, typer.Option(help="auto, or one of: onnxruntime.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
+
+
+def out() -> Console:
+    return Console(highlight=False)
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, indent=2))
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, float], None]]:
+    """Yields tell(what, fraction): a bar on stderr for each `what` (one line a bar, at its end, if not a terminal)."""
+    console = Console(stderr=True)
+    bars: dict[str, TaskID] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as display:
+
+        def tell(what: str, fraction: float) -> None:
+            if what not in bars:
+                bars[what] = display.add_task(what, total=1.0)
+                if not sys.stderr.isatty():
+                    console.print(f"{what} …")
+            display.update(bars[what], completed=fraction)
+
+        yield tell
+
+
+def table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return made
+
+
+def rung_table(rungs: Sequence[Rung]) -> Table:
+    """The parity ladder as a person reads it."""
+    made = table("Parity", "rung", "engine", "precision", "figure", "limit", "where", "", right=("figure", "limit"))
+    for r in rungs:
+        figure = "not finite" if r.figure is None else f"{r.figure:.1f}" if r.unit == "dB" else f"{r.figure:.1e}"
+        limit = f"{'≥' if r.at_least else '≤'} {r.limit:g} {r.unit}"
+        verdict = "[green]pass[/]" if r.passed else "[red]FAIL[/]"
+        made.add_row(r.name, r.engine, r.precision, figure, limit, r.where, verdict)
+    return made
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"

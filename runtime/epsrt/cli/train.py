@@ -1,0 +1,7 @@
+"""epsrt train: placeholder until the trainer lands."""
+
+EXAMPLES = ""
+
+
+def train() -> None:
+    """x"""

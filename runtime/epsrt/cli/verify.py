@@ -1,0 +1,54 @@
+"""epsrt verify: replay the golden file on an engine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+import typer
+
+from epsrt.cli import show
+
+EXAMPLES = """\
+[bold]Examples[/]
+
+epsrt verify out/digits.epsrt
+
+epsrt verify out/digits.epsrt --engine onnxruntime --precision fp16 --json
+"""
+
+
+def verify(
+    bundle: show.BundleArgument,
+    engine: show.EngineOption = "auto",
+    precision: Annotated[str | None, typer.Option(help="fp32 or fp16; by default all that the bundle has.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of a CPU engine; by default all cores.")] = None,
+    as_json: show.JsonOption = False,
+) -> None:
+    """Prove parity with PyTorch, without PyTorch: error by timestep, trajectories, batches. Exits 1 on a miss."""
+    from epsrt.bundle import Bundle
+    from epsrt.engines import open_engine
+    from epsrt.verify import verify as measure
+
+    opened = Bundle.open(bundle)
+    precisions = [precision] if precision else list(dict.fromkeys(g.precision for g in opened.manifest.graphs))
+    rungs = []
+    with show.progress() as tell:
+        for each in precisions:
+            running = open_engine(opened, engine, precision=each, threads=threads)
+            rungs += measure(running, lambda name, fraction, each=each: tell(f"{each} {name}", fraction))  # type: ignore[misc]
+            running.close()
+    passed = all(r.passed for r in rungs)
+    if as_json:
+        show.print_json({"bundle": opened.manifest.digest, "passed": passed, "rungs": msgspec.to_builtins(rungs)})
+    else:
+        console = show.out()
+        console.print(show.rung_table(rungs), "")
+        networks = [r for r in rungs if r.by_timestep]
+        by_t = show.table("Relative L2 by timestep", "t", *(r.precision for r in networks), right=("t", *precisions))
+        for row in zip(*(r.by_timestep for r in networks), strict=True):
+            by_t.add_row(str(row[0][0]), *("–" if e is None else f"{e:.1e}" for _, e in row))
+        console.print(by_t, "")
+        console.print(f"{bundle}: {'[green]verified[/]' if passed else '[red]FAILED[/]'} on {running.name}")
+    if not passed:
+        raise typer.Exit(1)

@@ -1,0 +1,202 @@
+"""A checkpoint: one safetensors file with the weights, and everything about them as JSON in its metadata."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import safetensors
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from epsrt.errors import BundleError, EpsrtError
+from epsrt.files import sha256, whole_file
+from epsrt.schedule import Schedule
+from epsrt_trainer.diffusion import Prediction
+from epsrt_trainer.networks import NetworkConfig, build, config_type, kind_of
+
+VERSION = 1
+KEY = "epsrt"  # one metadata key: safetensors writes several in no fixed order, and the bytes should be a function
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the weights came about: steps taken, the seed, the last logged loss, and the run (see train.identity)."""
+
+    steps: int = 0
+    seed: int = 0
+    loss: float | None = None
+    run: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint; `network` is in eval mode, on the CPU, in the dtype it was saved in."""
+
+    path: Path
+    sha256: str
+    network: nn.Module
+    kind: str
+    config: NetworkConfig
+    schedule: Schedule
+    prediction: Prediction
+    value_range: tuple[float, float]
+    class_names: tuple[str, ...] | None
+    training: Training
+
+
+@dataclass(frozen=True)
+class _Meta:
+    version: int
+    kind: str
+    network: dict[str, Any]
+    schedule: Schedule
+    prediction: Prediction
+    value_range: tuple[float, float]
+    class_names: tuple[str, ...] | None
+    training: Training
+
+
+def save_checkpoint(
+    path: str | Path,
+    network: nn.Module,
+    config: NetworkConfig,
+    schedule: Schedule,
+    *,
+    prediction: Prediction = "epsilon",
+    value_range: tuple[float, float] = (-1.0, 1.0),
+    class_names: tuple[str, ...] | None = None,
+    training: Training | None = None,
+) -> Path:
+    """Write `path` (*.safetensors) whole or not at all, and return it.
+
+    network      its state_dict is saved, dtypes as they are
+    value_range  what the pixels of the training images span
+    class_names  one a class, or None
+    Raises EpsrtError when the suffix, the range or the number of class names is wrong.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise EpsrtError(f"{path} is no name for a checkpoint: end it in .safetensors")
+    if not value_range[0] < value_range[1]:
+        raise EpsrtError(f"value_range {value_range} is empty: give (low, high)")
+    if class_names is not None and len(class_names) != config.classes:
+        raise EpsrtError(f"{len(class_names)} class names for a network of {config.classes} classes: give one a class")
+    plain: dict[str, Any] = msgspec.to_builtins(config)
+    training = training or Training()
+    meta = _Meta(VERSION, kind_of(config), plain, schedule, prediction, value_range, class_names, training)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    with whole_file(path) as beside:
+        save_file(tensors, beside, {KEY: msgspec.json.encode(meta).decode()})
+    return path
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read and check a checkpoint. Nothing is unpickled; the global random state is left alone.
+
+    Raises BundleError when the file is missing, not safetensors, not epsrt's, of another version, or when its metadata
+    or tensors are not what its network asks for; the tensor is named.
+    """
+    path = Path(path)
+    tensors, raw = read_safetensors(path)
+    meta = _metadata(path, raw)
+    try:
+        config = decode(meta.network, config_type(meta.kind))
+        network = build(config)
+    except EpsrtError as error:
+        raise BundleError(f"{path} describes no network: {error}") from error
+    _check_tensors(path, tensors, network.state_dict())
+    network.load_state_dict(tensors, assign=True)
+    return Checkpoint(
+        path=path,
+        sha256=sha256(path),
+        network=network.eval().requires_grad_(False),
+        kind=meta.kind,
+        config=config,
+        schedule=meta.schedule,
+        prediction=meta.prediction,
+        value_range=meta.value_range,
+        class_names=meta.class_names,
+        training=meta.training,
+    )
+
+
+def read_training(path: str | Path) -> Training | None:
+    """How the checkpoint at `path` was trained, without its weights; None when there is no file."""
+    path = Path(path)
+    return _metadata(path, read_safetensors(path, weights=False)[1]).training if path.exists() else None
+
+
+def read_safetensors(path: Path, weights: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a file. Raises BundleError when it is missing or not safetensors."""
+    if not path.is_file():
+        raise BundleError(f"{path} does not exist: train a network first, or check the path")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if weights}, file.metadata() or {}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise BundleError(f"{path} is not a whole safetensors file ({error}): copy or train it again") from error
+
+
+def decode(raw: Any, cls: type[T]) -> T:
+    """A dataclass from plain values. Raises EpsrtError for a wrong type or an unknown field, with its path."""
+    try:
+        value = msgspec.convert(raw, cls)
+    except msgspec.ValidationError as error:
+        raise EpsrtError(_one_line(error)) from error
+    _no_unknown(raw, value, "")
+    return value
+
+
+def _metadata(path: Path, raw: Mapping[str, str]) -> _Meta:
+    if KEY not in raw:
+        raise BundleError(f"{path} was not written by epsrt: its metadata lacks {KEY!r}")
+    try:
+        plain = msgspec.json.decode(raw[KEY])
+    except msgspec.DecodeError as error:
+        raise BundleError(
+            f"{path} has metadata that is not JSON ({_one_line(error)}): train or copy it again"
+        ) from error
+    version = plain.get("version") if isinstance(plain, dict) else None
+    if version != VERSION:
+        raise BundleError(
+            f"{path} has checkpoint format {version!r}, this epsrt reads {VERSION}: use the one that wrote it"
+        )
+    try:
+        return decode(plain, _Meta)
+    except EpsrtError as error:
+        raise BundleError(f"{path} has damaged metadata: {error}") from error
+
+
+def _no_unknown(raw: Any, value: Any, where: str) -> None:
+    if not dataclasses.is_dataclass(value) or not isinstance(raw, dict):
+        return
+    names = {f.name for f in dataclasses.fields(value)}
+    for name, inner in raw.items():
+        if name not in names:
+            raise EpsrtError(f"{where}{name} is no setting: use one of {', '.join(sorted(names))}")
+        _no_unknown(inner, getattr(value, name), f"{where}{name}.")
+
+
+def _check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise BundleError(
+            f"{path} lacks the tensor {missing[0]} ({len(missing)} missing in all): copy or train it again"
+        )
+    if surplus := sorted(found.keys() - wanted.keys()):
+        raise BundleError(f"{path} has a tensor {surplus[0]} that its network lacks ({len(surplus)} surplus in all)")
+    for name, tensor in wanted.items():
+        if found[name].shape != tensor.shape:
+            raise BundleError(f"{path}: {name} has shape {list(found[name].shape)}, its network {list(tensor.shape)}")
+        if found[name].is_floating_point() != tensor.is_floating_point():
+            raise BundleError(f"{path}: {name} holds {found[name].dtype}, its network {tensor.dtype}")
+
+
+def _one_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip().rstrip(".")

@@ -1,0 +1,54 @@
+"""A picture of what the network makes of fixed noise while it trains."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from epsrt.files import whole_file
+from epsrt.schedule import Schedule
+from epsrt_trainer.diffusion import Prediction
+from epsrt_trainer.networks import NetworkConfig
+from epsrt_trainer.sample import ddim_loop
+
+
+def save_grid(
+    path: Path,
+    network: nn.Module,
+    config: NetworkConfig,
+    schedule: Schedule,
+    prediction: Prediction,
+    seed: int,
+    rows: int = 4,
+    columns: int = 10,
+    steps: int = 50,
+) -> None:
+    """Write a PNG of rows × columns DDIM samples; column k has label k mod classes. The same seed, the same noise."""
+    parameter = next(network.parameters())
+    shape = (rows * columns, config.image_channels, config.image_size, config.image_size)
+    x_T = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(parameter)
+    label = None
+    if config.classes:
+        label = (torch.arange(columns) % config.classes).repeat(rows).to(parameter.device)
+    steps = min(steps, schedule.T)
+    timesteps = sorted({schedule.T - 1 - i * schedule.T // steps for i in range(steps)}, reverse=True)
+    x = ddim_loop(network, schedule, x_T, timesteps, prediction=prediction, label=label)
+    with whole_file(path) as beside:
+        picture(x, columns).save(beside, format="PNG")
+
+
+def picture(x: Tensor, columns: int) -> Image.Image:
+    """Images [N, C, H, W] in [−1, 1] as one picture, a pixel of black between them; the first 3 channels, or 1."""
+    n, c, h, w = x.shape
+    c = 3 if c >= 3 else 1
+    pixels = ((x[:, :c].float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
+    canvas = np.zeros((math.ceil(n / columns) * (h + 1) - 1, columns * (w + 1) - 1, c), np.uint8)
+    for k, image in enumerate(pixels):
+        top, left = k // columns * (h + 1), k % columns * (w + 1)
+        canvas[top : top + h, left : left + w] = image.transpose(1, 2, 0)
+    return Image.fromarray(canvas if c == 3 else canvas[:, :, 0])

@@ -1,0 +1,60 @@
+"""Which run the files beside a checkpoint belong to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from epsrt.errors import EpsrtError
+from epsrt.schedule import Schedule
+from epsrt_trainer.checkpoint import read_training
+from epsrt_trainer.data import Images
+from epsrt_trainer.networks import NetworkConfig
+from epsrt_trainer.state import read_run
+
+
+def beside(out: Path, suffix: str) -> Path:
+    """NAME.suffix beside NAME.safetensors."""
+    return out.with_name(out.stem + suffix)
+
+
+def identity(data: Images, network: NetworkConfig, schedule: Schedule, config: object) -> dict[str, Any]:
+    """What makes two runs the same run, as plain values: {"data", "network", "schedule", "train"}; config a TrainConfig."""
+    plain: dict[str, Any] = msgspec.to_builtins(config)
+    for name in ("log_every", "checkpoint_every", "sample_every"):  # they change no weight
+        del plain[name]
+    if plain["lr_decay"] == "constant":
+        del plain["steps"]  # a longer run begins like the shorter
+    rest = {"network": msgspec.to_builtins(network), "schedule": msgspec.to_builtins(schedule)}
+    found: dict[str, Any] = json.loads(json.dumps({"data": data.digest(), **rest, "train": plain}))
+    return found
+
+
+def steps_done(out: Path, run: dict[str, Any], steps: int) -> int:
+    """How many steps of this run are on disk. Raises EpsrtError when what is there is another run."""
+    finished = read_training(out)
+    state = read_run(beside(out, ".state.safetensors"))
+    for there, done in [(finished.run, finished.steps)] if finished else [] + ([state] if state else []):
+        if (difference := _difference(there, run)) or done > steps:
+            what = difference or f"more steps ({done:,})"
+            raise EpsrtError(f"{out} holds another run, with {what}: give another name, or start afresh over it")
+    if finished and finished.steps == steps:
+        return steps
+    return state[1] if state else 0
+
+
+def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """The first setting of two runs that differs, in words; "" when none does."""
+    if "data" not in there:
+        return "no record of how it was trained"
+    for part, ours in here.items():
+        theirs: Any = there.get(part)
+        if theirs != ours and part == "data":
+            return "other data"
+        for name in sorted({*theirs, *ours}) if isinstance(theirs, dict) and theirs != ours else ():
+            if theirs.get(name) != ours.get(name):
+                return f"{part}.{name} = {theirs.get(name)!r}, not {ours.get(name)!r}"
+    return "" if there == here else "other settings"
