@@ -80,13 +80,13 @@ def bundle(preset: str) -> Bundle:
         pass
     from epsrt_export import export_network
     from epsrt_export.redraw import redraw
-    from epsrt_trainer import PRESETS
     from epsrt_trainer.networks import build
+    from epsrt_trainer.presets import PRESETS
 
     p = PRESETS[preset]
     shape = (p.network.image_channels, p.network.image_size, p.network.image_size)
     print(f"exporting {preset} to {path} (once)", flush=True)
     return export_network(
-        redraw(build(p.network), shape, labelled=p.network.classes > 0), p.schedule, path, shape=shape,
+        redraw(build(p.network), p.schedule, shape, p.network.classes), p.schedule, path, shape=shape,
         classes=p.network.classes, null_label=p.network.classes if p.network.null_label else None, precisions=("fp32",),
     )  # fmt: skip

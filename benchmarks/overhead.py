@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from functools import partial
 
 import numpy as np
 from common import alternate, bundle, median_ratio, write
@@ -43,7 +44,7 @@ def measure(preset: str, batch: int, steps: int, rounds: int) -> list[dict[str, 
                     engine.session.run(None, feeds)
 
             labels = 0 if opened.labelled else None
-            runs = {"bare": bare, "sampler": lambda: sampler.sample(batch, plan=plan, labels=labels)}
+            runs = {"bare": bare, "sampler": partial(sampler.sample, batch, plan=plan, labels=labels)}
             seconds = alternate(runs, rounds)
             ms = {name: 1e3 * statistics.median(values) / steps for name, values in seconds.items()}
             more = (

@@ -50,7 +50,7 @@ def trained() -> Path:
     with show.progress() as tell:
         return train(
             load("digits"), preset.network, preset.schedule, preset.train, CHECKPOINT,
-            progress=lambda step, total, loss: tell(f"train digits ({total} steps)", step / total),
+            progress=lambda p: tell(f"train digits, {p.steps} steps", p.step / p.steps),
         )  # fmt: skip
 
 

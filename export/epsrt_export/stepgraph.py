@@ -28,7 +28,7 @@ class StepGraph(nn.Module):
 
     def forward(self, x: Tensor, m: Tensor, z: Tensor, rows: Tensor, label: Tensor | None = None) -> tuple[Tensor, ...]:
         # one reshape and one split: [B, 1, 1, 1] a column, so that each broadcasts over the image
-        parts = rows[:, :, None, None].split(1, dim=1)
+        parts = torch.split(rows[:, :, None, None], 1, dim=1)
         k = dict(zip(self.columns, parts, strict=True))
         scaled, t = (k["in_scale"] * x).to(self.dtype), k["t"].flatten()
         out = self.network(scaled, t, label) if self.labelled else self.network(scaled, t)

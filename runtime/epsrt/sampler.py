@@ -210,8 +210,11 @@ class Sampler:
                 raise EpsrtError(f"{length} {name} for {n} samples: give one each")
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
             raise EpsrtError(f"n = {n!r}: ask for at least 1 sample")
-        pairs = [(seed, first + i) for i in range(n)] if seeds is None else [(int(s), first) for s in seeds]
+        pairs = [(seed, first + i) for i in range(n)] if seeds is None else [(s, first) for s in seeds]
         for s, index in (*pairs[:1], *pairs[-1:]) if seeds is None else pairs:
+            for name, value in (("seed", s), ("sample index", index)):
+                if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+                    raise EpsrtError(f"{name} {value!r} is not an integer")
             if not 0 <= s < 1 << 64:
                 raise EpsrtError(f"seed {s} is outside 0 … 2^64 − 1")
             if not 0 <= index < 1 << 32:

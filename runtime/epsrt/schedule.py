@@ -28,7 +28,7 @@ class Schedule:
     given         `betas` itself; T is its length
 
     `zero_snr` rescales √ᾱ so that the last step is pure noise (arXiv 2305.08891, algorithm 1).
-    Raises EpsrtError when T < 1 or a β lies outside (0, 1) (1 itself is allowed with zero_snr).
+    Raises EpsrtError when T is outside 1 … 1,000,000 or a β lies outside (0, 1).
     """
 
     kind: Kind = "linear"
@@ -45,8 +45,8 @@ class Schedule:
             raise EpsrtError(f"a {self.kind} schedule {'needs' if self.kind == 'given' else 'takes no'} betas")
         if self.kind == "given" and len(self.betas) != self.T:
             raise EpsrtError(f"T is {self.T} but {len(self.betas)} betas are given: leave T to Schedule.given")
-        if not 1 <= self.T <= 1_000_000:
-            raise EpsrtError(f"a schedule has 1 to 1,000,000 steps, not T = {self.T}")
+        if isinstance(self.T, bool) or not isinstance(self.T, (int, np.integer)) or not 1 <= self.T <= 1_000_000:
+            raise EpsrtError(f"a schedule has 1 to 1,000,000 steps, not T = {self.T!r}")
         beta = self._betas()
         bad = np.flatnonzero(~((beta > 0) & (beta < 1)))
         if bad.size:
@@ -66,10 +66,10 @@ class Schedule:
             case "linear":
                 return np.linspace(start, end, T)
             case "scaled-linear":
-                root: Array = np.linspace(start**0.5, end**0.5, T)
-                return root * root
+                root = np.linspace(start**0.5, end**0.5, T)
+                return root**2
             case "sigmoid":
-                return start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, T)))
+                return np.asarray(start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, T))), np.float64)
             case "cosine":
                 f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
                 return np.minimum(1 - f[1:] / f[:-1], 0.999)

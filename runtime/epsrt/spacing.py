@@ -50,7 +50,8 @@ def given(T: int, ts: Sequence[int]) -> list[int]:
     if len(ts) == 0:
         raise EpsrtError("the list of timesteps is empty: give at least one")
     for i, t in enumerate(ts):
-        if isinstance(t, bool) or int(t) != t or not 0 <= t < T:
+        number = isinstance(t, (int, float, np.integer, np.floating)) and not isinstance(t, bool)
+        if not number or not 0 <= t < T or int(t) != t:
             raise EpsrtError(f"timestep {t!r} is not an integer in 0 … {T - 1}")
         if i and t >= ts[i - 1]:
             why = "appears twice" if t == ts[i - 1] else f"comes after {ts[i - 1]}"

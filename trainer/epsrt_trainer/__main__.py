@@ -8,8 +8,9 @@ import sys
 
 from epsrt.errors import EpsrtError
 from epsrt_trainer.data import load
+from epsrt_trainer.log import Progress
 from epsrt_trainer.presets import PRESETS, preset
-from epsrt_trainer.train import Progress, train
+from epsrt_trainer.train import train
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,9 +22,14 @@ def beside(out: Path, suffix: str) -> Path:
 
 
 def identity(data: Images, network: NetworkConfig, schedule: Schedule, config: object) -> dict[str, Any]:
-    """What makes two runs the same run, as plain values: {"data", "network", "schedule", "train"}; config a TrainConfig."""
+    """What makes two runs the same: plain values under data, network, schedule, train; `config` is a TrainConfig."""
     plain: dict[str, Any] = msgspec.to_builtins(config)
-    for name in ("log_every", "checkpoint_every", "sample_every"):  # they change no weight
+    for name in (
+        "threads",
+        "log_every",
+        "checkpoint_every",
+        "sample_every",
+    ):  # no weight depends on them
         del plain[name]
     if plain["lr_decay"] == "constant":
         del plain["steps"]  # a longer run begins like the shorter

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,8 +39,10 @@ class TrainConfig:
     label_drop                       chance that a label becomes the null label; needs a network that has one
     prediction, weighting            see diffusion.target and diffusion.loss_weights
     flip                             mirror images left to right, half of the time
-    dtype                            bf16: autocast; weights stay float32
+    dtype                            bf16: autocast; weights stay float32. auto: bf16 on a CPU that has it, else fp32
     seed                             of the initial weights and of every draw
+    threads                          CPU threads; 0: as many as torch finds. Small networks want 1: with more, another
+                                     busy process on the machine makes each of their short operations wait
     log_every, checkpoint_every, sample_every   in steps; 0: never (the last step is always logged and saved)
     """
 
@@ -55,14 +58,16 @@ class TrainConfig:
     prediction: Prediction = "epsilon"
     weighting: Weighting = "simple"
     flip: bool = False
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["fp32", "bf16", "auto"] = "fp32"
     seed: int = 0
+    threads: int = 0
     log_every: int = 100
     checkpoint_every: int = 1000
     sample_every: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in {"steps": 1, "batch": 1, "log_every": 0, "checkpoint_every": 0, "sample_every": 0}.items():
+        for name in ("steps", "batch", "threads", "log_every", "checkpoint_every", "sample_every"):
+            low = int(name in ("steps", "batch"))
             if getattr(self, name) < low:
                 raise EpsrtError(f"{name} = {getattr(self, name)} is below {low}")
         for name in ("warmup", "weight_decay", "clip_norm", "seed"):
@@ -73,9 +78,9 @@ class TrainConfig:
         for name in ("ema_decay", "label_drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise EpsrtError(f"{name} = {getattr(self, name)} is outside [0, 1)")
-        for name, known in {"lr_decay": ("constant", "cosine"), "dtype": ("fp32", "bf16")}.items():
+        for name, known in {"lr_decay": ("constant", "cosine"), "dtype": ("fp32", "bf16", "auto")}.items():
             if getattr(self, name) not in known:
-                raise EpsrtError(f"{name} {getattr(self, name)!r} is unknown: use {' or '.join(known)}")
+                raise EpsrtError(f"{name} {getattr(self, name)!r} is unknown: use {', '.join(known)}")
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -156,7 +161,8 @@ def train(
         state.step = processes.share(state.step)
         processes.share_tensors(state.tensors().values())
         log = Log(beside(out, ".log.jsonl") if processes.first else None, state.step, tensorboard)
-        _loop(data, schedule, config, state, out, run, processes, log, progress)
+        with _threads(config.threads):
+            _loop(data, schedule, config, state, out, run, processes, log, progress)
         if processes.first:
             state.save(beside(out, ".state.safetensors"), run)
             summary = Training(state.step, config.seed, state.logged, run)
@@ -177,6 +183,7 @@ def _loop(
     mine = slice(processes.rank * share, (processes.rank + 1) * share)
     bar = schedule.alpha_bar
     table = np.stack([np.sqrt(bar), np.sqrt(1 - bar), loss_weights(schedule, config.prediction, config.weighting)])
+    half = config.dtype == "bf16" or (config.dtype == "auto" and _has_bf16(device))
     coefficients = torch.from_numpy(table).float()
     model_config: NetworkConfig = state.network.config  # type: ignore[assignment]
     model: nn.Module = state.network.train()
@@ -196,7 +203,7 @@ def _loop(
             signal, noise, weight = coefficients[:, t].to(device)
             signal, noise = signal[:, None, None, None], noise[:, None, None, None]
             torch.manual_seed(_seed(config.seed, step, 1 + processes.rank))  # dropout
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 prediction = model(q_sample(x0, eps, signal, noise), t.to(device), label)
             value = loss(prediction, target(config.prediction, x0, eps, signal, noise), weight)
             state.adam.zero_grad()
@@ -224,6 +231,21 @@ def _loop(
                 picture = beside(out, f".{done:06d}.png")
                 save_grid(picture, state.ema.network, model_config, schedule, config.prediction, config.seed)
     log.close()
+
+
+def _has_bf16(device: torch.device) -> bool:
+    known = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))  # emulated, it is slower than float32
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check(data: Images, network: NetworkConfig, schedule: Schedule, config: TrainConfig, out: Path) -> None:

@@ -20,8 +20,8 @@ epsrt export cifar.safetensors cifar.epsrt --max-batch 128 --precision fp32
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="*.safetensors, as epsrt train writes it.")],
-    bundle: Annotated[Path, typer.Argument(help="The directory to write, NAME.epsrt.")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="*.safetensors, as epsrt train writes it.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The directory to write, NAME.epsrt.")],
     precision: Annotated[list[str] | None, typer.Option(help="fp32 or fp16; may be repeated; by default both.")] = None,
     max_batch: Annotated[int, typer.Option(help="Largest batch of the step graphs.")] = 64,
     opset: Annotated[int, typer.Option(help="ONNX opset, 21 or 22.")] = 21,

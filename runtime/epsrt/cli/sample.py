@@ -58,7 +58,7 @@ def sample(
         n = len(classes) if classes is not None and len(classes) > 1 else 10
     pictures.check_target(out, opened.manifest.shape[0])
     options = {"eta": eta, "variance": variance}
-    given = {name: value for name, value in options.items() if value is not None}
+    given: dict[str, object] = {name: value for name, value in options.items() if value is not None}
     if not clip:
         given["clip"] = None
     with Sampler(open_engine(opened, engine, precision=precision, threads=threads)) as sampler:

@@ -16,7 +16,9 @@ from rich.table import Table
 
 from epsrt.bundle import Rung
 
-BundleArgument = Annotated[Path, typer.Argument(help="A bundle: the directory that epsrt export wrote.")]
+BundleArgument = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="A bundle: the directory that epsrt export wrote.")
+]
 EngineOption = Annotated[str, typer.Option(help="auto, or one of: onnxruntime.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
 

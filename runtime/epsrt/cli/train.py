@@ -1,7 +1,67 @@
-"""epsrt train: placeholder until the trainer lands."""
+"""epsrt train: images become a checkpoint."""
 
-EXAMPLES = ""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from epsrt.cli import show
+from epsrt.errors import EpsrtError
+
+EXAMPLES = """\
+[bold]Examples[/]
+
+epsrt train --preset digits --out out/digits.safetensors
+
+epsrt train --preset ddpm-cifar10 --data cifar-10-batches-bin --out cifar.safetensors --set train.dtype=bf16
+
+torchrun --nproc-per-node 8 -m epsrt_trainer --preset ddpm-cifar10 --data photos/ --size 32 --out photos.safetensors
+"""
 
 
-def train() -> None:
-    """x"""
+def train(
+    out: Annotated[Path, Option("--out", "-o", help="The checkpoint to write, *.safetensors.")],
+    preset: Annotated[str, Option(help="Network, schedule and settings: digits or ddpm-cifar10.")] = "digits",
+    data: Annotated[
+        str | None,
+        Option(
+            help="digits, an image folder, an .npz file, CIFAR-10's binary folder, MNIST's IDX files; or the preset's."
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None, Option("--set", metavar="train.steps=10", help="Change a setting; may be repeated.")
+    ] = None,
+    size: Annotated[int | None, Option(help="Crop and resize an image folder to size × size.")] = None,
+    skip_broken: Annotated[bool, Option("--skip-broken", help="Leave unreadable images out, and say so.")] = False,
+    fresh: Annotated[bool, Option("--fresh", help="Start anew over what --out holds, instead of going on.")] = False,
+    device: Annotated[str | None, Option(help="cpu or cuda; by default CUDA where there is one.")] = None,
+    tensorboard: Annotated[bool, Option("--tensorboard", help="Also write TensorBoard's events.")] = False,
+    as_json: show.JsonOption = False,
+) -> None:
+    """Train a network on images and write a checkpoint. Interrupted, it goes on where it was, to the same weights."""
+    try:
+        from epsrt_trainer import load, train
+        from epsrt_trainer import preset as preset_of
+        from epsrt_trainer.checkpoint import read_training
+    except ModuleNotFoundError as error:
+        raise EpsrtError(f'epsrt train needs {error.name}: pip install "epsrt[train]"') from None
+    chosen = preset_of(preset, settings or [])
+    spec = data or chosen.data
+    if not spec:
+        raise EpsrtError(f"preset {preset} comes without data: give --data")
+    images = load(spec, size=size, skip_broken=skip_broken, log=lambda sentence: typer.echo(sentence, err=True))
+    with show.progress() as tell:
+        path = train(
+            images, chosen.network, chosen.schedule, chosen.train, out,
+            resume=not fresh, device=device, tensorboard=tensorboard,
+            progress=lambda p: tell(f"train {preset}, {p.steps:,} steps", p.step / p.steps),
+        )  # fmt: skip
+    done = read_training(path)
+    assert done is not None
+    if as_json:
+        show.print_json({"checkpoint": str(path), "steps": done.steps, "seed": done.seed, "loss": done.loss})
+    else:
+        typer.echo(f"{path}: {done.steps:,} steps, loss {done.loss:.4f}" if done.loss is not None else f"{path}")

@@ -1,0 +1,169 @@
+"""The installed command, as its users run it: a subprocess."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from epsrt import Bundle, Sampler
+
+EPSRT = str(Path(sys.executable).with_name("epsrt"))
+LABELS = "0,1,2,3,4,5,6,7,8,9"
+
+
+def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "200"}
+    done = subprocess.run([EPSRT, *map(str, arguments)], capture_output=True, text=True, env=environment)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def refusal(*arguments: object) -> str:
+    """The sentence: one line on stderr behind the progress, exit 1, nothing on stdout, no traceback."""
+    done = run(*arguments, code=1)
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("epsrt: ")
+    return last
+
+
+@pytest.mark.parametrize("command", ["train", "export", "verify", "sample", "inspect"])
+def test_each_command_has_help_with_examples(command: str) -> None:
+    text = run(command, "--help").stdout
+    assert "Examples" in text
+    assert f"epsrt {command}" in text
+
+
+def test_version() -> None:
+    assert run("--version").stdout == "epsrt 0.1.0\n"
+
+
+def test_completion_can_be_shown() -> None:
+    done = subprocess.run([EPSRT], capture_output=True, text=True, env={**os.environ, "_EPSRT_COMPLETE": "source_bash"})
+    assert "complete" in done.stdout
+
+
+def test_sample_writes_a_grid(bundle_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "grid.png"
+    done = run("sample", bundle_path, "--method", "ddim", "--steps", 5, "-n", 10, "--labels", LABELS, "--out", out)
+    assert "10 images" in done.stdout
+    width, height = Image.open(out).size
+    assert width == 10 * 66 + 2
+    assert height == 66 + 2
+
+
+def test_sample_writes_a_folder(bundle_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "folder"
+    run("sample", bundle_path, "--steps", 2, "-n", 11, "--out", out)
+    names = sorted(p.name for p in out.iterdir())
+    assert names == [f"{i:02d}.png" for i in range(11)]
+    assert Image.open(out / "00.png").size == (8, 8)
+
+
+def test_npz_holds_what_python_gives(bundle_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "samples.npz"
+    run("sample", bundle_path, "--method", "ddpm", "--steps", 7, "-n", 3, "--labels", 4, "--seed", 9, "--out", out)
+    with Sampler.open(bundle_path) as sampler, np.load(out, allow_pickle=False) as file:
+        expected = sampler.sample(3, method="ddpm", steps=7, labels=4, seed=9)
+        np.testing.assert_array_equal(file["samples"], expected)
+        np.testing.assert_array_equal(file["images"], sampler.to_images(expected))
+        assert list(file["index"]) == [0, 1, 2]
+        assert list(file["label"]) == [4, 4, 4]
+
+
+def test_sample_json(bundle_path: Path, tmp_path: Path) -> None:
+    done = run("sample", bundle_path, "--steps", 2, "-n", 1, "--out", tmp_path / "a.png", "--json")
+    report = json.loads(done.stdout)
+    assert report["steps"] == 2
+    assert report["bundle"] == Bundle.open(bundle_path).manifest.digest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--steps", 0), "steps = 0 is outside"),
+        (("--steps", 5000), "steps = 5000 is outside"),
+        (("--eta", 1.5), "eta = 1.5 is outside"),
+        (("--method", "ddmp"), "method 'ddmp' is unknown"),
+        (("--method", "ddpm", "--eta", 0.5), "ddpm takes no option 'eta'"),
+        (("--spacing", "odd"), "spacing 'odd' is unknown"),
+        (("--seed", 1 << 64), "outside 0 … 2^64 − 1"),
+        (("--labels", "3,11"), "label 11 is outside 0 … 9"),
+        (("--labels", "cat"), "label 'cat' is neither"),
+        (("-n", 3, "--labels", "1,2"), "2 labels for 3 samples"),
+        (("-n", 0), "n = 0"),
+        (("--engine", "warp"), "engine 'warp' is unknown"),
+        (("--precision", "fp8"), "precision 'fp8' is unknown"),
+        (("--out", "x.jpeg"), "the suffix must be"),
+        (("--threads", 0), "threads = 0"),
+        (("--batch", 100000), "batch = 100000 is outside"),
+    ],
+)
+def test_sample_refuses(bundle_path: Path, tmp_path: Path, arguments: tuple[object, ...], sentence: str) -> None:
+    out = tmp_path / "never.png"
+    target = () if "--out" in arguments else ("--out", out)
+    assert sentence in refusal("sample", bundle_path, *target, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sample_leaves_foreign_folders_alone(bundle_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    assert "holds other things" in refusal("sample", bundle_path, "--steps", 2, "--out", tmp_path)
+    assert (tmp_path / "letter.txt").read_text() == "dear"
+
+
+def test_a_bundle_that_is_none(tmp_path: Path) -> None:
+    for command in ("sample", "verify", "inspect"):
+        assert "does not exist" in refusal(command, tmp_path / "none.epsrt")
+
+
+def test_inspect_tells_what_it_holds(bundle_path: Path) -> None:
+    text = run("inspect", bundle_path).stdout
+    for word in ("1 × 8 × 8", "null label 10", "epsilon", "step-fp16.onnx", "weights-fp32.bin", "UNet", "pass"):
+        assert word in text
+    assert json.loads(run("inspect", bundle_path, "--json").stdout)["manifest"]["shape"] == [1, 8, 8]
+
+
+def test_verify_passes_and_says_so(bundle_path: Path) -> None:
+    assert "verified on onnxruntime" in run("verify", bundle_path, "--engine", "onnxruntime").stdout
+    report = json.loads(run("verify", bundle_path, "--precision", "fp32", "--json").stdout)
+    assert report["passed"] is True
+    assert {r["name"] for r in report["rungs"]} >= {"network", "batch"}
+
+
+def test_train_export_sample(tmp_path: Path) -> None:
+    checkpoint, bundle = tmp_path / "tiny.safetensors", tmp_path / "tiny.epsrt"
+    small = ["train.steps=3", "train.batch=8", "network.base_channels=16", "schedule.T=60"]
+    run("train", "--preset", "digits", "--out", checkpoint, *(word for s in small for word in ("--set", s)))
+    report = json.loads(run("export", checkpoint, bundle, "--max-batch", 4, "--precision", "fp32", "--json").stdout)
+    assert report["digest"] == Bundle.open(bundle).manifest.digest
+    run("sample", bundle, "--steps", 3, "--labels", LABELS, "--out", tmp_path / "ten.png")
+
+
+def test_export_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "net.pt"
+    file.write_bytes(b"PK\x03\x04 a pickle, perhaps")
+    assert "net.pt" in refusal("export", file, tmp_path / "net.epsrt")
+    assert [p.name for p in tmp_path.iterdir()] == ["net.pt"]
+
+
+def test_a_terminated_export_leaves_nothing(checkpoint_path: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [EPSRT, "export", str(checkpoint_path), str(tmp_path / "cut.epsrt")], stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list(tmp_path.iterdir()), "the export never began to write"
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not list(tmp_path.iterdir())

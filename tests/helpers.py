@@ -1,0 +1,187 @@
+"""What the tests share: tiny networks with weights that matter, and ways to damage a bundle."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+MANIFEST = "manifest.json"
+T = 100  # of most schedules here: the golden DDPM trajectory has T steps
+
+
+def redraw(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Redraw every parameter, zero-initialised ones too, and scale `network.head` until out has RMS 1 on N(0, 1).
+
+    A freshly initialised network makes parity checks blind: its last layer may be zero, its output a constant.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    network.eval()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(drawn / parameter[0].numel() ** 0.5 if "embed" not in name else 0.5 * drawn)
+            else:
+                parameter.copy_(0.1 * drawn + ("norm" in name and name.endswith("weight")))
+        rms = float(_outputs(network, generator).square().mean().sqrt())
+        for parameter in network.head.parameters():
+            parameter /= rms
+    return network
+
+
+def _outputs(network: nn.Module, generator: torch.Generator) -> Tensor:
+    x = torch.randn(64, *network.shape_in, generator=generator)
+    t = torch.linspace(0, T - 1, 64).round()
+    label = (torch.arange(64) % network.classes_in,) if network.classes_in else ()
+    return network(x, t, *label)
+
+
+def unet(seed: int = 0, channels: int = 1, classes: int = 0, **more: Any) -> nn.Module:
+    """A redrawn U-Net for 8×8 images."""
+    from epsrt_trainer.unet import UNet, UNetConfig
+
+    network = UNet(unet_config(UNetConfig, channels, classes, **more))
+    network.shape_in, network.classes_in = (channels, 8, 8), classes
+    return redraw(network, seed)
+
+
+def unet_config(cls: Any, channels: int, classes: int, **more: Any) -> Any:
+    sizes = {"base_channels": 16, "channel_multipliers": (1, 2), "residual_blocks": 1, "attention_resolutions": (4,)}
+    return cls(channels, 8, classes=classes, **{"null_label": classes > 0, **sizes, **more})
+
+
+class Tiny(nn.Module):
+    """Not ours: a plain convolution net, its time embedding a table, so that a damaged row is one bad timestep."""
+
+    def __init__(self, channels: int = 1, size: int = 8, classes: int = 0, width: int = 16) -> None:
+        super().__init__()
+        self.shape_in, self.classes_in = (channels, size, size), classes
+        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        self.time_embed = nn.Embedding(T, width)
+        self.label_embed = nn.Embedding(classes, width) if classes else None
+        self.norm = nn.GroupNorm(2, width)
+        self.middle = nn.Conv2d(width, width, 3, padding=1)
+        self.head = nn.Conv2d(width, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        condition = self.time_embed(t.long())
+        if self.label_embed is not None:
+            condition = condition + self.label_embed(label)
+        h = self.stem(x)
+        h = h + torch.tanh(self.middle(self.norm(h) + condition[:, :, None, None].to(h.dtype)))
+        return self.head(h) + 0.7 * x  # like a trained ε: without it, most samples end at the clip
+
+
+def tiny(seed: int = 0, **more: Any) -> nn.Module:
+    return redraw(Tiny(**more), seed)
+
+
+def forge(bundle: Path, edit: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:
+    """Make a damaged bundle consistent again: right sizes, hashes and digest. `edit` changes the manifest first."""
+    manifest = json.loads((bundle / MANIFEST).read_bytes())
+    manifest["files"] = {
+        p.name: {"sha256": hashlib.sha256(p.read_bytes()).hexdigest(), "size": p.stat().st_size}
+        for p in sorted(bundle.iterdir())
+        if p.name != MANIFEST
+    }
+    edit(manifest)
+    manifest.pop("digest", None)
+    canonical = msgspec.json.encode(manifest, order="sorted")
+    manifest["digest"] = hashlib.sha256(canonical).hexdigest()
+    raw = msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=2) + b"\n"
+    (bundle / MANIFEST).write_bytes(raw)
+
+
+def edit_graph(path: Path, edit: Callable[[onnx.ModelProto], object]) -> None:
+    model = onnx.load(path, load_external_data=False)
+    edit(model)
+    path.write_bytes(model.SerializeToString())
+
+
+def move_weights(model: onnx.ModelProto, location: str) -> None:
+    """Point every external initializer at another place."""
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+
+
+def externals(model: onnx.ModelProto) -> dict[str, dict[str, str]]:
+    """name -> external data entries of each initializer outside the graph."""
+    external = onnx.TensorProto.EXTERNAL
+    return {
+        tensor.name: {entry.key: entry.value for entry in tensor.external_data}
+        for tensor in model.graph.initializer
+        if tensor.data_location == external
+    }
+
+
+def weights(bundle: Path, name: str, precision: str = "fp32") -> np.memmap:
+    """A writable view of one external initializer of a bundle, by the end of its name."""
+    model = onnx.load(bundle / f"step-{precision}.onnx", load_external_data=False)
+    (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name.endswith(name)]
+    place = externals(model)[tensor.name]
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return np.memmap(bundle / place["location"], dtype, "r+", int(place["offset"]), tuple(tensor.dims))
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+BLOCKER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def run_python(
+    code: str, *args: object, blocked: tuple[str, ...] = (), env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run code in a new interpreter, in which the `blocked` packages cannot be imported."""
+    code = BLOCKER.format(blocked=set(blocked)) + code if blocked else code
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        capture_output=True, text=True, timeout=300, env={**os.environ, **(env or {})}, check=False,
+    )  # fmt: skip
+
+
+@contextmanager
+def opens_of(path: Path) -> Iterator[list[int]]:
+    """The times that any code of this process, native code too, opens `path` (inotify); filled at the end."""
+    libc, opened = ctypes.CDLL(None, use_errno=True), []
+    descriptor = libc.inotify_init1(os.O_NONBLOCK)
+    assert descriptor >= 0
+    in_open = 0x20
+    assert libc.inotify_add_watch(descriptor, str(path).encode(), in_open) >= 0
+    try:
+        yield opened
+        try:
+            raw = os.read(descriptor, 1 << 16)
+        except BlockingIOError:
+            raw = b""
+        while raw:
+            _, mask, _, length = struct.unpack_from("iIII", raw)
+            opened.append(mask)
+            raw = raw[16 + length :]
+    finally:
+        os.close(descriptor)

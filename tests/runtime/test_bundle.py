@@ -1,0 +1,388 @@
+"""epsrt.bundle: what opens, what is refused, and that each refusal names the file."""
+
+import hashlib
+import json
+import shutil
+from contextlib import suppress
+
+import msgspec
+import numpy as np
+import pytest
+from helpers import MANIFEST, edit_graph, forge, move_weights, opens_of, tree
+
+from epsrt import Bundle, BundleError, EngineError, open_engine
+from epsrt.bundle import FORMAT, GOLDEN, PARITY, digest, render
+
+FILES = ["step-fp32.onnx", "weights-fp32.bin", GOLDEN, PARITY]
+
+
+@pytest.fixture
+def bundle(copy_of, small_bundle_path):
+    """A copy that the test may damage."""
+    return copy_of(small_bundle_path)
+
+
+def refused(path, match):
+    with pytest.raises(BundleError, match=match):
+        Bundle.open(path)
+
+
+def test_opens_by_str_and_path(bundle_path):
+    opened = Bundle.open(str(bundle_path))
+    assert opened == Bundle.open(bundle_path)
+    assert opened.path == bundle_path
+    m = opened.manifest
+    assert (m.format, m.shape, m.classes, m.null_label, m.max_batch) == (FORMAT, (1, 8, 8), 10, 10, 8)
+    assert m.digest == digest(m)
+    assert m.class_names[3] == "three"
+    assert {g.precision for g in m.graphs} == {"fp32", "fp16"}
+    assert m.clip == 1
+
+
+def test_digest_is_of_the_canonical_json_without_itself(small_bundle_path):
+    fields = json.loads((small_bundle_path / MANIFEST).read_bytes())
+    kept = fields.pop("digest")
+    canonical = msgspec.json.encode(fields, order="sorted")
+    assert hashlib.sha256(canonical).hexdigest() == kept
+
+
+def test_a_copy_has_the_same_identity(bundle, small_bundle_path):
+    assert Bundle.open(bundle).manifest == Bundle.open(small_bundle_path).manifest
+
+
+def test_forging_nothing_changes_nothing(bundle, small_bundle_path):
+    forge(bundle)
+    assert tree(bundle) == tree(small_bundle_path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_missing_file(bundle, name):
+    (bundle / name).unlink()
+    refused(bundle, f"{name} is missing: copy or export")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("keep", [0, -1])
+def test_truncated_file(bundle, name, keep):
+    raw = (bundle / name).read_bytes()
+    (bundle / name).write_bytes(raw[:keep])
+    refused(bundle, f"{name} has {len(raw[:keep])} bytes, the manifest says {len(raw)}")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_lengthened_file(bundle, name):
+    with (bundle / name).open("ab") as file:
+        file.write(b"\0")
+    refused(bundle, f"{name} has .* bytes, the manifest says")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_changed_file(bundle, name):
+    raw = bytearray((bundle / name).read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (bundle / name).write_bytes(raw)
+    refused(bundle, f"{name} was changed")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "weights-fp16.bin"])
+def test_extra_file(bundle, name):
+    (bundle / name).write_bytes(b"")
+    refused(bundle, f"holds {name}, which its manifest does not name")
+
+
+def test_extra_directory(bundle):
+    (bundle / "cache").mkdir()
+    refused(bundle, "holds cache")
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_symlinked_file(bundle, name, tmp_path):
+    shutil.move(bundle / name, tmp_path / "elsewhere")
+    (bundle / name).symlink_to(tmp_path / "elsewhere")
+    refused(bundle, f"has no {name}" if name == MANIFEST else f"{name} is a link, not a file")
+
+
+def test_directory_for_a_file(bundle):
+    (bundle / GOLDEN).unlink()
+    (bundle / GOLDEN).mkdir()
+    refused(bundle, f"{GOLDEN} is missing")
+
+
+def test_no_manifest(bundle):
+    (bundle / MANIFEST).unlink()
+    refused(bundle, f"{bundle.name} has no {MANIFEST}: it is not a bundle")
+
+
+def test_not_a_directory(bundle, tmp_path):
+    refused(bundle / GOLDEN, f"{GOLDEN} is a file: a bundle is a directory")
+    refused(tmp_path / "nowhere.epsrt", "nowhere.epsrt does not exist: a bundle is a directory")
+
+
+def test_changed_digit(bundle):
+    raw = (bundle / MANIFEST).read_bytes()
+    assert raw.count(b'"max_batch": 4') == 1
+    (bundle / MANIFEST).write_bytes(raw.replace(b'"max_batch": 4', b'"max_batch": 5'))
+    refused(bundle, f"{MANIFEST} was changed after its export")
+
+
+def test_changed_digest(bundle):
+    fields = json.loads((bundle / MANIFEST).read_bytes())
+    changed = fields["digest"].translate(str.maketrans("0123456789abcdef", "123456789abcdef0"))
+    raw = (bundle / MANIFEST).read_bytes()
+    (bundle / MANIFEST).write_bytes(raw.replace(fields["digest"].encode(), changed.encode()))
+    refused(bundle, f"{MANIFEST} was changed after its export")
+
+
+@pytest.mark.parametrize(
+    "rewrite",
+    [
+        lambda raw: json.dumps(json.loads(raw), indent=4).encode(),
+        lambda raw: json.dumps(json.loads(raw)).encode(),
+        lambda raw: raw.rstrip(),
+        lambda raw: raw + b"\n",
+        lambda raw: raw.replace(b"1.0", b"1.00"),
+        lambda raw: raw.replace(b'"format": 1,', b'"format": 1,\n  "format": 1,'),
+    ],
+    ids=["indent 4", "one line", "no newline", "two newlines", "1.00", "field twice"],
+)
+def test_rewritten_manifest_of_the_same_meaning(bundle, rewrite):
+    raw = (bundle / MANIFEST).read_bytes()
+    changed = rewrite(raw)
+    assert changed != raw
+    (bundle / MANIFEST).write_bytes(changed)
+    refused(bundle, f"{MANIFEST} was changed after its export")
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b'{"format": 1}', b"[" * 100_000, b"1e999"])
+def test_manifest_that_is_none(bundle, raw):
+    (bundle / MANIFEST).write_bytes(raw)
+    refused(bundle, f"{MANIFEST} is not a manifest")
+
+
+def test_enormous_manifest(bundle):
+    with (bundle / MANIFEST).open("r+b") as file:
+        file.truncate(65 << 20)
+    refused(bundle, f"{MANIFEST} is 68157440 bytes, more than any manifest")
+
+
+def change(**fields):
+    return lambda manifest: manifest.update(fields)
+
+
+def graph(**fields):
+    return lambda manifest: manifest["graphs"][0].update(fields)
+
+
+def entry(name, **fields):
+    return lambda manifest: manifest["files"][name].update(fields)
+
+
+def rename(old, new):
+    def edit(manifest):
+        manifest["files"][new] = manifest["files"].pop(old)
+        for item in manifest["graphs"]:
+            item.update({key: new for key in ("file", "weights") if item[key] == old})
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (change(format=2), "has format 2, this epsrt reads 1: update epsrt or export again"),
+        (change(format=0), "has format 0, this epsrt reads 1"),
+        (change(format="1"), "is not a manifest .*format"),
+        (change(max_batch="8"), r"is not a manifest \(Expected `int`, got `str` - at `\$.max_batch`"),
+        (change(shape=[1, 8]), "is not a manifest .*shape"),
+        (change(shape=[1, 8, 8.5]), "is not a manifest .*shape"),
+        (change(graphs=None), "is not a manifest .*graphs"),
+        (change(prediction="noise"), "is not a manifest .*'noise'.*prediction"),
+        (change(licence="MIT"), "is not a manifest .*unknown field `licence`"),
+        (graph(precision="int8"), "is not a manifest .*int8"),
+        (graph(opset=21), "is not a manifest .*unknown field `opset`"),
+        (entry(GOLDEN, mode=7), "is not a manifest .*unknown field `mode`"),
+        (lambda m: m.pop("classes"), "is not a manifest .*missing required field `classes`"),
+        (lambda m: m["schedule"].update(T=0), "is not a manifest .*T = 0"),
+        (lambda m: m["schedule"].update(kind="exponential"), "is not a manifest .*exponential"),
+        (lambda m: m["schedule"].update(beta_end=1.5), r"is not a manifest .*beta\["),
+        (change(shape=[0, 8, 8]), r"shape \[0, 8, 8\] is not C, H, W"),
+        (change(shape=[1, -8, 8]), r"shape \[1, -8, 8\] is not"),
+        (change(max_batch=0), "max_batch = 0 is outside"),
+        (change(value_range=[1.0, -1.0]), r"value_range \[1.0, -1.0\] does not ascend"),
+        (change(classes=-1), "classes = -1 is negative"),
+        (change(classes=3, class_names=["a", "b"]), "2 class names for 3 classes"),
+        (change(null_label=5), "null_label = 5 is no label"),
+        (change(graphs=[]), "it lists no step graph"),
+        (graph(columns=["t", "x"]), "takes columns that are no step's: t, x"),
+        (lambda m: m["graphs"][0]["columns"].append("t"), "takes columns that are no step's"),
+        (lambda m: m["graphs"][0]["columns"].append("zz"), "takes columns that are no step's"),
+        (lambda m: m["files"].pop(GOLDEN), "golden.safetensors is used but not listed under files"),
+        (graph(file="other.onnx"), "other.onnx is used but not listed under files"),
+        (graph(weights="other.bin"), "other.bin is used but not listed under files"),
+        (entry(GOLDEN, sha256="00"), "the entry of golden.safetensors is no hash and size"),
+        (entry(GOLDEN, size=-1), "the entry of golden.safetensors is no hash and size"),
+        (rename("weights-fp32.bin", "../outside.bin"), "file name '../outside.bin' is not a plain name"),
+        (rename("step-fp32.onnx", "../step-fp32.onnx"), "file name '../step-fp32.onnx' is not a plain name"),
+        (rename("weights-fp32.bin", "/etc/passwd"), "file name '/etc/passwd' is not a plain name"),
+        (rename("weights-fp32.bin", "sub/weights.bin"), "file name 'sub/weights.bin' is not a plain name"),
+        (rename("weights-fp32.bin", ".."), "file name '..' is not a plain name"),
+        (rename("weights-fp32.bin", "a\\..\\b"), "is not a plain name"),
+        (rename("weights-fp32.bin", "a\0b"), "is not a plain name"),
+        (rename("weights-fp32.bin", "a\n"), "is not a plain name"),
+        (rename("weights-fp32.bin", ""), "file name '' is not a plain name"),
+        (rename("weights-fp32.bin", MANIFEST), "file name 'manifest.json' is not a plain name"),
+    ],
+)
+def test_manifest_with_a_right_digest_and_wrong_fields(bundle, edit, message):
+    forge(bundle, edit)
+    refused(bundle, rf"{MANIFEST}.*{message}")
+
+
+def test_climbing_paths_are_not_followed(bundle):
+    """The file is there, with the right hash: it is the name that is refused, and nothing is opened."""
+    outside = bundle.parent / "outside.bin"
+    shutil.move(bundle / "weights-fp32.bin", outside)
+    entries = json.loads((bundle / MANIFEST).read_bytes())["files"]["weights-fp32.bin"]
+
+    def climb(manifest):
+        manifest["files"]["../outside.bin"] = entries
+        manifest["graphs"][0]["weights"] = "../outside.bin"
+
+    forge(bundle, climb)
+    with opens_of(outside) as opened:
+        refused(bundle, "'../outside.bin' is not a plain name inside the bundle")
+    assert not opened
+
+
+VALUES = [None, True, -1, 0, 1e300, 2**70, "", "../x", [], {}, [None], "fp32", 1.5]
+
+
+def leaves(value, path=()):
+    yield path
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from leaves(value[key], (*path, key))
+
+
+def test_any_field_of_any_value_is_opened_or_refused(bundle, small_bundle_path):
+    """Right digests all the way: only types and checks stand between a wrong field and the rest of epsrt."""
+    original = json.loads((small_bundle_path / MANIFEST).read_bytes())
+    refusals = 0
+    for path in leaves({key: value for key, value in original.items() if key != "digest"}):
+        for value in VALUES if path else []:
+
+            def put(manifest, path=path, value=value):
+                for key in path[:-1]:
+                    manifest = manifest[key]
+                manifest[path[-1]] = value
+
+            forge(bundle, put)
+            try:
+                opened = Bundle.open(bundle)
+            except BundleError as error:
+                assert MANIFEST in str(error) or path[0] == "files"
+                refusals += 1
+            else:
+                assert render(opened.manifest) == (bundle / MANIFEST).read_bytes()
+                with suppress(EngineError):
+                    open_engine(opened, threads=1).close()
+            (bundle / MANIFEST).write_bytes((small_bundle_path / MANIFEST).read_bytes())
+    assert refusals > 500
+
+
+@pytest.mark.parametrize(
+    ("precision", "features", "message"),
+    [
+        ("fp16", (), "small.epsrt has no fp16 step graph, only fp32: export it again"),
+        ("fp32", ("guidance",), "has no fp32 guidance step graph, only fp32"),
+    ],
+)
+def test_graphs_that_a_bundle_lacks_are_named(small_bundle_path, precision, features, message):
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(small_bundle_path).graph(precision, features)
+
+
+def test_the_smallest_graph_that_fits_is_taken(bundle):
+    def more(manifest):
+        plain = manifest["graphs"][0]
+        both = {**plain, "features": ["guidance", "mask"], "columns": [*plain["columns"], "w", "ka", "kb"]}
+        manifest["graphs"] = [both, {**plain, "features": ["guidance"], "columns": [*plain["columns"], "w"]}, plain]
+
+    forge(bundle, more)
+    opened = Bundle.open(bundle)
+    assert opened.graph("fp32").features == ()
+    assert opened.graph("fp32", ["guidance"]).features == ("guidance",)
+    assert opened.graph("fp32", ["mask"]).features == ("guidance", "mask")
+
+
+@pytest.fixture(scope="module")
+def conditional(bundle_path):
+    return Bundle.open(bundle_path)
+
+
+@pytest.fixture(scope="module")
+def unconditional(plain_bundle_path):
+    return Bundle.open(plain_bundle_path)
+
+
+class TestLabels:
+    def test_classes_pass_and_none_is_the_null_label(self, conditional):
+        assert conditional.labelled
+        assert [conditional.label_of(i) for i in (0, 9, np.int64(3), 10)] == [0, 9, 3, 10]
+        assert conditional.label_of(None) == 10
+
+    @pytest.mark.parametrize("label", [-1, 11, 1.0, "3", True, np.int64(-1), 2**63])
+    def test_others_are_refused(self, conditional, label):
+        with pytest.raises(BundleError, match=r"label .* is outside 0 … 9, the classes of tiny.epsrt"):
+            conditional.label_of(label)
+
+    def test_none_needs_a_null_label(self, copy_of, bundle_path):
+        path = copy_of(bundle_path)
+        forge(path, change(null_label=None))
+        without = Bundle.open(path)
+        with pytest.raises(BundleError, match="tiny.epsrt needs labels, 0 … 9, and knows no null label"):
+            without.label_of(None)
+        with pytest.raises(BundleError, match="label 10 is outside"):
+            without.label_of(10)
+
+    def test_unconditional_bundles_take_none_alone(self, unconditional):
+        assert not unconditional.labelled
+        assert unconditional.label_of(None) == 0
+        with pytest.raises(BundleError, match="label 0 was given, but plain.epsrt is unconditional: leave labels out"):
+            unconditional.label_of(0)
+
+
+@pytest.mark.parametrize("name", [GOLDEN, PARITY])
+def test_damage_behind_a_right_hash_is_a_bundle_error(bundle, name):
+    (bundle / name).write_bytes(b"{]")
+    forge(bundle)
+    opened = Bundle.open(bundle)
+    with pytest.raises(BundleError, match=name):
+        opened.golden() if name == GOLDEN else opened.parity()
+
+
+def test_golden_and_parity_can_be_read(small_bundle_path):
+    opened = Bundle.open(small_bundle_path)
+    assert opened.golden()["states.x"].shape == (25, 1, 8, 8)
+    assert all(rung.passed for rung in opened.parity())
+
+
+@pytest.mark.parametrize("where", ["../outside.bin", "sub/../../outside.bin", "./../outside.bin", "absolute"])
+def test_weights_outside_the_bundle_are_never_read(bundle, where):
+    """The outside file holds the right weights: an engine that read it would work."""
+    outside = bundle.parent / "outside.bin"
+    shutil.copy(bundle / "weights-fp32.bin", outside)
+    location = str(outside) if where == "absolute" else where
+    edit_graph(bundle / "step-fp32.onnx", lambda model: move_weights(model, location))
+    forge(bundle)
+    opened = Bundle.open(bundle)  # the graph is no file of the manifest's: only an engine can see into it
+    with opens_of(outside) as read, pytest.raises(EngineError, match="step-fp32.onnx"):
+        open_engine(opened)
+    assert not read
+
+
+def test_the_watch_on_outside_files_works(tmp_path):
+    (tmp_path / "some").write_bytes(b"x")
+    with opens_of(tmp_path / "some") as read:
+        (tmp_path / "some").read_bytes()
+    assert len(read) == 1

@@ -1,0 +1,311 @@
+"""epsrt.sampler: the same samples however they are asked for, and what it refuses."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from epsrt import BundleError, EpsrtError, Plan, Sampler, noise, to_images
+from epsrt.spacing import timesteps
+from epsrt_trainer.sample import ddim_loop, ddpm_loop
+
+STEPS = 8
+
+
+def close(a, b, atol=1e-5):
+    np.testing.assert_allclose(a, b, rtol=0, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def ten(engine):
+    """What the tests compare with: ten DDPM samples of seed 5, one a class."""
+    return Sampler(engine).sample(10, method="ddpm", steps=STEPS, seed=5, labels=range(10), batch=5)
+
+
+def test_samples_are_float32_images_in_range(ten):
+    assert ten.shape == (10, 1, 8, 8)
+    assert ten.dtype == np.float32
+    assert np.abs(ten).max() <= 1 + 1e-6
+    assert 0.2 < ten.std() < 1
+    assert len(np.unique(ten.reshape(10, -1), axis=0)) == 10
+
+
+@pytest.mark.parametrize("loop", [ddpm_loop, ddim_loop])
+def test_samples_are_pytorchs(sampler, network, schedule, loop):
+    """The whole way, against a loop written from the paper on the module that was exported."""
+    label, index = [3, 10, 7, 0], np.arange(4)
+    ts = timesteps(schedule.T, STEPS, "linspace")
+    x = torch.from_numpy(noise.normals(11, index, noise.START, 0, 64).reshape(4, 1, 8, 8))
+
+    def draw(i):
+        return torch.from_numpy(noise.normals(11, index, noise.STEP, i, 64).reshape(4, 1, 8, 8))
+
+    truth = loop(network, schedule, x, ts, draw, label=torch.tensor(label))
+    method = loop.__name__.removesuffix("_loop")
+    mine = sampler.sample(method=method, steps=STEPS, spacing="linspace", seed=11, labels=label)
+    close(mine, truth.numpy(), atol=3e-5)
+
+
+@pytest.mark.parametrize("batch", [None, 1, 2, 3, 8])
+def test_batches_do_not_matter(sampler, ten, batch):
+    close(sampler.sample(10, method="ddpm", steps=STEPS, seed=5, labels=range(10), batch=batch), ten)
+
+
+def test_the_same_call_gives_the_same_bits(sampler, ten):
+    again = sampler.sample(10, method="ddpm", steps=STEPS, seed=5, labels=range(10), batch=5)
+    np.testing.assert_array_equal(again, ten)
+
+
+def test_first_continues_a_run(sampler, ten):
+    rest = sampler.sample(4, method="ddpm", steps=STEPS, seed=5, first=6, labels=range(6, 10))
+    close(rest, ten[6:])
+
+
+def test_seeds_are_samples_of_index_first(sampler):
+    seeds = [9, 2**64 - 1, 0, 9]
+    mine = sampler.sample(seeds=seeds, method="ddpm", steps=STEPS, first=3)
+    for i, seed in enumerate(seeds):
+        close(mine[i], sampler.sample(1, seed=seed, method="ddpm", steps=STEPS, first=3)[0])
+    np.testing.assert_array_equal(mine[0], mine[3])
+    assert np.abs(mine[0] - mine[1]).max() > 0.1
+    close(sampler.sample(seeds=np.array([9, 0], np.uint64), method="ddpm", steps=STEPS, first=3), mine[[0, 2]])
+
+
+def test_labels_one_for_all_a_list_or_none(sampler):
+    options = {"steps": STEPS, "seed": 2}
+    close(sampler.sample(3, labels=4, **options), sampler.sample(3, labels=[4, 4, 4], **options))
+    close(sampler.sample(3, **options), sampler.sample(3, labels=[10, None, 10], **options))
+    close(sampler.sample(labels=np.array([1, 2]), **options), sampler.sample(2, labels=range(1, 3), **options))
+    a, b, none = (sampler.sample(1, labels=label, **options) for label in (1, 2, None))
+    assert min(np.abs(a - b).max(), np.abs(a - none).max()) > 1e-2
+
+
+def test_n_is_implied_or_one(sampler, plain_sampler):
+    assert len(sampler.sample(steps=2)) == 1
+    assert len(sampler.sample(steps=2, labels=range(3))) == 3
+    assert len(sampler.sample(steps=2, seeds=[1, 2])) == 2
+    assert len(sampler.sample(steps=2, seeds=[1, 2], labels=[3, 4])) == 2
+    assert plain_sampler.sample(np.int64(2), steps=2).shape == (2, 3, 8, 8)
+
+
+def test_a_plan_is_what_the_method_makes(sampler):
+    plan = sampler.plan("ddim", STEPS, eta=0.5, spacing="linspace")
+    mine = sampler.sample(2, plan=plan, seed=1)
+    np.testing.assert_array_equal(mine, sampler.sample(2, steps=STEPS, eta=0.5, spacing="linspace", seed=1))
+    assert np.abs(mine - sampler.sample(2, steps=STEPS, seed=1)).max() > 1e-2
+
+
+def test_plans_clip_to_the_value_range_unless_told(sampler):
+    assert (sampler.plan()["clip"] == 1).all()
+    assert len(sampler.plan()) == 50
+    assert (sampler.plan(clip=None)["clip"] > 1e20).all()
+    assert sampler.plan(timesteps=[5, 0])["t"].tolist() == [5, 0]
+
+
+def test_a_plan_of_ones_own_runs(sampler):
+    plan = Plan.of("half the start", start=(0.0, 0.5), t=0.0, a=1.0)
+    z = noise.normals(6, np.arange(2), noise.START, 0, 64).reshape(2, 1, 8, 8)
+    np.testing.assert_array_equal(sampler.sample(2, plan=plan, seed=6), z / 2)
+
+
+def test_defaults_are_ddim_50_and_seed_0(plain_sampler):
+    mine = plain_sampler.sample(2)
+    np.testing.assert_array_equal(mine, plain_sampler.sample(2, method="ddim", steps=50, seed=0, first=0, eta=0.0))
+
+
+def test_precisions_nearly_agree(bundle_path, sampler):
+    with Sampler.open(bundle_path, precision="fp16", threads=1) as half:
+        options = {"method": "ddpm", "steps": STEPS, "labels": range(4)}
+        a, b = half.sample(**options), sampler.sample(**options)
+    assert 0 < np.abs(a - b).max() < 0.1
+
+
+class TestStream:
+    @pytest.mark.parametrize(("every", "count"), [(1, 8), (3, 3), (8, 1), (100, 1)])
+    def test_yields_every_so_many_rows_and_ends_with_the_samples(self, sampler, every, count):
+        options = {"method": "ddpm", "steps": STEPS, "seed": 3, "labels": [1, 2, 3]}
+        previews = list(sampler.stream(**options, every=every))
+        assert len(previews) == count
+        assert all(p.shape == (3, 1, 8, 8) and p.dtype == np.float32 for p in previews)
+        np.testing.assert_array_equal(previews[-1], sampler.sample(**options))
+        assert all(np.abs(p).max() <= 1 for p in previews[:-1])  # estimates of x0, clipped; not noise
+
+    def test_more_than_a_batch_at_once(self, sampler):
+        options = {"steps": STEPS, "seed": 3, "labels": range(5)}
+        previews = list(sampler.stream(**options, batch=2))
+        assert previews[0].shape == (5, 1, 8, 8)
+        close(previews[-1], sampler.sample(**options))
+
+    def test_can_be_left_early(self, sampler):
+        stream = sampler.stream(2, steps=STEPS, seed=3)
+        first = next(stream)
+        stream.close()
+        np.testing.assert_array_equal(first, next(sampler.stream(2, steps=STEPS, seed=3)))
+
+    def test_refuses_before_the_first_step(self, sampler):
+        with pytest.raises(EpsrtError, match="every = 0"):
+            sampler.stream(1, every=0)
+        with pytest.raises(EpsrtError, match="n = 0"):
+            sampler.stream(0)
+
+
+class TestOnStep:
+    def test_counts_rows_of_all_batches(self, sampler):
+        seen = []
+        sampler.sample(5, steps=STEPS, batch=2, on_step=lambda done, total: seen.append((done, total)))
+        assert seen == [(i + 1, 3 * STEPS) for i in range(3 * STEPS)]
+
+    def test_every(self, sampler):
+        seen = []
+        sampler.sample(3, steps=STEPS, batch=2, every=3, on_step=lambda done, total: seen.append(done))
+        assert seen == [3, 6, 8, 11, 14, 16]
+
+    def test_does_not_change_the_samples(self, sampler, ten):
+        options = {"method": "ddpm", "steps": STEPS, "seed": 5, "labels": range(10), "batch": 5}
+        np.testing.assert_array_equal(sampler.sample(10, **options, every=3, on_step=lambda done, total: None), ten)
+
+    def test_false_stops_with_the_x0_estimates_of_samples_in_work(self, sampler):
+        seen = []
+
+        def stop(done, total):
+            seen.append(done)
+            return done < 3
+
+        options = {"steps": STEPS, "seed": 3, "labels": [1, 2]}
+        stopped = sampler.sample(**options, on_step=stop)
+        assert seen == [1, 2, 3]
+        previews = list(sampler.stream(**options))
+        np.testing.assert_array_equal(stopped, previews[2])
+
+    def test_false_in_a_later_batch_keeps_the_finished_samples(self, sampler):
+        options = {"steps": STEPS, "seed": 3, "batch": 2}
+        whole = sampler.sample(6, **options)
+        stopped = sampler.sample(6, **options, on_step=lambda done, total: done < STEPS + 2)
+        assert len(stopped) == 4
+        np.testing.assert_array_equal(stopped[:2], whole[:2])
+        assert np.abs(stopped[2:] - whole[2:4]).max() > 1e-3
+
+    @pytest.mark.parametrize(("at", "count"), [(STEPS, 2), (2 * STEPS, 4), (3 * STEPS, 6)])
+    def test_false_at_the_end_of_a_batch_gives_whole_samples(self, sampler, at, count):
+        options = {"steps": STEPS, "seed": 3, "batch": 2}
+        stopped = sampler.sample(6, **options, on_step=lambda done, total: done < at)
+        np.testing.assert_array_equal(stopped, sampler.sample(6, **options)[:count])
+
+    @pytest.mark.parametrize("value", [None, 0, True])
+    def test_only_false_stops(self, sampler, value):
+        assert len(sampler.sample(4, steps=2, batch=2, on_step=lambda done, total: value)) == 4
+
+    def test_an_error_in_it_reaches_the_caller_and_spoils_nothing(self, sampler):
+        def fail(done, total):
+            raise KeyError("mine")
+
+        before = sampler.sample(2, steps=STEPS, seed=1)
+        with pytest.raises(KeyError, match="mine"):
+            sampler.sample(2, steps=STEPS, seed=9, on_step=fail)
+        np.testing.assert_array_equal(sampler.sample(2, steps=STEPS, seed=1), before)
+
+
+def test_two_threads_at_once_equal_serial_results_bitwise(sampler):
+    requests = [{"method": m, "seed": s, "labels": [s, 1, 2]} for s in range(4) for m in ("ddpm", "ddim")]
+    serial = [sampler.sample(steps=STEPS, **r) for r in requests]
+    with ThreadPoolExecutor(2) as pool:
+        parallel = list(pool.map(lambda r: sampler.sample(steps=STEPS, **r), requests))
+    for a, b in zip(serial, parallel, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_lanes_are_kept_for_the_next_call(sampler):
+    sampler.sample(3, steps=2)
+    (kept,) = sampler._free[3]
+    sampler.sample(3, steps=2, seed=1)
+    assert sampler._free[3] == [kept]
+
+
+def test_closing_closes_the_lanes_and_the_engine(plain_bundle_path):
+    with Sampler.open(plain_bundle_path, threads=1) as opened:
+        opened.sample(2, steps=2)
+        (lanes,) = opened._free[2]
+    assert not opened._free
+    assert not lanes._bindings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n": 0}, "n = 0: ask for at least 1 sample"),
+        ({"n": -1}, "n = -1: ask for at least 1"),
+        ({"n": 2.0}, "n = 2.0: ask for at least 1"),
+        ({"n": True}, "n = True: ask for at least 1"),
+        ({"labels": []}, "n = 0: ask for at least 1"),
+        ({"n": 3, "labels": [1, 2]}, "2 labels for 3 samples: give one each"),
+        ({"n": 3, "seeds": [1]}, "1 seeds for 3 samples: give one each"),
+        ({"seeds": [1, 2], "labels": [1]}, "1 labels for 2 samples: give one each"),
+        ({"seed": -1}, r"seed -1 is outside 0 … 2\^64 − 1"),
+        ({"seed": 2**64}, "seed 18446744073709551616 is outside"),
+        ({"seed": 1.5}, "seed 1.5 is not an integer"),
+        ({"seed": True}, "seed True is not an integer"),
+        ({"seeds": [1, -1]}, "seed -1 is outside"),
+        ({"seeds": [1, 2**64]}, "seed 18446744073709551616 is outside"),
+        ({"seeds": [1, 2.5]}, "seed 2.5 is not an integer"),
+        ({"seeds": ["7"]}, "seed '7' is not an integer"),
+        ({"first": -1}, "sample index -1 is outside"),
+        ({"first": 2**32 - 1, "n": 2}, "sample index 4294967296 is outside"),
+        ({"first": 0.5}, "sample index 0.5 is not an integer"),
+        ({"every": 0, "on_step": print}, "every = 0: give at least 1"),
+        ({"batch": 0}, "batch = 0 is outside 1 … 8, the bundle's largest"),
+        ({"batch": 9}, "batch = 9 is outside 1 … 8"),
+        ({"steps": 0}, "steps = 0 is outside 1 … 100"),
+        ({"steps": 101}, "steps = 101 is outside 1 … 100"),
+        ({"method": "euler"}, "method 'euler' is unknown"),
+        ({"labels": 11}, "label 11 is outside 0 … 9"),
+        ({"labels": [0, -1]}, "label -1 is outside 0 … 9"),
+        ({"labels": 1.5}, "label 1.5 is outside"),
+        ({"labels": "3"}, "label '3' is outside"),
+        ({"churn": 1.0}, "ddim takes no option 'churn'"),
+        ({"eta": 2.0}, "eta = 2.0 is outside"),
+    ],
+)
+@pytest.mark.parametrize("call", ["sample", "stream"])
+def test_refusals_name_the_value(sampler, arguments, message, call):
+    if call == "stream" and "on_step" in arguments:
+        arguments = {"every": 0}
+    with pytest.raises(EpsrtError, match=message):
+        getattr(sampler, call)(**{"steps": 2} | arguments)
+
+
+def test_options_beside_a_plan_are_refused(sampler):
+    with pytest.raises(EpsrtError, match="eta was given beside a plan, which has settled it"):
+        sampler.sample(1, plan=sampler.plan(), eta=0.5)
+
+
+def test_plans_that_need_another_graph_are_refused(sampler):
+    with pytest.raises(EpsrtError, match=r"plan 'guided' uses guidance \(column 'w'\)"):
+        sampler.sample(1, plan=Plan.of("guided", t=0.0, a=1.0, w=3.0))
+
+
+def test_labels_of_an_unconditional_bundle_are_refused(plain_sampler):
+    with pytest.raises(BundleError, match="label 0 was given, but plain.epsrt is unconditional"):
+        plain_sampler.sample(2, labels=[0, 1])
+
+
+class TestToImages:
+    def test_values(self):
+        samples = np.array([-1, -0.5, 0, 1, -2, 5, 2 / 255 - 1, 2.9 / 255 - 1], np.float32).reshape(1, 1, 2, 4)
+        images = to_images(samples)
+        assert images.dtype == np.uint8
+        assert images.shape == (1, 2, 4, 1)
+        assert images.ravel().tolist() == [0, 64, 128, 255, 0, 255, 1, 1]
+        assert images.flags.c_contiguous
+
+    def test_value_range_and_channel_order(self, plain_sampler):
+        samples = np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2)
+        images = to_images(samples, (0.0, 255.0))
+        assert images.shape == (2, 2, 2, 3)
+        np.testing.assert_array_equal(images, samples.transpose(0, 2, 3, 1))
+        np.testing.assert_array_equal(plain_sampler.to_images(samples), to_images(samples, (-1.0, 1.0)))
+
+    @pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (1, 1, 1, 8, 8)])
+    def test_other_shapes_are_refused(self, shape):
+        with pytest.raises(EpsrtError, match=r"to_images takes \[n, C, H, W\], not \["):
+            to_images(np.zeros(shape, np.float32))

@@ -1,0 +1,161 @@
+"""epsrt.schedule: ᾱ against closed forms and diffusers, and what it refuses."""
+
+import math
+from dataclasses import FrozenInstanceError
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
+
+from epsrt import EpsrtError, Schedule
+
+RANGE = (1e-4, 0.02)
+DIFFUSERS = {
+    "linear": "linear",
+    "scaled-linear": "scaled_linear",
+    "cosine": "squaredcos_cap_v2",
+    "sigmoid": "sigmoid",
+}
+
+
+def product(betas):
+    """∏ (1 − β), by an exactly rounded sum of logarithms."""
+    logs = [math.log1p(-b) for b in betas]
+    return np.array([math.exp(math.fsum(logs[: t + 1])) for t in range(len(logs))])
+
+
+def betas_of(kind, T):
+    start, end = RANGE
+    share = [t / (T - 1) for t in range(T)]
+    match kind:
+        case "linear":
+            return [start + (end - start) * s for s in share]
+        case "scaled-linear":
+            return [(math.sqrt(start) + (math.sqrt(end) - math.sqrt(start)) * s) ** 2 for s in share]
+        case "sigmoid":
+            return [start + (end - start) / (1 + math.exp(6 - 12 * s)) for s in share]
+
+
+@pytest.mark.parametrize("T", [2, 37, 1000])
+@pytest.mark.parametrize("kind", ["linear", "scaled-linear", "sigmoid"])
+def test_alpha_bar_is_the_product_of_the_betas_closed_form(kind, T):
+    schedule = Schedule(kind, T, *RANGE)
+    np.testing.assert_allclose(schedule.beta, betas_of(kind, T), rtol=0, atol=1e-15)
+    np.testing.assert_allclose(schedule.alpha_bar, product(betas_of(kind, T)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("T", [4, 50, 1000])
+def test_cosine_alpha_bar_has_its_own_closed_form(T):
+    def f(t):
+        return math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    bar = np.array([f(t + 1) / f(0) for t in range(T)])
+    schedule = Schedule("cosine", T)
+    np.testing.assert_allclose(schedule.alpha_bar[:-1], bar[:-1], rtol=0, atol=1e-12)
+    assert schedule.beta[-1] == 0.999  # the last would be 1
+    assert schedule.alpha_bar[-1] == pytest.approx(bar[-2] * 1e-3, rel=1e-9)
+
+
+def test_given_betas_are_used_as_they_are():
+    betas = [0.1, 0.5, 0.25]
+    schedule = Schedule.given(betas)
+    assert (schedule.T, schedule.betas) == (3, tuple(betas))
+    np.testing.assert_allclose(schedule.alpha_bar, [0.9, 0.45, 0.3375], rtol=0, atol=1e-15)
+    np.testing.assert_array_equal(schedule.beta, betas)
+
+
+@pytest.mark.parametrize("T", [100, 1000])
+@pytest.mark.parametrize("kind", DIFFUSERS)
+def test_alpha_bar_agrees_with_diffusers(kind, T):
+    theirs = DDPMScheduler(T, *RANGE, beta_schedule=DIFFUSERS[kind]).alphas_cumprod.numpy()
+    np.testing.assert_allclose(Schedule(kind, T, *RANGE).alpha_bar, theirs, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", DIFFUSERS)
+def test_zero_snr_agrees_with_diffusers(kind):
+    plain = DDPMScheduler(1000, *RANGE, beta_schedule=DIFFUSERS[kind])
+    betas = rescale_zero_terminal_snr(plain.betas.double())
+    theirs = torch.cumprod(1 - betas, 0).numpy()
+    schedule = Schedule(kind, 1000, *RANGE, zero_snr=True)
+    assert schedule.alpha_bar[-1] == 0
+    assert schedule.snr[-1] == 0
+    np.testing.assert_allclose(schedule.alpha_bar, theirs, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(schedule.beta, betas, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", DIFFUSERS)
+def test_zero_snr_keeps_the_first_step_and_moves_the_last_to_zero(kind):
+    plain, zero = Schedule(kind, 200), Schedule(kind, 200, zero_snr=True)
+    root, last = np.sqrt(plain.alpha_bar), np.sqrt(plain.alpha_bar[-1])
+    closed = ((root - last) * root[0] / (root[0] - last)) ** 2  # arXiv 2305.08891, algorithm 1
+    np.testing.assert_allclose(zero.alpha_bar, closed, rtol=0, atol=1e-12)
+    assert zero.alpha_bar[0] == pytest.approx(plain.alpha_bar[0], abs=1e-15)
+
+
+@pytest.mark.parametrize("schedule", [Schedule(), Schedule("cosine", 64), Schedule("sigmoid", zero_snr=True)])
+def test_alpha_bar_beta_and_snr_belong_together(schedule):
+    A = schedule.alpha_bar
+    assert A.dtype == schedule.beta.dtype == schedule.snr.dtype == np.float64
+    assert (np.diff(A) < 0).all()
+    np.testing.assert_allclose(np.cumprod(1 - schedule.beta), A, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(schedule.snr, A / (1 - A), rtol=1e-15)
+
+
+def test_defaults_are_ddpms():
+    assert Schedule() == Schedule("linear", 1000, 1e-4, 0.02, (), False)
+    assert hash(Schedule()) == hash(Schedule())
+
+
+def test_one_step_schedules():
+    assert Schedule(T=1).alpha_bar == pytest.approx([1 - 1e-4])
+    assert Schedule(T=1, zero_snr=True).alpha_bar.tolist() == [0]
+
+
+@pytest.mark.parametrize("name", ["alpha_bar", "beta", "snr"])
+def test_nobody_can_change_a_schedule(name):
+    schedule = Schedule(T=5)
+    with pytest.raises(ValueError, match="read-only"):
+        getattr(schedule, name)[0] = 1
+    with pytest.raises(FrozenInstanceError):
+        schedule.T = 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "exponential"}, "'exponential' is unknown: use one of linear, scaled-linear"),
+        ({"kind": "given"}, "a given schedule needs betas"),
+        ({"kind": "linear", "betas": (0.1,)}, "a linear schedule takes no betas"),
+        ({"kind": "given", "T": 3, "betas": (0.1, 0.2)}, "T is 3 but 2 betas are given"),
+        ({"T": 0}, "not T = 0"),
+        ({"T": -5}, "not T = -5"),
+        ({"T": 1_000_001}, "not T = 1000001"),
+        ({"T": 100.0}, "not T = 100.0"),
+        ({"T": True}, "not T = True"),
+        ({"beta_start": 0.0}, r"beta\[0\] = 0 is outside \(0, 1\)"),
+        ({"beta_start": -1e-4}, r"beta\[0\] = -0.0001 is outside"),
+        ({"beta_end": 1.0}, r"beta\[999\] = 1 is outside"),
+        ({"beta_end": math.nan}, "= nan is outside"),
+        ({"beta_end": math.inf}, "is outside"),
+        ({"kind": "scaled-linear", "beta_start": -1e-4}, r"beta\[0\] = -0.0001"),
+        ({"kind": "given", "T": 2, "betas": (0.1, 1.0)}, r"beta\[1\] = 1 is outside"),
+        ({"kind": "given", "T": 2, "betas": (0.1, 1.0), "zero_snr": True}, r"beta\[1\] = 1 is outside"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_refusals_name_the_value(arguments, message):
+    with pytest.raises(EpsrtError, match=message):
+        Schedule(**arguments)
+
+
+@pytest.mark.parametrize("betas", [0.1, [[0.1, 0.2]]])
+def test_given_takes_a_list(betas):
+    with pytest.raises(EpsrtError, match="betas must be a list of numbers"):
+        Schedule.given(betas)
+
+
+def test_given_without_betas_is_refused():
+    with pytest.raises(EpsrtError, match="a given schedule needs betas"):
+        Schedule.given([])

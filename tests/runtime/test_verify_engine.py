@@ -1,0 +1,163 @@
+"""epsrt.verify: a good bundle passes, a damaged weight does not, and the figures are what they say."""
+
+import numpy as np
+import pytest
+from helpers import edit_graph, forge, weights
+
+from epsrt import Bundle, BundleError, open_engine, verify
+from epsrt.bundle import GOLDEN
+from epsrt.verify import LIMITS, network_outputs, relative_l2, worst_psnr
+
+NAMES = ["network", "ddim-50", "ddpm-100", "batch"]
+
+
+def measured(path, precision="fp32", **more):
+    engine = open_engine(Bundle.open(path), precision=precision, threads=1)
+    try:
+        return {rung.name: rung for rung in verify(engine, **more)}
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_good_bundle_passes_every_rung(bundle_path, precision):
+    rungs = measured(bundle_path, precision)
+    assert list(rungs) == NAMES
+    assert all(rung.passed for rung in rungs.values())
+    step, psnr = LIMITS["cpu", precision]
+    assert (rungs["network"].limit, rungs["ddim-50"].limit, rungs["batch"].limit) == (step, psnr, step)
+    assert {(rung.engine, rung.precision) for rung in rungs.values()} == {("onnxruntime", precision)}
+    assert [rung.unit for rung in rungs.values()] == ["relative L2", "dB", "dB", "relative L2"]
+    assert rungs["network"].figure > 0  # a comparison, not of a thing with itself
+
+
+def test_limits_are_the_designs():
+    assert LIMITS["cpu", "fp32"] == (2e-6, 100.0)
+    assert LIMITS["cpu", "fp16"] == (1e-3, 55.0)
+
+
+def test_errors_are_given_by_timestep_across_the_schedule(bundle_path):
+    network = measured(bundle_path, "fp16")["network"]
+    ts = [t for t, _ in network.by_timestep]
+    assert len(ts) >= 20
+    assert ts == sorted(set(ts))
+    assert (ts[0], ts[-1]) == (0, 99)
+    worst = max(network.by_timestep, key=lambda pair: pair[1])
+    assert network.where == f"t = {worst[0]}"
+    assert network.figure == worst[1]
+
+
+def test_what_it_measures_is_what_the_export_stored(bundle_path):
+    stored = {(r.name, r.precision): r for r in Bundle.open(bundle_path).parity()}
+    for precision in ("fp32", "fp16"):
+        for name, rung in measured(bundle_path, precision).items():
+            assert rung.figure == pytest.approx(stored[name, precision].figure, rel=0.2)
+            assert rung.limit == stored[name, precision].limit
+
+
+def test_trajectories_have_not_collapsed(bundle_path):
+    """Otherwise agreement would be cheap."""
+    golden = Bundle.open(bundle_path).golden()
+    for name in ("ddim-50", "ddpm-100"):
+        x = golden[f"{name}.x"]
+        assert 0.2 < x.std() < 1
+        assert (np.abs(x) < 0.999).mean() > 0.3
+        assert np.abs(x[0] - x[1]).max() > 0.3
+    out = golden["states.out"]
+    assert 0.3 < np.sqrt(np.square(out).mean()) < 2
+
+
+@pytest.mark.parametrize("name", ["up.0.conv1.weight", "middle.0.attention.qkv.weight", "label_embed.weight"])
+def test_a_damaged_weight_is_found(copy_of, bundle_path, name):
+    path = copy_of(bundle_path)
+    values = weights(path, name)
+    values[-1] *= 1.001
+    values.flush()
+    forge(path)
+    rungs = measured(path)
+    assert not rungs["network"].passed
+    assert rungs["batch"].passed  # it is wrong in the same way in every batch
+
+
+def test_damage_at_one_timestep_is_found_there(copy_of, small_bundle_path):
+    path = copy_of(small_bundle_path)
+    weights(path, "time_embed.weight")[99] += 0.01
+    forge(path)
+    network = measured(path)["network"]
+    assert not network.passed
+    assert network.where == "t = 99"
+    assert all(error <= network.limit for t, error in network.by_timestep if t != 99)
+
+
+def test_nan_is_a_miss_and_no_exception(copy_of, small_bundle_path):
+    path = copy_of(small_bundle_path)
+    weights(path, "time_embed.weight")[:] = np.nan
+    forge(path)
+    rungs = measured(path)
+    assert list(rungs) == NAMES
+    assert not any(rung.passed for rung in rungs.values())
+    assert all(rung.figure is None and "not finite" in rung.where for rung in rungs.values())
+
+
+def test_a_wrong_step_is_found_by_the_trajectories_alone(copy_of, small_bundle_path):
+    """The affine step's noise is dropped: the network is as it was."""
+
+    def drop_noise(model):
+        (node,) = [node for node in model.graph.node if "z" in node.input]
+        node.input[list(node.input).index("z")] = "m"
+
+    path = copy_of(small_bundle_path)
+    edit_graph(path / "step-fp32.onnx", drop_noise)
+    edit_graph(path / "step-fp32.onnx", lambda model: None)
+    forge(path)
+    engine_refuses = False
+    try:
+        rungs = measured(path)
+    except ValueError:
+        engine_refuses = True  # onnxruntime may drop the input that nothing uses
+    assert engine_refuses or (rungs["network"].passed and not rungs["ddpm-100"].passed)
+
+
+def test_progress_goes_from_0_to_1(small_bundle_path):
+    told = []
+    measured(small_bundle_path, on_progress=lambda name, fraction: told.append((name, fraction)))
+    assert list(dict.fromkeys(name for name, _ in told)) == NAMES
+    for name in NAMES:
+        fractions = [fraction for each, fraction in told if each == name]
+        assert fractions == sorted(fractions)
+        assert fractions[-1] == 1.0
+
+
+@pytest.mark.parametrize("lacks", ["states.out", "rows"])
+def test_a_golden_file_that_lacks_something_is_named(copy_of, small_bundle_path, lacks):
+    from safetensors.numpy import load_file, save_file
+
+    path = copy_of(small_bundle_path)
+    kept = {key: value for key, value in load_file(path / GOLDEN).items() if not key.endswith(lacks)}
+    save_file(kept, path / GOLDEN)
+    forge(path)
+    with pytest.raises(BundleError, match="the golden file lacks its states or trajectories: export again"):
+        measured(path)
+
+
+def test_network_outputs_are_the_networks_in_any_batch(engine, network):
+    import torch
+
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((5, 1, 8, 8), np.float32)
+    t, label = np.array([0, 30, 99, 30, 7], np.float32), np.array([0, 10, 3, 4, 5])
+    with torch.no_grad():
+        truth = network(torch.from_numpy(x), torch.from_numpy(t), torch.from_numpy(label)).numpy()
+    for batch in (1, 2, 5, 8):
+        assert relative_l2(network_outputs(engine, x, t, label, batch), truth) < 2e-6
+
+
+def test_figures():
+    a = np.array([3.0, 4.0])
+    assert relative_l2(a, a) == 0
+    assert relative_l2(a + [0, 0.5], a) == pytest.approx(0.1)
+    images = np.zeros((2, 1, 2, 2), np.float32)
+    other = images.copy()
+    other[1] += 0.2
+    assert worst_psnr(other, images, (-1.0, 1.0)) == pytest.approx(20.0, abs=1e-5)
+    assert worst_psnr(other[:1], images[:1], (-1.0, 1.0)) == 300

@@ -1,0 +1,154 @@
+from math import sqrt
+
+import pytest
+import torch
+from PIL import Image
+
+from epsrt.errors import EpsrtError
+from epsrt.schedule import Schedule
+from epsrt_trainer.grid import picture, save_grid
+from epsrt_trainer.sample import ddim_loop, ddpm_loop, guided
+
+S = Schedule("linear", T=100)
+g = torch.Generator
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=g().manual_seed(seed))
+
+
+X = draw(0, 2, 1, 3, 3)
+ALL = list(range(99, -1, -1))
+SUB = [99, 70, 40, 11, 3]
+
+
+def noise(i: int) -> torch.Tensor:
+    return draw(100 + i, 2, 1, 3, 3)
+
+
+def toy(x, t, label=None):
+    return torch.tanh(x) * (0.5 + t[:, None, None, None].double() / 200)
+
+
+def oracle(mean: float, variance: float, prediction: str = "epsilon"):
+    """The exact network for data ~ N(mean, variance)."""
+
+    def network(x, t, label=None):
+        bar = float(S.alpha_bar[int(t[0])])
+        a, s = sqrt(bar), sqrt(1 - bar)
+        x0 = mean + a * variance / (bar * variance + 1 - bar) * (x - a * mean)
+        eps = (x - a * x0) / s
+        return {"epsilon": eps, "x0": x0, "v": a * eps - s * x0}[prediction]
+
+    return network
+
+
+def test_ddpm_is_algorithm_2_when_unclipped():
+    x = X
+    for i, t in enumerate(ALL):
+        beta, bar = float(S.beta[t]), float(S.alpha_bar[t])
+        mean = (x - beta / sqrt(1 - bar) * toy(x, torch.full((2,), float(t)))) / sqrt(1 - beta)  # DDPM eq. 11
+        x = mean + sqrt(beta) * noise(i) if t else mean
+    got = ddpm_loop(toy, S, X, ALL, noise, clip=None, variance="fixed_large")
+    torch.testing.assert_close(got, x, rtol=1e-9, atol=1e-9)
+
+
+def test_eta_1_is_ddpm_on_any_subsequence():
+    a = ddim_loop(toy, S, X, SUB, noise, eta=1.0, clip=None)
+    b = ddpm_loop(toy, S, X, SUB, noise, clip=None)
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+@pytest.mark.parametrize("clip", [None, 0.7])
+def test_parameterizations_agree(prediction, clip):
+    for loop in (ddim_loop, ddpm_loop):
+        a = loop(oracle(0.2, 0.3), S, X, SUB, noise, clip=clip)
+        b = loop(oracle(0.2, 0.3, prediction), S, X, SUB, noise, prediction=prediction, clip=clip)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_variance_and_last_step():
+    x = X
+    t = torch.full((2,), 0.0)
+    assert torch.equal(ddpm_loop(toy, S, x, [0], noise), ddpm_loop(toy, S, x, [0], lambda i: 1 / 0))  # no noise asked
+    assert torch.equal(ddim_loop(toy, S, x, [0], eta=0.0), ddim_loop(toy, S, x, [0], lambda i: 1 / 0, eta=1.0))
+    bar = float(S.alpha_bar[0])
+    x0 = ((x - sqrt(1 - bar) * toy(x, t)) / sqrt(bar)).clamp(-1, 1)
+    torch.testing.assert_close(ddpm_loop(toy, S, x, [0], noise), x0)  # ᾱ = 1 after the last: x is x0
+    torch.testing.assert_close(ddim_loop(toy, S, x, [0]), x0)
+    small = ddpm_loop(toy, S, X, SUB, noise)
+    assert not torch.allclose(small, ddpm_loop(toy, S, X, SUB, noise, variance="fixed_large"))
+
+
+def test_ddim_keeps_the_networks_epsilon_where_x0_is_clipped():
+    x = 3 * X
+    bar, prev = float(S.alpha_bar[50]), float(S.alpha_bar[20])
+    seen = []
+    ddim_loop(toy, S, x, [50, 20], clip=0.5, on_step=lambda i, new, x0: seen.append((i, new, x0)))
+    eps = toy(x, torch.full((2,), 50.0))
+    x0 = ((x - sqrt(1 - bar) * eps) / sqrt(bar)).clamp(-0.5, 0.5)
+    assert [i for i, _, _ in seen] == [0, 1]
+    assert float(seen[0][2].abs().max()) == 0.5
+    torch.testing.assert_close(seen[0][2], x0)
+    torch.testing.assert_close(seen[0][1], sqrt(prev) * x0 + sqrt(1 - prev) * eps)
+
+
+def test_the_law_of_gaussian_data_comes_out():
+    x = draw(1, 4000, 1, 1, 1)
+    z = g().manual_seed(7)
+    fresh = lambda i: torch.randn(x.shape, dtype=torch.float64, generator=z)  # noqa: E731
+    network = oracle(0.4, 0.09)
+    schedule_ends_near_noise = float(S.alpha_bar[-1])
+    assert schedule_ends_near_noise < 0.4
+    start = (
+        sqrt(schedule_ends_near_noise) * 0.4 + sqrt(schedule_ends_near_noise * 0.09 + 1 - schedule_ends_near_noise) * x
+    )
+    for out in (ddpm_loop(network, S, start, ALL, fresh, clip=None), ddim_loop(network, S, start, ALL, clip=None)):
+        assert float(out.mean()) == pytest.approx(0.4, abs=0.03)
+        assert float(out.std()) == pytest.approx(0.3, abs=0.02)
+
+
+def test_labels_dtype_and_no_autograd(network, config, schedule):
+    x = torch.randn(2, 1, 4, 4, generator=g().manual_seed(0))
+    label = torch.tensor([0, 2])
+    network.requires_grad_(True)
+    out = ddim_loop(network, schedule, x, [49, 10], label=label)
+    assert out.dtype == torch.float32
+    assert not out.requires_grad
+    assert not torch.equal(out, ddim_loop(network, schedule, x, [49, 10], label=label.flip(0)))
+
+
+def test_guidance(network):
+    x, t, label = torch.ones(2, 1, 4, 4), torch.tensor([5.0, 9.0]), torch.tensor([0, 1])
+    with torch.no_grad():
+        c, u = network(x, t, label), network(x, t, torch.tensor([3, 3]))
+        torch.testing.assert_close(guided(network, 3, 1.0)(x, t, label), c)
+        torch.testing.assert_close(guided(network, 3, 2.5)(x, t, label), u + 2.5 * (c - u))
+    with pytest.raises(EpsrtError, match="needs a label"):
+        guided(network, 3, 2.0)(x, t, None)
+
+
+@pytest.mark.parametrize("ts", [[], [3, 3], [1, 2], [100], [-1]])
+def test_bad_timesteps(ts):
+    with pytest.raises(EpsrtError, match="timesteps must descend within 0 … 99"):
+        ddim_loop(toy, S, X, ts)
+
+
+def test_bad_arguments():
+    with pytest.raises(EpsrtError, match=r"eta = 1\.5"):
+        ddim_loop(toy, S, X, SUB, noise, eta=1.5)
+    with pytest.raises(EpsrtError, match="needs noise"):
+        ddim_loop(toy, S, X, SUB, eta=0.5)
+    with pytest.raises(EpsrtError, match="'learned' is unknown"):
+        ddpm_loop(toy, S, X, SUB, noise, variance="learned")
+    with pytest.raises(EpsrtError, match="zero terminal SNR"):
+        ddim_loop(toy, Schedule("linear", zero_snr=True), X, [999, 5])
+
+
+def test_grid(tmp_path, network, config, schedule):
+    save_grid(tmp_path / "a.png", network, config, schedule, "epsilon", 0, rows=2, columns=3)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (3 * 5 - 1, 2 * 5 - 1)
+    colours = picture(torch.tensor([-1.0, 1.0, 0.0])[None, :, None, None].expand(1, 3, 2, 2), 1)
+    assert colours.getpixel((0, 0)) == (0, 255, 128)
