@@ -23,7 +23,9 @@ from epsrt.cli import show
 from epsrt.errors import BundleError
 from epsrt.files import sha256, whole_file
 from epsrt_export import export
-from epsrt_trainer import PRESETS, load, train
+from epsrt_trainer.data import load
+from epsrt_trainer.presets import PRESETS
+from epsrt_trainer.train import train
 
 OUT = Path("out")
 CHECKPOINT, BUNDLE, PICTURE = OUT / "digits.safetensors", OUT / "digits.epsrt", OUT / "demo.png"

@@ -187,6 +187,8 @@ def _check_arguments(
         raise EpsrtError(f"max_batch = {max_batch} is outside 1 … 65536")
     if not precisions or set(precisions) - set(DTYPES) or len(set(precisions)) != len(precisions):
         raise EpsrtError(f"precisions = {list(precisions)}: choose from {', '.join(DTYPES)}, each once")
+    if classes < 0:
+        raise EpsrtError(f"classes = {classes} is negative: give 0 for an unconditional network")
     if len(class_names) not in (0, classes):
         raise EpsrtError(f"{len(class_names)} class names for {classes} classes: give one each, or none")
     if (null_label is not None and not 0 <= null_label <= classes) or (null_label is not None and not classes):

@@ -34,7 +34,7 @@ def to_onnx(step: StepGraph, shape: tuple[int, int, int], max_batch: int, opset:
     inputs = [*images, torch.zeros(n, len(step.columns))]
     if step.labelled:
         inputs.append(torch.zeros(n, dtype=torch.int64))
-    batch = torch.export.Dim("batch", min=1, max=max(2, max_batch))
+    batch = torch.export.Dim("batch", min=1, max=max(n, max_batch))  # the example must be in the range
     names = ["x", "m", "z", "rows", *(["label"] if step.labelled else [])]
     try:
         with _quiet(), torch.no_grad():

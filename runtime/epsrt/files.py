@@ -14,7 +14,7 @@ from pathlib import Path
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed and renamed to `path`, else removed."""
-    path = Path(path)
+    path = Path(path).resolve()  # a link is followed, not replaced
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
@@ -31,7 +31,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 @contextmanager
 def whole_directory(path: str | Path) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; on success it takes `path`'s place, else it is removed."""
-    path = Path(path)
+    path = Path(path).resolve()  # a link is followed, not replaced
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     old = beside.with_name(beside.name + ".old")

@@ -72,7 +72,7 @@ class Schedule:
                 return np.asarray(start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, T))), np.float64)
             case "cosine":
                 f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
-                return np.minimum(1 - f[1:] / f[:-1], 0.999)
+                return np.asarray(np.minimum(1 - f[1:] / f[:-1], 0.999), np.float64)
             case "given":
                 return np.array(self.betas)
 

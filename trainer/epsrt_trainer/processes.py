@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -79,5 +80,6 @@ def group(device: str | None = None) -> Iterator[Group]:
     try:
         yield Group(rank, world, where)
     finally:
+        gc.collect()  # DDP sits in a cycle and holds the group: a group that outlives main() aborts the interpreter
         if ours:
             dist.destroy_process_group()

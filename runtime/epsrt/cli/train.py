@@ -43,9 +43,10 @@ def train(
 ) -> None:
     """Train a network on images and write a checkpoint. Interrupted, it goes on where it was, to the same weights."""
     try:
-        from epsrt_trainer import load, train
-        from epsrt_trainer import preset as preset_of
         from epsrt_trainer.checkpoint import read_training
+        from epsrt_trainer.data import load
+        from epsrt_trainer.presets import preset as preset_of
+        from epsrt_trainer.train import train as run
     except ModuleNotFoundError as error:
         raise EpsrtError(f'epsrt train needs {error.name}: pip install "epsrt[train]"') from None
     chosen = preset_of(preset, settings or [])
@@ -54,7 +55,7 @@ def train(
         raise EpsrtError(f"preset {preset} comes without data: give --data")
     images = load(spec, size=size, skip_broken=skip_broken, log=lambda sentence: typer.echo(sentence, err=True))
     with show.progress() as tell:
-        path = train(
+        path = run(
             images, chosen.network, chosen.schedule, chosen.train, out,
             resume=not fresh, device=device, tensorboard=tensorboard,
             progress=lambda p: tell(f"train {preset}, {p.steps:,} steps", p.step / p.steps),
