@@ -1,14 +1,16 @@
 """The golden file: inputs, and what PyTorch makes of them, so that any machine can prove parity without torch.
 
-    states.x, .t, .label, .out        states across [0, T) and the network's outputs there
-    NAME.rows, .start, .seed, .index, .label, .x[, .init]   a whole trajectory: the table's rows and PyTorch's last x
+    network.x, .t, .label, .out                     N(0, I) at timesteps across [0, T), and the network's outputs
+    step.x, .rows, .seed, .index, .label, .x_next   noised images at the same timesteps, and one DDPM step of each
+    trajectory.NAME.rows, .start, .seed, .index, .label, .x[, .init]   a whole run's rows, and the x that it ends with
 
-The trajectories are computed by plain loops from the papers (epsrt_trainer.sample), not from the rows.
+Steps and trajectories are computed by plain loops from the papers (epsrt_trainer.sample), not from the rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from epsrt.spacing import timesteps
 from epsrt_trainer.sample import ddim_loop, ddpm_loop
 
 Arrays = dict[str, NDArray[Any]]
+Call = Callable[..., torch.Tensor]
 OnProgress = Callable[[str, float], object]
 
 IMAGES = 4
@@ -45,6 +48,7 @@ def record(
 ) -> Arrays:
     """Run `network` (FP32, eval mode) and keep inputs and outputs."""
     size = int(np.prod(shape))
+    call = _with_label(network, bool(classes))
     index = np.arange(IMAGES)
     cycle = [*range(0, classes, max(1, classes // (IMAGES - 1)))][: IMAGES - 1] if classes else [0]
     if null_label is not None:
@@ -61,7 +65,7 @@ def record(
             return torch.from_numpy(noise.normals(SEED, index, noise.STEP, first + i, size).reshape(x.shape))
 
         last = loop(
-            _with_label(network, bool(classes)), schedule, torch.from_numpy(x.astype(np.float32)), ts, draw,
+            call, schedule, torch.from_numpy(x.astype(np.float32)), ts, draw,
             prediction=prediction, clip=clip, label=torch.from_numpy(label) if classes else None,
             on_step=lambda i, x, x0: tell(name, (i + 1) / len(ts)),
         )  # fmt: skip
@@ -74,7 +78,7 @@ def record(
     options: dict[str, Any] = {"prediction": prediction, "clip": clip}
     ts = timesteps(schedule.T, min(50, schedule.T), "trailing")
     ddim = run(f"ddim-{len(ts)}", ddim_loop, ts, solvers.ddim(schedule, ts, **options))
-    golden = {f"ddim-{len(ts)}.{key}": value for key, value in ddim.items()}
+    golden = _named(f"trajectory.ddim-{len(ts)}", ddim)
 
     every = list(range(schedule.T - 1, -1, -1))
     plan, name, init = solvers.ddpm(schedule, every, **options), f"ddpm-{schedule.T}", None
@@ -82,30 +86,70 @@ def record(
         A = float(schedule.alpha_bar[CUT - 1])
         plan = plan.cut(len(plan) - CUT, start=(A**0.5, (1 - A) ** 0.5))
         every, name, init = every[-CUT:], f"{name}-last-{CUT}", ddim["x"]
-    golden |= {f"{name}.{key}": value for key, value in run(name, ddpm_loop, every, plan, init).items()}
-    return golden | _states(network, schedule, ddim["x"], cycle, bool(classes))
+    golden |= _named(f"trajectory.{name}", run(name, ddpm_loop, every, plan, init))
+
+    across = np.unique(np.linspace(0, schedule.T - 1, STATES).round().astype(np.int64))
+    labels = np.resize(np.array(cycle, np.int64), len(across))
+    golden |= _named("network", _network(call, across, shape, labels))
+    return golden | _named("step", _steps(call, schedule, across, ddim["x"], labels, options))
 
 
-def _states(
-    network: nn.Module, schedule: Schedule, images: NDArray[np.float32], labels: list[int], labelled: bool
+def _named(prefix: str, arrays: Arrays) -> Arrays:
+    return {f"{prefix}.{key}": value for key, value in arrays.items()}
+
+
+def _network(network: Call, ts: NDArray[np.int64], shape: tuple[int, int, int], label: NDArray[np.int64]) -> Arrays:
+    """The network on N(0, I) at each timestep. (On nearly clean images its output is what is left when large numbers
+    cancel: there PyTorch's own FP32 differs from FP64 by 3e-6 on the digits, and no limit could tell more.)"""
+    x = noise.normals(SEED, np.arange(len(ts)), noise.FORWARD, 1, int(np.prod(shape))).reshape(-1, *shape)
+    with torch.inference_mode():
+        outs = [network(*_batch_of_one(i, x, ts.astype(np.float32), label)) for i in range(len(ts))]
+    return {"x": x, "t": ts.astype(np.float32), "label": label, "out": torch.cat(outs).numpy()}
+
+
+def _steps(
+    network: Call,
+    schedule: Schedule,
+    ts: NDArray[np.int64],
+    images: NDArray[np.float32],
+    label: NDArray[np.int64],
+    options: dict[str, Any],
 ) -> Arrays:
-    """Noised images at timesteps across [0, T), both ends included."""
-    ts = np.unique(np.linspace(0, schedule.T - 1, STATES).round().astype(np.int64))
+    """Rows of DDPM's whole table, each from a noised image: teacher-forced."""
+    index = np.arange(len(ts))
     x0 = np.resize(images, (len(ts), *images.shape[1:]))
     A = schedule.alpha_bar[ts].reshape(-1, 1, 1, 1)
-    z = noise.normals(SEED, np.arange(len(ts)), noise.FORWARD, 0, x0[0].size).reshape(x0.shape)
-    x = (np.sqrt(A) * x0 + np.sqrt(1 - A) * z).astype(np.float32)
-    label = np.resize(np.array(labels, np.int64), len(ts))
-    call = _with_label(network, labelled)
-    with torch.inference_mode():
-        outs = [
-            call(*(torch.from_numpy(a[i : i + 1]) for a in (x, ts.astype(np.float32), label))) for i in range(len(ts))
-        ]
-    out = torch.cat(outs).numpy()
-    return {"states.x": x, "states.t": ts.astype(np.float32), "states.label": label, "states.out": out}
+    forward = noise.normals(SEED, index, noise.FORWARD, 0, x0[0].size).reshape(x0.shape)
+    x = (np.sqrt(A) * x0 + np.sqrt(1 - A) * forward).astype(np.float32)
+    every = list(range(schedule.T - 1, -1, -1))
+    rows = solvers.ddpm(schedule, every, **options).rows(STEP_COLUMNS)[schedule.T - 1 - ts]
+    z = noise.normals(SEED, index, noise.STEP, rows[:, STEP_COLUMNS.index("n")].astype(np.int64), x0[0].size)
+    nexts: list[torch.Tensor] = []
+    for i, t in enumerate(ts.tolist()):
+        after: list[torch.Tensor] = []
+        state, one_label, drawn = _batch_of_one(i, x, label, z.reshape(x.shape))
+
+        def keep(row: int, x: torch.Tensor, x0: torch.Tensor, after: list[torch.Tensor] = after) -> None:
+            after.append(x)
+
+        two = [t, t - 1] if t else [0]  # two rows, so that the first knows where it goes; only the first is kept
+        ddpm_loop(network, schedule, state, two, partial(_same, drawn), label=one_label, on_step=keep, **options)
+        nexts.append(after[0])
+    seed = np.full(len(ts), SEED, np.uint64)
+    return {
+        "x": x, "rows": rows, "seed": seed, "index": index, "label": label, "x_next": torch.cat(nexts).numpy(),
+    }  # fmt: skip
 
 
-def _with_label(network: nn.Module, labelled: bool) -> Callable[..., torch.Tensor]:
+def _same(z: torch.Tensor, row: int) -> torch.Tensor:
+    return z
+
+
+def _batch_of_one(i: int, *arrays: NDArray[Any]) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.from_numpy(a[i : i + 1]) for a in arrays)
+
+
+def _with_label(network: nn.Module, labelled: bool) -> Call:
     return network if labelled else lambda x, t, label: network(x, t)
 
 

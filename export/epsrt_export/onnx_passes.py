@@ -22,8 +22,12 @@ def strip(model: onnx.ModelProto) -> None:
 def softmax_in_fp32(model: onnx.ModelProto) -> None:
     """Wrap each Softmax of an FP16 graph in casts to float and back: its sums lose digits in FP16."""
 
+    types = _types(model)
+
     def wrap(node: NodeProto) -> Sequence[NodeProto]:
         source, target = node.input[0], node.output[0]
+        if types.get(source) != TensorProto.FLOAT16:  # the network has cast it itself
+            return (node,)
         node.input[0], node.output[0] = f"{target}_in_float", f"{target}_float"
         return (
             helper.make_node("Cast", [source], [node.input[0]], to=TensorProto.FLOAT, name=f"{node.name}_up"),
@@ -43,6 +47,7 @@ def group_norm_by_instance_norm(model: onnx.ModelProto) -> None:
     shapes = {
         v.name: [d.dim_value or None for d in v.type.tensor_type.shape.dim] for v in (*graph.value_info, *graph.input)
     }
+    types = _types(model)
     made: dict[str, TensorProto] = {}
 
     def constant(name: str, value: np.ndarray) -> str:
@@ -66,6 +71,10 @@ def group_norm_by_instance_norm(model: onnx.ModelProto) -> None:
         else:
             back = constant(f"norm_to_{'x'.join(map(str, shape[1:]))}", np.array([0, *shape[1:]], np.int64))
         step = f"{y}_norm"
+        unit, half = f"{step}_back", types.get(x) == TensorProto.FLOAT16
+        if half:  # the network norms its half features itself: the sums are in float all the same
+            nodes.append(helper.make_node("Cast", [x], [f"{step}_float"], to=TensorProto.FLOAT))
+            x, unit = f"{step}_float", f"{step}_back_float"
         return (
             *nodes,
             helper.make_node("Reshape", [x, grouped], [f"{step}_grouped"]),
@@ -73,7 +82,8 @@ def group_norm_by_instance_norm(model: onnx.ModelProto) -> None:
                 "InstanceNormalization", [f"{step}_grouped", one, zero], [f"{step}_unit"],
                 epsilon=attributes.get("epsilon", 1e-5),
             ),
-            helper.make_node("Reshape", [f"{step}_unit", back], [f"{step}_back"]),
+            helper.make_node("Reshape", [f"{step}_unit", back], [unit]),
+            *([helper.make_node("Cast", [unit], [f"{step}_back"], to=TensorProto.FLOAT16)] if half else []),
             helper.make_node("Reshape", [scale, per_channel], [f"{step}_scale"]),
             helper.make_node("Reshape", [bias, per_channel], [f"{step}_bias"]),
             helper.make_node("Mul", [f"{step}_back", f"{step}_scale"], [f"{step}_scaled"]),
@@ -82,6 +92,12 @@ def group_norm_by_instance_norm(model: onnx.ModelProto) -> None:
 
     _replace(model, "GroupNormalization", expand)
     graph.initializer.extend(made.values())
+
+
+def _types(model: onnx.ModelProto) -> dict[str, int]:
+    graph = model.graph
+    types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input, *graph.output)}
+    return types | {t.name: t.data_type for t in graph.initializer}
 
 
 def _replace(model: onnx.ModelProto, kind: str, by: Callable[[NodeProto], Sequence[NodeProto]]) -> None:

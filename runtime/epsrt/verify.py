@@ -24,7 +24,8 @@ PSNR_CEILING = 300.0  # identical images; infinity has no JSON
 def verify(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
     """Measure an engine against PyTorch's recorded outputs. Never raises for a miss: see Rung.passed.
 
-    network       relative L2 of the network's output at each golden timestep, the inputs being PyTorch's states
+    network       relative L2 of the network's output on N(0, I), at each golden timestep
+    step          relative L2 of one DDPM step from PyTorch's states, at the same timesteps
     trajectory    PSNR of the worst image and relative L2 of all, same noise, same rows, free-running
     batch         equal rows in batches of 1, 2 and the largest
 
@@ -32,11 +33,16 @@ def verify(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
     """
     tell = on_progress or (lambda name, fraction: None)
     golden = engine.bundle.golden()
-    names = sorted(key.removesuffix(".rows") for key in golden if key.endswith(".rows"))
-    if not names or not {"states.x", "states.t", "states.label", "states.out"} <= set(golden):
-        raise BundleError(f"{engine.bundle.path}: the golden file lacks its states or trajectories: export again")
+    names = sorted({key.split(".")[1] for key in golden if key.startswith("trajectory.")})
+    wanted = [f"network.{key}" for key in ("x", "t", "label", "out")]
+    wanted += [f"step.{key}" for key in ("x", "rows", "seed", "index", "label", "x_next")]
+    wanted += [f"trajectory.{n}.{key}" for n in names for key in ("rows", "start", "seed", "index", "label", "x")]
+    if not names or not set(wanted) <= set(golden):
+        raise BundleError(f"{engine.bundle.path}: the golden file lacks some of its arrays: export again")
     rungs = [_network(engine, golden)]
     tell("network", 1.0)
+    rungs.append(_step(engine, golden))
+    tell("step", 1.0)
     for name in names:
         rungs += _trajectory(engine, name, golden, tell)
     rungs.append(_batches(engine, golden))
@@ -86,37 +92,61 @@ def _limits(engine: Engine) -> tuple[float, float]:
 
 
 def _network(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
-    x, t, label, truth = (golden[f"states.{key}"] for key in ("x", "t", "label", "out"))
-    limit = _limits(engine)[0]
+    x, t, label, truth = (golden[f"network.{key}"] for key in ("x", "t", "label", "out"))
     try:
         out = network_outputs(engine, x, t, label, min(engine.max_batch, 8))
     except NotFiniteError as error:
-        return _rung(engine, "network", None, "relative L2", limit, where=str(error))
-    errors = [relative_l2(out[i], truth[i]) for i in range(len(x))]
+        return _rung(engine, "network", None, "relative L2", _limits(engine)[0], where=str(error))
+    return _by_timestep(engine, "network", out, truth, t)
+
+
+def _step(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
+    """Teacher-forced: each state is PyTorch's, so that errors do not add up."""
+    kept, truth, states = golden["step.rows"], golden["step.x_next"], golden["step.x"]
+    rows, out = _rows_for(engine, kept), np.empty_like(truth)
+    with engine.lanes(1) as lanes:
+        for i, x in enumerate(states):
+            seed, index, label = (int(golden[f"step.{key}"][i]) for key in ("seed", "index", "label"))
+            lanes.write(0, Sample(seed, index, (1.0, 0.0), x, label))
+            lanes.advance(rows[i][None, None])
+            try:
+                out[i] = lanes.read(0)
+            except NotFiniteError as error:
+                return _rung(engine, "step", None, "relative L2", _limits(engine)[0], where=str(error))
+    return _by_timestep(engine, "step", out, truth, kept[:, STEP_COLUMNS.index("t")])
+
+
+def _by_timestep(engine: Engine, name: str, out: Float, truth: Float, t: Float) -> Rung:
+    errors = [relative_l2(a, b) for a, b in zip(out, truth, strict=True)]
     worst = int(np.argmax(errors))
     by_timestep = tuple((int(s), e) for s, e in zip(t, errors, strict=True))
-    return _rung(
-        engine, "network", errors[worst], "relative L2", limit, where=f"t = {t[worst]:g}", by_timestep=by_timestep
-    )
+    limit = _limits(engine)[0]
+    return _rung(engine, name, errors[worst], "relative L2", limit, where=f"t = {t[worst]:g}", by_timestep=by_timestep)
+
+
+def _rows_for(engine: Engine, kept: Float) -> Float:
+    """Recorded rows [steps, STEP_COLUMNS] in the engine's columns; those that it has beyond hold their defaults."""
+    if kept.shape[1] != len(STEP_COLUMNS):
+        raise BundleError(f"{engine.bundle.path}: the golden file's rows have other columns: export again")
+    rows = np.tile(np.array([DEFAULTS[c] for c in engine.columns], np.float32), (len(kept), 1))
+    rows[:, [engine.columns.index(c) for c in STEP_COLUMNS]] = kept
+    return rows
 
 
 def _trajectory(engine: Engine, name: str, golden: dict[str, NDArray[Any]], tell: OnProgress) -> list[Rung]:
-    """Rungs for one recorded trajectory: keys NAME.rows, .start, .seed, .index, .label, .x and perhaps .init."""
+    """One recorded trajectory, free-running."""
     limit = _limits(engine)[1]
-    kept, truth = golden[f"{name}.rows"], golden[f"{name}.x"]
-    if kept.shape[1] != len(STEP_COLUMNS):
-        raise BundleError(f"{engine.bundle.path}: golden trajectory {name} has other columns: export again")
-    rows = np.tile(np.array([DEFAULTS[c] for c in engine.columns], np.float32), (len(kept), 1))
-    rows[:, [engine.columns.index(c) for c in STEP_COLUMNS]] = kept
+    golden = {key.removeprefix(f"trajectory.{name}."): value for key, value in golden.items()}
+    rows, truth = _rows_for(engine, golden["rows"]), golden["x"]
     batch = min(engine.max_batch, len(truth))
-    signal, scale = (float(v) for v in golden[f"{name}.start"])
+    signal, scale = (float(v) for v in golden["start"])
     images = np.empty_like(truth)
     with engine.lanes(batch) as lanes:
         for first in range(0, len(truth), batch):
             part = range(first, min(first + batch, len(truth)))
             for lane, i in enumerate(part):
-                seed, index, label = (int(golden[f"{name}.{key}"][i]) for key in ("seed", "index", "label"))
-                init = golden[f"{name}.init"][i] if f"{name}.init" in golden else None
+                seed, index, label = (int(golden[key][i]) for key in ("seed", "index", "label"))
+                init = golden["init"][i] if "init" in golden else None
                 lanes.write(lane, Sample(seed, index, (signal, scale), init, label))
             step = max(1, len(rows) // 50)
             for begin in range(0, len(rows), step):
@@ -137,8 +167,8 @@ def _trajectory(engine: Engine, name: str, golden: dict[str, NDArray[Any]], tell
 
 def _batches(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
     """Rung 6: the middle state, repeated in batches of 1, 2 and the largest."""
-    i = len(golden["states.x"]) // 2
-    one = {key: golden[f"states.{key}"][i : i + 1] for key in ("x", "t", "label")}
+    i = len(golden["network.x"]) // 2
+    one = {key: golden[f"network.{key}"][i : i + 1] for key in ("x", "t", "label")}
     limit = _limits(engine)[0]
     outs: dict[int, Float] = {}
     try:

@@ -6,7 +6,6 @@ import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Tiny, externals, redraw, tiny
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
@@ -15,6 +14,7 @@ from epsrt.plan import COLUMNS, STEP_COLUMNS, Plan
 from epsrt_export.onnx_graph import ALIGNMENT, EXTERNAL_FROM, WeightsFile, to_onnx
 from epsrt_export.precision import half_copy
 from epsrt_export.stepgraph import StepGraph
+from helpers import Tiny, externals, redraw, tiny
 
 SHAPE = (1, 8, 8)
 

@@ -8,10 +8,10 @@ from contextlib import suppress
 import msgspec
 import numpy as np
 import pytest
-from helpers import MANIFEST, edit_graph, forge, move_weights, opens_of, tree
 
 from epsrt import Bundle, BundleError, EngineError, open_engine
 from epsrt.bundle import FORMAT, GOLDEN, PARITY, digest, render
+from helpers import MANIFEST, edit_graph, forge, move_weights, opens_of, tree
 
 FILES = ["step-fp32.onnx", "weights-fp32.bin", GOLDEN, PARITY]
 
@@ -153,7 +153,9 @@ def test_rewritten_manifest_of_the_same_meaning(bundle, rewrite):
     refused(bundle, f"{MANIFEST} was changed after its export")
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b'{"format": 1}', b"[" * 100_000, b"1e999"])
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b'{"format": 1}', b"[" * 100_000, b"1e999"]
+)
 def test_manifest_that_is_none(bundle, raw):
     (bundle / MANIFEST).write_bytes(raw)
     refused(bundle, f"{MANIFEST} is not a manifest")
@@ -363,7 +365,7 @@ def test_damage_behind_a_right_hash_is_a_bundle_error(bundle, name):
 
 def test_golden_and_parity_can_be_read(small_bundle_path):
     opened = Bundle.open(small_bundle_path)
-    assert opened.golden()["states.x"].shape == (25, 1, 8, 8)
+    assert opened.golden()["network.x"].shape == (25, 1, 8, 8)
     assert all(rung.passed for rung in opened.parity())
 
 

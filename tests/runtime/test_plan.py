@@ -27,7 +27,8 @@ def test_of_broadcasts_numbers_and_fills_the_rest_with_defaults():
 
 
 def test_defaults_take_nothing_from_a_sampler_that_does_not_speak_of_them():
-    assert DEFAULTS == dict.fromkeys(COLUMNS, 0.0) | {"in_scale": 1.0, "clip": CLIP_OFF, "w": 1.0, "ka": 1.0}
+    others = {"in_scale": 1.0, "clip": CLIP_OFF, "w": 1.0, "ka": 1.0}
+    assert dict.fromkeys(COLUMNS, 0.0) | others == DEFAULTS
     assert np.isfinite(np.float32(CLIP_OFF))
 
 

@@ -1,6 +1,7 @@
 """epsrt.spacing: against diffusers' and DDIM's lists, for every number of steps, and what is refused."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_every_count_gives_distinct_descending_steps_in_range(spacing):
     for steps in range(1 if spacing in ("linspace", "trailing") else 2, 1001):
         ts = timesteps(1000, steps, spacing)
         assert len(ts) == steps
-        assert all(a > b for a, b in zip(ts, ts[1:], strict=False)), steps
+        assert all(a > b for a, b in pairwise(ts)), steps
         assert ts[0] <= 999
         assert ts[-1] >= 0
         assert all(type(t) is int for t in ts)

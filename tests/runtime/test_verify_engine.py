@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from helpers import edit_graph, forge, weights
 
 from epsrt import Bundle, BundleError, open_engine, verify
 from epsrt.bundle import GOLDEN
 from epsrt.verify import LIMITS, network_outputs, relative_l2, worst_psnr
+from helpers import edit_graph, forge, weights
 
-NAMES = ["network", "ddim-50", "ddpm-100", "batch"]
+NAMES = ["network", "step", "ddim-50", "ddpm-100", "batch"]
 
 
 def measured(path, precision="fp32", **more):
@@ -25,9 +25,9 @@ def test_a_good_bundle_passes_every_rung(bundle_path, precision):
     assert list(rungs) == NAMES
     assert all(rung.passed for rung in rungs.values())
     step, psnr = LIMITS["cpu", precision]
-    assert (rungs["network"].limit, rungs["ddim-50"].limit, rungs["batch"].limit) == (step, psnr, step)
+    assert [rung.limit for rung in rungs.values()] == [step, step, psnr, psnr, step]
     assert {(rung.engine, rung.precision) for rung in rungs.values()} == {("onnxruntime", precision)}
-    assert [rung.unit for rung in rungs.values()] == ["relative L2", "dB", "dB", "relative L2"]
+    assert [rung.unit for rung in rungs.values()] == ["relative L2", "relative L2", "dB", "dB", "relative L2"]
     assert rungs["network"].figure > 0  # a comparison, not of a thing with itself
 
 
@@ -36,8 +36,9 @@ def test_limits_are_the_designs():
     assert LIMITS["cpu", "fp16"] == (1e-3, 55.0)
 
 
-def test_errors_are_given_by_timestep_across_the_schedule(bundle_path):
-    network = measured(bundle_path, "fp16")["network"]
+@pytest.mark.parametrize("name", ["network", "step"])
+def test_errors_are_given_by_timestep_across_the_schedule(bundle_path, name):
+    network = measured(bundle_path, "fp16")[name]
     ts = [t for t, _ in network.by_timestep]
     assert len(ts) >= 20
     assert ts == sorted(set(ts))
@@ -59,12 +60,12 @@ def test_trajectories_have_not_collapsed(bundle_path):
     """Otherwise agreement would be cheap."""
     golden = Bundle.open(bundle_path).golden()
     for name in ("ddim-50", "ddpm-100"):
-        x = golden[f"{name}.x"]
+        x = golden[f"trajectory.{name}.x"]
         assert 0.2 < x.std() < 1
         assert (np.abs(x) < 0.999).mean() > 0.3
         assert np.abs(x[0] - x[1]).max() > 0.3
-    out = golden["states.out"]
-    assert 0.3 < np.sqrt(np.square(out).mean()) < 2
+    out = golden["network.out"]
+    assert 0.5 < np.sqrt(np.square(out).mean()) < 2
 
 
 @pytest.mark.parametrize("name", ["up.0.conv1.weight", "middle.0.attention.qkv.weight", "label_embed.weight"])
@@ -83,10 +84,11 @@ def test_damage_at_one_timestep_is_found_there(copy_of, small_bundle_path):
     path = copy_of(small_bundle_path)
     weights(path, "time_embed.weight")[99] += 0.01
     forge(path)
-    network = measured(path)["network"]
-    assert not network.passed
-    assert network.where == "t = 99"
-    assert all(error <= network.limit for t, error in network.by_timestep if t != 99)
+    rungs = measured(path)
+    for rung in (rungs["network"], rungs["step"]):
+        assert not rung.passed
+        assert rung.where == "t = 99"
+        assert all(error <= rung.limit for t, error in rung.by_timestep if t != 99)
 
 
 def test_nan_is_a_miss_and_no_exception(copy_of, small_bundle_path):
@@ -99,7 +101,7 @@ def test_nan_is_a_miss_and_no_exception(copy_of, small_bundle_path):
     assert all(rung.figure is None and "not finite" in rung.where for rung in rungs.values())
 
 
-def test_a_wrong_step_is_found_by_the_trajectories_alone(copy_of, small_bundle_path):
+def test_a_wrong_step_around_a_right_network_is_found(copy_of, small_bundle_path):
     """The affine step's noise is dropped: the network is as it was."""
 
     def noise_is_memory(model):
@@ -112,6 +114,7 @@ def test_a_wrong_step_is_found_by_the_trajectories_alone(copy_of, small_bundle_p
     rungs = measured(path)
     assert rungs["network"].passed
     assert rungs["ddim-50"].passed  # it adds no noise
+    assert not rungs["step"].passed
     assert not rungs["ddpm-100"].passed
 
 
@@ -125,7 +128,7 @@ def test_progress_goes_from_0_to_1(small_bundle_path):
         assert fractions[-1] == 1.0
 
 
-@pytest.mark.parametrize("lacks", ["states.out", "rows"])
+@pytest.mark.parametrize("lacks", ["network.out", "step.seed", "step.rows", "ddim-50.start", "ddpm-100.rows"])
 def test_a_golden_file_that_lacks_something_is_named(copy_of, small_bundle_path, lacks):
     from safetensors.numpy import load_file, save_file
 
@@ -133,7 +136,7 @@ def test_a_golden_file_that_lacks_something_is_named(copy_of, small_bundle_path,
     kept = {key: value for key, value in load_file(path / GOLDEN).items() if not key.endswith(lacks)}
     save_file(kept, path / GOLDEN)
     forge(path)
-    with pytest.raises(BundleError, match="the golden file lacks its states or trajectories: export again"):
+    with pytest.raises(BundleError, match="the golden file lacks some of its arrays: export again"):
         measured(path)
 
 
@@ -152,9 +155,23 @@ def test_network_outputs_are_the_networks_in_any_batch(engine, network):
 def test_figures():
     a = np.array([3.0, 4.0])
     assert relative_l2(a, a) == 0
-    assert relative_l2(a + [0, 0.5], a) == pytest.approx(0.1)
+    assert relative_l2(np.array([3.0, 4.5]), a) == pytest.approx(0.1)
     images = np.zeros((2, 1, 2, 2), np.float32)
     other = images.copy()
     other[1] += 0.2
     assert worst_psnr(other, images, (-1.0, 1.0)) == pytest.approx(20.0, abs=1e-5)
     assert worst_psnr(other[:1], images[:1], (-1.0, 1.0)) == 300
+
+
+def test_the_networks_of_the_tests_are_not_blind(network, plain_network):
+    """No parameter is still zero, and out has RMS 0.5 to 2 on N(0, 1), whatever t and label are."""
+    import torch
+
+    for module, label in ((network, (torch.arange(32) % 11,)), (plain_network, ())):
+        assert all(p.abs().max() > 1e-3 for p in module.parameters())
+        x = torch.randn(32, *module.shape_in, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            out = module(x, torch.linspace(0, 99, 32), *label)
+            other = module(x, torch.linspace(99, 0, 32), *label)
+        assert 0.5 < float(out.square().mean().sqrt()) < 2
+        assert float((out - other).abs().max()) > 0.1

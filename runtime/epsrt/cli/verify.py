@@ -44,9 +44,14 @@ def verify(
     else:
         console = show.out()
         console.print(show.rung_table(rungs), "")
-        networks = [r for r in rungs if r.by_timestep]
-        by_t = show.table("Relative L2 by timestep", "t", *(r.precision for r in networks), right=("t", *precisions))
-        for row in zip(*(r.by_timestep for r in networks), strict=True):
+        timed = [r for r in rungs if r.by_timestep]
+        by_t = show.table(
+            "Relative L2 by timestep",
+            "t",
+            *(f"{r.name} {r.precision}" for r in timed),
+            right=("t", *(f"{r.name} {r.precision}" for r in timed)),
+        )
+        for row in zip(*(r.by_timestep for r in timed), strict=True):
             by_t.add_row(str(row[0][0]), *("–" if e is None else f"{e:.1e}" for _, e in row))
         console.print(by_t, "")
         console.print(f"{bundle}: {'[green]verified[/]' if passed else '[red]FAILED[/]'} on {running.name}")

@@ -5,11 +5,22 @@ from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
-from helpers import edit_graph, forge, run_python, weights
 
-from epsrt import Bundle, BundleError, EngineError, NotFiniteError, Sample, Sampler, idle_row, noise, open_engine, solvers
+from epsrt import (
+    Bundle,
+    BundleError,
+    EngineError,
+    NotFiniteError,
+    Sample,
+    Sampler,
+    idle_row,
+    noise,
+    open_engine,
+    solvers,
+)
 from epsrt.engines import ENGINES, onnxruntime_cpu
 from epsrt.spacing import timesteps
+from helpers import edit_graph, forge, run_python, weights
 
 STEPS = 12
 
@@ -106,7 +117,9 @@ except EngineError as error:
         path = copy_of(small_bundle_path)
         (path / "step-fp32.onnx").write_bytes(b"not a graph")
         forge(path)
-        with pytest.raises(EngineError, match=r"onnxruntime refuses .*step-fp32.onnx: .*; export the bundle again") as e:
+        with pytest.raises(
+            EngineError, match=r"onnxruntime refuses .*step-fp32.onnx: .*; export the bundle again"
+        ) as e:
             open_engine(Bundle.open(path))
         assert "\n" not in str(e.value)
 
@@ -137,7 +150,7 @@ except EngineError as error:
 
     def test_a_graph_with_another_output_is_refused(self, copy_of, small_bundle_path):
         def swap(model):
-            first, second, third = model.graph.output
+            first, _, third = model.graph.output
             kept = [third.SerializeToString(), first.SerializeToString()]
             del model.graph.output[:]
             for raw in kept:
@@ -221,7 +234,9 @@ class TestLanes:
 
     def test_buffers_are_reused(self, engine, rows_of):
         def pointers():
-            return [[a.ctypes.data for a in buffers] for buffers in (lanes._x, lanes._m, [lanes._x0, lanes._z, lanes._row])]
+            return [
+                [a.ctypes.data for a in buffers] for buffers in (lanes._x, lanes._m, [lanes._x0, lanes._z, lanes._row])
+            ]
 
         with engine.lanes(2) as lanes:
             lanes.write(0, Sample(seed=1))
@@ -440,5 +455,8 @@ class TestNotFinite:
         path = copy_of(small_bundle_path)
         weights(path, "time_embed.weight")[99] = np.inf
         forge(path)
-        with Sampler.open(path, threads=1) as sampler, pytest.raises(NotFiniteError, match=r"since its step 1 \(t = 99"):
+        with (
+            Sampler.open(path, threads=1) as sampler,
+            pytest.raises(NotFiniteError, match=r"since its step 1 \(t = 99"),
+        ):
             sampler.sample(1, steps=4)
