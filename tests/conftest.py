@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from epsrt import Bundle, Engine, Sampler, Schedule, open_engine
-from helpers import T, tiny, unet
+from helpers import T, tiny, unet, unet_config
 
 SCHEDULE = Schedule(T=T, beta_start=1e-3, beta_end=0.2)  # the linear schedule of 1,000 steps, in 100
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -22,9 +22,19 @@ def schedule() -> Schedule:
 
 
 @pytest.fixture(scope="session")
-def network() -> nn.Module:
-    """The network of `checkpoint_path` and `bundle_path`: ε, 10 classes and a null label, [1, 8, 8]."""
-    return unet(seed=1, classes=10)
+def network(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    """The network of `checkpoint_path` and `bundle_path`: ε, 10 classes and a null label, [1, 8, 8].
+
+    Trained for a few seconds, so that its FP16 trajectories keep clear of the gate on any processor.
+    """
+    from epsrt_trainer.checkpoint import load_checkpoint
+    from epsrt_trainer.data import load
+    from epsrt_trainer.train import TrainConfig, train
+    from epsrt_trainer.unet import UNetConfig
+
+    config = TrainConfig(steps=150, batch=32, lr=3e-3, warmup=20, lr_decay="cosine", ema_decay=0.98)
+    out = tmp_path_factory.mktemp("train") / "tiny.safetensors"
+    return load_checkpoint(train(load("digits"), unet_config(UNetConfig, 1, 10), SCHEDULE, config, out)).network
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from typer import Option
 
@@ -79,8 +80,9 @@ def sample(
             "seconds": round(seconds, 4), "images_per_second": round(n / seconds, 2),
             "bundle": opened.manifest.digest,
         }  # fmt: skip
-    indices = range(first, first + n)
-    pictures.save(out, samples, images, seed=[seed] * n, index=list(indices), label=classes if classes else [])
+    indices = list(range(first, first + n))
+    each = classes * n if classes is not None and len(classes) == 1 else classes or []
+    pictures.save(out, samples, images, seed=np.full(n, seed, np.uint64), index=indices, label=each)
     if as_json:
         show.print_json(report)
     else:
