@@ -40,7 +40,7 @@ def machine() -> dict[str, Any]:
         "processor": cpu,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "amx": "amx_tile" in flags, "avx512_bf16": "avx512_bf16" in flags,
-        "system": platform.platform(), "python": platform.python_version(), "versions": versions,
+        "system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(), "versions": versions,
     }  # fmt: skip
 
 
