@@ -104,6 +104,7 @@ def test_sample_json(bundle_path: Path, tmp_path: Path) -> None:
         (("--precision", "fp8"), "precision 'fp8' is unknown"),
         (("--out", "x.jpeg"), "the suffix must be"),
         (("--threads", 0), "threads = 0"),
+        (("--threads", 100_000), "threads = 100000 is outside"),
         (("--batch", 100000), "batch = 100000 is outside"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
@@ -34,8 +35,9 @@ class OnnxRuntimeCpu:
 
     def __init__(self, bundle: Bundle, precision: str, features: Iterable[str] = (), threads: int | None = None):
         _refuse_both_packages()
-        if threads is not None and threads < 1:
-            raise EngineError(f"threads = {threads}: give at least 1, or leave it out for all cores")
+        cores = os.cpu_count() or 1
+        if threads is not None and not 1 <= threads <= cores:  # more would only wait for each other
+            raise EngineError(f"threads = {threads} is outside 1 … {cores}, this machine's cores: leave it out for all")
         graph = bundle.graph(precision, features)
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors come as exceptions; warnings about fusions are nobody's news
