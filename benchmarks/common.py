@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -28,8 +29,6 @@ def machine() -> dict[str, Any]:
         lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
         fields = {key.strip(): value.strip() for key, value in lines.items()}
         cpu, flags = fields.get("model name", cpu), fields.get("flags", "")
-    import os
-
     versions = {}
     for package in PACKAGES:
         try:
@@ -40,7 +39,8 @@ def machine() -> dict[str, Any]:
         "processor": cpu,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "amx": "amx_tile" in flags, "avx512_bf16": "avx512_bf16" in flags,
-        "system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(), "versions": versions,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(), "versions": versions,
     }  # fmt: skip
 
 
