@@ -6,14 +6,16 @@ machine that saw real digits alone; it says which share of the samples reads as 
 
 from __future__ import annotations
 
+import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
@@ -32,7 +34,7 @@ CHECKPOINT, BUNDLE, PICTURE = OUT / "digits.safetensors", OUT / "digits.epsrt", 
 SEED = 1
 RUNS = (("ddpm", 1000, 100), ("ddim", 100, 500), ("ddim", 50, 500), ("ddim", 20, 500), ("ddim", 10, 500))
 
-console = Console()
+console = show.out()
 
 
 @dataclass(frozen=True)
@@ -68,23 +70,29 @@ def exported(checkpoint: Path) -> Bundle:
 
 
 def verified(bundle: Bundle) -> None:
-    engine = open_engine(bundle)
+    rungs = []
     with show.progress() as tell:
-        rungs = verify(engine, lambda name, fraction: tell(f"verify {name}", fraction))
+        for precision in ("fp32", "fp16"):
+            report = partial(_report, tell, precision)
+            rungs += verify(open_engine(bundle, precision=precision), report)
     console.print(show.rung_table(rungs))
     if not all(r.passed for r in rungs):
         raise SystemExit(f"{bundle.path} failed its verification")
 
 
+def _report(tell: Callable[[str, float], None], precision: str, name: str, fraction: float) -> None:
+    tell(f"verify {precision} {name}", fraction)
+
+
 def sampled(sampler: Sampler, method: str, steps: int, n: int) -> Run:
     """n samples of classes 0 … 9 in turn, from the same seed for every sampler; kept under out/demo/."""
-    digest = sampler.bundle.manifest.digest
+    plan = sampler.plan(method, steps)
+    key = f"{sampler.bundle.manifest.digest} {SEED} {hashlib.sha256(plan.table.tobytes()).hexdigest()}"
     kept = OUT / "demo" / f"{method}-{steps}.npz"
     if kept.exists():
         with np.load(kept, allow_pickle=False) as file:
-            if str(file["bundle"]) == digest and len(file["images"]) == n:
+            if str(file["key"]) == key and len(file["images"]) == n:
                 return Run(method, steps, file["images"], float(file["seconds"]))
-    plan = sampler.plan(method, steps)
     name = f"{method}-{steps}, {n} images"
     sampler.sample(min(n, sampler.engine.max_batch), plan=plan.cut(0, 2), labels=0)  # warm-up
     with show.progress() as tell:
@@ -96,7 +104,7 @@ def sampled(sampler: Sampler, method: str, steps: int, n: int) -> Run:
         seconds = time.perf_counter() - begin
     images = sampler.to_images(samples)
     with whole_file(kept) as beside:
-        np.savez(beside, images=images, seconds=seconds, bundle=digest)
+        np.savez(beside, images=images, seconds=seconds, key=key)
     return Run(method, steps, images, seconds)
 
 

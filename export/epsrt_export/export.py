@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import platform
@@ -91,7 +92,7 @@ def export_network(
     max_batch    the largest batch of the step graphs
     on_stage     called as on_stage(what, fraction)
 
-    The module is put in eval mode, computed on the CPU in FP32 and left as it was otherwise.
+    The work is done on a copy of the module, on the CPU, in eval mode.
     Raises EpsrtError when the network does not fit, ParityError when a rung of the ladder is missed. In both cases,
     and when interrupted, `out` is as it was before.
     """
@@ -100,7 +101,7 @@ def export_network(
     _check_arguments(schedule, shape, prediction, value_range, classes, null_label, class_names, precisions, max_batch)
     if out.exists() and not (out / MANIFEST).is_file():
         raise EpsrtError(f"{out} exists and is not a bundle: choose another name, or remove it")
-    network = network.eval().to("cpu", torch.float32)
+    network = copy.deepcopy(network).eval().to("cpu", torch.float32)
     check_network(network, shape, classes > 0, torch.float32)
     clip = max(abs(v) for v in value_range)
     rungs = [parity.schedule_rung(schedule), *parity.plan_rungs(schedule, prediction, clip)]

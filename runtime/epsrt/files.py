@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +16,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed and renamed to `path`, else removed."""
     path = Path(path).resolve()  # a link is followed, not replaced
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    beside = Path(name)
+    beside = _beside(path)
+    beside.touch(exist_ok=False)
     try:
         yield beside
         _settle(beside)
-        beside.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -33,24 +31,25 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; on success it takes `path`'s place, else it is removed."""
     path = Path(path).resolve()  # a link is followed, not replaced
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    beside = _beside(path)
     old = beside.with_name(beside.name + ".old")
+    beside.mkdir()
     try:
         yield beside
         for file in beside.iterdir():
             _settle(file)
-        beside.chmod(0o777 & ~_umask())
         if path.exists():  # a directory cannot be renamed over a full one
             path.rename(old)
-        try:
-            beside.rename(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
+        beside.rename(path)
     finally:
+        if old.exists() and not path.exists():  # interrupted between the two
+            old.rename(path)
         shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.{secrets.token_hex(6)}{path.suffix}")
 
 
 def sha256(path: str | Path) -> str:
@@ -65,9 +64,3 @@ def _settle(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,10 @@ from epsrt.plan import Plan
 Samples = NDArray[np.float32]
 OnStep = Callable[[int, int], object]
 
+KEPT_LANES = 8  # of all batch sizes, between calls
+REQUEST_BYTES = 512  # a request's own, about
+MOST_BYTES = 64 << 30
+
 
 class Sampler:
     """Draws samples from a bundle on an engine. A context manager; threads may share it.
@@ -34,6 +39,7 @@ class Sampler:
         self.bundle = engine.bundle
         self._free: dict[int, list[Lanes]] = {}
         self._lock = threading.Lock()
+        self._closed = False
 
     @classmethod
     def open(
@@ -150,6 +156,7 @@ class Sampler:
     def close(self) -> None:
         """Release lanes and engine."""
         with self._lock:
+            self._closed = True
             for free in self._free.values():
                 for lanes in free:
                     lanes.close()
@@ -177,7 +184,11 @@ class Sampler:
             lanes.close()  # its state is anyone's guess
             raise
         with self._lock:
-            self._free.setdefault(batch, []).append(lanes)
+            keep = not self._closed and sum(map(len, self._free.values())) < KEPT_LANES
+            if keep:
+                self._free.setdefault(batch, []).append(lanes)
+        if not keep:
+            lanes.close()
 
     def _plan(self, plan: Plan | None, method: str, steps: int, options: dict[str, object]) -> Plan:
         if plan is None:
@@ -210,8 +221,10 @@ class Sampler:
                 raise EpsrtError(f"{length} {name} for {n} samples: give one each")
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
             raise EpsrtError(f"n = {n!r}: ask for at least 1 sample")
-        pairs = [(seed, first + i) for i in range(n)] if seeds is None else [(s, first) for s in seeds]
-        for s, index in (*pairs[:1], *pairs[-1:]) if seeds is None else pairs:
+        need = n * (4 * math.prod(self.bundle.manifest.shape) + REQUEST_BYTES)
+        if need > MOST_BYTES:
+            raise EpsrtError(f"n = {n} samples at once take {need >> 30} GiB: draw them in several runs, with first=")
+        for s, index in ((seed, first), (seed, first + n - 1)) if seeds is None else [(s, first) for s in seeds]:
             for name, value in (("seed", s), ("sample index", index)):
                 if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
                     raise EpsrtError(f"{name} {value!r} is not an integer")
@@ -219,6 +232,7 @@ class Sampler:
                 raise EpsrtError(f"seed {s} is outside 0 … 2^64 − 1")
             if not 0 <= index < 1 << 32:
                 raise EpsrtError(f"sample index {index} is outside 0 … 2^32 − 1: lower first, or take another seed")
+        pairs = [(seed, first + i) for i in range(n)] if seeds is None else [(s, first) for s in seeds]
         each = [labels] * n if np.ndim(labels) == 0 else labels  # type: ignore[arg-type]
         label_of = self.bundle.label_of
         return [

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,8 @@ def test_sample_json(bundle_path: Path, tmp_path: Path) -> None:
         (("--labels", "cat"), "label 'cat' is neither"),
         (("-n", 3, "--labels", "1,2"), "2 labels for 3 samples"),
         (("-n", 0), "n = 0"),
+        (("-n", 10**12), "samples at once take"),
+        (("--labels", "1,--2"), "label '--2' is neither"),
         (("--engine", "warp"), "engine 'warp' is unknown"),
         (("--precision", "fp8"), "precision 'fp8' is unknown"),
         (("--out", "x.jpeg"), "the suffix must be"),
@@ -117,8 +120,26 @@ def test_sample_refuses(bundle_path: Path, tmp_path: Path, arguments: tuple[obje
 
 def test_sample_leaves_foreign_folders_alone(bundle_path: Path, tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
-    assert "holds other things" in refusal("sample", bundle_path, "--steps", 2, "--out", tmp_path)
+    assert "is not an empty folder" in refusal("sample", bundle_path, "--steps", 2, "--out", tmp_path)
     assert (tmp_path / "letter.txt").read_text() == "dear"
+
+
+def test_sample_does_not_replace_pictures_that_are_there(bundle_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "holiday.png").write_bytes(b"mine")
+    assert "is not an empty folder" in refusal("sample", bundle_path, "--steps", 2, "--out", tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["holiday.png"]
+
+
+def test_suffixes_may_be_capitals(bundle_path: Path, tmp_path: Path) -> None:
+    run("sample", bundle_path, "--steps", 2, "-n", 2, "--out", tmp_path / "a.NPZ")
+    with np.load(tmp_path / "a.NPZ", allow_pickle=False) as file:
+        assert list(file["label"]) == [10, 10]  # the null label
+    assert [p.name for p in tmp_path.iterdir()] == ["a.NPZ"]
+
+
+def test_brackets_in_a_path_are_no_markup(bundle_path: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(bundle_path, tmp_path / "a[red].epsrt"))
+    assert "a[red].epsrt" in run("inspect", path).stdout
 
 
 def test_a_bundle_that_is_none(tmp_path: Path) -> None:

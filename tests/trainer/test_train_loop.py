@@ -110,6 +110,26 @@ def test_another_run_is_refused_with_what_differs(tmp_path, images, config, sche
         train(images, config, schedule, dataclasses.replace(FAST, lr=2e-3), out)
 
 
+def test_a_state_of_another_run_beside_a_finished_checkpoint_is_refused(tmp_path, images, config, schedule):
+    out = train(images, config, schedule, FAST, tmp_path / "a.safetensors")
+    other = train(images, config, schedule, dataclasses.replace(FAST, lr=2e-3), tmp_path / "b.safetensors")
+    other.with_name("b.state.safetensors").replace(out.with_name("a.state.safetensors"))
+    with pytest.raises(EpsrtError, match=r"another run, with train\.lr = 0\.002"):
+        train(images, config, schedule, dataclasses.replace(FAST, steps=20), out)
+
+
+def test_a_fresh_run_that_is_interrupted_leaves_nothing_of_the_old(tmp_path, images, config, schedule):
+    out = train(images, config, schedule, FAST, tmp_path / "a.safetensors")
+
+    def interrupt(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        changed = dataclasses.replace(FAST, lr=2e-3, log_every=1)
+        train(images, config, schedule, changed, out, resume=False, progress=interrupt)
+    assert not out.exists()
+
+
 def test_a_damaged_state_is_refused(tmp_path, images, config, schedule):
     out = train(images, config, schedule, FAST, tmp_path / "a.safetensors")
     state = tmp_path / "a.state.safetensors"

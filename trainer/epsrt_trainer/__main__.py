@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
             data, chosen.network, chosen.schedule, chosen.train, options.out,
             resume=not options.fresh, progress=_report, device=options.device, tensorboard=options.tensorboard,
         )  # fmt: skip
-    except EpsrtError as error:
+    except (EpsrtError, OSError) as error:
         _say(f"error: {error}")
         return 1
     if first:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ def npz(path: Path) -> Found:
     """NumPy's archive, without pickles."""
     try:
         with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise EpsrtError(f"{path} is a single array, not an .npz archive: save it with np.savez(images=…)")
             if "images" not in file:
                 raise EpsrtError(f"{path} has no array `images` (it has {', '.join(file.files) or 'none'})")
             images, labels = file["images"], file.get("labels")
@@ -149,6 +152,9 @@ def image_folder(path: Path, size: int | None, skip_broken: bool) -> Found:
     return Found(images, np.array(labels) if names else None, names or None, tuple(skipped))
 
 
+BROKEN = (UnidentifiedImageError, OSError, SyntaxError, EOFError, struct.error)  # what Pillow raises on a bad file
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES and p.name[0] != ".")
 
@@ -161,7 +167,7 @@ def _read_image(path: Path, size: int | None) -> NDArray[np.uint8]:
                 raise EpsrtError(f"{path} has more than 8 bits a channel ({image.mode}): convert it to 8 bits")
             grey = image.mode in ("1", "L", "LA")
             pixels = image.convert("L" if grey else "RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (*BROKEN, Image.DecompressionBombError) as error:
         raise EpsrtError(
             f"{path} is not a readable image ({error}): mend or remove it, or skip broken files"
         ) from error

@@ -24,12 +24,7 @@ def beside(out: Path, suffix: str) -> Path:
 def identity(data: Images, network: NetworkConfig, schedule: Schedule, config: object) -> dict[str, Any]:
     """What makes two runs the same: plain values under data, network, schedule, train; `config` is a TrainConfig."""
     plain: dict[str, Any] = msgspec.to_builtins(config)
-    for name in (
-        "threads",
-        "log_every",
-        "checkpoint_every",
-        "sample_every",
-    ):  # no weight depends on them
+    for name in ("threads", "log_every", "checkpoint_every", "sample_every"):  # no weight depends on them
         del plain[name]
     if plain["lr_decay"] == "constant":
         del plain["steps"]  # a longer run begins like the shorter
@@ -42,7 +37,8 @@ def steps_done(out: Path, run: dict[str, Any], steps: int) -> int:
     """How many steps of this run are on disk. Raises EpsrtError when what is there is another run."""
     finished = read_training(out)
     state = read_run(beside(out, ".state.safetensors"))
-    for there, done in [(finished.run, finished.steps)] if finished else [] + ([state] if state else []):
+    of_checkpoint = [(finished.run, finished.steps)] if finished else []
+    for there, done in of_checkpoint + ([state] if state else []):
         if (difference := _difference(there, run)) or done > steps:
             what = difference or f"more steps ({done:,})"
             raise EpsrtError(f"{out} holds another run, with {what}: give another name, or start afresh over it")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -144,11 +144,14 @@ def train(
             raise EpsrtError(f"batch = {config.batch} cannot be split over {processes.world} processes evenly")
         run = identity(data, network_config, schedule, config)
         found, error = 0, None
-        if processes.first and resume:
-            try:
+        try:
+            if processes.first and resume:
                 found = steps_done(out, run, config.steps)
-            except EpsrtError as refusal:
-                error = refusal
+            elif processes.first:  # what was there must not be taken for this run's, should it be interrupted
+                for old in (out, beside(out, ".state.safetensors")):
+                    old.unlink(missing_ok=True)
+        except (EpsrtError, OSError) as refusal:
+            error = refusal
         found, error = processes.share((found, error))
         if error:  # in every process, else the others would wait for ever
             raise error
@@ -156,12 +159,19 @@ def train(
             return out
         network = build(network_config, config.seed).to(processes.device)
         state = State(network, config.ema_decay, config.weight_decay)
-        if found and processes.first:
-            state.load(beside(out, ".state.safetensors"))
-        state.step = processes.share(state.step)
+        log: Log | None = None
+        try:
+            if found and processes.first:
+                state.load(beside(out, ".state.safetensors"))
+            log = Log(beside(out, ".log.jsonl") if processes.first else None, state.step, tensorboard)
+        except (EpsrtError, OSError) as refusal:
+            error = refusal
+        state.step, error = processes.share((state.step, error))
+        if error:
+            raise error
+        assert log is not None
         processes.share_tensors(state.tensors().values())
-        log = Log(beside(out, ".log.jsonl") if processes.first else None, state.step, tensorboard)
-        with _threads(config.threads):
+        with _threads(config.threads), closing(log):
             _loop(data, schedule, config, state, out, run, processes, log, progress)
         if processes.first:
             state.save(beside(out, ".state.safetensors"), run)
@@ -230,7 +240,6 @@ def _loop(
             if processes.first and config.sample_every and done % config.sample_every == 0:
                 picture = beside(out, f".{done:06d}.png")
                 save_grid(picture, state.ema.network, model_config, schedule, config.prediction, config.seed)
-    log.close()
 
 
 def _has_bf16(device: torch.device) -> bool:

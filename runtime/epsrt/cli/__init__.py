@@ -25,6 +25,8 @@ def main() -> None:
     except BrokenPipeError:  # `epsrt inspect … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except MemoryError:
+        _fail("this takes more memory than there is: ask for less at once")
     except OSError as error:
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,23 @@ def check_target(path: Path, channels: int) -> None:
         raise EpsrtError(f"--out {path}: the suffix must be .png (a grid), .npz, or none (a folder of PNGs)")
     if path.suffix.lower() != ".npz" and channels not in (1, 3, 4):
         raise EpsrtError(f"--out {path}: {channels} channels make no picture; write .npz")
-    if path.suffix == "" and path.exists() and not _only_pngs(path):
-        raise EpsrtError(f"--out {path} exists and holds other things than PNGs: choose another name")
+    if path.suffix == "" and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise EpsrtError(f"--out {path} exists and is not an empty folder: choose another name")
+    if path.resolve() == Path.cwd():
+        raise EpsrtError(f"--out {path} is the folder you are in: choose another name")
     if path.suffix and path.is_dir():
         raise EpsrtError(f"--out {path} is a directory: choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise EpsrtError(f"--out {path}: {path.parent} cannot be written to")
 
 
 def save(path: Path, samples: NDArray[np.float32], images: NDArray[np.uint8], **more: Any) -> None:
     """Write by suffix. `samples` float32 [n, C, H, W] and `more` go to .npz; `images` uint8 [n, H, W, C] to PNGs."""
     match path.suffix.lower():
         case ".npz":
-            with whole_file(path) as beside:
-                np.savez(beside, samples=samples, images=images, **more)
+            with whole_file(path) as beside, beside.open("wb") as file:  # given a name, savez may add to it
+                np.savez(file, samples=samples, images=images, **more)
         case ".png":
             with whole_file(path) as beside:
                 grid(images).save(beside)
@@ -59,7 +65,3 @@ def grid(images: NDArray[np.uint8], columns: int | None = None) -> Image.Image:
         magnified = picture(image).resize((width * factor, height * factor), Image.Resampling.NEAREST)
         sheet.paste(magnified, (gap + i % columns * w, gap + i // columns * h))
     return sheet
-
-
-def _only_pngs(path: Path) -> bool:
-    return path.is_dir() and all(p.suffix.lower() == ".png" for p in path.iterdir())

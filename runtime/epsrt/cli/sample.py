@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Annotated
@@ -81,7 +82,8 @@ def sample(
             "bundle": opened.manifest.digest,
         }  # fmt: skip
     indices = list(range(first, first + n))
-    each = classes * n if classes is not None and len(classes) == 1 else classes or []
+    null = opened.manifest.null_label
+    each = [null] * n if classes is None and null is not None else (classes or []) * (n if chosen != classes else 1)
     pictures.save(out, samples, images, seed=np.full(n, seed, np.uint64), index=indices, label=each)
     if as_json:
         show.print_json(report)
@@ -99,7 +101,7 @@ def _labels(text: str | None, names: tuple[str, ...]) -> list[int] | None:
     for word in (w.strip() for w in text.split(",")):
         if word in names:
             found.append(names.index(word))
-        elif word.lstrip("-").isdecimal():
+        elif re.fullmatch(r"-?[0-9]{1,18}", word):
             found.append(int(word))
         else:
             known = f"; the classes are {', '.join(names)}" if names else ""

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from epsrt.bundle import Rung
 
@@ -24,7 +25,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, 
 
 
 def out() -> Console:
-    return Console(highlight=False)
+    return Console(highlight=False, markup=False)  # paths and provenance may hold brackets
 
 
 def print_json(value: object) -> None:
@@ -43,7 +44,7 @@ def progress() -> Iterator[Callable[[str, float], None]]:
             if what not in bars:
                 bars[what] = display.add_task(what, total=1.0)
                 if not sys.stderr.isatty():
-                    console.print(f"{what} …")
+                    console.print(f"{what} …", markup=False)
             display.update(bars[what], completed=fraction)
 
         yield tell
@@ -62,7 +63,7 @@ def rung_table(rungs: Sequence[Rung]) -> Table:
     for r in rungs:
         figure = "not finite" if r.figure is None else f"{r.figure:.1f}" if r.unit == "dB" else f"{r.figure:.1e}"
         limit = f"{'≥' if r.at_least else '≤'} {r.limit:g} {r.unit}"
-        verdict = "[green]pass[/]" if r.passed else "[red]FAIL[/]"
+        verdict = Text("pass", "green") if r.passed else Text("FAIL", "red")
         made.add_row(r.name, r.engine, r.precision, figure, limit, r.where, verdict)
     return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Annotated
 
 import msgspec
@@ -36,8 +37,8 @@ def verify(
     with show.progress() as tell:
         for each in precisions:
             running = open_engine(opened, engine, precision=each, threads=threads)
-            rungs += measure(running, lambda name, fraction, each=each: tell(f"{each} {name}", fraction))  # type: ignore[misc]
-            running.close()
+            with closing(running):
+                rungs += measure(running, lambda name, fraction, each=each: tell(f"{each} {name}", fraction))  # type: ignore[misc]
     passed = all(r.passed for r in rungs)
     if as_json:
         show.print_json({"bundle": opened.manifest.digest, "passed": passed, "rungs": msgspec.to_builtins(rungs)})
@@ -54,6 +55,6 @@ def verify(
         for row in zip(*(r.by_timestep for r in timed), strict=True):
             by_t.add_row(str(row[0][0]), *("–" if e is None else f"{e:.1e}" for _, e in row))
         console.print(by_t, "")
-        console.print(f"{bundle}: {'[green]verified[/]' if passed else '[red]FAILED[/]'} on {running.name}")
+        console.print(f"{bundle}: {'verified' if passed else 'FAILED'} on {running.name}")
     if not passed:
         raise typer.Exit(1)
