@@ -187,7 +187,7 @@ class TestPlainModules:
         network = tiny().train()
         before = {k: v.clone() for k, v in network.state_dict().items()}
         put(tmp_path / "some.epsrt", network, precisions=("fp32", "fp16"))
-        assert not network.training  # as export_network says
+        assert network.training
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
         for name, value in network.state_dict().items():
             assert value.dtype == torch.float32
