@@ -102,7 +102,7 @@ class Sampler:
                     _advance(lanes, rows[start : start + chunk])
                     done += len(rows[start : start + chunk])
                     if on_step is not None and on_step(done, total) is False:
-                        going = start + chunk >= len(rows) and done == total
+                        going = False
                         break
                 whole = done % len(rows) == 0
                 for i in range(len(group)):

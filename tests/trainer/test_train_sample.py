@@ -7,7 +7,7 @@ from PIL import Image
 from epsrt.errors import EpsrtError
 from epsrt.schedule import Schedule
 from epsrt_trainer.grid import picture, save_grid
-from epsrt_trainer.sample import ddim_loop, ddpm_loop, guided
+from epsrt_trainer.sample import ddim_loop, ddpm_loop
 
 S = Schedule("linear", T=100)
 g = torch.Generator
@@ -117,16 +117,6 @@ def test_labels_dtype_and_no_autograd(network, config, schedule):
     assert out.dtype == torch.float32
     assert not out.requires_grad
     assert not torch.equal(out, ddim_loop(network, schedule, x, [49, 10], label=label.flip(0)))
-
-
-def test_guidance(network):
-    x, t, label = torch.ones(2, 1, 4, 4), torch.tensor([5.0, 9.0]), torch.tensor([0, 1])
-    with torch.no_grad():
-        c, u = network(x, t, label), network(x, t, torch.tensor([3, 3]))
-        torch.testing.assert_close(guided(network, 3, 1.0)(x, t, label), c)
-        torch.testing.assert_close(guided(network, 3, 2.5)(x, t, label), u + 2.5 * (c - u))
-    with pytest.raises(EpsrtError, match="needs a label"):
-        guided(network, 3, 2.0)(x, t, None)
 
 
 @pytest.mark.parametrize("ts", [[], [3, 3], [1, 2], [100], [-1]])

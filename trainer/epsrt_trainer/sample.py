@@ -100,18 +100,6 @@ def ddim_loop(
     return x
 
 
-def guided(network: Network, null_label: int, weight: float) -> Network:
-    """Classifier-free guidance as a network: u + w·(c − u), u with the null label (arXiv 2207.12598; w = 1 is c)."""
-
-    def both(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        if label is None:
-            raise EpsrtError("guidance needs a label to guide to: give [B] int64")
-        nothing = network(x, t, torch.full_like(label, null_label))
-        return nothing + weight * (network(x, t, label) - nothing)
-
-    return both
-
-
 def _steps(schedule: Schedule, x: Tensor, timesteps: Sequence[int]) -> list[tuple[int, float, float, Tensor]]:
     """(row, ᾱ_t, ᾱ_prev, t as float32 [B]) of every row."""
     ts = [int(t) for t in timesteps]

@@ -29,9 +29,9 @@ def check_target(path: Path, channels: int) -> None:
         raise EpsrtError(f"--out {path} is the folder you are in: choose another name")
     if path.suffix and path.is_dir():
         raise EpsrtError(f"--out {path} is a directory: choose another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise EpsrtError(f"--out {path}: {path.parent} cannot be written to")
+    there = next(p for p in path.resolve().parents if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise EpsrtError(f"--out {path}: {there} cannot be written to")
 
 
 def save(path: Path, samples: NDArray[np.float32], images: NDArray[np.uint8], **more: Any) -> None:
