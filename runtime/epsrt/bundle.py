@@ -228,9 +228,11 @@ def _check_fields(path: Path, m: Manifest) -> None:
 
 def _check_files(path: Path, files: dict[str, FileEntry]) -> None:
     again = "copy or export the bundle again"
-    for name in sorted(p.name for p in path.iterdir()):
-        if name != MANIFEST and name not in files:
-            raise BundleError(f"{path} holds {name}, which its manifest does not name: remove it")
+    for file in sorted(path.iterdir()):
+        if file.name == "engines" and file.is_dir() and not file.is_symlink():
+            continue  # plans that someone built and added: no part of the bundle, see engines/cache.py
+        if file.name != MANIFEST and file.name not in files:
+            raise BundleError(f"{path} holds {file.name}, which its manifest does not name: remove it")
     for name, entry in files.items():
         file = path / name
         if file.is_symlink() or not file.is_file():

@@ -200,7 +200,7 @@ class Sampler:
     def _batch(self, batch: int | None, n: int) -> int:
         most = self.engine.max_batch
         if batch is not None and not 1 <= batch <= most:
-            raise EpsrtError(f"batch = {batch} is outside 1 … {most}, the bundle's largest")
+            raise EpsrtError(f"batch = {batch} is outside 1 … {most}, {self.engine.batch_limit}")
         return min(batch or most, n)
 
     def _requests(

@@ -379,7 +379,7 @@ def test_weights_outside_the_bundle_are_never_read(bundle, where):
     forge(bundle)
     opened = Bundle.open(bundle)  # the graph is no file of the manifest's: only an engine can see into it
     with opens_of(outside) as read, pytest.raises(EngineError, match="step-fp32.onnx"):
-        open_engine(opened)
+        open_engine(opened, "onnxruntime")
     assert not read
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from epsrt.cli import export, inspect, sample, train, verify
+from epsrt.cli import build, cache, doctor, export, inspect, sample, train, verify
 
 app = typer.Typer(
     name="epsrt",
@@ -35,5 +35,5 @@ def root(
     pass
 
 
-for module in (train, export, verify, sample, inspect):
+for module in (train, export, build, verify, sample, inspect, doctor, cache):
     app.command(epilog=module.EXAMPLES)(getattr(module, module.__name__.rsplit(".", 1)[1]))

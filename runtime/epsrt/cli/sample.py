@@ -24,6 +24,8 @@ epsrt sample out/digits.epsrt --method ddpm --steps 1000 -n 64 --labels 7 --out 
 epsrt sample out/digits.epsrt -n 500 --eta 0.5 --out folder/ --json
 """
 
+ON_GPU = 10  # steps between two looks at a GPU, at least: it takes them in chunks
+
 
 def sample(
     bundle: show.BundleArgument,
@@ -46,6 +48,7 @@ def sample(
     precision: Annotated[str | None, Option(help="fp32 or fp16; by default the engine's best.")] = None,
     batch: Annotated[int | None, Option(help="Images at once, at most; by default the bundle's largest.")] = None,
     threads: Annotated[int | None, Option(help="Of a CPU engine; by default all cores.")] = None,
+    trust_engines: show.TrustOption = False,
     as_json: show.JsonOption = False,
 ) -> None:
     """Draw images from a bundle."""
@@ -63,7 +66,11 @@ def sample(
     given: dict[str, object] = {name: value for name, value in options.items() if value is not None}
     if not clip:
         given["clip"] = None
-    with Sampler(open_engine(opened, engine, precision=precision, threads=threads)) as sampler:
+    with show.progress() as tell:
+        running = open_engine(
+            opened, engine, precision=precision, threads=threads, trust_engines=trust_engines, on_progress=tell
+        )
+    with Sampler(running) as sampler:
         chosen = classes[0] if classes is not None and len(classes) == 1 else classes
         plan = sampler.plan(method, steps, spacing=spacing, **given)
         begin = time.perf_counter()
@@ -71,7 +78,7 @@ def sample(
             samples = sampler.sample(
                 n, plan=plan, seed=seed, first=first, labels=chosen, batch=batch,
                 on_step=lambda done, total: tell(f"{method}-{len(plan)}", done / total),
-                every=max(1, len(plan) // 50),
+                every=max(1 if running.device == "cpu" else ON_GPU, len(plan) // 50),
             )  # fmt: skip
         seconds = time.perf_counter() - begin
         images = sampler.to_images(samples)

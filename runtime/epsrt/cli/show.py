@@ -16,16 +16,26 @@ from rich.table import Table
 from rich.text import Text
 
 from epsrt.bundle import Rung
+from epsrt.engines import ENGINES
 
 BundleArgument = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="A bundle: the directory that epsrt export wrote.")
 ]
-EngineOption = Annotated[str, typer.Option(help="auto, or one of: onnxruntime.")]
+EngineOption = Annotated[str, typer.Option(help=f"auto, or one of: {', '.join(ENGINES)}.")]
+TrustOption = Annotated[
+    bool,
+    typer.Option("--trust-engines", help="Run plans that came with the bundle: native code of whoever sent it."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
 
 
 def out() -> Console:
     return Console(highlight=False, markup=False)  # paths and provenance may hold brackets
+
+
+def note(sentence: str) -> None:
+    """A sentence for the user on stderr."""
+    print(sentence, file=sys.stderr)
 
 
 def print_json(value: object) -> None:

@@ -24,6 +24,7 @@ def verify(
     engine: show.EngineOption = "auto",
     precision: Annotated[str | None, typer.Option(help="fp32 or fp16; by default all that the bundle has.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of a CPU engine; by default all cores.")] = None,
+    trust_engines: show.TrustOption = False,
     as_json: show.JsonOption = False,
 ) -> None:
     """Prove parity with PyTorch, without PyTorch: error by timestep, trajectories, batches. Exits 1 on a miss."""
@@ -36,7 +37,9 @@ def verify(
     rungs = []
     with show.progress() as tell:
         for each in precisions:
-            running = open_engine(opened, engine, precision=each, threads=threads)
+            running = open_engine(
+                opened, engine, precision=each, threads=threads, trust_engines=trust_engines, on_progress=tell
+            )
             with closing(running):
                 rungs += measure(running, lambda name, fraction, each=each: tell(f"{each} {name}", fraction))  # type: ignore[misc]
     passed = all(r.passed for r in rungs)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -13,16 +11,10 @@ from numpy.typing import NDArray
 
 from epsrt import noise
 from epsrt.bundle import Bundle, Graph
-from epsrt.engines.protocol import Images, Rows, Sample
+from epsrt.engines.ort_library import check_signature, ort, refuse_both_packages
+from epsrt.engines.protocol import Images, Rows, Sample, check_batch, check_lane, check_rows, check_sample, not_finite
 from epsrt.errors import EngineError, NotFiniteError
 from epsrt.plan import idle_row
-
-try:
-    import onnxruntime as ort
-except ImportError as error:
-    raise EngineError(
-        f'engine onnxruntime needs its library ({error}): pip install "epsrt[cpu]", or "epsrt[gpu]" for NVIDIA'
-    ) from None
 
 NOISE_BLOCK = 1 << 16  # normals drawn at once: enough to hide NumPy's call overhead, small enough for a cache
 
@@ -31,14 +23,14 @@ class OnnxRuntimeCpu:
     """Engine "onnxruntime"; see protocol.Engine."""
 
     name = "onnxruntime"
+    batch_limit = "the bundle's largest"
     device = "cpu"
 
-    def __init__(self, bundle: Bundle, precision: str, features: Iterable[str] = (), threads: int | None = None):
-        _refuse_both_packages()
+    def __init__(self, bundle: Bundle, graph: Graph, threads: int | None = None):
+        refuse_both_packages()
         cores = os.cpu_count() or 1
         if threads is not None and not 1 <= threads <= cores:  # more would only wait for each other
             raise EngineError(f"threads = {threads} is outside 1 … {cores}, this machine's cores: leave it out for all")
-        graph = bundle.graph(precision, features)
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors come as exceptions; warnings about fusions are nobody's news
         if threads is not None:
@@ -50,15 +42,14 @@ class OnnxRuntimeCpu:
             reason = " ".join(str(error).split())
             raise EngineError(f"onnxruntime refuses {file}: {reason}; export the bundle again") from None
         self.bundle = bundle
-        self.precision = precision
+        self.precision: str = graph.precision
         self.columns = graph.columns
         self.max_batch = bundle.manifest.max_batch
-        _check_signature(self.session, bundle, graph)
+        check_signature(self.session, bundle, graph)
 
     def lanes(self, batch: int) -> OnnxRuntimeLanes:
         """Lanes for `batch` samples, 1 … max_batch."""
-        if not 1 <= batch <= self.max_batch:
-            raise EngineError(f"a batch of {batch} is outside 1 … {self.max_batch}, the bundle's largest")
+        check_batch(batch, self)
         return OnnxRuntimeLanes(self, batch)
 
     def close(self) -> None:
@@ -99,10 +90,9 @@ class OnnxRuntimeLanes:
         return binding
 
     def write(self, index: int, sample: Sample) -> None:
-        self._check_lane(index)
+        check_lane(index, self.batch)
         x, (signal, scale) = self._x[self._now][index], sample.start
-        if sample.init is not None and sample.init.shape != x.shape:
-            raise EngineError(f"init has shape {list(sample.init.shape)}, the network wants {list(x.shape)}")
+        check_sample(sample, x.shape)
         x.fill(0)
         if scale:
             x += np.float32(scale) * noise.normals(sample.seed, sample.index, noise.START, 0, x.size).reshape(x.shape)
@@ -116,9 +106,7 @@ class OnnxRuntimeLanes:
         self._broken.pop(index, None)
 
     def advance(self, rows: Rows) -> None:
-        if rows.ndim != 3 or rows.shape[1:] != self._row.shape or rows.dtype != np.float32:
-            want = ["steps", *self._row.shape]
-            raise EngineError(f"rows must be float32 {want}, not {rows.dtype} {list(rows.shape)}")
+        check_rows(rows, *self._row.shape)
         block = max(1, NOISE_BLOCK // self._z.size)
         run, session = self._engine.session.run_with_iobinding, self._engine.bundle.path
         for first in range(0, len(rows), block):
@@ -139,7 +127,7 @@ class OnnxRuntimeLanes:
                     self._note_broken()
 
     def read(self, index: int, what: Literal["x", "x0"] = "x") -> Images:
-        self._check_lane(index)
+        check_lane(index, self.batch)
         if index in self._broken:
             raise NotFiniteError(self._broken[index])
         source: Images = self._x[self._now] if what == "x" else self._x0
@@ -162,15 +150,8 @@ class OnnxRuntimeLanes:
     def _note_broken(self) -> None:
         for lane, x in enumerate(self._x[self._now]):
             if lane not in self._broken and not np.isfinite(x).all():
-                sample, step, t = self._samples[lane], self._steps[lane], self._row[lane, self._columns["t"]]
-                self._broken[lane] = (
-                    f"lane {lane} (seed {sample.seed}, index {sample.index}) is not finite since its step {step} "
-                    f"(t = {t:g}): the network gave NaN or infinity there, or was given it"
-                )
-
-    def _check_lane(self, index: int) -> None:
-        if not 0 <= index < self.batch:
-            raise EngineError(f"lane {index} is outside 0 … {self.batch - 1}")
+                t = float(self._row[lane, self._columns["t"]])
+                self._broken[lane] = not_finite(lane, self._samples[lane], int(self._steps[lane]), t)
 
     def close(self) -> None:
         self._bindings.clear()
@@ -182,37 +163,3 @@ class OnnxRuntimeLanes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _check_signature(session: Any, bundle: Bundle, graph: Graph) -> None:
-    """Raw pointers are bound, so the graph's inputs and outputs must be what the manifest says."""
-    image: list[int | None] = [None, *bundle.manifest.shape]
-    want: dict[str, tuple[str, list[int | None]]] = dict.fromkeys("xmz", ("tensor(float)", image))
-    want["rows"] = ("tensor(float)", [None, len(graph.columns)])
-    if bundle.labelled:
-        want["label"] = ("tensor(int64)", [None])
-    want |= dict.fromkeys(("x_next", "m_next", "x0"), ("tensor(float)", image))
-    have = {
-        v.name: (v.type, [d if isinstance(d, int) else None for d in v.shape])
-        for v in [*session.get_inputs(), *session.get_outputs()]
-    }
-    if have != want:
-        name = next(k for k in [*want, *have] if have.get(k) != want.get(k))
-        raise EngineError(
-            f"{bundle.path / graph.file}: {name} is {have.get(name)}, the manifest implies {want.get(name)}: "
-            "export the bundle again"
-        )
-
-
-def _refuse_both_packages() -> None:
-    found = []
-    for package in ("onnxruntime", "onnxruntime-gpu"):
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
-    if len(found) == 2:
-        raise EngineError(
-            f"{' and '.join(found)} are both installed and overwrite each other: "
-            'pip uninstall -y onnxruntime onnxruntime-gpu, then pip install "epsrt[cpu]" or "epsrt[gpu]"'
-        )

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epsrt.bundle import Bundle
+from epsrt.errors import EngineError
 
 Rows = NDArray[np.float32]
 Images = NDArray[np.float32]
@@ -67,7 +68,41 @@ class Engine(Protocol):
     precision: str
     columns: tuple[str, ...]
     max_batch: int
+    batch_limit: str  # what set max_batch, e.g. "the bundle's largest"
 
     def lanes(self, batch: int) -> Lanes: ...
 
     def close(self) -> None: ...
+
+
+def check_batch(batch: int, engine: Engine) -> None:
+    """Raise EngineError unless the engine has lanes for `batch` samples."""
+    if not 1 <= batch <= engine.max_batch:
+        raise EngineError(f"a batch of {batch} is outside 1 … {engine.max_batch}, {engine.batch_limit}")
+
+
+def check_lane(index: int, batch: int) -> None:
+    """Raise EngineError unless lane `index` is one of `batch`."""
+    if not 0 <= index < batch:
+        raise EngineError(f"lane {index} is outside 0 … {batch - 1}")
+
+
+def check_sample(sample: Sample, shape: tuple[int, ...]) -> None:
+    """Raise EngineError unless a sample's init, if it has one, is an image of `shape`."""
+    if sample.init is not None and sample.init.shape != shape:
+        raise EngineError(f"init has shape {list(sample.init.shape)}, the network wants {list(shape)}")
+
+
+def check_rows(rows: Rows, batch: int, columns: int) -> None:
+    """Raise EngineError unless rows are float32 [steps, batch, columns]."""
+    if rows.ndim != 3 or rows.shape[1:] != (batch, columns) or rows.dtype != np.float32:
+        want = ["steps", batch, columns]
+        raise EngineError(f"rows must be float32 {want}, not {rows.dtype} {list(rows.shape)}")
+
+
+def not_finite(lane: int, sample: Sample, step: int, t: float) -> str:
+    """What NotFiniteError says of a lane whose state is NaN or infinite since its step number `step`, from 1."""
+    return (
+        f"lane {lane} (seed {sample.seed}, index {sample.index}) is not finite since its step {step} (t = {t:g}): "
+        "the network gave NaN or infinity there, or was given it"
+    )

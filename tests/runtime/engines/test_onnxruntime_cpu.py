@@ -18,7 +18,7 @@ from epsrt import (
     open_engine,
     solvers,
 )
-from epsrt.engines import ENGINES, onnxruntime_cpu
+from epsrt.engines import ENGINES, onnxruntime_cpu, probe
 from epsrt.spacing import timesteps
 from helpers import edit_graph, forge, run_python, weights
 
@@ -55,14 +55,14 @@ def alone(engine, sample, rows, batch=1):
 
 
 class TestOpening:
-    def test_auto_and_name_give_the_same_engine(self, small_bundle_path):
-        for name in ("auto", "onnxruntime"):
-            opened = open_engine(Bundle.open(small_bundle_path), name)
+    def test_by_name_and_as_the_fastest_that_takes_threads(self, small_bundle_path):
+        for arguments in ({"name": "onnxruntime"}, {"threads": 1}):
+            opened = open_engine(Bundle.open(small_bundle_path), **arguments)
             assert (opened.name, opened.device, opened.precision) == ("onnxruntime", "cpu", "fp32")
             assert opened.max_batch == 4
             assert opened.columns == opened.bundle.manifest.graphs[0].columns
             opened.close()
-        assert ENGINES == ("onnxruntime",)
+        assert tuple(info.name for info in probe.ENGINES) == ENGINES
 
     def test_threads_and_precision(self, bundle_path):
         opened = open_engine(Bundle.open(bundle_path), precision="fp16", threads=1)
@@ -73,7 +73,7 @@ class TestOpening:
     @pytest.mark.parametrize(
         ("arguments", "kind", "message"),
         [
-            ({"name": "tensorflow"}, EngineError, "engine 'tensorflow' is unknown: use auto or one of onnxruntime"),
+            ({"name": "tensorflow"}, EngineError, "engine 'tensorflow' is unknown: use auto or one of tensorrt, "),
             ({"precision": "int8"}, EngineError, "precision 'int8' is unknown: use fp32 or fp16"),
             ({"precision": "fp16"}, BundleError, "small.epsrt has no fp16 step graph, only fp32"),
             ({"features": ["guidance"]}, BundleError, "has no fp32 guidance step graph"),
@@ -89,19 +89,23 @@ class TestOpening:
 import sys
 from epsrt import Bundle, EngineError, open_engine
 try:
-    open_engine(Bundle.open(sys.argv[1]))
+    open_engine(Bundle.open(sys.argv[1]), sys.argv[2])
 except EngineError as error:
     print(error)
 """
-        done = run_python(code, small_bundle_path, blocked=("onnxruntime",))
-        assert done.returncode == 0, done.stderr
-        assert "engine onnxruntime needs its library" in done.stdout
-        assert 'pip install "epsrt[cpu]"' in done.stdout
+        for name, sentence in (
+            ("onnxruntime", "engine onnxruntime needs its library"),
+            ("auto", "no engine runs here; onnxruntime: "),
+        ):
+            done = run_python(code, small_bundle_path, name, blocked=("onnxruntime",), env={"CUDA_VISIBLE_DEVICES": ""})
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.startswith(sentence)
+            assert 'pip install "epsrt[cpu]"' in done.stdout or "has lost its files" in done.stdout
 
     def test_both_packages_installed(self, small_bundle_path, monkeypatch):
-        monkeypatch.setattr(onnxruntime_cpu, "version", lambda package: "1.2.3")
+        monkeypatch.setattr("importlib.metadata.version", lambda package: "1.2.3")
         with pytest.raises(EngineError, match=r"onnxruntime 1.2.3 and onnxruntime-gpu 1.2.3 are both .* pip uninstall"):
-            open_engine(Bundle.open(small_bundle_path))
+            open_engine(Bundle.open(small_bundle_path), "onnxruntime")
 
     @pytest.mark.parametrize("only", ["onnxruntime", "onnxruntime-gpu"])
     def test_one_package_installed(self, small_bundle_path, monkeypatch, only):
@@ -110,8 +114,8 @@ except EngineError as error:
                 raise PackageNotFoundError(package)
             return "1.2.3"
 
-        monkeypatch.setattr(onnxruntime_cpu, "version", version)
-        open_engine(Bundle.open(small_bundle_path)).close()
+        monkeypatch.setattr("importlib.metadata.version", version)
+        open_engine(Bundle.open(small_bundle_path), "onnxruntime").close()
 
     def test_a_file_that_is_no_graph(self, copy_of, small_bundle_path):
         path = copy_of(small_bundle_path)
@@ -120,7 +124,7 @@ except EngineError as error:
         with pytest.raises(
             EngineError, match=r"onnxruntime refuses .*step-fp32.onnx: .*; export the bundle again"
         ) as e:
-            open_engine(Bundle.open(path))
+            open_engine(Bundle.open(path), "onnxruntime")
         assert "\n" not in str(e.value)
 
     def test_weights_that_are_too_short(self, copy_of, small_bundle_path):
@@ -128,7 +132,7 @@ except EngineError as error:
         (path / "weights-fp32.bin").write_bytes((path / "weights-fp32.bin").read_bytes()[:4096])
         forge(path)
         with pytest.raises(EngineError, match=r"onnxruntime refuses .*step-fp32.onnx"):
-            open_engine(Bundle.open(path))
+            open_engine(Bundle.open(path), "onnxruntime")
 
     @pytest.mark.parametrize(
         ("fields", "name"),
@@ -140,13 +144,13 @@ except EngineError as error:
         path = copy_of(small_bundle_path)
         forge(path, lambda manifest: manifest.update(fields))
         with pytest.raises(EngineError, match=rf"step-fp32.onnx: {name} is .*, the manifest implies .*export"):
-            open_engine(Bundle.open(path))
+            open_engine(Bundle.open(path), "onnxruntime")
 
     def test_a_manifest_of_other_columns_is_refused(self, copy_of, small_bundle_path):
         path = copy_of(small_bundle_path)
         forge(path, lambda manifest: manifest["graphs"][0]["columns"].append("w"))
         with pytest.raises(EngineError, match="rows is .*15.*, the manifest implies .*16"):
-            open_engine(Bundle.open(path))
+            open_engine(Bundle.open(path), "onnxruntime")
 
     def test_a_graph_with_another_output_is_refused(self, copy_of, small_bundle_path):
         def swap(model):
@@ -160,7 +164,7 @@ except EngineError as error:
         edit_graph(path / "step-fp32.onnx", swap)
         forge(path)
         with pytest.raises(EngineError, match="m_next is None, the manifest implies"):
-            open_engine(Bundle.open(path))
+            open_engine(Bundle.open(path), "onnxruntime")
 
 
 class TestLanes:

@@ -1,0 +1,114 @@
+// What runs on the device beside the engine: a sample's beginning, each step's noise, the search for NaN.
+//
+// The same noise as epsrt.noise: Philox4x32-10 keyed by the seed, counter (element / 4, n, stream, index), and Box-Muller
+// in float32 without fast-math. Lanes lie along x of the grid, the elements of a lane along y. Compiled by NVRTC; plain
+// enough (no shared memory, no warp intrinsics) that the tests compile it as C++ and run it on a CPU.
+
+typedef unsigned int uint32;
+typedef unsigned long long uint64;
+
+#define START 0u  // streams, as in epsrt.noise
+#define STEP 1u
+#define THREADS 256
+
+struct Four {
+    uint32 r[4];
+};
+
+// Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011
+__device__ Four philox(uint32 c0, uint32 c1, uint32 c2, uint32 c3, uint64 key) {
+    uint32 k0 = (uint32)key, k1 = (uint32)(key >> 32);
+    for (int round = 0; round < 10; ++round) {
+        uint32 high0 = __umulhi(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
+        uint32 high1 = __umulhi(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;
+        c0 = high1 ^ c1 ^ k0;
+        c1 = low1;
+        c2 = high0 ^ c3 ^ k1;
+        c3 = low0;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return Four{{c0, c1, c2, c3}};
+}
+
+// u = ((r >> 9) + 1/2) / 2^23 is exact; the angle's word is read as signed, so that it lies in (-pi, pi): the same angle.
+__device__ void box_muller(uint32 r0, uint32 r1, float* z0, float* z1) {
+    float u0 = ((float)(r0 >> 9) + 0.5f) * 1.1920928955078125e-7f;
+    float half_turns = ((float)((int)r1 >> 9) + 0.5f) * 2.384185791015625e-7f;
+    float radius = sqrtf(-2.0f * logf(u0)), sine, cosine;
+    sincospif(half_turns, &sine, &cosine);
+    *z0 = radius * cosine;
+    *z1 = radius * sine;
+}
+
+// The four normals of one counter
+__device__ void normals(uint32 counter, uint32 n, uint32 stream, uint32 index, uint64 seed, float z[4]) {
+    Four words = philox(counter, n, stream, index, seed);
+    box_muller(words.r[0], words.r[1], &z[0], &z[1]);
+    box_muller(words.r[2], words.r[3], &z[2], &z[3]);
+}
+
+// z [lanes, size] for the lanes whose row adds noise (d != 0); the others keep finite numbers that d = 0 drops.
+extern "C" __global__ void __launch_bounds__(THREADS)
+noise(float* z, const float* rows, const uint64* seeds, const uint32* indices, int size, int columns, int column_d,
+      int column_n) {
+    int lane = blockIdx.x;
+    uint32 counter = blockIdx.y * THREADS + threadIdx.x;
+    const float* row = rows + (long long)lane * columns;
+    if (row[column_d] == 0.0f || 4ll * counter >= size) return;
+    float drawn[4];
+    normals(counter, (uint32)row[column_n], STEP, indices[lane], seeds[lane], drawn);
+    float* to = z + (long long)lane * size + 4ll * counter;
+    for (int i = 0; i < 4; ++i)
+        if (4ll * counter + i < size) to[i] = drawn[i];
+}
+
+// A sample that a lane begins with; epsrt.engines.lanes fills it.
+struct Begin {
+    uint64 seed;
+    long long label;
+    uint32 index;
+    int lane;
+    float signal, scale;  // x = signal * init + scale * z
+    int init;             // which of inits, or -1 for zeros
+    int unused;
+};
+
+// begins[blockIdx.x] into its lane: x, m = 0, x0 = 0, and what noise and check need to know of it.
+extern "C" __global__ void __launch_bounds__(THREADS)
+begin(float* x, float* m, float* x0, uint64* seeds, uint32* indices, long long* labels, int* broken_step,
+      const Begin* begins, const float* inits, int size) {
+    Begin b = begins[blockIdx.x];
+    uint32 counter = blockIdx.y * THREADS + threadIdx.x;
+    if (counter == 0) {
+        seeds[b.lane] = b.seed;
+        indices[b.lane] = b.index;
+        labels[b.lane] = b.label;
+        broken_step[b.lane] = 0;
+    }
+    if (4ll * counter >= size) return;
+    float drawn[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (b.scale != 0.0f) normals(counter, 0, START, b.index, b.seed, drawn);
+    for (int i = 0; i < 4; ++i) {
+        long long element = 4ll * counter + i;
+        if (element >= size) return;
+        float value = b.scale * drawn[i];
+        if (b.init >= 0 && b.signal != 0.0f) value += b.signal * inits[(long long)b.init * size + element];
+        long long at = (long long)b.lane * size + element;
+        x[at] = value;
+        m[at] = 0.0f;
+        x0[at] = 0.0f;
+    }
+}
+
+// Note in broken_step and broken_t the first step (1, 2, ...) after which a lane's x holds NaN or infinity, and its t.
+extern "C" __global__ void __launch_bounds__(THREADS)
+check(const float* x, const float* rows, const int* steps, int* broken_step, float* broken_t, int size, int columns,
+      int column_t) {
+    int lane = blockIdx.x;
+    bool finite = true;
+    for (long long i = blockIdx.y * THREADS + threadIdx.x; i < size; i += (long long)gridDim.y * THREADS)
+        finite = finite && isfinite(x[(long long)lane * size + i]);
+    if (!finite && atomicCAS(&broken_step[lane], 0, steps[lane]) == 0)
+        broken_t[lane] = rows[(long long)lane * columns + column_t];
+}

@@ -1,0 +1,109 @@
+"""What makes one built engine (a TensorRT plan) another, and in what one differs from what is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+Profiles = tuple[tuple[int, int, int], ...]  # (min, opt, max) batch
+Options = dict[str, str | int | bool | None]
+
+
+class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that makes one plan another."""
+
+    bundle: str  # digest
+    graph: str  # file name
+    engine: str
+    version: str  # of the engine's library
+    gpu: str  # name; "" for plans that any GPU of the capabilities runs
+    capabilities: tuple[str, ...]  # ("sm_90",), or several targets
+    precision: str
+    profiles: Profiles
+    options: Options
+
+    @property
+    def name(self) -> str:
+        """The plan's file name, without its suffix."""
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()[:16]
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What stands beside a plan. `built` is an ISO time in UTC; `summary` is the builder's, any JSON."""
+
+    key: Key
+    sha256: str
+    size: int  # bytes
+    built: str
+    bundle_name: str
+    summary: dict[str, Any]
+    format: Literal[1] = 1
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a plan is needed for; `profiles` and `options` are None where any will do."""
+
+    bundle: str
+    bundle_name: str
+    graph: str
+    engine: str
+    version: str
+    gpu: str
+    capability: str
+    precision: str
+    profiles: Profiles | None = None
+    options: Options | None = None
+
+
+def differences(key: Key, wanted: Wanted) -> list[str]:
+    """Why a plan does not fit, a part of a sentence each; empty if it does."""
+    parts, compatible = [], key.options.get("hardware_compatible")
+    if key.bundle != wanted.bundle:
+        parts.append("built from another export of the bundle")
+    if key.engine != wanted.engine:
+        parts.append(f"built with {key.engine}, asked for {wanted.engine}")
+    elif key.version != wanted.version:
+        parts.append(f"built with {key.engine} {key.version}, this is {wanted.version}")
+    if key.gpu not in ("", wanted.gpu) and compatible not in ("ampere+", "same-capability"):
+        parts.append(f"built for {key.gpu}, this is {wanted.gpu}")
+    if compatible == "ampere+":
+        if _number(wanted.capability) < 80:
+            parts.append(f"built for sm_80 and newer, this is {wanted.capability}")
+    elif wanted.capability not in key.capabilities:
+        parts.append(f"built for {', '.join(key.capabilities)}, this is {wanted.capability}")
+    if key.precision != wanted.precision:
+        parts.append(f"built in {key.precision}, asked for {wanted.precision}")
+    elif key.graph != wanted.graph:  # each precision has graphs of its own
+        parts.append(f"built from {key.graph}, asked for {wanted.graph}")
+    if wanted.profiles is not None and key.profiles != wanted.profiles:
+        parts.append(f"built for batches {batches(key.profiles)}, asked for {batches(wanted.profiles)}")
+    if wanted.options is not None:
+        for name in sorted({*key.options, *wanted.options}):
+            have, want = key.options.get(name), wanted.options.get(name)
+            if have != want:
+                what = "optimisation level" if name == "level" else name.replace("_", " ")
+                parts.append(f"built with {what} {_word(have)}, asked for {_word(want)}")
+    return parts
+
+
+def batches(profiles: Profiles) -> str:
+    """Profiles as people write them: 1:8:64."""
+    return " and ".join(":".join(map(str, profile)) for profile in profiles)
+
+
+def _number(capability: str) -> int:
+    digits = re.sub(r"\D", "", capability)
+    return int(digits) if digits else 0
+
+
+def _word(value: str | int | bool | None) -> str:
+    if value is None:
+        return "unset"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)

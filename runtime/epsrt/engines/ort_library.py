@@ -1,0 +1,44 @@
+"""onnxruntime itself, and what both of its engines ask of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from epsrt.bundle import Bundle, Graph
+from epsrt.engines.probe import both_onnxruntimes
+from epsrt.errors import EngineError
+
+try:
+    import onnxruntime as ort
+except ImportError as error:
+    raise EngineError(
+        f'engine onnxruntime needs its library ({error}): pip install "epsrt[cpu]", or "epsrt[gpu]" for NVIDIA'
+    ) from None
+
+__all__ = ["check_signature", "ort", "refuse_both_packages"]
+
+
+def refuse_both_packages() -> None:
+    """Raise EngineError where onnxruntime and onnxruntime-gpu are both installed: together they are neither."""
+    if sentence := both_onnxruntimes():
+        raise EngineError(sentence)
+
+
+def check_signature(session: Any, bundle: Bundle, graph: Graph) -> None:
+    """Raw pointers are bound, so the graph's inputs and outputs must be what the manifest says."""
+    image: list[int | None] = [None, *bundle.manifest.shape]
+    want: dict[str, tuple[str, list[int | None]]] = dict.fromkeys("xmz", ("tensor(float)", image))
+    want["rows"] = ("tensor(float)", [None, len(graph.columns)])
+    if bundle.labelled:
+        want["label"] = ("tensor(int64)", [None])
+    want |= dict.fromkeys(("x_next", "m_next", "x0"), ("tensor(float)", image))
+    have = {
+        v.name: (v.type, [d if isinstance(d, int) else None for d in v.shape])
+        for v in [*session.get_inputs(), *session.get_outputs()]
+    }
+    if have != want:
+        name = next(k for k in [*want, *have] if have.get(k) != want.get(k))
+        raise EngineError(
+            f"{bundle.path / graph.file}: {name} is {have.get(name)}, the manifest implies {want.get(name)}: "
+            "export the bundle again"
+        )
