@@ -6,30 +6,40 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import epsrt
 from epsrt import Bundle
+from epsrt.engines import nvidia
 from epsrt.errors import BundleError
 from epsrt.files import whole_file
 
+if TYPE_CHECKING:
+    from torch import nn
+
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path("out/bench")
-PACKAGES = ("epsrt", "numpy", "onnxruntime", "torch", "diffusers")
+PACKAGES = (
+    "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu13", "tensorrt-rtx-cu13", "tensorrt-rtx",
+    "cuda-bindings", "nvidia-cudnn-cu13", "torch", "triton", "diffusers",
+)  # fmt: skip
+SEEDS = {"digits": 46}  # of redrawn weights, 0 for the others: most seeds' digits miss FP16's gate (40 to 60 dB)
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory and versions: what a reader needs to place a number."""
+    """Processor, cores, versions, and the GPU if there is one: what a reader needs to place a number."""
     cpu, flags = platform.processor(), ""
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
         fields = {key.strip(): value.strip() for key, value in lines.items()}
         cpu, flags = fields.get("model name", cpu), fields.get("flags", "")
-    versions = {}
+    versions = {"epsrt": epsrt.__version__}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
@@ -40,8 +50,39 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "amx": "amx_tile" in flags, "avx512_bf16": "avx512_bf16" in flags,
         "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(), "versions": versions,
+        "python": platform.python_version(), "versions": versions, **gpu(),
     }  # fmt: skip
+
+
+def gpu() -> dict[str, Any]:
+    """{"gpu": …} for CUDA's device 0; empty without one."""
+    driver = nvidia.driver()
+    if driver.problem or driver.version is None:
+        return {}
+    gpu = driver.gpus[0]
+    found = {
+        "name": gpu.name, "capability": gpu.arch, "memory_mib": gpu.memory >> 20, "cuda": nvidia.dots(driver.version),
+    }  # fmt: skip
+    return {"gpu": found | nvidia_smi("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")}
+
+
+def nvidia_smi(*fields: str) -> dict[str, Any]:
+    """What nvidia-smi says of the first GPU: MHz, °C and W as numbers; empty where it is missing or has no answer."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+    command = ["nvidia-smi", "-i", first, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        values = [value.strip() for value in done.stdout.strip().splitlines()[0].split(",")]
+        return {f: _number(v) for f, v in zip(fields, values, strict=True) if not v.startswith("[")}
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return {}
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def alternate(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -71,22 +112,49 @@ def write(name: str, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def bundle(preset: str) -> Bundle:
-    """The preset's network with redrawn weights as a bundle, exported once and kept in out/bench/."""
-    path = CACHE / f"{preset}.epsrt"
+def network(preset: str) -> nn.Module:
+    """The preset's network with redrawn weights, drawn once and kept in out/bench/."""
+    import safetensors.torch
+
+    from epsrt_export.redraw import redraw
+    from epsrt_trainer.networks import build
+    from epsrt_trainer.presets import PRESETS
+
+    p, seed = PRESETS[preset], SEEDS.get(preset, 0)
+    path, made = CACHE / f"{preset}-{seed}.safetensors", build(p.network)
+    if not path.exists():
+        redraw(made, p.schedule, image_shape(preset), p.network.classes, seed)
+        with whole_file(path) as beside:
+            safetensors.torch.save_file(made.state_dict(), beside)
+    made.load_state_dict(safetensors.torch.load_file(path))
+    return made.eval()
+
+
+def image_shape(preset: str) -> tuple[int, int, int]:
+    """C, H, W"""
+    from epsrt_trainer.presets import PRESETS
+
+    n = PRESETS[preset].network
+    return n.image_channels, n.image_size, n.image_size
+
+
+def bundle(preset: str, precisions: Sequence[str] = ("fp32",), max_batch: int = 64) -> Bundle:
+    """The preset's network with redrawn weights as a bundle, exported once and kept in out/bench/.
+
+    Raises ParityError where the network misses a rung in one of the precisions.
+    """
+    more = "" if tuple(precisions) == ("fp32",) and max_batch == 64 else f"-{max_batch}-{'-'.join(precisions)}"
+    path = CACHE / f"{preset}{more}.epsrt"
     try:
         return Bundle.open(path)
     except BundleError:
         pass
     from epsrt_export import export_network
-    from epsrt_export.redraw import redraw
-    from epsrt_trainer.networks import build
     from epsrt_trainer.presets import PRESETS
 
     p = PRESETS[preset]
-    shape = (p.network.image_channels, p.network.image_size, p.network.image_size)
     print(f"exporting {preset} to {path} (once)", flush=True)
     return export_network(
-        redraw(build(p.network), p.schedule, shape, p.network.classes), p.schedule, path, shape=shape,
-        classes=p.network.classes, null_label=p.network.classes if p.network.null_label else None, precisions=("fp32",),
+        network(preset), p.schedule, path, shape=image_shape(preset), classes=p.network.classes,
+        null_label=p.network.classes if p.network.null_label else None, precisions=precisions, max_batch=max_batch,
     )  # fmt: skip

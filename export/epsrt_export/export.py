@@ -110,7 +110,7 @@ def export_network(
         graphs = []
         for precision in precisions:
             tell(f"graph {precision}", 0.0)
-            graphs.append(_write_graph(network, precision, beside, shape, classes > 0, max_batch, opset))
+            graphs.append(write_graph(network, precision, beside, shape, classes > 0, max_batch, opset))
             tell(f"graph {precision}", 1.0)
         kept = golden.record(network, schedule, shape, prediction, clip, classes, null_label, tell)
         (beside / GOLDEN).write_bytes(safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in kept.items()}))
@@ -140,7 +140,7 @@ def _measure(bundle: Bundle, precision: str, tell: OnStage) -> list[Rung]:
     return rungs
 
 
-def _write_graph(
+def write_graph(
     network: nn.Module,
     precision: str,
     directory: Path,
@@ -149,6 +149,7 @@ def _write_graph(
     max_batch: int,
     opset: int,
 ) -> Graph:
+    """Write the step graph of a network, and its weights file, into a directory. Arguments as in `export_network`."""
     dtype = DTYPES[precision]
     if dtype == torch.float16:
         network = half_copy(network)

@@ -97,15 +97,13 @@ def test_the_list(cache):
     cache.keep_blob("timing", b"x" * 2000)
     lines = [" ".join(line.split()) for line in invoke().splitlines()]
     assert lines[0].startswith("Plans")
-    assert lines[1] == "bundle digest engine for precision batches size built last used"
-    sold = f"faces[red].epsrt {FACES[:16]} tensorrt-rtx 1.7.1.116 sm_89, sm_120 fp32 1:1:1 and 2:8:32 3.0 MiB"
-    assert lines[2].startswith(f"{sold} {new.built[:10]}")
-    built, used = old.built[:16].replace("T", " "), time.strftime("%Y-%m-%d %H:%M", time.gmtime(old.used))
-    size = f"{old.size / 1024:.1f} KiB"
-    assert (
-        lines[3]
-        == f"digits.epsrt {DIGITS[:16]} tensorrt 10.16.1.11 NVIDIA H200, sm_90 fp16 1:8:64 {size} {built} {used}"
-    )
+    assert lines[1] == "bundle plan size last used"
+    assert lines[2].startswith("faces[red].epsrt tensorrt-rtx 1.7.1.116, fp32, batches 1:1:1 and 2:8:32 3.0 MiB ")
+    assert lines[3] == f"{FACES[:16]} for sm_89, sm_120"
+    assert lines[4] == f"built {new.built[:16].replace('T', ' ')}"
+    used, size = time.strftime("%Y-%m-%d %H:%M", time.gmtime(old.used)), f"{old.size / 1024:.1f} KiB"
+    assert lines[5] == f"digits.epsrt tensorrt 10.16.1.11, fp16, batches 1:8:64 {size} {used}"
+    assert lines[6] == f"{DIGITS[:16]} for NVIDIA H200, sm_90"
     assert lines[-1].startswith(f"{cache.directory}: 2 plans, 3.0 MiB, timing and other caches 2.")
 
 

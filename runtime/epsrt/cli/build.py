@@ -25,7 +25,7 @@ epsrt build cifar.epsrt --engine tensorrt-rtx --target sm89,sm120 --ship
 def build(
     bundle: show.BundleArgument,
     engine: Annotated[
-        str | None, Option(help="tensorrt or tensorrt-rtx; by default tensorrt, and with --target tensorrt-rtx.")
+        str | None, Option(help="tensorrt or tensorrt-rtx; by default the first installed, with --target tensorrt-rtx.")
     ] = None,
     precision: Annotated[str | None, Option(help="fp16 or fp32; by default fp16 where the bundle has it.")] = None,
     batch: Annotated[
@@ -58,7 +58,7 @@ def build(
     from epsrt.engines.trt_library import library
 
     opened = Bundle.open(bundle)
-    name = engine or ("tensorrt-rtx" if target else "tensorrt")
+    name = engine or _default(target)
     if name not in ("tensorrt", "tensorrt-rtx"):
         raise EpsrtError(f"engine {name} is not built ahead: use tensorrt or tensorrt-rtx")
     graph = opened.graph(precision or best_precision(opened, name))
@@ -102,6 +102,15 @@ def build(
     for title, value in facts.items():
         table.add_row(title.replace("_", " "), str(value))
     show.out().print(table)
+
+
+def _default(target: str | None) -> str:
+    """TensorRT-RTX for other machines, else the first that is installed."""
+    from epsrt.engines import probe
+
+    if target:
+        return "tensorrt-rtx"
+    return next((name for name in ("tensorrt", "tensorrt-rtx") if probe.state(name).library), "tensorrt")
 
 
 def _profile(text: str) -> tuple[int, int, int]:

@@ -84,29 +84,28 @@ def _list(opened: EngineCache, as_json: bool) -> None:
         return
     console = show.out()
     if entries:
-        columns = ("bundle", "digest", "engine", "for", "precision", "batches", "size", "built", "last used", "")
-        console.print(_table(opened, entries, columns), "")
+        console.print(_table(entries), "")
     total = f"{show.size(sum(e.size for e in entries))}, timing and other caches {show.size(blobs)}"
     console.print(
         f"{opened.directory}: {len(entries)} {'plan' if len(entries) == 1 else 'plans'}, {total}", soft_wrap=True
     )
 
 
-def _table(opened: EngineCache, entries: list[Entry], columns: tuple[str, ...]) -> Any:
+def _table(entries: list[Entry]) -> Any:
     from epsrt.engines.key import batches
 
-    plans = show.table("Plans (times are UTC)", *columns, right=("size",))
+    plans = show.table("Plans (times are UTC)", "bundle", "plan", "size", "last used", right=("size",))
     for entry in sorted(entries, key=lambda e: e.used, reverse=True):
-        used, size = datetime.fromtimestamp(entry.used, UTC).isoformat(" ", "minutes")[:16], show.size(entry.size)
-        if entry.record is None:
-            plans.add_row("?", entry.path.parent.name, "?", "?", "?", "?", size, "?", used, entry.damage)
-            continue
-        key = entry.record.key
-        where = ", ".join(([key.gpu] if key.gpu else []) + list(key.capabilities))
-        plans.add_row(
-            entry.record.bundle_name, key.bundle[:16], f"{key.engine} {key.version}", where, key.precision,
-            batches(key.profiles), size, entry.built[:16].replace("T", " "), used, entry.damage,
-        )  # fmt: skip
+        used = datetime.fromtimestamp(entry.used, UTC).isoformat(" ", "minutes")[:16]
+        bundle, plan = f"?\n{entry.path.parent.name}", entry.damage
+        if entry.record is not None:
+            key = entry.record.key
+            bundle = f"{entry.record.bundle_name}\n{key.bundle[:16]}"
+            plan = f"{key.engine} {key.version}, {key.precision}, batches {batches(key.profiles)}\n"
+            plan += f"for {', '.join(filter(None, (key.gpu, *key.capabilities)))}\n"
+            plan += f"built {entry.built[:16].replace('T', ' ')}"
+            plan += f"\n{entry.damage}" if entry.damage else ""
+        plans.add_row(bundle, plan, show.size(entry.size), used)
     return plans
 
 
@@ -163,10 +162,12 @@ def _chosen(entry: Entry, older_than: float | None, bundle: str | None) -> str:
 
 def _useless(opened: EngineCache, entry: Entry) -> str:
     """Why no engine here can use an entry; "" where one can, as far as is known."""
+    from epsrt.engines.key import serves
+
     if entry.record is not None:
         key = entry.record.key
         here = _installed(key.engine)
-        if here not in (None, key.version):
+        if here is not None and not serves(key, here):
             return f"built with {key.engine} {key.version}, this is {here}"
     try:
         opened.read(entry)

@@ -34,6 +34,7 @@ from epsrt.engines.key import Key, Record, Wanted, differences
 from epsrt.errors import EngineError
 
 ENGINES, TIMING, LIBRARIES = "engines", "timing", "libraries"
+LOCK = ".lock"
 _KEPT = re.compile(r"([0-9a-f]{16})\.(plan|json)")
 _LEFT = re.compile(r"\.?([0-9a-f]{16})\.([0-9a-f]{12}\.(plan|json)|lock)")  # whole_file's temporaries, and locks
 
@@ -229,13 +230,28 @@ class EngineCache:
         folder.chmod(0o700)  # its files have what mode the library gives them
         return folder
 
+    @contextmanager
+    def kept_by(self, library: str) -> Iterator[Path]:
+        """`directory_for` a library, for one process at a time: only what is as it was at the last end is still there.
+
+        Where an exception ends it, nothing is vouched for that is new. Raises EngineError.
+        """
+        folder = self.directory_for(_plain(library))
+        with FileLock(folder / LOCK, mode=0o600):
+            known = msgspec.json.decode(self.blob(f"{library}.files") or b"{}", type=dict[str, str])
+            for name, sha256 in _hashes(folder).items():
+                if known.get(name) != sha256:
+                    private.unlink(folder / name)
+            yield folder
+            self.keep_blob(f"{library}.files", msgspec.json.encode(_hashes(folder)))
+
     def blobs(self) -> list[Path]:
         """All files beside the plans: those of `keep_blob` and their records, and what libraries keep."""
         folders = [f for f in _folders(self.directory) if f.name == TIMING] + _folders(self.directory / LIBRARIES)
         return sorted(p for folder in folders for p in folder.iterdir() if not p.is_dir())
 
     def _blob(self, name: str) -> tuple[Path, Path]:
-        plain = re.sub(r"[^A-Za-z0-9._-]", "-", name)
+        plain = _plain(name)
         return self.directory / TIMING / f"{plain}.bin", self.directory / TIMING / f"{plain}.json"
 
     def ship(self, entry: Entry, bundle: Path) -> Entry:
@@ -244,6 +260,22 @@ class EngineCache:
         assert entry.record is not None  # or read had refused
         private.write(path, plan, path.with_suffix(".json"), entry.record, mode=0o666)
         return _look(path, shipped=True)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "-", name)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file in a directory, by its name; "" of links, which are nobody's own files."""
+    hashes = {}
+    for path in folder.iterdir():
+        if path.is_symlink():
+            hashes[path.name] = ""
+        elif path.is_file() and path.name != LOCK:
+            with path.open("rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def _folders(path: Path) -> list[Path]:

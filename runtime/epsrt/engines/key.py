@@ -67,7 +67,7 @@ def differences(key: Key, wanted: Wanted) -> list[str]:
         parts.append("built from another export of the bundle")
     if key.engine != wanted.engine:
         parts.append(f"built with {key.engine}, asked for {wanted.engine}")
-    elif key.version != wanted.version:
+    elif not serves(key, wanted.version):
         parts.append(f"built with {key.engine} {key.version}, this is {wanted.version}")
     if key.gpu not in ("", wanted.gpu) and compatible not in ("ampere+", "same-capability"):
         parts.append(f"built for {key.gpu}, this is {wanted.gpu}")
@@ -89,6 +89,17 @@ def differences(key: Key, wanted: Wanted) -> list[str]:
                 what = "optimisation level" if name == "level" else name.replace("_", " ")
                 parts.append(f"built with {what} {_word(have)}, asked for {_word(want)}")
     return parts
+
+
+def serves(key: Key, version: str) -> bool:
+    """Whether a library of this version runs the plan: its own version does, and a later one where it was built so."""
+    if key.options.get("version_compatible"):
+        return _numbers(key.version) <= _numbers(version)
+    return key.version == version
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
 
 
 def batches(profiles: Profiles) -> str:

@@ -1,15 +1,21 @@
 """Engines "onnxruntime-cuda" and "onnxruntime-tensorrt": onnxruntime's GPU providers on device-resident lanes.
 
-Each lanes object has a session of its own, on its own stream, because a session's stream is settled when it is made.
-onnxruntime records a CUDA graph a binding: one from x[0] to x[1], one back. What it does with them (1.31): the first
-run of each graph in a thread runs the step twice, then captures in CUDA's global mode, which an allocation in any other
-thread would break; replays are one launch, without a synchronisation when told so.
+Each lanes object has a session of its own, on its own stream, because a session's stream is settled when it is made,
+and of its own batch, because the shape arithmetic of a free one would run on the CPU, which no CUDA graph can hold.
+The CUDA provider records a CUDA graph a binding: one from x[0] to x[1], one back. What it does with them (1.31): the
+first run of each graph in a thread runs the step twice, then captures in CUDA's global mode, which an allocation in any
+other thread would break; replays are one launch, without a synchronisation when told so. The TensorRT provider records
+one graph alone, whatever the binding, so there it records none.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
+import os
+import sys
 import threading
+from contextlib import nullcontext, redirect_stdout, suppress
 from typing import Any
 
 import numpy as np
@@ -24,7 +30,10 @@ from epsrt.errors import EngineError
 
 log = logging.getLogger("epsrt")
 
-PROVIDERS = {"onnxruntime-cuda": "CUDAExecutionProvider", "onnxruntime-tensorrt": "TensorrtExecutionProvider"}
+CUDA, TENSORRT = "onnxruntime-cuda", "onnxruntime-tensorrt"
+PROVIDERS = {CUDA: "CUDAExecutionProvider", TENSORRT: "TensorrtExecutionProvider"}
+LIBRARIES = {CUDA: "CUDA 13 and cuDNN 9", TENSORRT: "TensorRT 10, CUDA 13 and cuDNN 9"}
+BATCH = "batch"  # what the export calls the free dimension
 TRIALS = 20  # steps that a layout is timed over
 
 
@@ -34,7 +43,7 @@ class OnnxRuntimeCuda:
     batch_limit = "the bundle's largest"
     device = "cuda"
 
-    def __init__(self, bundle: Bundle, graph: Graph, name: str = "onnxruntime-cuda"):
+    def __init__(self, bundle: Bundle, graph: Graph, name: str = CUDA):
         refuse_both_packages()
         self.provider = PROVIDERS[name]
         if self.provider not in ort.get_available_providers():
@@ -42,6 +51,11 @@ class OnnxRuntimeCuda:
             raise EngineError(
                 f"engine {name} needs onnxruntime built for NVIDIA's GPUs, and this one has only {have}: "
                 'pip uninstall -y onnxruntime, then pip install "epsrt[gpu]"'
+            )
+        if name == TENSORRT and graph.precision == "fp32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
+            raise EngineError(
+                f"engine {name} has no FP32: onnxruntime lets TensorRT compute it in TF32: use precision fp16, "
+                f"engine {CUDA}, or set NVIDIA_TF32_OVERRIDE=0"
             )
         self.name, self.bundle, self.graph = name, bundle, graph
         self.precision: str = graph.precision
@@ -51,8 +65,7 @@ class OnnxRuntimeCuda:
         self._device = cuda.device()
         self._layouts: dict[int, bool] = {}  # batch -> whether NHWC is the faster
         self._tuning = threading.Lock()
-        if hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()  # of CUDA's pip packages, which the dynamic linker does not find
+        _load_libraries(name)
 
     def lanes(self, batch: int) -> DeviceLanes:
         """Lanes for `batch` samples, 1 … max_batch. The first of a batch size on a machine times both layouts."""
@@ -62,13 +75,18 @@ class OnnxRuntimeCuda:
     def close(self) -> None:
         """Nothing to release: sessions belong to the lanes."""
 
+    def key(self, batch: int) -> str:
+        """What holds for this graph, batch, GPU and version of onnxruntime, and may not for others."""
+        gpu, digest = self._device.gpu, self.bundle.manifest.digest[:16]
+        return f"{ort.__version__}-{gpu.name}-{gpu.arch}-{digest}-{self.graph.file}-{batch}"
+
     def _lanes(self, batch: int, nhwc: bool) -> DeviceLanes:
         make = lambda buffers, stream: _Session(self, buffers, stream, nhwc)  # noqa: E731
         return DeviceLanes(self._device, self.bundle.manifest.shape, self.columns, batch, batch, make, self.chunk)
 
     def _nhwc(self, batch: int) -> bool:
         """Whether convolutions run faster in NHWC, with the transpositions that it takes: measured once, remembered."""
-        if self.name != "onnxruntime-cuda":
+        if self.name == TENSORRT:
             return False  # TensorRT chooses for itself
         with self._tuning:
             if batch not in self._layouts:
@@ -76,27 +94,24 @@ class OnnxRuntimeCuda:
             return self._layouts[batch]
 
     def _recalled(self, batch: int) -> bool:
-        gpu, digest = self._device.gpu, self.bundle.manifest.digest[:16]
-        key = f"layout-{ort.__version__}-{gpu.name}-{gpu.arch}-{digest}-{self.precision}-{batch}".replace(" ", "-")
-        cache = EngineCache()
-        known = cache.blob(key)
+        cache, name = EngineCache(), f"layout-{self.key(batch)}"
+        known = cache.blob(name)
         if known not in (b"nchw", b"nhwc"):
-            seconds = {layout: self._time(batch, layout == b"nhwc") for layout in (b"nchw", b"nhwc")}
-            known = min(seconds, key=lambda layout: seconds[layout])
-            log.info("batch %d: %s", batch, ", ".join(f"{k.decode()} {v:.3f} ms a step" for k, v in seconds.items()))
-            cache.keep_blob(key, known)
+            nchw = self._time(batch, nhwc=False)
+            try:
+                nhwc = self._time(batch, nhwc=True)
+            except EngineError as error:
+                log.info("batch %d: NCHW, since NHWC fails: %s", batch, error)
+                return False  # not remembered: another time there may be the memory for it
+            log.info("batch %d: NCHW %.3f ms a step, NHWC %.3f", batch, nchw, nhwc)
+            known = b"nhwc" if nhwc < nchw else b"nchw"
+            cache.keep_blob(name, known)
         return known == b"nhwc"
 
     def _time(self, batch: int, nhwc: bool) -> float:
-        """Milliseconds a step; infinity where onnxruntime cannot run it so."""
-        try:
-            with self._lanes(batch, nhwc) as lanes:
-                return lanes.time_steps(TRIALS)
-        except EngineError as error:
-            if not nhwc:
-                raise
-            log.info("onnxruntime refuses NHWC: %s", error)
-            return float("inf")
+        """Milliseconds a step."""
+        with self._lanes(batch, nhwc) as lanes:
+            return lanes.time_steps(TRIALS)
 
 
 class _Session:
@@ -107,61 +122,76 @@ class _Session:
     def __init__(self, engine: OnnxRuntimeCuda, buffers: Buffers, stream: cuda.Stream, nhwc: bool):
         self._device, self._stream = engine._device, stream
         self._path = engine.bundle.path / engine.graph.file
+        self._session: Any = None
+        self._bindings: list[Any] = []
+        self._options = [_run_options(graph) for graph in ("1", "2")]  # 0 is onnxruntime's own
+        self._captured = threading.local()  # .graphs: which of them the calling thread has, as each records its own
+        self._failed = False
         self._row_bytes = 4 * buffers.width * len(engine.columns)
         self._row = cuda.Memory(self._row_bytes, f"a batch of {buffers.width}")
         try:
             self._session = self._open(engine, buffers.width, stream, nhwc)
             self._bindings = [self._bind(engine, buffers, now) for now in (0, 1)]
         except BaseException:
-            self._row.close()
+            self.close()
             raise
-        self._options = [_run_options(graph) for graph in ("1", "2")]  # 0 is onnxruntime's own
-        self._threads: set[tuple[int, int]] = set()  # that captured a binding: graphs are a thread's own
 
     def enqueue(self, now: int, rows: int) -> None:
+        if self._failed:  # the graph that it recorded may be cut short, and replay without a word
+            raise EngineError(f"onnxruntime failed in an earlier step of {self._path}: make new lanes")
         self._stream.copy(self._row.pointer, rows, self._row_bytes)
-        place = threading.get_ident(), now
-        if place in self._threads:
+        graphs: set[int] = self._captured.__dict__.setdefault("graphs", set())
+        with nullcontext() if now in graphs else self._device.setup:  # nothing may be allocated beside a capture
             self._run(now)
-            return
-        with self._device.setup:  # nothing may be allocated beside a capture
-            self._run(now)
-        self._threads.add(place)
+        graphs.add(now)
 
     def _run(self, now: int) -> None:
         try:
             self._session.run_with_iobinding(self._bindings[now], self._options[now])
+            return
         except Exception as error:  # onnxruntime's exceptions share no public base class
-            free, total = (n >> 20 for n in self._device.memory())
+            self._failed = True
             reason = " ".join(str(error).split())
-            raise EngineError(
-                f"onnxruntime failed in a step of {self._path} ({free} of {total} MiB of the GPU are free): {reason}"
-            ) from None
+        raise self._failure("failed in a step of", reason)  # out of the handler: error's frames hold the session
+
+    def _failure(self, what: str, reason: str) -> EngineError:
+        try:
+            free, total = (n >> 20 for n in self._device.memory())
+        except EngineError:  # the GPU is lost; onnxruntime's words say more of it
+            return EngineError(f"onnxruntime {what} {self._path}: {reason}")
+        return EngineError(f"onnxruntime {what} {self._path} ({free} of {total} MiB of the GPU are free): {reason}")
 
     def _open(self, engine: OnnxRuntimeCuda, width: int, stream: cuda.Stream, nhwc: bool) -> Any:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        providers = _providers(engine, width, stream, nhwc)
+        options.add_free_dimension_override_by_name(BATCH, width)
+        on_cuda = "CUDAExecutionProvider", _cuda_options(engine, stream, nhwc)
+        with self._device.setup:
+            if engine.name == CUDA:
+                session = self._make(engine, options, [on_cuda])
+            else:
+                with EngineCache().kept_by(f"{TENSORRT}-{engine.key(width)}") as folder:
+                    on_tensorrt = engine.provider, _tensorrt_options(engine, stream, str(folder))
+                    session = self._make(engine, options, [on_tensorrt, on_cuda])
+        check_signature(session, engine.bundle, engine.graph, width)
+        return session
+
+    def _make(self, engine: OnnxRuntimeCuda, options: Any, providers: list[tuple[str, dict[str, str]]]) -> Any:
         try:
-            with self._device.setup:
-                session = ort.InferenceSession(self._path, options, providers=providers, enable_fallback=0)
+            session = ort.InferenceSession(self._path, options, providers=providers, enable_fallback=0)
+            if session.get_providers()[:1] == [engine.provider]:
+                return session
+            reason = f"it fell back to {session.get_providers()[0]}"
         except Exception as error:
             reason = " ".join(str(error).split())
-            raise EngineError(f'{engine.name} cannot run {self._path}: {reason}; see "epsrt doctor"') from None
-        if session.get_providers()[:1] != [engine.provider]:
-            raise EngineError(
-                f"{engine.name} fell back to {', '.join(session.get_providers())}: its provider's libraries (CUDA 13, "
-                'cuDNN 9) do not load; pip install "epsrt[gpu]", and see "epsrt doctor"'
-            )
-        check_signature(session, engine.bundle, engine.graph)
-        return session
+        mend = f'{engine.name} needs {LIBRARIES[engine.name]}: pip install "epsrt[gpu]", and see "epsrt doctor"'
+        raise self._failure("cannot run", f"{reason}; {mend}")
 
     def _bind(self, engine: OnnxRuntimeCuda, b: Buffers, now: int) -> Any:
         image = [b.width, *engine.bundle.manifest.shape]
         binding = self._session.io_binding()
-        inputs = {"x": b.x[now], "m": b.m[now], "z": b.z}
-        for name, address in inputs.items():
+        for name, address in {"x": b.x[now], "m": b.m[now], "z": b.z}.items():
             binding.bind_input(name, "cuda", 0, np.float32, image, address)
         binding.bind_input("rows", "cuda", 0, np.float32, [b.width, len(engine.columns)], self._row.pointer)
         if engine.bundle.labelled:
@@ -171,9 +201,20 @@ class _Session:
         return binding
 
     def close(self) -> None:
-        self._bindings.clear()
-        self._session = None
+        with self._device.setup:
+            self._bindings.clear()
+            self._session = None
         self._row.close()
+
+
+def _load_libraries(name: str) -> None:
+    """Load what lies in pip's packages, where the dynamic linker does not look for it."""
+    if hasattr(ort, "preload_dlls"):
+        with redirect_stdout(sys.stderr):  # it prints
+            ort.preload_dlls()
+    if name == TENSORRT:
+        with suppress(ImportError, OSError):
+            importlib.import_module("tensorrt")
 
 
 def _run_options(graph: str) -> Any:
@@ -183,39 +224,28 @@ def _run_options(graph: str) -> Any:
     return options
 
 
-def _providers(
-    engine: OnnxRuntimeCuda, width: int, stream: cuda.Stream, nhwc: bool
-) -> list[tuple[str, dict[str, str]]]:
-    """The provider first, with every option that matters here said."""
-    cuda_options = {
+def _cuda_options(engine: OnnxRuntimeCuda, stream: cuda.Stream, nhwc: bool) -> dict[str, str]:
+    return {
         "device_id": "0",
         "user_compute_stream": str(stream.handle),
-        "enable_cuda_graph": "1",
+        "enable_cuda_graph": str(int(engine.name == CUDA)),
         "prefer_nhwc": str(int(nhwc)),
-        "use_tf32": "0",  # FP32 is a claim that the parity ladder checks
+        # FP32 is a claim that the parity ladder checks; in FP16, "0" would take the tensor cores from convolutions too
+        "use_tf32": str(int(engine.precision == "fp16")),
         "cudnn_conv_algo_search": "EXHAUSTIVE",
         "arena_extend_strategy": "kSameAsRequested",
     }
-    if engine.name == "onnxruntime-cuda":
-        return [("CUDAExecutionProvider", cuda_options)]
-    directory = EngineCache().directory_for("onnxruntime-tensorrt")
-    image = [width, *engine.bundle.manifest.shape]
-    shapes = dict.fromkeys("xmz", image) | {"rows": [width, len(engine.columns)]}
-    if engine.bundle.labelled:
-        shapes["label"] = [width]
-    profile = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
-    tensorrt = {
+
+
+def _tensorrt_options(engine: OnnxRuntimeCuda, stream: cuda.Stream, folder: str) -> dict[str, str]:
+    return {
         "device_id": "0",
         "user_compute_stream": str(stream.handle),
-        "trt_fp16_enable": str(int(engine.precision == "fp16")),
-        "trt_cuda_graph_enable": "1",
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": str(directory),
-        "trt_engine_cache_prefix": f"{engine.bundle.manifest.digest[:16]}-{engine.precision}-{width}",
-        "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": str(directory),
+        "trt_fp16_enable": str(engine.precision == "fp16"),
+        "trt_cuda_graph_enable": "False",
+        "trt_engine_cache_enable": "True",
+        "trt_engine_cache_path": folder,
+        "trt_timing_cache_enable": "True",
+        "trt_timing_cache_path": folder,
         "trt_auxiliary_streams": "0",
-        **{f"trt_profile_{kind}_shapes": profile for kind in ("min", "opt", "max")},
     }
-    plain = {k: v for k, v in cuda_options.items() if k != "enable_cuda_graph"}
-    return [("TensorrtExecutionProvider", tensorrt), ("CUDAExecutionProvider", plain)]

@@ -24,13 +24,13 @@ def refuse_both_packages() -> None:
         raise EngineError(sentence)
 
 
-def check_signature(session: Any, bundle: Bundle, graph: Graph) -> None:
-    """Raw pointers are bound, so the graph's inputs and outputs must be what the manifest says."""
-    image: list[int | None] = [None, *bundle.manifest.shape]
+def check_signature(session: Any, bundle: Bundle, graph: Graph, batch: int | None = None) -> None:
+    """Raw pointers are bound, so inputs and outputs must be what the manifest says. batch: None where it is free."""
+    image: list[int | None] = [batch, *bundle.manifest.shape]
     want: dict[str, tuple[str, list[int | None]]] = dict.fromkeys("xmz", ("tensor(float)", image))
-    want["rows"] = ("tensor(float)", [None, len(graph.columns)])
+    want["rows"] = ("tensor(float)", [batch, len(graph.columns)])
     if bundle.labelled:
-        want["label"] = ("tensor(int64)", [None])
+        want["label"] = ("tensor(int64)", [batch])
     want |= dict.fromkeys(("x_next", "m_next", "x0"), ("tensor(float)", image))
     have = {
         v.name: (v.type, [d if isinstance(d, int) else None for d in v.shape])

@@ -109,6 +109,11 @@ def targets_of(lib: Library, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _key(lib: Library, bundle: Bundle, graph: Graph, options: BuildOptions) -> Key:
+    if lib.compiles and (options.refittable or options.stripped):
+        try:
+            nvidia.require_gpu()  # TensorRT-RTX ends such a build with an internal error of its compiler
+        except EngineError as error:
+            raise EngineError(f"{lib} builds refittable and weight-stripped plans on a GPU alone: {error}") from None
     flags = asdict(options)
     del flags["profiles"], flags["targets"]
     if lib.targets:

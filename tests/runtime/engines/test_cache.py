@@ -161,6 +161,11 @@ def test_the_cache_is_a_file(tmp_path):
         ({"graph": "step-fp16-guided.onnx"}, {}, "built from step-fp16-guided.onnx, asked for step-fp16.onnx"),
         ({"engine": "tensorrt-rtx"}, {}, "built with tensorrt-rtx, asked for tensorrt"),
         ({"version": "11.4.0.106"}, {}, "built with tensorrt 11.4.0.106, this is 10.16.1.11"),
+        (
+            {"version": "11.4.0.106", "options": {"version_compatible": True}},  # later versions run it, earlier do not
+            {},
+            "built with tensorrt 11.4.0.106, this is 10.16.1.11",
+        ),
         ({"gpu": "NVIDIA H100"}, {}, "built for NVIDIA H100, this is NVIDIA H200"),
         ({"capabilities": ("sm_89",)}, {}, "built for sm_89, this is sm_90"),
         ({"capabilities": ("sm_89", "sm_120")}, {}, "built for sm_89, sm_120, this is sm_90"),

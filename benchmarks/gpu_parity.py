@@ -1,0 +1,60 @@
+"""Parity on the GPU: epsrt.verify of every engine that loads here, in each precision of the bundles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+from gpu_cases import Part, Row, find_bundle, precisions
+
+from epsrt import Rung, open_engine, verify
+
+
+def run(part: Part, networks: list[str]) -> None:
+    for network in networks:
+        if (bundle := part.bundle(network)) is None:
+            continue
+        digest = bundle.manifest.digest[:16]
+        for engine in part.engines(bundle, network):
+            for precision in precisions(bundle):
+                part.case("verify", digest, network=network, engine=engine, precision=precision)
+        for precision in precisions(bundle):
+            key = {"what": "verify", "network": network, "engine": "onnxruntime", "precision": precision}
+            if network.endswith(".epsrt"):  # from elsewhere; the others were exported here, through this very gate
+                part.case(digest=digest, **key)
+            else:
+                measured = [r for r in bundle.parity() if (r.engine, r.precision) == ("onnxruntime", precision)]
+                part.add({**key, "digest": digest, "from": "the export", **result(measured)}, key)
+
+
+def check(key: Row, quiet: Callable[[], None]) -> Row:
+    """Case "verify": the rungs, each with its figure, its limit and whether it passed."""
+    bundle = find_bundle(key["network"])
+    assert bundle is not None
+    engine = open_engine(bundle, key["engine"], precision=key["precision"])
+    try:
+        rungs = verify(engine)
+    finally:
+        engine.close()
+    return result(rungs)
+
+
+def result(rungs: list[Rung]) -> Row:
+    return {
+        "passed": all(r.passed for r in rungs),
+        "rungs": [msgspec.to_builtins(r) | {"passed": r.passed} for r in rungs],
+    }
+
+
+def table(rows: list[Row]) -> str:
+    """A line a rung."""
+    lines = [f"{'network':14} {'engine':21} {'':5} {'rung':20} {'figure':>10}  {'limit':>9}  where"]
+    for row in rows:
+        if row["what"] == "export" and "missed" in row:
+            lines.append(f"{row['network']:14} has no FP16: {row['missed']}")
+        for r in row.get("rungs", ()):
+            figure = "not finite" if r["figure"] is None else f"{r['figure']:.3g}"
+            limit = f"{'≥' if r['at_least'] else '≤'} {r['limit']:g}"
+            name = f"{row['network']:14} {row['engine']:21} {row['precision']:5} {r['name']:20}"
+            lines.append(f"{name} {figure:>10}  {limit:>9}  {'' if r['passed'] else 'MISSED '}{r['where']}")
+    return "\n".join(lines)

@@ -1,0 +1,101 @@
+"""epsrt build as its users run it, with the real TensorRT-RTX on a machine that needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx_cu13")
+
+EPSRT = str(Path(sys.executable).with_name("epsrt"))
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """run(*arguments, code=0): the command with a cache of its own, on a machine without a visible GPU."""
+    env = {**os.environ, "COLUMNS": "200", "EPSRT_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+
+    def command(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run([EPSRT, *map(str, arguments)], capture_output=True, text=True, env=env, check=False)
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    return command
+
+
+def test_build_says_what_it_made_and_finds_it_again(run: Run, bundle_path: Path) -> None:
+    arguments = ("build", bundle_path, "--target", "sm89,sm_120", "--batch", "1:1:1", "--batch", "2:4:8")
+    done = run(*arguments, "--json")
+    assert "no plan of tiny.epsrt for tensorrt-rtx was built yet: building it" in done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["engine"].startswith("tensorrt-rtx 1.")
+    assert (facts["for"], facts["graph"], facts["batches"]) == ("sm_89, sm_120", "step-fp16.onnx", "1:1:1, 2:4:8")
+    assert facts["built_now"] is True
+    assert facts["layers"] > 300
+    assert Path(facts["plan"]).stat().st_size == facts["bytes"] > 100_000
+    again = run(*arguments)
+    for word in ("Plan of", "none now: it was built", "sm_89, sm_120", "2:4:8", "MiB"):
+        assert word in again.stdout
+    listed = json.loads(run("cache", "--json").stdout)
+    assert [plan["path"] for plan in listed["plans"]] == [facts["plan"]]
+
+
+def test_inspect_prints_the_parsed_network(run: Run, small_bundle_path: Path) -> None:
+    layers = json.loads(run("build", small_bundle_path, "--target", "sm86", "--inspect").stdout)["Network"]
+    assert {"CONVOLUTION", "NORMALIZATION", "ELEMENTWISE"} <= {layer["type"] for layer in layers}
+    outputs = [tensor for layer in layers for tensor in layer["outputs"]]
+    assert {"name": "x_next", "type": "FLOAT", "shape": [-1, 1, 8, 8]} in outputs
+
+
+def test_ship_puts_the_plan_beside_the_bundle(run: Run, small_bundle_path: Path, copy_of) -> None:
+    bundle = copy_of(small_bundle_path)
+    done = run("build", bundle, "--target", "sm89", "--ship", "--json")
+    plan = Path(json.loads(done.stdout)["plan"])
+    assert plan.parent == bundle / "engines"
+    assert plan.is_file()
+    assert run("inspect", bundle).stdout  # it is still that bundle
+    sentence = run("sample", bundle, "--engine", "tensorrt-rtx", "--out", bundle.parent / "x.npz", code=1).stderr
+    assert "CUDA_VISIBLE_DEVICES" in sentence or "no NVIDIA driver" in sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--engine", "tensorrt-rtx"), "or name what to build for, e.g. --target sm89,sm120"),
+        (("--target", "sm90"), "has no target sm_90: use one of sm75, sm80, sm86, sm89, sm120"),
+        (("--target", "sm89", "--batch", "8"), "--batch 8 is no profile: give min:opt:max, e.g. 1:8:64"),
+        (("--target", "sm89", "--batch", "1:2:99"), "batch profile 1:2:99 exceeds 4, the largest batch of small.epsrt"),
+        (("--target", "sm89", "--batch", "3:2:4"), "batch profile 3:2:4 does not ascend"),
+        (("--target", "sm89", "--precision", "fp16"), "has no fp16 step graph, only fp32"),
+        (("--target", "sm89", "--level", "7"), "optimisation level 7 is outside 0 … 5"),
+        (("--target", "sm89", "--workspace", "0"), "workspace = 0 MiB: give at least 1"),
+        (("--target", "sm89", "--hardware-compatible", "all"), "use none, ampere+, same-capability"),
+        (("--target", "sm89", "--stripped"), "builds refittable and weight-stripped plans on a GPU alone"),
+        (("--engine", "onnxruntime"), "engine onnxruntime is not built ahead: use tensorrt or tensorrt-rtx"),
+    ],
+)
+def test_refusals(run: Run, small_bundle_path: Path, tmp_path: Path, arguments, sentence: str) -> None:
+    done = run("build", small_bundle_path, *arguments, code=1)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("epsrt: ")
+    assert sentence in last
+    assert not list((tmp_path / "cache").rglob("*.plan"))
+
+
+def test_without_the_library(run: Run, small_bundle_path: Path) -> None:
+    try:
+        import tensorrt  # noqa: F401
+    except ImportError:
+        last = run("build", small_bundle_path, "--engine", "tensorrt", code=1).stderr.strip()
+        assert "engine tensorrt needs its library" in last
+        assert 'pip install "epsrt[tensorrt]"' in last
+    else:
+        pytest.skip("tensorrt is installed")

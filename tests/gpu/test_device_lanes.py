@@ -1,0 +1,301 @@
+"""Device lanes and the TensorRT engine, run for real on the stand-in driver, with onnxruntime's CPU behind the plan."""
+
+from __future__ import annotations
+
+BOTH = """
+built(bundle)
+gpu, cpu = open_engine(bundle, "tensorrt", precision="fp32"), open_engine(bundle, "onnxruntime", threads=1)
+at = {name: i for i, name in enumerate(gpu.columns)}
+
+def rows_of(engine, batch, method="ddim", steps=10):
+    rows = Sampler(engine).plan(method, steps).rows(engine.columns)
+    return np.ascontiguousarray(np.broadcast_to(rows[:, None], (len(rows), batch, rows.shape[1])))
+
+def state(lanes, batch):
+    return np.stack([lanes.read(i) for i in range(batch)])
+"""
+
+
+def test_trajectories_equal_the_cpu_engines(on_stand_in, bundle_path) -> None:
+    on_stand_in(
+        BOTH
+        + """
+with Sampler(gpu) as sampler, Sampler(cpu) as plain:
+    for method, steps in (("ddim", 25), ("ddpm", 100), ("ddim", 1)):
+        options = dict(method=method, steps=steps, seed=3, labels=[0, 1, 2, None, 9], first=7)
+        close(sampler.sample(5, **options), plain.sample(5, **options))
+    many = sampler.sample(20, steps=5, seed=1, labels=4)  # above the largest profile: split
+    close(many, plain.sample(20, steps=5, seed=1, labels=4))
+    for a, b in zip(sampler.stream(2, steps=7, labels=1, every=3), plain.stream(2, steps=7, labels=1, every=3)):
+        close(a, b)
+""",
+        bundle_path,
+    )
+
+
+def test_the_ladder_holds(on_stand_in, bundle_path) -> None:
+    out = on_stand_in(BOTH + "print(json.dumps([(r.name, r.engine, r.passed) for r in verify(gpu)]))", bundle_path)
+    import json
+
+    rungs = json.loads(out)
+    assert [r[0] for r in rungs] == ["network", "step", "ddim-50", "ddpm-100", "batch"]
+    assert all(r[1:] == ["tensorrt", True] for r in rungs)
+
+
+def test_what_a_trajectory_costs_the_host(on_stand_in, bundle_path) -> None:
+    """Rows once, chunks as replayed graphs, no noise without noise, nothing back before read."""
+    on_stand_in(
+        BOTH
+        + """
+with gpu.lanes(3) as lanes:
+    long = np.concatenate([rows_of(gpu, 3, "ddim", 100)] * 10)
+    for i in range(3): lanes.write(i, Sample(seed=i))
+    lanes.advance(long)  # its first table: memory is made for it
+    lanes.read(0)
+    for i in range(3): lanes.write(i, Sample(seed=i))
+    checked = launches("check")
+    calls = ("cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuMemcpyDtoH_v2", "cuStreamSynchronize", "cuLaunchKernel",
+             "cuGraphInstantiateWithFlags", "cuGraphLaunch")
+    before = {c: count(c) for c in calls}
+    trt.knobs["enqueued"] = 0
+    lanes.advance(long)
+    cost = {c: count(c) - n for c, n in before.items()}
+    assert cost["cuMemcpyHtoDAsync_v2"] == 2, cost  # what the lanes begin with, and all 1,000 rows
+    assert cost["cuMemcpyDtoHAsync_v2"] == cost["cuMemcpyDtoH_v2"] == cost["cuStreamSynchronize"] == 0
+    assert cost["cuGraphInstantiateWithFlags"] == 0 and cost["cuGraphLaunch"] == 100
+    assert driver.stand_in_live(b"execs") == 1  # ten steps: a plan of a thousand is not a thousand copies
+    assert cost["cuLaunchKernel"] == 1  # begin
+    assert trt.knobs["enqueued"] == 0  # the stream has not been waited for: nothing ran
+    lanes.read(0)
+    assert trt.knobs["enqueued"] == 1000
+    assert count("cuMemcpyDtoHAsync_v2") - before["cuMemcpyDtoHAsync_v2"] == 2  # all lanes' x, and the flags
+    lanes.read(1), lanes.read(2)
+    assert count("cuMemcpyDtoHAsync_v2") - before["cuMemcpyDtoHAsync_v2"] == 2
+    assert launches("noise") == 0 and launches("check") - checked == 1000
+    lanes.advance(rows_of(gpu, 3, "ddpm", 25))
+    lanes.read(0)
+    assert launches("noise") == 25
+    assert driver.stand_in_live(b"execs") == 3  # noisy: of ten rows, and of five
+""",
+        bundle_path,
+    )
+
+
+def test_rows_and_init_may_be_reused_at_once(on_stand_in, bundle_path) -> None:
+    on_stand_in(
+        BOTH
+        + """
+rng = np.random.default_rng(0)
+init = rng.standard_normal((1, 8, 8)).astype(np.float32)
+def run(engine, spoil):
+    with engine.lanes(2) as lanes:
+        kept = init.copy()
+        lanes.write(0, Sample(seed=5, start=(0.7, 0.3), init=kept))
+        lanes.write(1, Sample(seed=6, label=2))
+        for _ in range(4):  # more often than there are staging buffers
+            rows = rows_of(engine, 2, "ddpm", 13)
+            lanes.advance(rows)
+            if spoil:
+                rows[...] = kept[...] = np.nan
+        return state(lanes, 2)
+close(run(gpu, True), run(cpu, False))
+""",
+        bundle_path,
+    )
+
+
+def test_lanes_are_independent_and_refilled(on_stand_in, bundle_path) -> None:
+    """Each lane with rows of its own, one row at a time: what a continuous batcher does."""
+    on_stand_in(
+        BOTH
+        + """
+ddpm, ddim = rows_of(gpu, 1, "ddpm", 12)[:, 0], rows_of(gpu, 1, "ddim", 5)[:, 0]
+def alone(engine, sample, rows):
+    with engine.lanes(1) as lanes:
+        lanes.write(0, sample)
+        lanes.advance(rows[:, None])
+        return lanes.read(0)
+idle = idle_row(gpu.columns)
+a, b, c = Sample(seed=1, index=3, label=1), Sample(seed=2, label=2), Sample(seed=1 << 63, index=9, label=3)
+with gpu.lanes(3) as lanes:
+    lanes.write(0, a)
+    lanes.write(2, b)
+    for i in range(12):
+        if i == 6:  # b is done after 5 rows; its lane idles a row, and is taken again
+            done = lanes.read(2)
+            lanes.write(2, c)
+        second = ddim[i] if i < 5 else idle if i == 5 else ddim[i - 6] if i < 11 else idle
+        lanes.advance(np.stack([ddpm[i], idle, second])[None])
+    for got, sample, rows in ((lanes.read(0), a, ddpm), (done, b, ddim), (lanes.read(2), c, ddim)):
+        close(got, alone(cpu, sample, rows))
+        close(got, alone(gpu, sample, rows))
+""",
+        bundle_path,
+    )
+
+
+def test_nan_names_lane_sample_and_step(on_stand_in, bundle_path) -> None:
+    on_stand_in(
+        BOTH
+        + """
+rows = rows_of(gpu, 3, "ddim", 25)
+poisoned = rows.copy()
+poisoned[13, 1, at["b"]] = np.inf
+for engine in (gpu, cpu):
+    with engine.lanes(3) as lanes:
+        for i in range(3): lanes.write(i, Sample(seed=40 + i))
+        lanes.advance(poisoned)
+        assert np.isfinite(lanes.read(0)).all() and np.isfinite(lanes.read(2, "x0")).all()
+        assert "lane 1 (seed 41, index 0) is not finite since its step 14 (t = 47)" in refused(lanes.read, 1)
+        lanes.write(1, Sample(seed=77))
+        lanes.advance(rows)
+        assert np.isfinite(lanes.read(1)).all()  # a new sample, a clean flag
+        assert "outside 0 … 2" in refused(lanes.read, 3)
+        assert "init has shape [2, 2, 2]" in refused(lanes.write, 0, Sample(init=np.zeros((2, 2, 2), np.float32)))
+        assert "rows must be float32" in refused(lanes.advance, rows[:, :2])
+""",
+        bundle_path,
+    )
+
+
+def test_a_capture_that_fails_costs_speed_alone(on_stand_in, bundle_path) -> None:
+    for knob in ('trt.knobs["fail_in_capture"] = True', 'driver.stand_in_fail(b"cuGraphInstantiateWithFlags", 1, 2)'):
+        out = on_stand_in(
+            BOTH
+            + f"""
+{knob}
+with gpu.lanes(2) as lanes, cpu.lanes(2) as plain:
+    for each in (lanes, plain):
+        for i in range(2): each.write(i, Sample(seed=i))
+        each.advance(rows_of(gpu, 2, "ddpm", 25))
+        each.advance(rows_of(gpu, 2, "ddim", 7))
+    assert not lanes.capturing
+    close(state(lanes, 2), state(plain, 2))
+assert count("cuGraphLaunch") == 0
+""",
+            bundle_path,
+        )
+        assert out.count("steps are enqueued one by one") == 1
+
+
+def test_an_engine_that_refuses_is_an_error(on_stand_in, bundle_path) -> None:
+    on_stand_in(
+        BOTH
+        + """
+with gpu.lanes(1) as lanes:
+    trt.knobs["fail_enqueue"] = True
+    assert "refuses to enqueue a step of" in refused(lanes.advance, rows_of(gpu, 1))
+trt.knobs["fail_enqueue"] = False
+trt.knobs["context"] = False
+held = live()
+assert "cannot make an execution context" in refused(gpu.lanes, 1)
+assert live() == held
+""",
+        bundle_path,
+    )
+
+
+def test_two_threads_have_two_streams(on_stand_in, bundle_path) -> None:
+    on_stand_in(
+        BOTH
+        + """
+with Sampler(gpu) as sampler, Sampler(cpu) as plain:
+    got, barrier = {}, threading.Barrier(4)
+    def work(seed):
+        barrier.wait()
+        for method in ("ddim", "ddpm"):
+            got[seed, method] = sampler.sample(2, method=method, steps=20, seed=seed, labels=seed)
+    threads = [threading.Thread(target=work, args=(s,)) for s in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert len(got) == 8
+    for (seed, method), x in got.items():
+        close(x, plain.sample(2, method=method, steps=20, seed=seed, labels=seed))
+    assert driver.stand_in_live(b"streams") == 4  # kept for the next calls
+""",
+        bundle_path,
+    )
+
+
+def test_batches_and_profiles(on_stand_in, bundle_path) -> None:
+    on_stand_in(
+        """
+built(bundle, profiles=((2, 4, 4), (6, 6, 6)))
+gpu, cpu = open_engine(bundle, "tensorrt", precision="fp32"), open_engine(bundle, "onnxruntime", threads=1)
+assert gpu.max_batch == 6
+with Sampler(gpu) as sampler, Sampler(cpu) as plain:
+    for n in (1, 2, 3, 5, 6, 13):  # 1 runs two wide and 5 six wide, the lanes beyond idle
+        got, want = (s.sample(n, method="ddpm", steps=10, seed=n, labels=1) for s in (sampler, plain))
+        close(got, want)
+    sentence = refused(sampler.sample, 8, batch=7, labels=1)
+    assert "batch = 7 is outside 1 … 6, the largest of the plan's batch profiles, 2:4:4, 6:6:6" in sentence
+assert "a batch of 7 is outside 1 … 6" in refused(gpu.lanes, 7)
+
+from epsrt.engines.tensorrt import choose_profile
+profiles = [(1, 1, 1), (1, 8, 64), (16, 32, 64), (128, 128, 128)]
+assert [choose_profile(profiles, b) for b in (1, 2, 16, 65)] == [(0, 1), (1, 2), (2, 16), (3, 128)]
+""",
+        bundle_path,
+    )
+
+
+def test_out_of_memory_says_what_and_releases_all(on_stand_in, bundle_path) -> None:
+    on_stand_in(
+        BOTH
+        + """
+device = cuda.device()
+free, total = device.memory()
+hog = cuda.Memory(free - 16_000, "a test")
+held = live()
+sentence = refused(gpu.lanes, 8)
+assert "a batch of 8 needs" in sentence and "MiB more of the GPU's memory" in sentence and "are free" in sentence
+assert live() == held and driver.stand_in_live(b"streams") == 0 and driver.stand_in_live(b"host") == 0
+with gpu.lanes(1) as lanes:  # the process lives on
+    lanes.write(0, Sample(seed=1))
+    lanes.advance(rows_of(gpu, 1))
+    few = lanes.read(0)
+hog.close()
+with gpu.lanes(8) as lanes:
+    lanes.write(0, Sample(seed=1))
+    lanes.advance(rows_of(gpu, 8))
+    close(lanes.read(0), few)
+""",
+        bundle_path,
+        memory=1 << 22,
+    )
+
+
+def test_closing_releases_everything(on_stand_in, bundle_path) -> None:
+    on_stand_in(
+        BOTH
+        + """
+held = live()
+with Sampler(gpu) as sampler:
+    sampler.sample(5, method="ddpm", steps=30, labels=1)
+    sampler.sample(2, steps=7, labels=1)
+    assert live() > held
+assert live() == held
+left = {kind: driver.stand_in_live(kind.encode()) for kind in ("streams", "events", "graphs", "execs", "host")}
+assert not any(left.values()), left
+lanes = open_engine(bundle, "tensorrt", precision="fp32").lanes(1)
+lanes.close()
+lanes.close()  # a second call does nothing
+""",
+        bundle_path,
+    )
+
+
+def test_few_graphs_are_kept(on_stand_in, bundle_path) -> None:
+    on_stand_in(
+        BOTH
+        + """
+with gpu.lanes(1) as lanes, cpu.lanes(1) as plain:
+    for each in (lanes, plain): each.write(0, Sample(seed=1))
+    for steps in range(1, 20):
+        for method in ("ddpm", "ddim"):
+            for each in (lanes, plain): each.advance(rows_of(gpu, 1, method, steps))
+    assert driver.stand_in_live(b"execs") <= 8
+    close(lanes.read(0), plain.read(0))
+""",
+        bundle_path,
+    )

@@ -1,0 +1,147 @@
+"""kernels.cu: compiled by NVRTC for real GPUs, and run on a CPU (the same source as C++) against NumPy."""
+
+from __future__ import annotations
+
+import pytest
+
+from epsrt import EngineError
+
+pytest.importorskip("cuda.bindings", reason="needs cuda-bindings")
+
+from epsrt.engines import kernels
+
+HELPERS = """
+device = cuda.device()
+stream = cuda.Stream(device)
+i32, pointer = ctypes.c_int32, ctypes.c_void_p
+rng = np.random.default_rng(1)
+
+def up(array):
+    return cuda.Table(stream, "test").upload(np.ascontiguousarray(array))
+
+def down(at, shape, dtype=np.float32):
+    host = cuda.Pinned(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+    stream.download(host.array, at)
+    stream.synchronize()
+    return host.array.view(dtype).reshape(shape).copy()
+
+def launch(kernel, lanes, elements, addresses, *integers):
+    stream.launch(kernel, lanes, elements, *map(pointer, addresses), *map(i32, integers))
+"""
+
+
+@pytest.mark.parametrize("arch", ["sm_89", "sm_90", "sm_120"])
+def test_nvrtc_compiles_for(arch: str) -> None:
+    code = kernels.compile_kernels(arch)
+    assert code[:4] == b"\x7fELF"
+    assert all(name in code for name in (b"noise", b"begin", b"check"))
+
+
+def test_a_gpu_newer_than_nvrtc_gets_ptx() -> None:
+    code = kernels.compile_kernels("sm_999")
+    assert b".version" in code[:400]
+    assert b".visible .entry noise" in code
+
+
+def test_a_compiler_error_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    broken = tmp_path / "kernels.cu"
+    broken.write_text("int this is not C;")
+    monkeypatch.setattr(kernels, "SOURCE", broken)
+    with pytest.raises(EngineError, match="NVRTC does not compile kernels.cu for sm_90: .*error"):
+        kernels.compile_kernels("sm_90")
+
+
+def test_words_are_numpys_bit_for_bit(on_stand_in) -> None:
+    on_stand_in(
+        HELPERS
+        + """
+n = 1 << 16
+counters = rng.integers(0, 1 << 32, (n, 4), dtype=np.uint32)
+keys = rng.integers(0, 1 << 64, n, dtype=np.uint64)
+counters[:2], keys[:2] = [[0] * 4, [0xFFFFFFFF] * 4], [0, (1 << 64) - 1]
+out = cuda.Memory(16 * n, "test")
+device.kernels["words"] = cuda.call(cuda.cu.cuModuleGetFunction(device._module, b"words"))
+launch_grid = -(-n // 256)
+stream.launch("words", launch_grid, 1, pointer(up(counters)), pointer(up(keys)), pointer(out.pointer), i32(n))
+got = down(out.pointer, (n, 4), np.uint32)
+split = np.stack([keys & 0xFFFFFFFF, keys >> 32], -1).astype(np.uint32)
+assert (got == noise.philox4x32(counters, split)).all()
+# Random123's known answers
+assert [hex(w) for w in got[0]] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+assert [hex(w) for w in got[1]] == ["0x408f276d", "0x41c83b0e", "0xa20bc7c6", "0x6d5451fd"]
+"""
+    )
+
+
+def test_normals_are_numpys(on_stand_in) -> None:
+    """Within 4e-6 (DESIGN section 3), for sizes that four does not divide too, and only where a row adds noise."""
+    on_stand_in(
+        HELPERS
+        + """
+lanes, columns = 5, 7
+for size in (1, 3, 4, 147, 3 * 32 * 32, 100_003):
+    rows = np.zeros((lanes, columns), np.float32)
+    rows[:, 2], rows[:, 5] = [0.3, 0, -1, 1e-9, 1], [0, 1, 2, 999, (1 << 24) - 1]
+    seeds = np.array([0, 1, 12345678901234567, (1 << 64) - 1, 7], np.uint64)
+    indices = np.array([0, 1, 2, (1 << 32) - 1, 9], np.uint32)
+    z = cuda.Memory(4 * lanes * size, "test")
+    stream.zero(z.pointer, z.size)
+    launch("noise", lanes, size, (z.pointer, up(rows), up(seeds), up(indices)), size, columns, 2, 5)
+    got, want = down(z.pointer, (lanes, size)), noise.normals(seeds, indices, noise.STEP, rows[:, 5].astype(int), size)
+    assert not got[1].any()
+    some = [0, 2, 3, 4]
+    assert np.abs(got[some] - want[some]).max() <= 4e-6, (size, np.abs(got - want).max())
+"""
+    )
+
+
+def test_begin_fills_lanes_and_leaves_the_others(on_stand_in) -> None:
+    on_stand_in(
+        HELPERS
+        + """
+from epsrt.engines.lanes import BEGIN
+lanes, size = 4, 50
+image = 4 * lanes * size
+x, m, x0 = (cuda.Memory(image, "test") for _ in range(3))
+seeds, indices, labels, broken = (cuda.Memory(8 * lanes, "test") for _ in range(4))
+for memory in (x, m, x0):
+    stream.upload(memory.pointer, np.full(lanes * size, 5, np.float32))
+inits = rng.standard_normal((2, size)).astype(np.float32)
+drawn, mixed, given = (11, 3, 21, 2, 0.0, 1.0, -1, 0), (12, 1, 22, 0, 0.5, 2.0, 1, 0), (13, 2, 23, 3, 1.0, 0.0, 0, 0)
+begins = np.array([drawn, mixed, given], BEGIN)
+addresses = (x.pointer, m.pointer, x0.pointer, seeds.pointer, indices.pointer, labels.pointer, broken.pointer)
+launch("begin", len(begins), size, (*addresses, up(begins), up(inits)), size)
+got = down(x.pointer, (lanes, size))
+z = noise.normals([11, 12], [21, 22], noise.START, 0, size)
+assert np.abs(got[2] - z[0]).max() <= 4e-6
+assert np.abs(got[0] - (2 * z[1] + 0.5 * inits[1])).max() <= 1e-5
+assert (got[3] == inits[0]).all()  # exactly: what comes in comes out
+assert (got[1] == 5).all()
+for memory in (m, x0):
+    rest = down(memory.pointer, (lanes, size))
+    assert not rest[[0, 2, 3]].any() and (rest[1] == 5).all()
+kept = [0, 2, 3]
+assert down(seeds.pointer, lanes, np.uint64)[kept].tolist() == [12, 11, 13]
+assert down(indices.pointer, 2 * lanes, np.uint32)[:lanes][kept].tolist() == [22, 21, 23]
+assert down(labels.pointer, lanes, np.int64)[kept].tolist() == [1, 3, 2]
+assert down(broken.pointer, 2 * lanes, np.int32)[:lanes][kept].tolist() == [0, 0, 0]
+"""
+    )
+
+
+def test_check_notes_the_first_bad_step(on_stand_in) -> None:
+    on_stand_in(
+        HELPERS
+        + """
+lanes, size, columns = 4, 3000, 3
+x = rng.standard_normal((lanes, size)).astype(np.float32)
+x[1, 2999], x[2, 0], x[3, 1500] = np.nan, np.inf, -np.inf
+rows = np.zeros((lanes, columns), np.float32)
+rows[:, 1] = [10, 20, 30, 40]
+broken = up(np.array([0, 0, 0, 4], np.int32))
+t = up(np.array([0, 0, 0, 77], np.float32))
+launch("check", lanes, size, (up(x), up(rows), up(np.array([5, 6, 7, 8], np.int32)), broken, t), size, columns, 1)
+assert down(broken, lanes, np.int32).tolist() == [0, 6, 7, 4]
+assert down(t, lanes).tolist() == [0, 20, 30, 77]
+"""
+    )

@@ -1,0 +1,273 @@
+"""From bundle to running plan: built, found, refused, rebuilt. On the stand-in driver with a pretended TensorRT."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from gpu.conftest import PRELUDE
+from gpu.stand_in.build import environment
+
+
+def test_a_plan_is_built_once_and_found_again(on_stand_in, small_bundle_path) -> None:
+    out = on_stand_in(
+        """
+told = []
+first = open_engine(bundle, "tensorrt", on_progress=lambda name, share: told.append((name, share)))
+assert told[0] == ("Building engine", 0.0) and told[-1] == ("Building engine", 1.0)
+assert [share for _, share in told] == sorted(share for _, share in told) and len(told) >= 6
+assert first.profiles == [(1, 4, 4)] and first.precision == "fp32" and first.device == "cuda"
+(entry,) = EngineCache().entries()
+key, summary = entry.record.key, entry.record.summary
+assert (key.engine, key.version, key.gpu, key.capabilities) == ("tensorrt", "11.4.0.106", "Stand-in GPU", ("sm_89",))
+assert summary["layers"] == 1 and summary["seconds"] >= 0 and summary["peak_memory"] > 1 << 20
+assert EngineCache().blob("tensorrt-11.4.0.106-Stand-in-GPU") == b"timed"
+def never(*_): raise AssertionError("built again")
+again = open_engine(bundle, "tensorrt", may_build=False, on_progress=never)
+assert open_engine(bundle, "tensorrt", on_progress=never).max_batch == 4
+other = built(bundle, profiles=((1, 1, 2),))
+assert other.built and other.built.timing == b"timedtimed"  # it was given the timing cache of the first
+assert "built for batches 1:4:4, asked for 1:1:2" in other.why
+assert open_engine(bundle, "tensorrt").max_batch == 2  # the most recent that fits
+assert json.loads(first.information()) == {"Layers": []}
+""",
+        small_bundle_path,
+    )
+    assert "no plan of small.epsrt for tensorrt was built yet: building it" in out
+
+
+def test_what_differs_is_said(on_stand_in, small_bundle_path, bundle_path) -> None:
+    on_stand_in("built(bundle)", small_bundle_path)
+    on_stand_in("built(bundle, precision='fp16')", bundle_path)
+    command = f'run "epsrt build {small_bundle_path} --engine tensorrt --precision fp32"'
+    refuse = "print(refused(open_engine, bundle, 'tensorrt', may_build=False))"
+    newer = "trt.__version__ = '12.0.1'\n"
+    for code, knobs, words in (
+        (newer, {}, ["built with tensorrt 11.4.0.106, this is 12.0.1"]),
+        ("", {"capability": "9.0"}, ["built for sm_89, this is sm_90"]),
+        ("", {"name": "NVIDIA H200"}, ["built for Stand-in GPU, this is NVIDIA H200"]),
+        (newer, {"capability": "8.6"}, ["tensorrt 11.4.0.106, this is 12.0.1", "built for sm_89, this is sm_86"]),
+    ):
+        sentence = on_stand_in(code + refuse, small_bundle_path, **knobs)
+        assert all(word in sentence for word in [*words, "small.epsrt has no plan for this: the nearest was", command])
+    sentence = on_stand_in(refuse.replace("may_build", "precision='fp32', may_build"), bundle_path)
+    assert "built in fp16, asked for fp32" in sentence
+    assert "no plan of small.epsrt for tensorrt-rtx was built yet" in on_stand_in(
+        refuse.replace("'tensorrt'", "'tensorrt-rtx'"), small_bundle_path
+    )
+    # and without may_build=False it is built, with the same words as a warning
+    out = on_stand_in(newer + "print(open_engine(bundle, 'tensorrt').name)", small_bundle_path)
+    assert "the nearest was built with tensorrt 11.4.0.106, this is 12.0.1: building it" in out
+
+
+def test_a_plan_of_another_export_is_not_used(on_stand_in, small_bundle_path, copy_of) -> None:
+    from helpers import forge
+
+    on_stand_in("built(bundle)", small_bundle_path)
+    other = copy_of(small_bundle_path)
+    forge(other, lambda manifest: manifest.update(value_range=[-1.0, 1.5]))
+    sentence = on_stand_in("print(refused(open_engine, bundle, 'tensorrt', may_build=False))", other)
+    assert "built from another export of the bundle" in sentence
+
+
+def test_damaged_foreign_and_exposed_plans_are_refused(on_stand_in, small_bundle_path) -> None:
+    on_stand_in(
+        """
+entry = built(bundle).entry
+kept = entry.path.read_bytes()
+def refuse(): return refused(open_engine, bundle, "tensorrt")
+for damaged in (kept[:-1], kept[:-1] + b"!", b"", kept + b"0"):
+    entry.path.write_bytes(damaged)
+    sentence = refuse()
+    assert str(entry.path) in sentence and "does not hold the bytes that its record tells of" in sentence, sentence
+    assert "epsrt cache --prune" in sentence
+entry.path.write_bytes(kept)
+open_engine(bundle, "tensorrt").close()
+for path, mode in ((entry.path, 0o666), (entry.path.parent, 0o777), (EngineCache().directory, 0o770)):
+    before = path.stat().st_mode & 0o777
+    path.chmod(mode)
+    sentence = refuse()
+    assert str(path) in sentence and "lets others write" in sentence and "a plan is native code" in sentence
+    path.chmod(before)
+open_engine(bundle, "tensorrt").close()
+# what passes the checks and is no plan: the library's own refusal, in a sentence
+key = entry.record.key
+EngineCache().store(key, b"not a plan", bundle_name="small.epsrt")
+sentence = refuse()
+assert "tensorrt 11.4.0.106 refuses the plan of small.epsrt" in sentence and "the magic tag does not match" in sentence
+assert 'run "epsrt build' in sentence
+""",
+        small_bundle_path,
+    )
+
+
+def test_a_plan_that_came_with_the_bundle_must_be_trusted(on_stand_in, small_bundle_path, copy_of) -> None:
+    bundle = copy_of(small_bundle_path)
+    on_stand_in(
+        """
+cache = EngineCache()
+entry = built(bundle).entry
+cache.ship(entry, bundle.path)
+cache.remove(entry)
+bundle = Bundle.open(sys.argv[1])  # a bundle with engines is still that bundle
+sentence = refused(open_engine, bundle, "tensorrt")
+assert "came with the bundle: a plan is native code that runs unchecked" in sentence and "--trust-engines" in sentence
+with Sampler(open_engine(bundle, "tensorrt", trust_engines=True, may_build=False)) as sampler:
+    sampler.sample(1, steps=2)
+built(bundle)
+open_engine(bundle, "tensorrt").close()  # one's own needs no trust
+""",
+        bundle,
+    )
+
+
+def test_options_reach_the_library_and_the_key(on_stand_in, small_bundle_path) -> None:
+    on_stand_in(
+        """
+seen = {}
+real = trt.Builder.build_serialized_network
+def spy(self, network, config):
+    seen.update(flags=set(config._flags_set), config=config)
+    return real(self, network, config)
+trt.Builder.build_serialized_network = spy
+flags = trt.BuilderFlag
+made = built(bundle, level=5, workspace=64, hardware_compatible="ampere+", version_compatible=True, refittable=True)
+config = seen["config"]
+assert seen["flags"] == {flags.VERSION_COMPATIBLE, flags.REFIT}
+assert config.builder_optimization_level == 5 and config._workspace == 64 << 20 and config.max_aux_streams == 0
+assert config.hardware_compatibility_level is trt.HardwareCompatibilityLevel.AMPERE_PLUS
+assert made.entry.record.key.options["level"] == 5
+open_engine(bundle, "tensorrt").close()
+stripped = built(bundle, stripped=True)
+assert seen["flags"] == {flags.STRIP_PLAN}
+cpu = open_engine(bundle, "onnxruntime", threads=1)
+with Sampler(open_engine(bundle, "tensorrt")) as sampler, Sampler(cpu) as plain:  # the weights are the bundle's
+    close(sampler.sample(2, steps=5), plain.sample(2, steps=5))
+assert built(bundle, stripped=True).built is None
+assert plans.make_plan(library("tensorrt"), bundle, bundle.graph("fp32"), BuildOptions(), again=True).built
+assert plans.make_plan(library("tensorrt"), bundle, bundle.graph("fp32"), BuildOptions(), again=True).built
+for options, words in (
+    (dict(profiles=((4, 2, 8),)), "batch profile 4:2:8 does not ascend"),
+    (dict(profiles=((0, 1, 1),)), "batch profile 0:1:1 does not"),
+    (dict(profiles=((1, 4, 5),)), "batch profile 1:4:5 exceeds 4, the largest batch of small.epsrt"),
+    (dict(level=6), "optimisation level 6 is outside 0 … 5"), (dict(workspace=0), "workspace = 0 MiB"),
+    (dict(hardware_compatible="all"), "hardware compatibility 'all'"),
+):
+    assert words in refused(built, bundle, **options), options
+assert "builds for this machine's GPU alone" in refused(plans.targets_of, library("tensorrt"), ["sm89"])
+""",
+        small_bundle_path,
+    )
+
+
+def test_tensorrt_rtx_builds_for_targets_and_keeps_what_it_compiles(on_stand_in, small_bundle_path) -> None:
+    on_stand_in(
+        """
+made = built(bundle, engine="tensorrt-rtx", targets=("sm_86", "sm_89"))
+key = made.entry.record.key
+assert (key.gpu, key.capabilities) == ("", ("sm_86", "sm_89"))
+with Sampler(open_engine(bundle, "tensorrt-rtx", may_build=False)) as sampler:
+    sampler.sample(2, steps=3)
+kept = [p for p in EngineCache().blobs() if p.suffix == ".bin"]
+assert [p.read_bytes() for p in kept] == [b"compiled"] and "Stand-in-GPU-sm_89" in kept[0].name
+offered = []
+real = trt.IRuntimeCache.deserialize
+trt.IRuntimeCache.deserialize = lambda self, data: offered.append(data) or real(self, data)
+open_engine(bundle, "tensorrt-rtx").close()
+assert offered == [b"compiled"]
+sentence = refused(built, bundle, engine="tensorrt-rtx", targets=("sm_90",))
+assert "has no target sm_90: use one of sm86, sm89, sm120" in sentence
+""",
+        small_bundle_path,
+    )
+
+
+def test_a_build_that_fails_or_is_interrupted_leaves_nothing(on_stand_in, small_bundle_path) -> None:
+    on_stand_in(
+        """
+from pathlib import Path
+def files(): return sorted(p.name for p in EngineCache().directory.rglob("*") if p.is_file() and p.suffix != ".lock")
+def stop(name, share):
+    if share > 0.3: raise KeyboardInterrupt
+try:
+    open_engine(bundle, "tensorrt", on_progress=stop)
+except KeyboardInterrupt:
+    assert files() == []
+else:
+    raise AssertionError
+real = trt.Builder.build_serialized_network
+def no(self, network, config):
+    self.logger.log(trt.ILogger.ERROR, "no kernel can do this")
+trt.Builder.build_serialized_network = no
+sentence = refused(built, bundle)
+assert "tensorrt 11.4.0.106 cannot build" in sentence and "no kernel can do this" in sentence
+trt.Builder.build_serialized_network = real
+(bundle.path / "step-fp32.onnx").rename(bundle.path / "away")
+assert "cannot parse" in refused(built, bundle) and "this is no model" in refused(built, bundle)
+(bundle.path / "away").rename(bundle.path / "step-fp32.onnx")
+assert files() == []
+import errno, epsrt.files
+def full(path): raise OSError(errno.ENOSPC, "No space left on device")
+kept, epsrt.files._settle = epsrt.files._settle, full
+sentence = refused(built, bundle)
+assert "is full" in sentence and "epsrt cache --prune" in sentence and files() == []
+epsrt.files._settle = kept
+assert built(bundle).built  # the lock was let go each time
+""",
+        small_bundle_path,
+    )
+
+
+def test_ctrl_c_ends_a_build(stand_in: Path, small_bundle_path: Path, tmp_path: Path) -> None:
+    code = PRELUDE + "trt.knobs['sleep'] = 0.5\nprint('building', flush=True)\nopen_engine(bundle, 'tensorrt')"
+    env = {**os.environ, **environment(stand_in), "EPSRT_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", code, str(small_bundle_path)]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    lock = tmp_path / "cache"
+    for _ in range(100):
+        if list(lock.rglob("*.lock")):
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in errors
+    assert not list(lock.rglob("*.plan"))
+    assert not list(lock.rglob("*.json"))
+
+
+def test_two_processes_build_once(stand_in: Path, small_bundle_path: Path, tmp_path: Path) -> None:
+    code = PRELUDE + "trt.knobs['sleep'] = 0.4\nmade = built(bundle)\nprint(json.dumps(made.built is not None))"
+    env = {**os.environ, **environment(stand_in), "EPSRT_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", code, str(small_bundle_path)]
+    both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    answers = [json.loads(process.communicate(timeout=120)[0]) for process in both]
+    assert sorted(answers) == [False, True]
+
+
+def test_no_gpu_no_driver_and_auto(on_stand_in, bundle_path, small_bundle_path) -> None:
+    refuse = "print(refused(open_engine, bundle, 'tensorrt'))"
+    assert "supports CUDA 12.8" in on_stand_in(refuse, small_bundle_path, driver=12080)
+    assert "CUDA_VISIBLE_DEVICES" in on_stand_in(refuse, small_bundle_path, gpus=0)
+    out = on_stand_in("print(refused(open_engine, bundle, 'tensorrt', threads=1))", small_bundle_path)
+    assert "threads = 1 is for a CPU engine" in out
+    # auto: the fastest whose libraries, driver and GPU are there; FP16 there, where the bundle has it
+    pretend = """
+from epsrt.engines import probe
+probe.available = lambda: iter(["tensorrt", "onnxruntime"])
+"""
+    show = "opened = open_engine(bundle)\nprint(opened.name, opened.precision)"
+    assert "tensorrt fp16" in on_stand_in(pretend + show, bundle_path)
+    assert "tensorrt fp32" in on_stand_in(pretend + show, small_bundle_path)
+    failing = pretend + "trt.Runtime.deserialize_cuda_engine = lambda self, plan: None\n"
+    out = on_stand_in(failing + show, small_bundle_path)
+    assert "onnxruntime fp32" in out
+    assert "engine tensorrt is passed over: tensorrt 11.4.0.106 refuses the plan" in out
+    assert "onnxruntime fp32" in on_stand_in(pretend + show.replace("(bundle)", "(bundle, threads=1)"), bundle_path)

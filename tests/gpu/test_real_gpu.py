@@ -1,0 +1,140 @@
+"""What only a GPU can show. Each engine that loads there is held to the CPU's results. Skipped elsewhere."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from epsrt import Bundle, EngineError, NotFiniteError, Sample, Sampler, idle_row, noise, open_engine, verify
+from epsrt.engines import Engine, nvidia, probe
+from epsrt.verify import worst_psnr
+
+PROBLEM = nvidia.driver().problem
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(PROBLEM), reason=PROBLEM)]
+
+GPU_ENGINES = [info.name for info in probe.ENGINES if info.device == "cuda"]
+
+
+@pytest.fixture(scope="module", params=[(e, p) for e in GPU_ENGINES for p in ("fp32", "fp16")], ids="-".join)
+def gpu(request: pytest.FixtureRequest, bundle_path) -> Iterator[Engine]:
+    name, precision = request.param
+    if not probe.state(name).available:
+        pytest.skip(f"{name}: {probe.state(name).reason}")
+    engine = open_engine(Bundle.open(bundle_path), name, precision=precision)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def cpu(bundle_path) -> Engine:
+    return open_engine(Bundle.open(bundle_path), "onnxruntime")
+
+
+def rows_of(engine: Engine, batch: int, method: str = "ddim", steps: int = 25) -> np.ndarray:
+    rows = Sampler(engine).plan(method, steps).rows(engine.columns)
+    return np.ascontiguousarray(np.broadcast_to(rows[:, None], (len(rows), batch, rows.shape[1])))
+
+
+def run(engine: Engine, rows: np.ndarray, plain: bool = False) -> np.ndarray:
+    batch = rows.shape[1]
+    with engine.lanes(batch) as lanes:
+        if plain:
+            lanes.capturing = False
+        for i in range(batch):
+            lanes.write(i, Sample(seed=9, index=i, label=i % 10))
+        lanes.advance(rows)
+        return np.stack([lanes.read(i) for i in range(batch)])
+
+
+def test_the_ladder_holds(gpu: Engine) -> None:
+    rungs = verify(gpu)
+    assert all(r.passed for r in rungs), [(r.name, r.figure, r.limit, r.where) for r in rungs if not r.passed]
+
+
+@pytest.mark.parametrize(("method", "steps"), [("ddim", 25), ("ddpm", 100)])
+def test_samples_are_the_cpus(gpu: Engine, cpu: Engine, method: str, steps: int) -> None:
+    options = {"method": method, "steps": steps, "seed": 4, "labels": [0, 3, 5, None]}
+    got, want = (Sampler(engine).sample(4, **options) for engine in (gpu, cpu))
+    assert worst_psnr(got, want, (-1.0, 1.0)) >= (90 if gpu.precision == "fp32" else 45)
+
+
+def test_noise_is_numpys(gpu: Engine) -> None:
+    """A row with d = 1 and nothing else: x' = z."""
+    at = {name: i for i, name in enumerate(gpu.columns)}
+    row = idle_row(gpu.columns)
+    row[at["a"]], row[at["d"]], row[at["n"]] = 0, 1, 123_456
+    with gpu.lanes(3) as lanes:
+        for i in range(3):
+            lanes.write(i, Sample(seed=(1 << 64) - 1 - i, index=i))
+            start = noise.normals((1 << 64) - 1 - i, i, noise.START, 0, 64)
+            assert np.abs(lanes.read(i).ravel() - start).max() <= 4e-6
+        lanes.advance(np.tile(row, (1, 3, 1)))
+        for i in range(3):
+            drawn = noise.normals((1 << 64) - 1 - i, i, noise.STEP, 123_456, 64)
+            assert np.abs(lanes.read(i).ravel() - drawn).max() <= 4e-6
+
+
+def test_captured_steps_are_the_plain_steps(gpu: Engine) -> None:
+    for method, steps in (("ddim", 25), ("ddpm", 33)):
+        rows = rows_of(gpu, 3, method, steps)
+        assert (run(gpu, rows) == run(gpu, rows, plain=True)).all()
+
+
+def test_one_row_at_a_time_is_the_whole_plan(gpu: Engine) -> None:
+    rows = rows_of(gpu, 2, "ddpm", 12)
+    with gpu.lanes(2) as lanes:
+        for i in range(2):
+            lanes.write(i, Sample(seed=9, index=i, label=i))
+        for row in rows:
+            lanes.advance(row[None])
+        stepped = np.stack([lanes.read(i) for i in range(2)])
+    assert (stepped == run(gpu, rows)).all()
+
+
+def test_nan_is_named_and_does_not_spread(gpu: Engine) -> None:
+    rows = rows_of(gpu, 3)
+    rows[13, 1, gpu.columns.index("b")] = np.inf
+    with gpu.lanes(3) as lanes:
+        for i in range(3):
+            lanes.write(i, Sample(seed=i))
+        lanes.advance(rows)
+        assert np.isfinite(lanes.read(0)).all()
+        assert np.isfinite(lanes.read(2)).all()
+        with pytest.raises(NotFiniteError, match=r"lane 1 \(seed 1, index 0\) is not finite since its step 14 "):
+            lanes.read(1)
+
+
+def test_threads_do_not_meet(gpu: Engine) -> None:
+    rows, results = rows_of(gpu, 2, "ddpm", 50), []
+    alone = run(gpu, rows)
+    threads = [threading.Thread(target=lambda: results.append(run(gpu, rows))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 3
+    assert all((r == alone).all() for r in results)
+
+
+def test_out_of_memory_is_a_sentence_and_passes(gpu: Engine) -> None:
+    from epsrt.engines import cuda
+
+    device, hogs = cuda.device(), []
+    device.use()
+    expected = run(gpu, rows_of(gpu, 2))
+    try:
+        size = device.memory()[0]
+        while size >= 1 << 12:  # all there is, in ever smaller pieces
+            try:
+                hogs.append(cuda.Memory(size, "a test"))
+            except EngineError:
+                size //= 2
+        with pytest.raises(EngineError, match="MiB"):
+            gpu.lanes(8)
+    finally:
+        for hog in hogs:
+            hog.close()
+    assert (run(gpu, rows_of(gpu, 2)) == expected).all()

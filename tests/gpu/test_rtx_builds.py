@@ -1,0 +1,81 @@
+"""Every exported step graph is parsed and built by the real TensorRT-RTX, for GPUs that need not be here."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from epsrt import Bundle
+from epsrt.engines.trt_build import BuildOptions, build, describe
+from epsrt.engines.trt_library import library
+from epsrt.errors import EngineError
+
+pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx_cu13")
+
+TARGETS = ("sm_86", "sm_89", "sm_120")
+
+
+@pytest.fixture(scope="session", params=["digits", "ddpm-cifar10"])
+def graphs(request, tmp_path_factory, small_bundle_path) -> Bundle:
+    """The preset's step graphs, FP32 and FP16, with fresh weights: what a builder sees of a bundle."""
+    from epsrt_export.export import write_graph
+    from epsrt_trainer.networks import build as make
+    from epsrt_trainer.presets import PRESETS
+
+    network = PRESETS[request.param].network
+    shape = (network.image_channels, network.image_size, network.image_size)
+    folder = tmp_path_factory.mktemp(request.param)
+    made = [
+        write_graph(make(network).eval(), precision, folder, shape, network.classes > 0, 256, 21)
+        for precision in ("fp32", "fp16")
+    ]
+    manifest = Bundle.open(small_bundle_path).manifest
+    return Bundle(folder, msgspec.structs.replace(manifest, shape=shape, max_batch=256, graphs=tuple(made)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_builds_for_each_target(graphs: Bundle, precision: str) -> None:
+    lib, graph, told = library("tensorrt-rtx"), graphs.graph(precision), []
+    weights = (graphs.path / graph.weights).stat().st_size
+    for target in TARGETS:
+        options = BuildOptions(((1, 8, 256),), targets=(target,))
+        made = build(lib, graphs, graph, options, on_progress=lambda name, share: told.append(share))
+        assert made.layers > 500
+        assert 0.5 * weights < len(made.plan) < 10 * weights + (16 << 20)  # it holds the weights
+    assert (told[0], max(told), len(told) > 500) == (0.0, 1.0, True)
+
+
+@pytest.mark.slow
+def test_half_precision_is_what_the_graph_says(graphs: Bundle) -> None:
+    """Strongly typed: convolutions and products in half, softmax, norms and the fused step in float."""
+    layers = describe(library("tensorrt-rtx"), graphs, graphs.graph("fp16"))
+    types = {kind: {t["type"] for layer in layers if layer["type"] == kind for t in layer["outputs"]} for kind in
+             ("CONVOLUTION", "MATRIX_MULTIPLY", "SOFTMAX", "NORMALIZATION")}  # fmt: skip
+    assert types["CONVOLUTION"] == {"HALF"}
+    assert types["SOFTMAX"] == types["NORMALIZATION"] == {"FLOAT"}
+    assert "HALF" in types["MATRIX_MULTIPLY"]
+
+
+def test_refusals_are_sentences(small_bundle_path) -> None:
+    bundle, lib = Bundle.open(small_bundle_path), library("tensorrt-rtx")
+    graph = bundle.graph("fp32")
+    with pytest.raises(
+        EngineError, match="tensorrt-rtx .* has no target sm_90: use one of sm75, sm80, sm86"
+    ):
+        build(lib, bundle, graph, BuildOptions(targets=("sm_90",)))
+    with pytest.raises(EngineError, match="cannot parse .*weights-fp32.onnx"):
+        build(lib, bundle, msgspec.structs.replace(graph, file="weights-fp32.onnx"), BuildOptions(targets=("sm_89",)))
+
+
+def test_an_exception_from_the_progress_ends_the_build(small_bundle_path) -> None:
+    bundle, calls = Bundle.open(small_bundle_path), []
+
+    def stop(name: str, share: float) -> None:
+        calls.append(share)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(library("tensorrt-rtx"), bundle, bundle.graph("fp32"), BuildOptions(targets=("sm_89",)), on_progress=stop)
+    assert len(calls) == 3
