@@ -21,6 +21,7 @@ from pathlib import Path
 
 import gpu_cases
 import gpu_parity
+import gpu_process
 import gpu_rivals
 import gpu_speed
 from common import RESULTS
@@ -50,7 +51,7 @@ def main() -> int:
     parser.add_argument("--case", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
-        gpu_cases.serve(CASES, options.case)
+        gpu_process.serve(CASES, options.case)
         return 0
     failed = 0
     for part in (options.part,) if options.part else PARTS:

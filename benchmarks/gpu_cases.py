@@ -163,6 +163,20 @@ def difference(before: Row, now: Row) -> str:
     return "; ".join(f"{k.strip()}: {flat[0].get(k)}, now {flat[1].get(k)}" for k in keys)
 
 
+def align(head: str, rows: list[list[str]], left: int) -> list[str]:
+    """Lines of a table under the words of `head`; the first `left` columns begin at the left, and so does the last."""
+    cells = [head.split("|"), *rows]
+    wide = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    last = len(wide) - 1
+    lines = [
+        "  ".join(
+            c.ljust(w) if i < left or i == last else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide, strict=True))
+        )
+        for row in cells
+    ]
+    return [line.rstrip() for line in lines]
+
+
 def find_bundle(network: str) -> Bundle | None:
     """The bundle of a preset's redrawn network with batches to 256, if it was exported; or the one at a path."""
     if network.endswith(".epsrt"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import msgspec
-from gpu_cases import Part, Row, find_bundle, precisions
+from gpu_cases import Part, align, find_bundle, precisions
+from gpu_process import Row
 
 from epsrt import Rung, open_engine, verify
 
@@ -48,13 +49,12 @@ def result(rungs: list[Rung]) -> Row:
 
 def table(rows: list[Row]) -> str:
     """A line a rung."""
-    lines = [f"{'network':14} {'engine':21} {'':5} {'rung':20} {'figure':>10}  {'limit':>9}  where"]
+    lines = []
     for row in rows:
-        if row["what"] == "export" and "missed" in row:
-            lines.append(f"{row['network']:14} has no FP16: {row['missed']}")
         for r in row.get("rungs", ()):
             figure = "not finite" if r["figure"] is None else f"{r['figure']:.3g}"
             limit = f"{'≥' if r['at_least'] else '≤'} {r['limit']:g}"
-            name = f"{row['network']:14} {row['engine']:21} {row['precision']:5} {r['name']:20}"
-            lines.append(f"{name} {figure:>10}  {limit:>9}  {'' if r['passed'] else 'MISSED '}{r['where']}")
-    return "\n".join(lines)
+            where = f"{'' if r['passed'] else 'MISSED '}{r['where']}"
+            lines.append([row["network"], row["engine"], row["precision"], r["name"], figure, limit, where])
+    missed = [f"{r['network']} has no FP16: {r['missed']}" for r in rows if "missed" in r]
+    return "\n".join([*align("network|engine||rung|figure|limit|where", lines, 4), *missed])

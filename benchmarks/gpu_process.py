@@ -1,4 +1,4 @@
-"""A case in a process of its own: its key on stdin, its result in a file, its memory watched from outside, its end sure."""
+"""A case in a process of its own: key on stdin, result in a file, its memory watched from outside, its end sure."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any
 
 from common import CACHE
-from gpu_cases import Part, Row, clocks, find_bundle, precisions
+from gpu_cases import Part, align, clocks, find_bundle, precisions
+from gpu_process import Row
 from gpu_speed import fitting
 from gpu_timing import median_ratio, rounds, spread
 
@@ -71,9 +72,9 @@ def race(key: Row, quiet: Callable[[], None]) -> Row:
         n: round(worst_psnr(x, made["ours"], value_range), 1) for n, x in made.items() if n not in ("ours", "diffusers")
     }
     rivals = {
-        name: {"times_ours": median_ratio(ms[name], ms["ours"]), "ms": spread(ms[name], 3), "first_call_s": first_s[name]}
-        for name in ms if name != "ours"
-    }  # fmt: skip
+        name: {"times_ours": median_ratio(ms[name], ms["ours"]), "ms": spread(ms[name], 3), "first_call_s": seconds}
+        for name, seconds in first_s.items()
+    }
     result = {
         "engine": engine, "steps": STEPS, "rivals": rivals, "refused": refused, "ours_ms": spread(ms["ours"], 3),
         "images_per_s": round(1e3 * batch / statistics.median(ms["ours"]), 2), "psnr_to_ours": same,
@@ -155,20 +156,18 @@ def compile_cache(batch: int) -> bool:
 def table(rows: list[Row]) -> str:
     """Ratios first."""
     races = [r for r in rows if r["what"] == "race" and "error" not in r]
-    peaks = {(r["network"], r["rival"], r["batch"]): r.get("peak_mib") for r in rows if r["what"] == "memory"}
-    lines = [f"DDIM-{STEPS}, FP16, a whole call to images on the host; how many times as long as ours"]
-    lines.append(
-        f"{'batch':>5}  {'rival':22} {'times':>7}  {'ours ms':>9} {'its ms':>9}  {'MiB':>7} {'ours':>7}  first call"
-    )
+    peaks = {(r["network"], r["rival"], r["batch"]): str(r.get("peak_mib", "")) for r in rows if r["what"] == "memory"}
+    lines = []
     for r in sorted(races, key=lambda r: (r["batch"], r["group"] == "compiled")):
-        mine = peaks.get((r["network"], "ours", r["batch"]))
-        for name, rival in r["rivals"].items():
-            peak = peaks.get((r["network"], name, r["batch"]))
-            first = f"{rival['first_call_s']:.1f} s" + (f", {r['compile_cache']} cache" if "compile_cache" in r else "")
+        for name, one in r["rivals"].items():
+            peak, mine = (peaks.get((r["network"], who, r["batch"]), "") for who in (name, "ours"))
+            first = f"{one['first_call_s']:.1f} s" + (f", {r['compile_cache']} cache" if "compile_cache" in r else "")
+            ours_ms, ms, psnr = r["ours_ms"]["p50"], one["ms"]["p50"], r["psnr_to_ours"].get(name, "")
             lines.append(
-                f"{r['batch']:5}  {name:22} {rival['times_ours']:6.2f}×  {r['ours_ms']['p50']:9.2f} {rival['ms']['p50']:9.2f}"
-                f"  {peak if peak is not None else '':>7} {mine if mine is not None else '':>7}  {first}"
-            )
-        for name, why in r["refused"].items():
-            lines.append(f"{r['batch']:5}  {name:22} {why}")
-    return "\n".join(lines)
+                [str(r["batch"]), name, f"{one['times_ours']:.2f} ×", f"{ours_ms:.2f}", f"{ms:.2f}", mine, peak, str(psnr),
+                 first]
+            )  # fmt: skip
+    refused = [f"{r['batch']} {name}: {why}" for r in races for name, why in r["refused"].items()]
+    about = f"DDIM-{STEPS}, FP16, a whole call to images on the host: how many times as long as ours"
+    head = "batch|rival|times|our ms|its ms|our MiB|its MiB|dB to ours|its first call"
+    return "\n".join([about, *align(head, lines, 2), *refused])

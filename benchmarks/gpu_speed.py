@@ -7,7 +7,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from gpu_cases import Part, Row, clocks, find_bundle, precisions
+from gpu_cases import Part, align, clocks, find_bundle, precisions
+from gpu_process import Row
 from gpu_timing import bare_runs, kernel, median_ratio, rounds, spread, whole
 
 from epsrt import Bundle, EngineError, EpsrtError, Sampler, open_engine
@@ -213,31 +214,32 @@ def by_cupy() -> tuple[str, Callable[[], float]]:
     return f"CuPy {cupy.__version__}", run
 
 
+HEAD = (
+    "network|engine||batch|DDIM|DDPM|DDIM wall|DDPM wall|noise|of FP16|bare ms|p95|TFLOP/s|images/s|peak MiB|MHz in use"
+)
+
+
 def table(rows: list[Row]) -> str:
     """Ratios first."""
-    lines = [TARGETS]
+    lines = []
     steps = [r for r in rows if r["what"] == "step" and "error" not in r]
-    if steps:
-        lines.append(
-            f"{'network':13} {'engine':20} {'':5} {'batch':>5}  {'DDIM':>6} {'DDPM':>6}  {'wall':>6} {'wall':>6}  "
-            f"{'noise':>6}  {'of FP16':>7}  {'bare ms':>8} {'p95':>8}  {'TFLOP/s':>7} {'images/s':>9} {'peak MiB':>8}  MHz"
-        )
     for r in sorted(steps, key=lambda r: (r["network"], r["engine"], r["precision"], r["batch"])):
-        ddim, ddpm = r["ddim"], r["ddpm"]
-        share = f"{100 * r['share_of_matmul']:6.1f}%" if "share_of_matmul" in r else f"{'':7}"
-        tflops = f"{r['tflops']:7.1f}" if "tflops" in r else f"{'':7}"
+        both = [r[method] for method in METHODS]
+        ratios = [f"{m[name]:.3f}" for name in ("ratio", "wall_ratio") for m in both]
+        noise, share = r["kernels"]["noise"]["share_of_step"], r.get("share_of_matmul")
         lines.append(
-            f"{r['network']:13} {r['engine']:20} {r['precision']:5} {r['batch']:5}  {ddim['ratio']:6.3f} {ddpm['ratio']:6.3f}"
-            f"  {ddim['wall_ratio']:6.3f} {ddpm['wall_ratio']:6.3f}  {100 * r['kernels']['noise']['share_of_step']:5.2f}%"
-            f"  {share}  {r['bare_ms']['p50']:8.3f} {r['bare_ms']['p95']:8.3f}  {tflops} {r['samples_per_s']:9.1f}"
-            f" {r.get('peak_mib', ''):>8}  {r['clocks']['under_load'].get('clocks.sm', '')}"
-        )
+            [r["network"], r["engine"], r["precision"], str(r["batch"]), *ratios, f"{100 * noise:.2f} %",
+             "" if share is None else f"{100 * share:.1f} %", f"{r['bare_ms']['p50']:.3f}", f"{r['bare_ms']['p95']:.3f}",
+             f"{r['tflops']:.1f}" if "tflops" in r else "", f"{r['samples_per_s']:.1f}", str(r.get("peak_mib", "")),
+             str(r["clocks"]["under_load"].get("clocks.sm", ""))]
+        )  # fmt: skip
+    more = []
     for r in rows:
         if r["what"] == "matmul" and "tflops" in r:
-            lines.append(f"FP16 product of {SIDE} × {SIDE} matrices, {r['by']}: {r['tflops']} TFLOP/s")
+            more.append(f"FP16 product of {SIDE} × {SIDE} matrices, {r['by']}: {r['tflops']} TFLOP/s")
         if r["what"] == "chunk" and "chunks" in r:
-            found = ", ".join(f"{k}: {v['ratio']:.3f} ({v['wall_ms']['p50']:.2f} ms)" for k, v in r["chunks"].items())
-            lines.append(
-                f"{r['network']} {r['engine']} {r['precision']} batch 1, DDIM-{STEPS} by steps in a graph: {found}"
+            by = ", ".join(f"{k}: {v['ratio']:.3f} ({v['wall_ms']['p50']:.2f} ms)" for k, v in r["chunks"].items())
+            more.append(
+                f"{r['network']} {r['engine']} {r['precision']} batch 1, DDIM-{STEPS} by steps in a graph: {by}"
             )
-    return "\n".join(lines)
+    return "\n".join([TARGETS, *align(HEAD, lines, 3), *more])

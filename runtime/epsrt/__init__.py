@@ -8,7 +8,7 @@
 from epsrt import noise, solvers, spacing
 from epsrt.bundle import Bundle, Manifest, Rung
 from epsrt.engines import Engine, Lanes, Sample, open_engine
-from epsrt.errors import BundleError, EngineError, EpsrtError, NotFiniteError
+from epsrt.errors import BundleError, EngineError, EpsrtError, NotFiniteError, OutOfMemoryError
 from epsrt.plan import COLUMNS, Plan, idle_row
 from epsrt.sampler import Sampler, to_images
 from epsrt.schedule import Schedule
@@ -18,6 +18,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "COLUMNS", "Bundle", "BundleError", "Engine", "EngineError", "EpsrtError", "Lanes", "Manifest", "NotFiniteError",
-    "Plan", "Rung", "Sample", "Sampler", "Schedule", "idle_row", "noise", "open_engine", "solvers", "spacing",
-    "to_images", "verify",
+    "OutOfMemoryError", "Plan", "Rung", "Sample", "Sampler", "Schedule", "idle_row", "noise", "open_engine", "solvers",
+    "spacing", "to_images", "verify",
 ]  # fmt: skip

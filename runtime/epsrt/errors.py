@@ -13,5 +13,9 @@ class EngineError(EpsrtError):
     """An engine cannot be opened here, or cannot run what it was given."""
 
 
+class OutOfMemoryError(EngineError):
+    """The device's memory does not suffice; the message says what was asked for and what is free."""
+
+
 class NotFiniteError(EpsrtError):
     """The network produced NaN or infinity; the message names the sample and the step."""

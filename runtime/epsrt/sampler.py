@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from epsrt import solvers
 from epsrt.bundle import Bundle
 from epsrt.engines import Engine, Lanes, Sample, open_engine
-from epsrt.errors import EpsrtError
+from epsrt.errors import EpsrtError, OutOfMemoryError
 from epsrt.plan import Plan
 
 Samples = NDArray[np.float32]
@@ -43,10 +43,16 @@ class Sampler:
 
     @classmethod
     def open(
-        cls, path: str | Path, engine: str = "auto", *, precision: str | None = None, threads: int | None = None
-    ) -> Self:
+        cls, path: str | Path, engine: str = "auto", *, precision: str | None = None, threads: int | None = None,
+        trust_engines: bool = False, may_build: bool = True,
+    ) -> Self:  # fmt: skip
         """Open the bundle at `path` on the engine of that name; see epsrt.open_engine."""
-        return cls(open_engine(Bundle.open(path), engine, precision=precision, threads=threads))
+        return cls(
+            open_engine(
+                Bundle.open(path), engine, precision=precision, threads=threads, trust_engines=trust_engines,
+                may_build=may_build,
+            )
+        )  # fmt: skip
 
     def plan(self, method: str = "ddim", steps: int = 50, **options: object) -> Plan:
         """The plan that `sample` would run: see epsrt.solvers.make. Clips x0 to the value range unless told `clip`."""
@@ -101,7 +107,10 @@ class Sampler:
                 for start in range(0, len(rows), chunk):
                     _advance(lanes, rows[start : start + chunk])
                     done += len(rows[start : start + chunk])
-                    if on_step is not None and on_step(done, total) is False:
+                    if on_step is None:
+                        continue
+                    lanes.wait()  # or it would hear of steps that a GPU has yet to take
+                    if on_step(done, total) is False:
                         going = False
                         break
                 whole = done % len(rows) == 0
@@ -155,12 +164,8 @@ class Sampler:
 
     def close(self) -> None:
         """Release lanes and engine."""
-        with self._lock:
-            self._closed = True
-            for free in self._free.values():
-                for lanes in free:
-                    lanes.close()
-            self._free.clear()
+        self._closed = True
+        self._drop_free()
         self.engine.close()
 
     def __enter__(self) -> Self:
@@ -171,13 +176,24 @@ class Sampler:
     ) -> None:
         self.close()
 
+    def _drop_free(self) -> None:
+        with self._lock:
+            for free in self._free.values():
+                for lanes in free:
+                    lanes.close()
+            self._free.clear()
+
     @contextmanager
     def _lanes(self, batch: int) -> Iterator[Lanes]:
         """Lanes of this batch, kept for the next caller: on a GPU they are dear to make."""
         with self._lock:
             free = self._free.setdefault(batch, [])
             lanes = free.pop() if free else None
-        lanes = lanes or self.engine.lanes(batch)
+        try:
+            lanes = lanes or self.engine.lanes(batch)
+        except OutOfMemoryError:
+            self._drop_free()  # others' memory, kept for nobody yet
+            lanes = self.engine.lanes(batch)
         try:
             yield lanes
         except BaseException:

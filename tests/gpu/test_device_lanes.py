@@ -265,6 +265,39 @@ with gpu.lanes(8) as lanes:
     )
 
 
+def test_kept_lanes_make_room(on_stand_in, bundle_path) -> None:
+    on_stand_in(
+        BOTH
+        + """
+with Sampler(gpu) as sampler:
+    sampler.sample(8, steps=2, labels=1)  # its lanes are kept
+    hog = cuda.Memory(cuda.device().memory()[0] - 8_000, "a test")
+    assert sampler.sample(7, steps=2, labels=1).shape[0] == 7
+    assert driver.stand_in_live(b"streams") == 1
+""",
+        bundle_path,
+        memory=1 << 22,
+    )
+
+
+def test_on_step_hears_of_steps_that_have_run(on_stand_in, bundle_path) -> None:
+    on_stand_in(
+        BOTH
+        + """
+seen, trt.knobs["enqueued"] = [], 0
+with Sampler(gpu) as sampler:
+    sampler.sample(1, steps=1, labels=1)
+    trt.knobs["enqueued"] = 0
+    def look(done, total):
+        seen.append((done, trt.knobs["enqueued"]))
+        return done < 20
+    sampler.sample(1, steps=50, labels=1, on_step=look, every=10)
+assert seen == [(10, 10), (20, 20)], seen
+""",
+        bundle_path,
+    )
+
+
 def test_closing_releases_everything(on_stand_in, bundle_path) -> None:
     on_stand_in(
         BOTH

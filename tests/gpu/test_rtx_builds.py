@@ -60,9 +60,7 @@ def test_half_precision_is_what_the_graph_says(graphs: Bundle) -> None:
 def test_refusals_are_sentences(small_bundle_path) -> None:
     bundle, lib = Bundle.open(small_bundle_path), library("tensorrt-rtx")
     graph = bundle.graph("fp32")
-    with pytest.raises(
-        EngineError, match="tensorrt-rtx .* has no target sm_90: use one of sm75, sm80, sm86"
-    ):
+    with pytest.raises(EngineError, match="tensorrt-rtx .* has no target sm_90: use one of sm75, sm80, sm86"):
         build(lib, bundle, graph, BuildOptions(targets=("sm_90",)))
     with pytest.raises(EngineError, match="cannot parse .*weights-fp32.onnx"):
         build(lib, bundle, msgspec.structs.replace(graph, file="weights-fp32.onnx"), BuildOptions(targets=("sm_89",)))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from epsrt.engines import nvidia
 from epsrt.engines.kernels import compile_kernels
-from epsrt.errors import EngineError
+from epsrt.errors import EngineError, OutOfMemoryError
 
 try:
     from cuda.bindings import driver as cu
@@ -93,7 +93,7 @@ _open = functools.cache(Device)
 class Memory:
     """Bytes on the device, 256-byte-aligned, their content anyone's guess. Close once nothing uses them.
 
-    Raises EngineError that says what `purpose` asked for and what is free, where the memory does not suffice.
+    Raises OutOfMemoryError that says what `purpose` asked for and what is free, where the memory does not suffice.
     """
 
     def __init__(self, size: int, purpose: str):
@@ -106,7 +106,7 @@ class Memory:
             if error.code != int(cu.CUresult.CUDA_ERROR_OUT_OF_MEMORY):
                 raise
             free, total = (n / 2**20 for n in call(cu.cuMemGetInfo()))
-            raise EngineError(
+            raise OutOfMemoryError(
                 f"{purpose} needs {self.size / 2**20:.1f} MiB more of the GPU's memory, and {free:.1f} of {total:.1f} "
                 "MiB are free: take a smaller batch, or close other samplers and programs"
             ) from None

@@ -148,6 +148,10 @@ class DeviceLanes:
                 count = min(self._chunk, len(part) - i)
                 self._run(table + i * self._row_bytes, count, bool(noisy[i : i + count].any()))
 
+    def wait(self) -> None:
+        self._device.use()
+        self._stream.synchronize()
+
     def read(self, index: int, what: Literal["x", "x0"] = "x") -> Images:
         check_lane(index, self.batch)
         self._device.use()

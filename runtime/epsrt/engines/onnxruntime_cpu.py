@@ -126,6 +126,9 @@ class OnnxRuntimeLanes:
                 if not np.isfinite(self._x[self._now].sum()):
                     self._note_broken()
 
+    def wait(self) -> None:
+        """Steps have run when `advance` returns."""
+
     def read(self, index: int, what: Literal["x", "x0"] = "x") -> Images:
         check_lane(index, self.batch)
         if index in self._broken:

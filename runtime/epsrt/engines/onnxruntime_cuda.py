@@ -226,7 +226,6 @@ def _run_options(graph: str) -> Any:
 
 def _cuda_options(engine: OnnxRuntimeCuda, stream: cuda.Stream, nhwc: bool) -> dict[str, str]:
     return {
-        "device_id": "0",
         "user_compute_stream": str(stream.handle),
         "enable_cuda_graph": str(int(engine.name == CUDA)),
         "prefer_nhwc": str(int(nhwc)),
@@ -239,7 +238,6 @@ def _cuda_options(engine: OnnxRuntimeCuda, stream: cuda.Stream, nhwc: bool) -> d
 
 def _tensorrt_options(engine: OnnxRuntimeCuda, stream: cuda.Stream, folder: str) -> dict[str, str]:
     return {
-        "device_id": "0",
         "user_compute_stream": str(stream.handle),
         "trt_fp16_enable": str(engine.precision == "fp16"),
         "trt_cuda_graph_enable": "False",

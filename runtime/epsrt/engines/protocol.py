@@ -44,6 +44,9 @@ class Lanes(Protocol):
         `rows` may be reused by the caller as soon as this returns.
         """
 
+    def wait(self) -> None:
+        """Return once all that was advanced has run: before telling a user how far it is, or asking to go on."""
+
     def read(self, index: int, what: Literal["x", "x0"] = "x") -> Images:
         """A copy of a lane's x or x0 estimate, float32 [C, H, W]. Synchronises.
 
