@@ -56,6 +56,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"epsrt", "epsrt_export", "epsrt_trainer"}
     assert {f"{package}/py.typed" for package in ("epsrt", "epsrt_export", "epsrt_trainer")} <= set(names)
+    assert "epsrt/engines/kernels.cu" in names
     assert not [name for name in names if "__pycache__" in name or "test" in name]
 
 
