@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := cpu,export,train,cli,tensorrt-rtx,dev
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
@@ -20,6 +20,11 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/startup.py
+
+# On a machine with an NVIDIA GPU, in .venv or without it: make gpu [PART=tests|parity|speed|rivals] [ARGS=--retry]
+gpu:
+	PYTHONPATH=$(CURDIR)/runtime:$(CURDIR)/export:$(CURDIR)/trainer$(if $(PYTHONPATH),:$(PYTHONPATH)) \
+		$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py $(PART) $(ARGS)
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "epsrt needs Python 3.11 or newer: make PYTHON=python3.11")'

@@ -28,7 +28,9 @@ PACKAGES = (
     "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu13", "tensorrt-rtx-cu13", "tensorrt-rtx",
     "cuda-bindings", "nvidia-cudnn-cu13", "torch", "triton", "diffusers",
 )  # fmt: skip
-SEEDS = {"digits": 2}  # of redrawn weights, 0 for the others: the digits of most seeds miss the gate of FP16 (40 to 60 dB)
+SEEDS = {
+    "digits": 2
+}  # of redrawn weights, 0 for the others: the digits of most seeds miss the gate of FP16 (40 to 60 dB)
 
 
 def machine() -> dict[str, Any]:

@@ -27,6 +27,7 @@ import gpu_speed
 from common import RESULTS
 from gpu_cases import Part
 
+from epsrt import EpsrtError
 from epsrt.engines import nvidia
 
 PARTS = ("tests", "parity", "speed", "rivals")
@@ -43,7 +44,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=PARTS, help="without: all four, in this order")
     parser.add_argument("--minutes", type=float, default=8.0, help="of each part, at most")
-    parser.add_argument("--fresh", action="store_true", help="measure again what is kept")
+    parser.add_argument("--rounds", type=int, default=20, help="repeats of a measurement, fewer where they are slow")
+    parser.add_argument("--fresh", action="store_true", help="forget what is kept (the next run goes on without it)")
     parser.add_argument("--retry", action="store_true", help="try again what failed")
     parser.add_argument("--networks", type=words, help=f"presets, or paths of bundles: {','.join(NETWORKS)}")
     parser.add_argument("--batches", type=numbers, default=list(BATCHES), help=",".join(map(str, BATCHES)))
@@ -82,7 +84,7 @@ def measure(name: str, options: argparse.Namespace) -> int:
         print(nvidia.driver().problem)
         return 0
     command = [sys.executable, str(Path(__file__).resolve()), "--case"]
-    part = Part(name, command, options.results, options.minutes, options.fresh, options.retry)
+    part = Part(name, command, options.results, options.minutes, options.rounds, options.fresh, options.retry)
     try:
         if name == "parity":
             gpu_parity.run(part, options.networks or list(NETWORKS))
@@ -90,6 +92,9 @@ def measure(name: str, options: argparse.Namespace) -> int:
             gpu_speed.run(part, options.networks or list(NETWORKS)[::-1], options.batches)
         else:
             gpu_rivals.run(part, options.networks or [gpu_rivals.NETWORK], options.batches)
+    except EpsrtError as error:  # a bundle given by its path
+        print(error)
+        return 1
     finally:
         table = {"parity": gpu_parity.table, "speed": gpu_speed.table, "rivals": gpu_rivals.table}[name]
         print(f"\n{table(part.current)}\n\n{part.summary()}", flush=True)

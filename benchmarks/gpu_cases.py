@@ -34,9 +34,10 @@ class Part:
     """A part's kept rows, its budget, and what it leaves for the next run."""
 
     def __init__(
-        self, name: str, command: list[str], results: Path, minutes: float, fresh: bool = False, retry: bool = False
-    ):
-        self.name, self.path, self.retry = name, results / f"gpu-{name}.json", retry
+        self, name: str, command: list[str], results: Path, minutes: float, rounds: int = 20, fresh: bool = False,
+        retry: bool = False,
+    ):  # fmt: skip
+        self.name, self.path, self.rounds, self.retry = name, results / f"gpu-{name}.json", rounds, retry
         self.end = time.monotonic() + 60 * minutes - MARGIN
         self.machine: Row = json.loads(json.dumps(machine()))
         self.code = code()
@@ -55,14 +56,14 @@ class Part:
         key = {"what": what, **key}
         row = next((r for r in self.rows if matches(r, key) and r["digest"] == digest), None)
         if row is None or (self.retry and "error" in row):
-            said = " ".join(str(v) for v in key.values())
+            said = " ".join(str(key[k]) for k in NAMES if k in key)
             seconds = self.end - time.monotonic()
             if seconds < LEAST:
                 self.left.append(said)
                 return None
             print(f"{said} …", flush=True)
             begin = time.monotonic()
-            result = run_case(self._command, {**key, **(given or {})}, seconds, self._free)
+            result = run_case(self._command, {**key, **(given or {}), "rounds": self.rounds}, seconds, self._free)
             if result is None:
                 self.left.append(f"{said} (it takes more than the {seconds:.0f} s that were left)")
                 return None
@@ -82,7 +83,8 @@ class Part:
 
     def keep(self, row: Row, key: Row) -> None:
         """Write a row, in place of an earlier one of its key."""
-        self.rows = [r for r in self.rows if not matches(r, key)] + [row]
+        at = next((i for i, r in enumerate(self.rows) if matches(r, key)), len(self.rows))
+        self.rows[at : at + 1] = [row]
         value = {
             "benchmark": f"gpu-{self.name}", "date": time.strftime("%Y-%m-%d"), "machine": self.machine,
             "rows": self.rows,
@@ -108,7 +110,8 @@ class Part:
         for name in GPU_ENGINES:
             state = probe.state(name)
             if state.available or state.library:
-                row = self.case("engine", bundle.manifest.digest[:16], engine=name, network=network)
+                told = {"probe": state.reason} if state.reason else {}
+                row = self.case("engine", bundle.manifest.digest[:16], engine=name, network=network, **told)
             else:
                 key = {"what": "engine", "engine": name, "network": network}
                 row = self.add({**key, "digest": "", "error": f"{state.reason}: {state.command}"}, key)

@@ -34,7 +34,7 @@ def run_case(command: list[str], key: Row, seconds: float, free: Callable[[], in
     LOG.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, LOG.open("wb") as log:
         out = Path(folder) / "result.json"
-        least = base = free() if free else 0
+        least = most = free() if free else 0  # most: the last case's memory may still be on its way back
         process = subprocess.Popen(
             [*command, str(out)], stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -53,15 +53,16 @@ def run_case(command: list[str], key: Row, seconds: float, free: Callable[[], in
                 if there == float("inf") and out.exists():
                     there = now
                 if free and not timing(out).exists():
-                    least = min(least, free())
-                    time.sleep(0.004)
+                    now_free = free()
+                    least, most = min(least, now_free), max(most, now_free)
+                    time.sleep(0.01)
                 else:
                     time.sleep(0.05)
         finally:
             end(process)
         if out.exists():
             result: Row = json.loads(out.read_text())
-            return {**result, "peak_mib": round((base - least) / 2**20)} if free else result
+            return {**result, "peak_mib": round((most - least) / 2**20)} if least < most else result
     return None if late else {"error": died(process.returncode)}
 
 

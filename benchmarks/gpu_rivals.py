@@ -51,6 +51,8 @@ def race(key: Row, quiet: Callable[[], None]) -> Row:
     warm = compile_cache(batch) if key["group"] == "compiled" else False
     draws: dict[str, Callable[[], float]] = {}
     first_s, refused, made = {}, {}, {}
+    import torch  # noqa: F401  (first: onnxruntime then takes CUDA's libraries from it)
+
     with ExitStack() as stack:
         engine, draw = ours(bundle, batch, stack)
         made["ours"], draws["ours"] = draw(STEPS), partial(timed, draw)
@@ -65,7 +67,7 @@ def race(key: Row, quiet: Callable[[], None]) -> Row:
             first_s[name] = round(time.perf_counter() - begin, 2)
             draws[name] = partial(timed, draw)
         before = clocks()
-        ms = rounds(draws, most=15, seconds=40.0)
+        ms = rounds(draws, key["rounds"], seconds=40.0)
         after = clocks()
     value_range = bundle.manifest.value_range
     same = {
@@ -164,9 +166,11 @@ def table(rows: list[Row]) -> str:
             first = f"{one['first_call_s']:.1f} s" + (f", {r['compile_cache']} cache" if "compile_cache" in r else "")
             ours_ms, ms, psnr = r["ours_ms"]["p50"], one["ms"]["p50"], r["psnr_to_ours"].get(name, "")
             lines.append(
-                [str(r["batch"]), name, f"{one['times_ours']:.2f} ×", f"{ours_ms:.2f}", f"{ms:.2f}", mine, peak, str(psnr),
-                 first]
-            )  # fmt: skip
+                [
+                    *(str(r["batch"]), name, f"{one['times_ours']:.2f} ×"),
+                    *(f"{ours_ms:.2f}", f"{ms:.2f}", mine, peak, str(psnr), first),
+                ]
+            )
     refused = [f"{r['batch']} {name}: {why}" for r in races for name, why in r["refused"].items()]
     about = f"DDIM-{STEPS}, FP16, a whole call to images on the host: how many times as long as ours"
     head = "batch|rival|times|our ms|its ms|our MiB|its MiB|dB to ours|its first call"

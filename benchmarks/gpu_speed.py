@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,7 +12,7 @@ from gpu_cases import Part, align, clocks, find_bundle, precisions
 from gpu_process import Row
 from gpu_timing import bare_runs, kernel, median_ratio, rounds, spread, whole
 
-from epsrt import Bundle, EngineError, EpsrtError, Sampler, open_engine
+from epsrt import Bundle, EngineError, Sampler, open_engine
 from epsrt.engines import Engine
 from epsrt.engines.lanes import DeviceLanes
 
@@ -28,7 +29,8 @@ def run(part: Part, networks: list[str], batches: list[int]) -> None:
     for network in networks:
         if (bundle := part.bundle(network)) is None:
             continue
-        flops = part.case("flops", bundle.manifest.digest[:16], network=network)
+        ours = bundle.manifest.provenance.network == "epsrt_trainer.unet.UNet" and not network.endswith(".epsrt")
+        flops = part.case("flops", bundle.manifest.digest[:16], network=network) if ours else None
         given = {"gflop": (flops or {}).get("gflop"), "matmul": (ceiling or {}).get("tflops")}
         engines = part.engines(bundle, network)
         for precision in precisions(bundle):
@@ -78,15 +80,15 @@ def measure(key: Row, quiet: Callable[[], None]) -> Row:
         bares = bare_runs(stack, lanes, STEPS, {chunk, STEPS})
         kernels = {name: kernel(stack, lanes, name) for name in ("noise", "check")}
         before = clocks()
-        ms = rounds({**bares, **wholes})
-        kernel_ms = {name: statistics.median(v) for name, v in rounds(kernels, most=10, seconds=5.0, warm=0.1).items()}
-        load = loaded(lanes, engine, statistics.median(w for w, _ in ms["ddim"]))
-        captures = lanes.capturing and lanes._runner.capturable
+        ms = rounds({**bares, **wholes}, key["rounds"])
+        kernel_ms = {name: statistics.median(v) for name, v in rounds(kernels, key["rounds"], seconds=5.0).items()}
+        load = loaded(lanes, engine)
+        graphs = "the engine's own" if not lanes._runner.capturable else "ours" if lanes.capturing else "none"
         width = lanes._width
     best = min(bares, key=lambda name: statistics.median(ms[name]))
     step_ms = statistics.median(ms[best])
     result: Row = {
-        "width": width, "steps": STEPS, "chunk": chunk, "captured": captures,
+        "width": width, "steps": STEPS, "chunk": chunk, "graphs": graphs,
         "bare_ms": spread(ms[best]), "bare_steps_in_graph": best,
         "bare_ms_by_steps_in_graph": {name: spread(ms[name]) for name in bares},
     }  # fmt: skip
@@ -103,22 +105,28 @@ def measure(key: Row, quiet: Callable[[], None]) -> Row:
     }
     result["samples_per_s"] = round(1e3 * batch / statistics.median(w for w, _ in ms["ddim"]), 2)
     if key.get("gflop"):
-        tflops = key["gflop"] * batch / step_ms / 1e3
-        result["tflops"] = round(tflops, 3)
+        tflops = rate(1e9 * key["gflop"] * batch, step_ms)
+        result["tflops"] = round(tflops, 4)
         if key.get("matmul") and key["precision"] == "fp16":
             result["share_of_matmul"] = round(tflops / key["matmul"], 4)
     return {**result, "held_mib": held, "clocks": {"before": before, "under_load": load}}
 
 
-def loaded(lanes: DeviceLanes, engine: Engine, trajectory_ms: float) -> Row:
-    """The clocks while the device works: half a second or more of trajectories in its queue."""
+def rate(operations: float, ms: float) -> float:
+    """TFLOP/s"""
+    return operations / ms / 1e9
+
+
+def loaded(lanes: DeviceLanes, engine: Engine) -> Row:
+    """The clocks while the device works."""
     one = Sampler(engine).plan("ddim", STEPS).rows(engine.columns)
     rows = one[:, None].repeat(lanes.batch, axis=1)
-    for _ in range(min(200, int(500 / trajectory_ms) + 2)):
-        lanes.advance(rows)
-    found = clocks()
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(clocks)
+        while not found.done():
+            lanes.advance(rows)
     lanes._stream.synchronize()
-    return found
+    return found.result()
 
 
 def chunks(key: Row, quiet: Callable[[], None]) -> Row:
@@ -134,7 +142,7 @@ def chunks(key: Row, quiet: Callable[[], None]) -> Row:
             if not lanes._runner.capturable:
                 raise EngineError(f"{engine.name} captures its steps by itself: the chunk changes nothing")
             runs[str(chunk)] = whole(stack, lanes, engine, "ddim", STEPS)
-        ms = rounds(runs)
+        ms = rounds(runs, key["rounds"])
     usual_ms = [on_device for _, on_device in ms[str(usual)]]
     result = {}
     for name, values in ms.items():
@@ -153,11 +161,8 @@ def count_flops(key: Row, quiet: Callable[[], None]) -> Row:
     from common import image_shape, network
     from torch.utils.flop_counter import FlopCounterMode
 
-    from epsrt_trainer.presets import PRESETS
-
     bundle = find_bundle(key["network"])
-    if bundle is None or key["network"] not in PRESETS:
-        raise EpsrtError(f"{key['network']} is no preset: its PyTorch module is not at hand")
+    assert bundle is not None
     module = network(key["network"])
     label = (torch.zeros(1, dtype=torch.int64),) if bundle.labelled else ()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -178,8 +183,8 @@ def matmul(key: Row, quiet: Callable[[], None]) -> Row:
             name, run = by_cupy()
         except Exception as no_cupy:
             raise EngineError(f"no FP16 matmul: torch: {no_torch}; CuPy: {no_cupy}") from None
-    ms = rounds({"matmul": run})["matmul"]
-    return {"by": name, "side": SIDE, "ms": spread(ms), "tflops": round(2 * SIDE**3 / statistics.median(ms) / 1e9, 1)}
+    ms = rounds({"matmul": run}, key["rounds"])["matmul"]
+    return {"by": name, "side": SIDE, "ms": spread(ms), "tflops": round(rate(2 * SIDE**3, statistics.median(ms)), 1)}
 
 
 def by_torch() -> tuple[str, Callable[[], float]]:
@@ -226,13 +231,15 @@ def table(rows: list[Row]) -> str:
     for r in sorted(steps, key=lambda r: (r["network"], r["engine"], r["precision"], r["batch"])):
         both = [r[method] for method in METHODS]
         ratios = [f"{m[name]:.3f}" for name in ("ratio", "wall_ratio") for m in both]
-        noise, share = r["kernels"]["noise"]["share_of_step"], r.get("share_of_matmul")
+        noise, share, bare = r["kernels"]["noise"]["share_of_step"], r.get("share_of_matmul"), r["bare_ms"]
         lines.append(
-            [r["network"], r["engine"], r["precision"], str(r["batch"]), *ratios, f"{100 * noise:.2f} %",
-             "" if share is None else f"{100 * share:.1f} %", f"{r['bare_ms']['p50']:.3f}", f"{r['bare_ms']['p95']:.3f}",
-             f"{r['tflops']:.1f}" if "tflops" in r else "", f"{r['samples_per_s']:.1f}", str(r.get("peak_mib", "")),
-             str(r["clocks"]["under_load"].get("clocks.sm", ""))]
-        )  # fmt: skip
+            [
+                *(r["network"], r["engine"], r["precision"], str(r["batch"]), *ratios, f"{100 * noise:.2f} %"),
+                *("" if share is None else f"{100 * share:.1f} %", f"{bare['p50']:.3f}", f"{bare['p95']:.3f}"),
+                *(f"{r['tflops']:.1f}" if "tflops" in r else "", f"{r['samples_per_s']:.1f}"),
+                *(str(r.get("peak_mib", "")), str(r["clocks"]["under_load"].get("clocks.sm", ""))),
+            ]
+        )
     more = []
     for r in rows:
         if r["what"] == "matmul" and "tflops" in r:

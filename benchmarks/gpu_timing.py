@@ -33,15 +33,13 @@ def median_ratio(a: list[float], b: list[float], scale: float = 1.0) -> float:
     return round(statistics.median(x / (scale * y) for x, y in zip(a, b, strict=True)), 4)
 
 
-def rounds(
-    runs: dict[str, Run], most: int = 20, least: int = 5, seconds: float = 30.0, warm: float = 0.5
-) -> dict[str, list[Any]]:
+def rounds(runs: dict[str, Run], most: int, least: int = 5, seconds: float = 30.0) -> dict[str, list[Any]]:
     """What each run returns, all in turn, `most` times; fewer, but `least`, once `seconds` are spent.
 
-    Before that all run in turn, twice and for `warm` seconds at least.
+    Before that all run in turn, twice and for most/40 seconds at least (half a second, of the usual 20).
     """
     begin, done = time.perf_counter(), 0
-    while done < 2 or time.perf_counter() - begin < warm:
+    while done < 2 or time.perf_counter() - begin < most / 40:
         for run in runs.values():
             run()
         done += 1

@@ -78,21 +78,24 @@ def eager(
     return draw
 
 
-def compiled(network: nn.Module, schedule: Schedule, x_T: Images, *, label: Tensor | None = None) -> Draw:
+def compiled(
+    network: nn.Module, schedule: Schedule, x_T: Images, *, label: Tensor | None = None, device: str = "cuda",
+    dtype: torch.dtype = torch.float16,
+) -> Draw:  # fmt: skip
     """torch.compile of a whole step, network and arithmetic, max-autotune: one CUDA graph a step; channels-last."""
-    network = network.to("cuda", torch.float16, memory_format=torch.channels_last).eval()
-    first = torch.from_numpy(x_T).to("cuda").contiguous(memory_format=torch.channels_last)
-    one = torch.ones(len(x_T), device="cuda")
-    labels = () if label is None else (label.to("cuda"),)
+    network = network.to(device, dtype, memory_format=torch.channels_last).eval()
+    first = torch.from_numpy(x_T).to(device).contiguous(memory_format=torch.channels_last)
+    one = torch.ones(len(x_T), device=device)
+    labels = () if label is None else (label.to(device),)
 
     @torch.compile(mode="max-autotune", dynamic=False)
     def step(x: Tensor, t: Tensor, row: Tensor) -> Tensor:
-        return update(x, network(x.half(), t, *labels).float(), row.unbind())
+        return update(x, network(x.to(dtype), t, *labels).float(), row.unbind())
 
     @torch.no_grad()
     def draw(steps: int) -> Images:
         ts, table = rows(schedule, steps)
-        on_device = torch.tensor(table, device="cuda")
+        on_device = torch.tensor(table, device=device)
         x = first
         for t, row in zip(ts, on_device, strict=True):
             torch.compiler.cudagraph_mark_step_begin()

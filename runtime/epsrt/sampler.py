@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from epsrt import solvers
 from epsrt.bundle import Bundle
 from epsrt.engines import Engine, Lanes, Sample, open_engine
+from epsrt.engines.protocol import Closing
 from epsrt.errors import EpsrtError, OutOfMemoryError
 from epsrt.plan import Plan
 
@@ -27,7 +27,7 @@ REQUEST_BYTES = 512  # a request's own, about
 MOST_BYTES = 64 << 30
 
 
-class Sampler:
+class Sampler(Closing):
     """Draws samples from a bundle on an engine. A context manager; threads may share it.
 
     >>> with Sampler.open("out/digits.epsrt") as sampler:
@@ -167,14 +167,6 @@ class Sampler:
         self._closed = True
         self._drop_free()
         self.engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _drop_free(self) -> None:
         with self._lock:

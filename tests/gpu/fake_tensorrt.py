@@ -119,7 +119,7 @@ class IBuilderConfig:
     )  # fmt: skip
 
     def __init__(self) -> None:
-        self._profiles, self._flags_set, self._targets, self._timing = [], set(), {}, None
+        self._profiles, self._flags_set, self._targets, self._timing = [], {BuilderFlag.TF32}, {}, None
         self.progress_monitor = None
 
     def set_flag(self, flag: BuilderFlag) -> None:

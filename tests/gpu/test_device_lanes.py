@@ -92,11 +92,13 @@ def run(engine, spoil):
         kept = init.copy()
         lanes.write(0, Sample(seed=5, start=(0.7, 0.3), init=kept))
         lanes.write(1, Sample(seed=6, label=2))
+        if spoil:
+            kept[...] = np.nan
         for _ in range(4):  # more often than there are staging buffers
             rows = rows_of(engine, 2, "ddpm", 13)
             lanes.advance(rows)
             if spoil:
-                rows[...] = kept[...] = np.nan
+                rows[...] = np.nan
         return state(lanes, 2)
 close(run(gpu, True), run(cpu, False))
 """,
@@ -150,6 +152,8 @@ for engine in (gpu, cpu):
         lanes.write(1, Sample(seed=77))
         lanes.advance(rows)
         assert np.isfinite(lanes.read(1)).all()  # a new sample, a clean flag
+        lanes.advance(poisoned)
+        assert "lane 1 (seed 77, index 0) is not finite since its step 39 " in refused(lanes.read, 1)
         assert "outside 0 … 2" in refused(lanes.read, 3)
         assert "init has shape [2, 2, 2]" in refused(lanes.write, 0, Sample(init=np.zeros((2, 2, 2), np.float32)))
         assert "rows must be float32" in refused(lanes.advance, rows[:, :2])

@@ -224,7 +224,8 @@ assert built(bundle).built  # the lock was let go each time
 
 
 def test_ctrl_c_ends_a_build(stand_in: Path, small_bundle_path: Path, tmp_path: Path) -> None:
-    code = PRELUDE + "trt.knobs['sleep'] = 0.5\nprint('building', flush=True)\nopen_engine(bundle, 'tensorrt')"
+    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
+    code = PRELUDE + heard + "trt.knobs['sleep'] = 0.5\nprint('building', flush=True)\nopen_engine(bundle, 'tensorrt')"
     env = {**os.environ, **environment(stand_in), "EPSRT_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-c", code, str(small_bundle_path)]
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -11,13 +11,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol
 
 import numpy as np
 
 from epsrt.engines import cuda
-from epsrt.engines.protocol import Images, Rows, Sample, check_lane, check_rows, check_sample, not_finite
+from epsrt.engines.protocol import Closing, Images, Rows, Sample, check_lane, check_rows, check_sample, not_finite
 from epsrt.errors import EngineError, NotFiniteError
 from epsrt.plan import idle_row
 
@@ -65,7 +64,7 @@ class Runner(Protocol):
 MakeRunner = Callable[[Buffers, cuda.Stream], Runner]
 
 
-class DeviceLanes:
+class DeviceLanes(Closing):
     """See protocol.Lanes. Owns its stream, its buffers and the runner that `make` returns.
 
     `batch` lanes for the caller; `width` ≥ batch for the engine, where its profiles begin higher: the rest stay idle.
@@ -279,11 +278,3 @@ class DeviceLanes:
         """Wait for the stream and release everything. A second call does nothing."""
         self._device.use()
         self._open.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +11,17 @@ from numpy.typing import NDArray
 from epsrt import noise
 from epsrt.bundle import Bundle, Graph
 from epsrt.engines.ort_library import check_signature, ort, refuse_both_packages
-from epsrt.engines.protocol import Images, Rows, Sample, check_batch, check_lane, check_rows, check_sample, not_finite
+from epsrt.engines.protocol import (
+    Closing,
+    Images,
+    Rows,
+    Sample,
+    check_batch,
+    check_lane,
+    check_rows,
+    check_sample,
+    not_finite,
+)
 from epsrt.errors import EngineError, NotFiniteError
 from epsrt.plan import idle_row
 
@@ -56,7 +65,7 @@ class OnnxRuntimeCpu:
         """Nothing to release before the object goes."""
 
 
-class OnnxRuntimeLanes:
+class OnnxRuntimeLanes(Closing):
     """See protocol.Lanes. Owns its NumPy buffers; two bindings of them alternate, so that x and x' only swap."""
 
     def __init__(self, engine: OnnxRuntimeCpu, batch: int):
@@ -158,11 +167,3 @@ class OnnxRuntimeLanes:
 
     def close(self) -> None:
         self._bindings.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

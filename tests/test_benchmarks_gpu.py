@@ -1,0 +1,333 @@
+"""benchmarks/gpu*.py: what is kept, when they stop, their arithmetic, and all of it once on the stand-in driver."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from epsrt import Bundle, Sampler
+from epsrt.verify import worst_psnr
+from gpu.stand_in.build import NoCompiler, build, environment  # here: later, benchmarks/gpu.py would hide it
+from helpers import tiny
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [ROOT / "runtime/epsrt/engines/kernels.cu"]
+MINUTES = 1.0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def benchmarks() -> Iterator[None]:
+    """benchmarks/ on the path, as for its scripts."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    yield
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+# A case: what it is told to do, and a result that counts its runs.
+CASE = """
+import json, os, pathlib, signal, sys, time
+key, out = json.load(sys.stdin), pathlib.Path(sys.argv[1])
+with open("runs", "a") as file: file.write(key["do"] + " ")
+print("the last words")
+if key["do"] == "die": os.kill(os.getpid(), signal.SIGSEGV)
+if key["do"] == "exit": sys.exit(3)
+if key["do"] == "sleep":
+    try: time.sleep(60)
+    except KeyboardInterrupt: pathlib.Path("cleaned").touch(); raise
+out.write_text(json.dumps({"error": "no"} if key["do"] == "fail" else {"value": key["rounds"]}))
+if key["do"] == "linger": time.sleep(60)
+"""
+
+
+@pytest.fixture
+def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """part(**options) is a Part whose cases run CASE; `runs()` are those that ran."""
+    import gpu_cases
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu_cases, "machine", lambda: {"gpu": {"name": "one"}, "cores": 2})
+    monkeypatch.setattr(gpu_cases, "LEAST", 0.5)
+    command = [sys.executable, "-c", CASE]
+    return lambda minutes=MINUTES, **more: gpu_cases.Part("test", command, tmp_path, minutes, 7, **more)
+
+
+def runs() -> list[str]:
+    return Path("runs").read_text().split() if Path("runs").exists() else []
+
+
+def test_a_row_is_measured_once(part) -> None:
+    first = part()
+    row = first.case("x", "digest", {"given": 1}, do="work", batch=1)
+    assert (row["value"], row["what"], row["batch"], row["digest"], "given" in row) == (7, "x", 1, "digest", False)
+    again = part()
+    assert again.case("x", "digest", do="work", batch=1) == row
+    assert runs() == ["work"]
+    again.case("x", "digest", do="work", batch=2)
+    again.case("x", "another", do="work", batch=1)  # of the same network exported anew: it takes the old one's place
+    assert len(runs()) == 3
+    kept = json.loads(Path("gpu-test.json").read_text())
+    assert [(r["batch"], r["digest"]) for r in kept["rows"]] == [(1, "another"), (2, "digest")]
+    assert (kept["benchmark"], kept["machine"]["cores"]) == ("gpu-test", 2)
+    part(fresh=True).case("x", "another", do="work", batch=1)
+    assert len(runs()) == 4
+
+
+def test_a_failure_is_a_row(part) -> None:
+    for do, want in (("fail", "no"), ("die", "its process ended with SIGSEGV: the last words"), ("exit", "status 3")):
+        row = part().case("x", do=do)
+        assert want in row["error"]
+        assert part().case("x", do=do) == row
+    assert runs() == ["fail", "die", "exit"]
+    last = part(retry=True)
+    last.case("x", do="fail")
+    assert runs() == ["fail", "die", "exit", "fail"]
+    assert "x: no" in last.summary()
+
+
+def test_another_machines_rows_are_put_aside(part, monkeypatch, capsys) -> None:
+    import gpu_cases
+
+    part().case("x", do="work")
+    monkeypatch.setattr(gpu_cases, "machine", lambda: {"gpu": {"name": "two"}, "cores": 2})
+    other = part()
+    assert "gpu name: one, now two" in capsys.readouterr().out
+    assert other.rows == []
+    assert json.loads(Path("gpu-test-before.json").read_text())["rows"][0]["do"] == "work"
+
+
+def test_a_damaged_file_is_told_and_left_behind(part, capsys) -> None:
+    Path("gpu-test.json").write_text("{")
+    assert part().rows == []
+    assert "starting over" in capsys.readouterr().out
+
+
+def test_what_the_budget_does_not_reach_is_left(part, monkeypatch) -> None:
+    import gpu_cases
+
+    monkeypatch.setattr(gpu_cases, "MARGIN", 0.0)
+    spent = part(minutes=0.0)
+    assert spent.case("x", do="work", batch=8) is None
+    assert "left for another run (1): x 8" in spent.summary()
+    begin = time.monotonic()
+    short = part(minutes=0.8 / 60)
+    assert short.case("x", do="sleep") is None
+    assert time.monotonic() - begin < 10
+    assert "takes more than" in short.summary()
+    assert Path("cleaned").exists()  # it was asked to end before it was made to
+    assert part().rows == []
+
+
+def test_a_result_counts_though_its_process_stays(part, monkeypatch) -> None:
+    import gpu_process
+
+    monkeypatch.setattr(gpu_process, "LINGER", 0.2)
+    begin = time.monotonic()
+    assert part().case("x", do="linger")["value"] == 7
+    assert time.monotonic() - begin < 10
+
+
+def test_memory_is_watched_until_the_case_times(tmp_path, monkeypatch) -> None:
+    import gpu_process
+
+    monkeypatch.chdir(tmp_path)
+    code = (
+        "import pathlib, sys, time; out = pathlib.Path(sys.argv[1]); time.sleep(0.2);"
+        "out.with_suffix('.timing').touch(); time.sleep(0.3); out.write_text('{}')"
+    )
+    free = iter([100 << 20, *[90 << 20, 40 << 20, 70 << 20] * 4, *[60 << 20] * 1000])
+    seen: list[int] = []
+
+    def told() -> int:
+        seen.append(next(free))
+        return seen[-1]
+
+    assert gpu_process.run_case([sys.executable, "-c", code], {}, 20, told) == {"peak_mib": 60}
+    assert len(seen) < 60
+
+
+def test_how_a_process_ended(tmp_path, monkeypatch) -> None:
+    import gpu_process
+
+    monkeypatch.setattr(gpu_process, "LOG", tmp_path / "log")
+    (tmp_path / "log").write_text("one\n two \n\n")
+    assert gpu_process.died(-signal.SIGABRT) == "its process ended with SIGABRT: two"
+    assert gpu_process.died(-99) == "its process ended with signal 99: two"
+
+
+def test_arithmetic() -> None:
+    from gpu_cases import align, difference
+    from gpu_speed import rate
+    from gpu_timing import median_ratio, rounds, spread
+
+    assert spread([3.0, 1.0, 2.0]) == {"p50": 2.0, "p95": 2.9, "n": 3}
+    assert median_ratio([100, 303, 100], [1, 3, 2], 50) == 2.0
+    assert rate(2 * 8192**3, 1.0) == pytest.approx(1099.5, abs=0.1)  # TFLOP/s
+    calls: list[str] = []
+    kept = rounds({"a": lambda: calls.append("a") or 1, "b": lambda: calls.append("b") or 2}, 3)
+    assert kept == {"a": [1, 1, 1], "b": [2, 2, 2]}
+    assert calls[-6:] == ["a", "b"] * 3
+    assert len(calls) >= 10  # two to warm up, at least
+    assert len(rounds({"a": lambda: 1}, 20, least=4, seconds=0)["a"]) == 4
+    assert align("a|n|last", [["xx", "1", "y"], ["z", "22", "q"]], 1) == ["a    n  last", "xx   1  y", "z   22  q"]
+    assert difference({"a": 1, "v": {"t": 1}}, {"a": 1, "v": {"t": 2, "u": 3}}) == "v t: 1, now 2; v u: None, now 3"
+
+
+def test_nvidia_smi(tmp_path, monkeypatch) -> None:
+    import common
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert common.nvidia_smi("clocks.sm") == {}
+    script = tmp_path / "nvidia-smi"
+    script.write_text('#!/bin/sh\necho "1980, [N/A], 580.159.03"\n')
+    script.chmod(0o755)
+    assert common.nvidia_smi("clocks.sm", "power.draw", "driver_version") == {
+        "clocks.sm": 1980.0, "driver_version": "580.159.03",
+    }  # fmt: skip
+    assert common.nvidia_smi("clocks.sm") == {}  # another number of answers
+
+
+def test_the_plain_loop_is_our_ddim(small_bundle_path) -> None:
+    """The rivals draw the very samples that we draw, so that a race is of like with like."""
+    gpu_torch = pytest.importorskip("gpu_torch")
+    import torch
+
+    bundle = Bundle.open(small_bundle_path)
+    with Sampler.open(small_bundle_path, "onnxruntime") as sampler:
+        want = sampler.sample(3, steps=20, seed=gpu_torch.SEED)
+    x_T = gpu_torch.start(3, bundle.manifest.shape)
+    for channels_last in (False, True):
+        draw = gpu_torch.eager(
+            tiny(seed=3), bundle.manifest.schedule, x_T, channels_last=channels_last, device="cpu", dtype=torch.float32
+        )  # fmt: skip
+        assert worst_psnr(draw(20), want, bundle.manifest.value_range) >= 90
+
+
+@pytest.fixture(scope="module")
+def on_gpu(small_bundle_path, tmp_path_factory) -> Callable[..., str]:
+    """on_gpu(arguments …) runs Python on the stand-in, with a pretended TensorRT, in a folder: what it printed."""
+    pytest.importorskip("cuda.bindings", reason="needs cuda-bindings")
+    folder = tmp_path_factory.mktemp("gpu")
+    try:
+        library = build(folder / "driver", SOURCES)
+    except NoCompiler as error:
+        pytest.skip(str(error))
+    shutil.copytree(small_bundle_path, folder / "out/bench/small-256-fp32.epsrt")
+    package, facts = folder / "packages/tensorrt", folder / "packages/tensorrt-11.4.0.dist-info"
+    package.mkdir(parents=True)
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: tensorrt\nVersion: 11.4.0\n")
+    fake = ROOT / "tests/gpu"
+    (package / "__init__.py").write_text(
+        f"import sys\nsys.path.append({str(fake)!r})\nimport fake_tensorrt\nsys.modules[__name__] = fake_tensorrt\n"
+    )
+    (package.parent / "torch.py").write_text('raise ImportError("no torch in this test")\n')  # a second each
+    sources = [str(ROOT / source) for source in ("runtime", "export", "trainer")]
+    env = environment(library.parent, capability="9.0", name="NVIDIA Pretended") | {
+        "PYTHONPATH": os.pathsep.join([str(package.parent), *sources]),
+        "EPSRT_CACHE": str(folder / "cache"),
+    }
+
+    def run(*arguments: object) -> str:
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=folder, env={**os.environ, **env}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def on_part(on_gpu, tmp_path_factory) -> Callable[[str], tuple[str, dict[str, Any]]]:
+    """on_part(name) runs a part of the benchmarks: what it printed, and its file."""
+    results = tmp_path_factory.mktemp("results")
+
+    def run(part: str) -> tuple[str, dict[str, Any]]:
+        options = ("--networks", "small", "--batches", "2,99", "--rounds", "1", "--results", results)
+        said = on_gpu(ROOT / "benchmarks/gpu.py", part, *options)
+        return said, json.loads((results / f"gpu-{part}.json").read_text())
+
+    return run
+
+
+def test_parity_on_the_stand_in(on_part) -> None:
+    said, kept = on_part("parity")
+    rows = {(r["what"], r["engine"]): r for r in kept["rows"]}
+    assert rows["verify", "tensorrt"]["passed"], said
+    assert {r["name"] for r in rows["verify", "tensorrt"]["rungs"]} >= {"network", "step", "ddim-50", "batch"}
+    assert rows["verify", "onnxruntime"]["from"] == "the export"
+    assert "is not installed" in rows["engine", "onnxruntime-cuda"]["error"]
+    assert "error" in rows["engine", "tensorrt-rtx"]  # not for sm_90, or not installed
+    assert kept["machine"]["gpu"]["name"] == "NVIDIA Pretended"
+    assert "left" not in said
+    again, after = on_part("parity")
+    assert "…" not in again  # nothing is measured twice
+    assert after["rows"] == kept["rows"]
+
+
+def test_speed_on_the_stand_in(on_part) -> None:
+    said, kept = on_part("speed")
+    rows = {r["what"]: r for r in kept["rows"]}
+    assert "error" not in rows["step"], said
+    assert (rows["step"]["batch"], rows["step"]["graphs"], rows["step"]["chunk"]) == (2, "ours", 10)
+    for method in ("ddim", "ddpm"):
+        assert rows["step"][method]["device_ms"]["n"] == 1
+        assert rows["step"][method]["wall_ratio"] >= rows["step"][method]["ratio"] > 0
+    assert set(rows["step"]["bare_ms_by_steps_in_graph"]) == {"10", "50"}
+    assert rows["step"]["kernels"]["noise"]["us"] > 0
+    assert "peak_mib" not in rows["step"]  # each process on the stand-in has a memory of its own
+    assert set(rows["chunk"]["chunks"]) == {"1", "2", "5", "10", "25", "50"}
+    assert "no torch in this test" in rows["matmul"]["error"]
+    assert "flops" not in rows  # not counted: it is nobody's preset
+    assert "tflops" not in rows["step"]
+    assert "targets" in said
+
+
+ENGINES = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import fake_onnxruntime, fake_tensorrt
+sys.modules["onnxruntime"] = fake_onnxruntime
+import gpu_rivals, gpu_speed
+from epsrt import EngineError
+
+key = {"network": "small", "precision": "fp32", "batch": 3, "rounds": 2, "gflop": 1.0, "matmul": 100.0}
+row = gpu_speed.measure({**key, "engine": "onnxruntime-cuda"}, lambda: None)
+assert (row["graphs"], row["bare_steps_in_graph"]) == ("the engine's own", "alone"), row
+assert row["tflops"] > 0 and "share_of_matmul" not in row, row  # FP32 is not held against FP16's product
+try:
+    gpu_speed.chunks({**key, "engine": "onnxruntime-cuda"}, lambda: None)
+except EngineError as error:
+    assert "captures its steps by itself" in str(error)
+fake_tensorrt.knobs["fail_in_capture"] = True
+row = gpu_speed.measure({**key, "engine": "tensorrt"}, lambda: None)
+assert (row["graphs"], row["bare_steps_in_graph"]) == ("none", "alone"), row
+"""
+
+
+def test_timing_engines_that_we_do_not_capture(on_gpu) -> None:
+    """onnxruntime captures its steps by itself; and what CUDA refuses to capture runs step by step."""
+    on_gpu("-c", ENGINES, ROOT / "benchmarks", ROOT / "tests/gpu")
+
+
+def test_without_a_gpu_it_says_so(tmp_path) -> None:
+    from epsrt.engines import nvidia
+
+    if not nvidia.driver().problem:
+        pytest.skip("this machine has a GPU")
+    command = [sys.executable, ROOT / "benchmarks/gpu.py", "speed", "--results", tmp_path]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0
+    assert nvidia.driver().problem in done.stdout
+    assert not list(tmp_path.iterdir())
