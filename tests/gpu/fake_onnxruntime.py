@@ -1,8 +1,8 @@
 """onnxruntime's GPU package in small: the part of its API that epsrt uses, and onnxruntime's CPU for the work.
 
-It runs on the stand-in driver: a session gives its stream a host function a step. sys.modules["onnxruntime"] = this, and
-sessions on the CPU are the real ones. What it does with CUDA graphs, fallback and options, 1.31.1 does too: it was seen
-with that wheel on a CUDA that only takes notes, what is said of TensorRT read in its source.
+It runs on the stand-in driver: a session gives its stream a host function a step. sys.modules["onnxruntime"] = this;
+sessions on the CPU are the real ones. What it does with CUDA graphs, fallback and options, 1.31.1 does too: that was
+seen with its wheel on a CUDA that only takes notes, and what is said of TensorRT was read in its source.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ knobs: dict[str, Any] = {
     "falls_back": False,  # TensorRT takes no part of the graph
     "nhwc": True,  # whether a whole graph can run in that layout
     "seconds": {"0": 0.0, "1": 0.0},  # of a step, by prefer_nhwc
+    "weights": 1 << 16,  # bytes that a session takes
     "arena": 1 << 20,  # bytes that the first run of a thread takes
     "fail": "",  # the next run to fail: "eager", "capture" or "replay"
     "capture": 0.0,  # seconds that a capture takes
@@ -43,7 +44,7 @@ OPTIONS = {
     },
     TENSORRT: {
         "user_compute_stream", "trt_fp16_enable", "trt_cuda_graph_enable", "trt_engine_cache_enable",
-        "trt_engine_cache_path", "trt_timing_cache_enable", "trt_timing_cache_path", "trt_auxiliary_streams",
+        "trt_engine_cache_path", "trt_timing_cache_enable", "trt_timing_cache_path",
     },
 }  # fmt: skip
 NO_FALLBACK = (
@@ -80,7 +81,7 @@ class SessionOptions(real.SessionOptions):
         super().add_free_dimension_override_by_name(name, size)
 
 
-def InferenceSession(path: Any, options: Any = None, *, providers: Any, enable_fallback: int = 1) -> Any:  # noqa: N802
+def InferenceSession(path: Any, options: Any = None, *, providers: Any, enable_fallback: int = 1) -> Any:
     if providers == [CPU]:
         return real.InferenceSession(path, options, providers=providers)
     return GpuSession(path, options, dict(providers), bool(enable_fallback))
@@ -111,7 +112,7 @@ class GpuSession:
             raise RuntimeError("Please install TensorRT libraries as mentioned in the GPU requirements page")
         self._providers = [name for name in providers if name in knobs["loads"]]
         self._given = providers.get(self._providers[0]) if self._providers else {}
-        if knobs["falls_back"]:
+        if knobs["falls_back"] and TENSORRT in self._providers:
             self._providers.remove(TENSORRT)
         free = any(isinstance(d, str) for v in self._session.get_inputs() for d in v.shape)
         if strict and (not self._providers or free):
@@ -125,7 +126,7 @@ class GpuSession:
         if self._providers:
             _set_device()
             _check(_driver.cuStreamIsCapturing(self._stream, ctypes.byref(ctypes.c_int())))
-            self._allocate(os.path.getsize(path))
+            self._allocate(knobs["weights"], Fail, "[ONNXRuntimeError] : 1 : FAIL : Exception in initialization")
         if TENSORRT in self._providers:
             _load_or_build(self._given["trt_engine_cache_path"])
 
@@ -169,7 +170,7 @@ class GpuSession:
             _check(_driver.cuGraphLaunch(graphs[graph], self._stream))  # whatever is bound now
             return
         if not graphs:
-            self._allocate(knobs["arena"])
+            self._allocate(knobs["arena"], RuntimeError, "Error in execution: Non-zero status code returned")
         for _ in range(2):
             self._eager(addresses, graph)
         graphs[graph] = ctypes.c_void_p()
@@ -204,11 +205,12 @@ class GpuSession:
             knobs["fail"] = ""
             raise RuntimeException("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : a node does not\nrun")
 
-    def _allocate(self, size: int) -> None:
+    def _allocate(self, size: int, error: type[Exception], where: str) -> None:
         memory = ctypes.c_uint64()
         if code := _driver.cuMemAlloc_v2(ctypes.byref(memory), ctypes.c_size_t(size)):
-            assert code == OUT_OF_MEMORY, code
-            raise RuntimeException(f"Failed to allocate memory for requested buffer of size {size}")
+            if code == OUT_OF_MEMORY:
+                raise error(f"{where}: Failed to allocate memory for requested buffer of size {size}")
+            _check(code)
         self._memory.append(memory)
 
     def __del__(self) -> None:
@@ -230,7 +232,9 @@ class Binding:
     def bind_output(self, name: str, device: str, number: int, kind: Any, shape: list[int], address: int) -> None:
         self._bind(self.outputs, self.session.get_outputs(), name, device, number, kind, shape, address)
 
-    def _bind(self, bound: Any, known: Any, name: str, device: str, number: int, kind: Any, shape: Any, at: int) -> None:
+    def _bind(
+        self, bound: Any, known: Any, name: str, device: str, number: int, kind: Any, shape: Any, at: int
+    ) -> None:
         value = next(v for v in known if v.name == name)
         assert (device, number) == ("cuda", 0)
         assert at % 256 == 0

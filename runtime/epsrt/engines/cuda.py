@@ -50,13 +50,13 @@ def call(result: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-setup = threading.RLock()  # held by what allocates: onnxruntime captures in a mode that forbids it to every thread
+_thread = threading.local()
 
 
 class Device:
     """GPU 0 in this process: see `device`."""
 
-    setup = setup
+    setup = threading.RLock()  # for libraries that neither open nor capture beside another thread's doing so
 
     def __init__(self) -> None:
         self.gpu = nvidia.require_gpu()
@@ -71,6 +71,9 @@ class Device:
     def use(self) -> None:
         """Make the device current in the calling thread, as every call below wants it."""
         call(cu.cuCtxSetCurrent(self._context))
+        if not getattr(_thread, "local", False):  # what it does must not break a capture in another thread
+            call(cu.cuThreadExchangeStreamCaptureMode(cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
+            _thread.local = True
 
     def memory(self) -> tuple[int, int]:
         """Bytes that are free, and in all."""
@@ -100,8 +103,7 @@ class Memory:
         self.size = max(size, 1)
         self.pointer = 0
         try:
-            with setup:
-                self.pointer = int(call(cu.cuMemAlloc(self.size)))
+            self.pointer = int(call(cu.cuMemAlloc(self.size)))
         except CudaError as error:
             if error.code != int(cu.CUresult.CUDA_ERROR_OUT_OF_MEMORY):
                 raise
@@ -113,8 +115,7 @@ class Memory:
 
     def close(self) -> None:
         if self.pointer:
-            with setup:
-                call(cu.cuMemFree(self.pointer))
+            call(cu.cuMemFree(self.pointer))
             self.pointer = 0
 
 
@@ -122,8 +123,7 @@ class Pinned:
     """Page-locked host memory as a NumPy array of bytes: copies to and from it do not block. Valid until closed."""
 
     def __init__(self, size: int):
-        with setup:
-            self._pointer = call(cu.cuMemHostAlloc(max(size, 1), 0))
+        self._pointer = call(cu.cuMemHostAlloc(max(size, 1), 0))
         self.array: Bytes = np.ctypeslib.as_array((ctypes.c_uint8 * max(size, 1)).from_address(int(self._pointer)))
 
     @property

@@ -10,9 +10,9 @@ one graph alone, whatever the binding, so there it records none.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
+import re
 import sys
 import threading
 from contextlib import nullcontext, redirect_stdout, suppress
@@ -26,7 +26,7 @@ from epsrt.engines.cache import EngineCache
 from epsrt.engines.lanes import CHUNK, Buffers, DeviceLanes
 from epsrt.engines.ort_library import check_signature, ort, refuse_both_packages
 from epsrt.engines.protocol import check_batch
-from epsrt.errors import EngineError
+from epsrt.errors import EngineError, OutOfMemoryError
 
 log = logging.getLogger("epsrt")
 
@@ -34,6 +34,7 @@ CUDA, TENSORRT = "onnxruntime-cuda", "onnxruntime-tensorrt"
 PROVIDERS = {CUDA: "CUDAExecutionProvider", TENSORRT: "TensorrtExecutionProvider"}
 LIBRARIES = {CUDA: "CUDA 13 and cuDNN 9", TENSORRT: "TensorRT 10, CUDA 13 and cuDNN 9"}
 BATCH = "batch"  # what the export calls the free dimension
+MEMORY = re.compile("failed to allocate|out of memory|alloc_failed", re.I)  # how onnxruntime says that it lacks some
 TRIALS = 20  # steps that a layout is timed over
 
 
@@ -155,11 +156,11 @@ class _Session:
         raise self._failure("failed in a step of", reason)  # out of the handler: error's frames hold the session
 
     def _failure(self, what: str, reason: str) -> EngineError:
-        try:
+        kind, where = OutOfMemoryError if MEMORY.search(reason) else EngineError, str(self._path)
+        with suppress(EngineError):  # where the GPU is lost, onnxruntime's words say more of it
             free, total = (n >> 20 for n in self._device.memory())
-        except EngineError:  # the GPU is lost; onnxruntime's words say more of it
-            return EngineError(f"onnxruntime {what} {self._path}: {reason}")
-        return EngineError(f"onnxruntime {what} {self._path} ({free} of {total} MiB of the GPU are free): {reason}")
+            where += f" ({free} of {total} MiB of the GPU are free)"
+        return kind(f"onnxruntime {what} {where}: {reason}")
 
     def _open(self, engine: OnnxRuntimeCuda, width: int, stream: cuda.Stream, nhwc: bool) -> Any:
         options = ort.SessionOptions()
@@ -185,8 +186,8 @@ class _Session:
             reason = f"it fell back to {session.get_providers()[0]}"
         except Exception as error:
             reason = " ".join(str(error).split())
-        mend = f'{engine.name} needs {LIBRARIES[engine.name]}: pip install "epsrt[gpu]", and see "epsrt doctor"'
-        raise self._failure("cannot run", f"{reason}; {mend}")
+        needs = f'; {engine.name} needs {LIBRARIES[engine.name]}: pip install "epsrt[gpu]", and see "epsrt doctor"'
+        raise self._failure("cannot run", reason if MEMORY.search(reason) else reason + needs)
 
     def _bind(self, engine: OnnxRuntimeCuda, b: Buffers, now: int) -> Any:
         image = [b.width, *engine.bundle.manifest.shape]
@@ -214,7 +215,7 @@ def _load_libraries(name: str) -> None:
             ort.preload_dlls()
     if name == TENSORRT:
         with suppress(ImportError, OSError):
-            importlib.import_module("tensorrt")
+            import tensorrt  # noqa: F401
 
 
 def _run_options(graph: str) -> Any:
@@ -245,5 +246,4 @@ def _tensorrt_options(engine: OnnxRuntimeCuda, stream: cuda.Stream, folder: str)
         "trt_engine_cache_path": folder,
         "trt_timing_cache_enable": "True",
         "trt_timing_cache_path": folder,
-        "trt_auxiliary_streams": "0",
     }

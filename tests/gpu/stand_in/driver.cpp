@@ -183,6 +183,11 @@ API int cuStreamBeginCapture_v2(Handle handle, int mode) {
   stream->capture = std::make_shared<Capture>(Capture{stream.get(), mode, {{stream.get(), 0}}});
   return state.captures.push_back(stream->capture), SUCCESS;
 }
+API int cuThreadExchangeStreamCaptureMode(int* mode) {
+  ENTER(INIT);
+  if (!mode || *mode < GLOBAL || *mode > RELAXED) return INVALID_VALUE;
+  return std::swap(*mode, exchanged), SUCCESS;
+}
 API int cuStreamEndCapture(Handle handle, Handle* graph) {
   ENTER_STREAM(handle);
   std::vector<Work> nodes;

@@ -152,6 +152,7 @@ State& state = *new State;  // never destroyed: threads may still be in here whe
 
 thread_local Device* current = nullptr;
 thread_local bool in_host_function = false;
+thread_local int exchanged = GLOBAL;  // this thread's mode, beside those of captures
 thread_local std::jmp_buf misaligned;
 
 constexpr std::size_t GUARD = 256;  // bytes before and after each allocation, which no kernel may write
@@ -223,12 +224,16 @@ void drain(Lock& lock, const Device* device) {
 int invalidate(Capture& capture, int code) { return capture.invalid = true, code; }
 
 // For calls that a capture does not see. The driver forbids them meanwhile: in the thread that captures unless relaxed,
-// in every thread if global. Its manual names few of them; here they are all that allocate, free, load, wait or ask.
+// in every other thread if global, unless that thread has exchanged its own mode. Its manual names few of them; here they
+// are all that allocate, free, load, wait or ask.
 int unsafe() {
   int code = SUCCESS;
-  for (const auto& capture : state.captures)
-    if (capture->thread == std::this_thread::get_id() ? capture->mode != RELAXED : capture->mode == GLOBAL)
-      code = invalidate(*capture, STREAM_CAPTURE_UNSUPPORTED);
+  for (const auto& capture : state.captures) {
+    const bool own = capture->thread == std::this_thread::get_id();
+    const bool forbidden = own ? capture->mode != RELAXED && exchanged != RELAXED
+                               : capture->mode == GLOBAL && exchanged == GLOBAL;
+    if (forbidden) code = invalidate(*capture, STREAM_CAPTURE_UNSUPPORTED);
+  }
   return code;
 }
 

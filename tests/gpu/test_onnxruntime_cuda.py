@@ -1,0 +1,383 @@
+"""The engines on onnxruntime's GPU providers, run for real on the stand-in driver; see fake_onnxruntime."""
+
+from __future__ import annotations
+
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from epsrt import EngineError
+from epsrt.engines.cache import EngineCache
+
+FAKE = """
+import fake_onnxruntime as fake
+sys.modules["onnxruntime"] = fake
+from epsrt.engines import probe
+
+def opened(name="onnxruntime-cuda", precision="fp32"):
+    return open_engine(bundle, name, precision=precision)
+
+def rows_of(engine, batch, method="ddim", steps=10):
+    rows = Sampler(engine).plan(method, steps).rows(engine.columns)
+    return np.ascontiguousarray(np.broadcast_to(rows[:, None], (len(rows), batch, rows.shape[1])))
+
+def images(engine, batch=2, method="ddim", seed=0):
+    with engine.lanes(batch) as lanes:
+        return sampled(lanes, rows_of(engine, batch, method), seed)
+
+def sampled(lanes, rows, seed=0):
+    for i in range(lanes.batch):
+        lanes.write(i, Sample(seed, i, label=i))
+    lanes.advance(rows)
+    return read(lanes)
+
+def read(lanes):
+    return np.stack([lanes.read(i) for i in range(lanes.batch)])
+
+"""
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(on_stand_in: Run) -> Run:
+    return lambda code, *arguments, **knobs: on_stand_in(FAKE + code, *arguments, **knobs)
+
+
+def test_samples_equal_the_cpu_engines(run: Run, bundle_path: Path) -> None:
+    run("""
+gpu, cpu = opened(), open_engine(bundle, "onnxruntime", threads=1)
+with Sampler(gpu) as sampler, Sampler(cpu) as plain:
+    for method, steps in (("ddim", 25), ("ddpm", 50), ("ddim", 1)):
+        options = dict(method=method, steps=steps, seed=3, labels=[0, 1, None], first=7)
+        close(sampler.sample(3, **options), plain.sample(3, **options))
+assert {kind for _, kind in fake.runs} == {"eager", "capture", "replay"}
+""", bundle_path)  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_ladder_holds(run: Run, bundle_path: Path, precision: str) -> None:
+    run(f"""
+rungs = verify(opened(precision="{precision}"))
+assert [r.name for r in rungs] == ["network", "step", "ddim-50", "ddpm-100", "batch"]
+assert all(r.passed and r.engine == "onnxruntime-cuda" for r in rungs), rungs
+assert {{o["CUDAExecutionProvider"]["use_tf32"] for o, _ in fake.sessions}} == {{"{int(precision == "fp16")}"}}
+""", bundle_path)  # fmt: skip
+
+
+def test_nan_is_reported(run: Run, small_bundle_path: Path) -> None:
+    run("""
+gpu = opened()
+rows = rows_of(gpu, 2, steps=25)
+rows[13, 1, gpu.columns.index("b")] = np.inf
+with gpu.lanes(2) as lanes:
+    lanes.write(0, Sample(7)), lanes.write(1, Sample(8, 5))
+    lanes.advance(rows)
+    assert np.isfinite(lanes.read(0)).all()
+    said = refused(lanes.read, 1)
+assert said.startswith("lane 1 (seed 8, index 5) is not finite since its step 14 (t = 47)"), said
+""", small_bundle_path)  # fmt: skip
+
+
+def test_what_it_asks_of_onnxruntime(run: Run, bundle_path: Path) -> None:
+    run("""
+import contextlib, io
+with contextlib.redirect_stdout(io.StringIO()) as out:
+    gpu = opened()
+assert out.getvalue() == ""  # preload_dlls() prints
+with gpu.lanes(2), contextlib.ExitStack() as stack:
+    fake.sessions.clear(), fake.runs.clear()
+    a, b = (stack.enter_context(gpu.lanes(2)) for _ in "ab")
+    assert len(fake.sessions) == 2  # the layout was measured before
+    for lanes, (providers, options) in zip((a, b), fake.sessions):
+        assert providers == {"CUDAExecutionProvider": {
+            "user_compute_stream": str(lanes._stream.handle), "enable_cuda_graph": "1", "use_tf32": "0",
+            "prefer_nhwc": providers["CUDAExecutionProvider"]["prefer_nhwc"], "cudnn_conv_algo_search": "EXHAUSTIVE",
+            "arena_extend_strategy": "kSameAsRequested",
+        }}
+        assert options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
+        assert options.batch == {"batch": 2}  # or there were shape arithmetic on the CPU
+    assert a._stream.handle != b._stream.handle
+    assert fake.runs == 2 * [(i, kind) for i in (1, 2) for kind in ("eager", "eager", "capture")]
+    fake.runs.clear()
+    rows, calls = rows_of(gpu, 2, steps=100), ("cuStreamSynchronize", "cuMemAlloc_v2", "cuGraphLaunch")
+    for _ in "12":
+        a.advance(rows[:99])  # an odd number of steps
+    before, done = [count(c) for c in calls], fake.steps[0]
+    a.advance(rows[:99])
+    assert [count(c) - n for c, n in zip(calls, before)] == [0, 0, 99]
+    assert fake.steps[0] == done  # nothing ran: the stream has not been waited for
+    a.read(0)
+    assert {kind for _, kind in fake.runs} == {"replay"} and fake.steps[0] > done
+    first, cpu = images(gpu, 2, seed=4), open_engine(bundle, "onnxruntime", threads=1)
+    close(sampled(b, rows_of(gpu, 2), 4), first)  # b was not touched by what a did
+    close(images(cpu, 2, seed=4), first)
+""", bundle_path)  # fmt: skip
+
+
+THREADS = """
+gpu, cpu = opened(), open_engine(bundle, "onnxruntime", threads=1)
+for batch in (1, 2, 3):
+    gpu.lanes(batch).close()  # measures the layouts
+truth = {(batch, seed): images(cpu, batch, "ddpm", seed) for batch in (1, 2, 3) for seed in (0, 1)}
+failures = []
+
+def guarded(function, *arguments):
+    def work():
+        try:
+            function(*arguments)
+        except BaseException as error:
+            failures.append(repr(error))
+    return threading.Thread(target=work)
+
+def together(*threads):
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    assert not failures, failures
+"""
+
+
+def test_threads_at_once(run: Run, bundle_path: Path) -> None:
+    """One captures, in the mode that forbids others to allocate and wait, while others make lanes, sample and close."""
+    run(THREADS + """
+fake.knobs["capture"] = 0.02
+def work(seed):
+    for batch in (1, 2, 3, 1):
+        close(images(gpu, batch, "ddpm", seed), truth[batch, seed])
+together(*(guarded(work, seed) for seed in (0, 1)))
+""", bundle_path)  # fmt: skip
+
+
+def test_lanes_move_between_threads(run: Run, bundle_path: Path) -> None:
+    """onnxruntime keeps its graphs by thread: each new one captures anew, also under the number of one that ended."""
+    run(THREADS + """
+lanes, rows = gpu.lanes(2), rows_of(gpu, 2, "ddpm")
+for i in range(2): lanes.write(i, Sample(1, i, label=i))
+fake.runs.clear()
+fake.knobs["capture"] = 0.05
+idents = set()
+
+def advance(part):
+    idents.add(threading.get_ident())
+    lanes.advance(part)
+
+def allocate():  # as other samplers do
+    gpu._device.use()
+    while not done:
+        cuda.Memory(256, "a test").close()
+done, beside = [], guarded(allocate)
+beside.start()
+for i in range(0, 10, 2):
+    together(guarded(advance, rows[i : i + 2]))
+done.append(True)
+beside.join()
+assert not failures, failures
+kinds = [kind for _, kind in fake.runs]
+assert kinds.count("capture") == 10 and len(idents) < 5, (kinds, idents)
+close(read(lanes), truth[2, 1])
+lanes.close()
+""", bundle_path)  # fmt: skip
+
+
+def test_it_is_refused(run: Run, bundle_path: Path) -> None:
+    run("""
+fake.knobs["providers"] = ["CPUExecutionProvider"]
+assert refused(opened) == (
+    "engine onnxruntime-cuda needs onnxruntime built for NVIDIA's GPUs, and this one has only CPUExecutionProvider: "
+    'pip uninstall -y onnxruntime, then pip install "epsrt[gpu]"')
+fake.knobs["providers"] = [fake.TENSORRT, fake.CUDA, fake.CPU]
+installed, probe.installed = probe.installed, lambda name: "1.31.1" if "onnxruntime" in name else ""
+assert "onnxruntime 1.31.1 and onnxruntime-gpu 1.31.1 are both installed" in refused(opened)
+probe.installed = installed
+assert refused(opened, "onnxruntime-tensorrt").startswith("engine onnxruntime-tensorrt has no FP32: ")
+os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+opened("onnxruntime-tensorrt")
+
+gpu, before = opened(), live()
+fake.knobs["loads"] = set()  # silently on the CPU, if it were allowed to
+said = refused(gpu.lanes, 1)
+assert f"onnxruntime cannot run {bundle.path / 'step-fp32.onnx'} (" in said, said
+assert "fallback to CPU EP has been explicitly disabled by the user.; onnxruntime-cuda needs CUDA 13 and cuDNN" in said
+assert said.endswith(': pip install "epsrt[gpu]", and see "epsrt doctor"') and live() == before
+tensorrt = opened("onnxruntime-tensorrt", "fp16")
+assert "Please install TensorRT libraries" in refused(tensorrt.lanes, 1)
+fake.knobs.update(loads={fake.CUDA, fake.TENSORRT}, falls_back=True)
+said = refused(tensorrt.lanes, 1)
+assert "it fell back to CUDAExecutionProvider; onnxruntime-tensorrt needs TensorRT 10, CUDA 13 and cuDNN 9" in said
+assert "a batch of 9 is outside 1 … 8" in refused(gpu.lanes, 9)
+fake.knobs["falls_back"] = False
+import epsrt.engines.onnxruntime_cuda as module
+module.BATCH = "another"
+assert "explicitly disabled" in refused(gpu.lanes, 1)
+import gc
+gc.collect()
+assert live() == before
+""", bundle_path)  # fmt: skip
+
+
+def test_the_faster_layout_is_chosen_and_remembered(run: Run, small_bundle_path: Path) -> None:
+    run("""
+def layouts(batch, engine=None):
+    fake.sessions.clear()
+    with (engine or opened()).lanes(batch):
+        return [providers["CUDAExecutionProvider"]["prefer_nhwc"] for providers, _ in fake.sessions]
+
+slow, fast = 0.003, 0.0
+fake.knobs["seconds"] = {"0": slow, "1": fast}
+assert layouts(2) == ["0", "1", "1"]
+fake.knobs["seconds"] = {"0": fast, "1": slow}
+assert layouts(2) == ["1"]  # on the disk
+gpu = opened()
+assert layouts(1, gpu) == ["0", "1", "0"] and layouts(1, gpu) == layouts(1) == ["0"]
+fake.knobs["seconds"] = {"0": slow, "1": fast}
+fake.knobs["nhwc"] = False
+assert layouts(3, gpu) == ["0", "1", "0"] and layouts(3, gpu) == ["0"]
+fake.knobs["nhwc"] = True
+assert layouts(3) == ["0", "1", "1"]  # a refusal is not
+open(EngineCache().directory / "timing" / f"layout-{gpu.key(2)}.bin".replace(" ", "-"), "wb").write(b"nchw")
+assert layouts(2) == ["0", "1", "1"]  # a file that we did not write
+assert EngineCache().directory.is_dir()
+EngineCache().directory.chmod(0o777)
+assert layouts(2, gpu) == ["0", "1", "1"] and layouts(2, gpu) == ["1"]
+""", small_bundle_path)  # fmt: skip
+
+
+def test_after_a_failure(run: Run, small_bundle_path: Path) -> None:
+    run(THREADS + """
+gpu.lanes(4).close()
+before, rows = live(), rows_of(gpu, 2, "ddpm")
+def check(lanes, said):
+    assert said.startswith(f"onnxruntime failed in a step of {bundle.path / 'step-fp32.onnx'} ("), said
+    assert said.endswith(" of 1024 MiB of the GPU are free): [ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : "
+                         "a node does not run"), said
+    for _ in range(2):
+        assert refused(lanes.advance, rows).endswith("step-fp32.onnx: make new lanes")
+    lanes.close()
+    assert live() == before
+    close(images(gpu, 2, "ddpm", 1), truth[2, 1])
+
+lanes = gpu.lanes(2)
+fake.knobs["fail"] = "replay"
+check(lanes, refused(lanes.advance, rows))
+for kind in ("eager", "capture"):  # of a thread's first run
+    lanes = gpu.lanes(2)
+    fake.knobs["fail"] = kind
+    together(guarded(lambda: check(lanes, refused(lanes.advance, rows))))
+    fake.knobs["fail"] = kind
+    try:
+        gpu.lanes(2)
+        raise AssertionError("this was not refused")
+    except EngineError as error:
+        assert live() == before and "a node does not run" in str(error)  # released before the error is forgotten
+assert all(driver.stand_in_live(kind) == 0 for kind in (b"streams", b"graphs", b"execs"))
+
+def fills(what, size):
+    fake.knobs[what] = size
+    try:
+        with gpu.lanes(2), gpu.lanes(2):
+            raise AssertionError("this was not refused")
+    except epsrt.OutOfMemoryError as error:
+        assert live() == before
+        return str(error)
+said = fills("arena", 600 << 20)  # the second has no room in its first run
+assert "onnxruntime failed in a step of " in said and said.endswith(" requested buffer of size 629145600"), said
+fake.knobs["arena"] = 256
+said = fills("weights", 600 << 20)
+assert "onnxruntime cannot run " in said and said.endswith(" requested buffer of size 629145600"), said
+fake.knobs["weights"] = 256
+close(images(gpu, 2, "ddpm", 0), truth[2, 0])
+""", small_bundle_path)  # fmt: skip
+
+
+def test_tensorrt_loads_only_what_it_wrote(run: Run, bundle_path: Path) -> None:
+    run("""
+gpu, cpu = opened("onnxruntime-tensorrt", "fp16"), open_engine(bundle, "onnxruntime", precision="fp16", threads=1)
+assert np.abs(images(gpu, 2, "ddpm") - images(cpu, 2, "ddpm")).max() < 1e-2  # FP16, by two bindings in turn
+(providers, options), = fake.sessions
+assert list(providers) == [fake.TENSORRT, fake.CUDA] and providers[fake.CUDA]["enable_cuda_graph"] == "0"
+given = providers[fake.TENSORRT]
+assert given["trt_fp16_enable"] == "True" and given["trt_cuda_graph_enable"] == "False"
+folder, = (EngineCache().directory / "libraries").iterdir()
+assert given["trt_engine_cache_path"] == given["trt_timing_cache_path"] == str(folder)
+assert folder.name.startswith("onnxruntime-tensorrt-") and folder.stat().st_mode & 0o777 == 0o700
+
+def opens():
+    fake.engines.clear()
+    images(gpu)
+    return fake.engines
+assert opens() == ["built"]
+engine, = folder.glob("*.engine")
+engine.write_text("another's")
+(folder / "other.engine").write_text("another's")
+(folder / "linked.timing").symlink_to(engine)
+assert opens() == [] and engine.read_text() == "built" and len(list(folder.iterdir())) == 3
+assert opens() == ["built"]
+with gpu.lanes(1):  # of another batch: a folder of its own
+    assert len(list(folder.parent.iterdir())) == 2
+folder.chmod(0o770)
+assert "lets others write" in refused(gpu.lanes, 2)
+folder.chmod(0o700)
+from epsrt.cli.cache import cache
+cache(prune=True, older_than=None, bundle=None, everything=True, as_json=True)
+assert not [p for p in EngineCache().directory.rglob("*") if p.is_file()]
+""", bundle_path)  # fmt: skip
+
+
+# EngineCache.kept_by, of which the above is the use
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> EngineCache:
+    return EngineCache(tmp_path / "cache")
+
+
+def names(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()} - {".lock"}
+
+
+def test_what_a_library_keeps(cache: EngineCache, tmp_path: Path) -> None:
+    with cache.kept_by("a library") as folder:
+        assert folder == cache.directory_for("a-library")
+        (folder / "a.engine").write_bytes(b"a")
+        (folder / "b.engine").write_bytes(b"b")
+    with cache.kept_by("another") as other:
+        assert names(other) == set()
+    (folder / "b.engine").write_bytes(b"B")
+    (folder / "c.engine").write_bytes(b"c")
+    (folder / "d.engine").symlink_to(folder / "a.engine")
+    with cache.kept_by("a library"):
+        assert names(folder) == {"a.engine"}
+        (folder / "a.engine").write_bytes(b"newer")
+    with cache.kept_by("a library"):
+        assert (folder / "a.engine").read_bytes() == b"newer"
+    with pytest.raises(EngineError, match="stop"), cache.kept_by("a library"):
+        (folder / "half.engine").write_bytes(b"half")
+        raise EngineError("stop")
+    with cache.kept_by("a library"):
+        assert names(folder) == {"a.engine"}
+    for path in cache.directory.glob("timing/*.json"):
+        path.unlink()
+    with cache.kept_by("a library"):
+        assert names(folder) == set()
+    folder.chmod(0o777)
+    with pytest.raises(EngineError, match="lets others write"), cache.kept_by("a library"):
+        pass
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o777
+
+
+def test_one_at_a_time_keeps(cache: EngineCache) -> None:
+    entered = threading.Event()
+
+    def enter() -> None:
+        with cache.kept_by("a library"):
+            entered.set()
+
+    thread = threading.Thread(target=enter)
+    with cache.kept_by("a library"):
+        thread.start()
+        assert not entered.wait(0.3)
+    assert entered.wait(10)
+    thread.join()
