@@ -4,8 +4,8 @@ Each lanes object has a session of its own, on its own stream, because a session
 and of its own batch, because the shape arithmetic of a free one would run on the CPU, which no CUDA graph can hold.
 The CUDA provider records a CUDA graph a binding: one from x[0] to x[1], one back. What it does with them (1.31): the
 first run of each graph in a thread runs the step twice, then captures in CUDA's global mode, which an allocation in any
-other thread would break; replays are one launch, without a synchronisation when told so. The TensorRT provider records
-one graph alone, whatever the binding, so there it records none.
+thread would break that has not used cuda.Device; replays are one launch, without a synchronisation when told so. The
+TensorRT provider records one graph alone, whatever the binding, so there it records none.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class _Session:
             raise EngineError(f"onnxruntime failed in an earlier step of {self._path}: make new lanes")
         self._stream.copy(self._row.pointer, rows, self._row_bytes)
         graphs: set[int] = self._captured.__dict__.setdefault("graphs", set())
-        with nullcontext() if now in graphs else self._device.setup:  # nothing may be allocated beside a capture
+        with nullcontext() if now in graphs else self._device.setup:  # no session is made beside a capture
             self._run(now)
         graphs.add(now)
 
