@@ -77,6 +77,7 @@ class DeviceLanes(Closing):
     ):  # fmt: skip
         self.batch = batch
         self.capturing = True  # until a capture fails
+        self._whole = True  # False while steps are given to the stream, and for good where that failed
         self._device, self._shape, self._columns, self._width, self._chunk = device, shape, columns, width, chunk
         self._at = {name: i for i, name in enumerate(columns)}
         self._size = int(np.prod(shape))
@@ -135,9 +136,11 @@ class DeviceLanes(Closing):
 
     def advance(self, rows: Rows) -> None:
         check_rows(rows, self.batch, len(self._columns))
+        self._check_whole()
         self._device.use()
         self._begin()
         self._images.clear()
+        self._whole = False
         most = max(1, TABLE_BYTES // self._row_bytes)
         for first in range(0, len(rows), most):
             part = rows[first : first + most]
@@ -146,6 +149,7 @@ class DeviceLanes(Closing):
             for i in range(0, len(part), self._chunk):
                 count = min(self._chunk, len(part) - i)
                 self._run(table + i * self._row_bytes, count, bool(noisy[i : i + count].any()))
+        self._whole = True
 
     def wait(self) -> None:
         self._device.use()
@@ -153,6 +157,7 @@ class DeviceLanes(Closing):
 
     def read(self, index: int, what: Literal["x", "x0"] = "x") -> Images:
         check_lane(index, self.batch)
+        self._check_whole()
         self._device.use()
         self._begin()
         if what not in self._images:
@@ -181,6 +186,10 @@ class DeviceLanes(Closing):
         finally:
             begin.close()
             end.close()
+
+    def _check_whole(self) -> None:
+        if not self._whole:
+            raise EngineError("an earlier advance of these lanes failed: what they hold is lost, make new lanes")
 
     def _fetch(self, what: str) -> None:
         image = 4 * self._width * self._size
