@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from importlib import metadata
 
 import msgspec
 import pytest
@@ -38,9 +39,9 @@ def cache(tmp_path, monkeypatch):
     def version(package):
         if package in HERE:
             return HERE[package]
-        raise command.metadata.PackageNotFoundError(package)
+        raise metadata.PackageNotFoundError(package)
 
-    monkeypatch.setattr(command.metadata, "version", version)
+    monkeypatch.setattr(metadata, "version", version)
     return EngineCache()
 
 

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -178,6 +177,8 @@ def _useless(opened: EngineCache, entry: Entry) -> str:
 
 def _installed(engine: str) -> str | None:
     """The version of an engine's library; None if it is not installed, and then nothing is known of its plans."""
+    from importlib import metadata  # 20 ms, which no other command should pay
+
     for package in PACKAGES.get(engine, ()):
         try:
             return metadata.version(package)
