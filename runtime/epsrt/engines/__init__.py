@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 
 from epsrt.bundle import Bundle
@@ -13,8 +12,6 @@ __all__ = ["ENGINES", "Engine", "Lanes", "Sample", "open_engine"]
 
 # fastest first: "auto" takes the first that runs here
 ENGINES = ("tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt", "onnxruntime-cuda", "onnxruntime")
-
-log = logging.getLogger("epsrt")
 
 
 def open_engine(
@@ -68,6 +65,8 @@ def open_engine(
 
 
 def _open_fastest(open_one: Callable[[str], Engine], only: Iterable[str]) -> Engine:
+    import logging
+
     from epsrt.engines import probe
 
     refused = []
@@ -77,7 +76,7 @@ def _open_fastest(open_one: Callable[[str], Engine], only: Iterable[str]) -> Eng
                 return open_one(name)
             except EngineError as error:
                 refused.append(str(error))
-                log.warning("engine %s is passed over: %s", name, error)
+                logging.getLogger("epsrt").warning("engine %s is passed over: %s", name, error)
     plainest = probe.state("onnxruntime")
     reason = "; ".join(refused) or f"onnxruntime: {plainest.reason}: {plainest.command}"
     raise EngineError(f'no engine runs here; {reason}; "epsrt doctor" tells of all')
