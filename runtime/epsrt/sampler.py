@@ -7,13 +7,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from epsrt import solvers
-from epsrt.bundle import Bundle
+from epsrt.bundle import Bundle, Manifest
 from epsrt.engines import Engine, Lanes, Sample, open_engine
 from epsrt.engines.protocol import Closing
 from epsrt.errors import EpsrtError, OutOfMemoryError
@@ -54,47 +54,43 @@ class Sampler(Closing):
             )
         )  # fmt: skip
 
-    def plan(self, method: str = "ddim", steps: int = 50, **options: object) -> Plan:
-        """The plan that `sample` would run: see epsrt.solvers.make. Clips x0 to the value range unless told `clip`."""
-        m = self.bundle.manifest
-        return solvers.make(
-            method,
-            m.schedule,
-            steps=steps,
-            **{"prediction": m.prediction, "clip": m.clip, **options},  # type: ignore[arg-type]
-        )
+    def plan(self, method: str = "ddim", steps: int | None = None, **options: Any) -> Plan:
+        """The plan that `sample` would run: plan_of its bundle's manifest."""
+        return plan_of(self.bundle.manifest, method, steps, **options)
 
     def sample(
         self,
         n: int | None = None,
         *,
         method: str = "ddim",
-        steps: int = 50,
+        steps: int | None = None,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         first: int = 0,
         labels: int | Sequence[int] | None = None,
+        init: ArrayLike | None = None,
         plan: Plan | None = None,
         batch: int | None = None,
         on_step: OnStep | None = None,
         every: int = 1,
-        **options: object,
+        **options: Any,
     ) -> Samples:
         """Draw n samples, float32 [n, C, H, W] in the manifest's value range.
 
-        method, steps   the sampler, e.g. "ddim", 50; `options` are its own: eta, variance, clip, rederive, spacing,
-                        timesteps. `plan` overrides them all.
+        method, steps   the sampler and its steps (50); `options` as in epsrt.solvers.make: its own (eta, …), clip,
+                        spacing and the spacing's, timesteps. `plan` overrides them all.
         seed, first     sample i is (seed, first + i), the same in any batch, after any restart
         seeds           one seed a sample instead, each with index `first`
         labels          class of each sample, or one for all; None is the null label of a conditional network
+        init            images, [n, C, H, W] in the value range, for plans that begin from them: ddim-inversion
         batch           lanes at once, at most (and by default) the engine's; a larger n is split
         on_step         called as on_step(done, total) after every `every` rows; when it returns False, sampling stops
                         and what comes back is what there is: finished samples, and x0 estimates of those in work
 
-        n may be left out where seeds or labels imply it. Raises EpsrtError on bad input, NotFiniteError on NaN.
+        n may be left out where seeds, labels or init imply it. Raises EpsrtError on bad input, NotFiniteError on NaN.
         """
         plan = self._plan(plan, method, steps, options)
-        requests = self._requests(n, seed, seeds, first, labels, plan)
+        requests = self._requests(n, seed, seeds, first, labels, init, plan)
         size, rows = self._batch(batch, len(requests)), plan.rows(self.engine.columns)
         groups = [requests[i : i + size] for i in range(0, len(requests), size)]
         chunk = len(rows) if on_step is None else _at_least_one("every", every)
@@ -126,22 +122,23 @@ class Sampler(Closing):
         n: int | None = None,
         *,
         method: str = "ddim",
-        steps: int = 50,
+        steps: int | None = None,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         first: int = 0,
         labels: int | Sequence[int] | None = None,
+        init: ArrayLike | None = None,
         plan: Plan | None = None,
         batch: int | None = None,
         every: int = 1,
-        **options: object,
+        **options: Any,
     ) -> Iterator[Samples]:
         """Yield the x0 estimate, float32 [n, C, H, W], after every `every` rows; the last yield is the samples.
 
         Arguments as in `sample`. All n are in work at once, in several lanes objects where n exceeds the batch.
         """
         plan = self._plan(plan, method, steps, options)
-        requests = self._requests(n, seed, seeds, first, labels, plan)
+        requests = self._requests(n, seed, seeds, first, labels, init, plan)
         size, rows = self._batch(batch, len(requests)), plan.rows(self.engine.columns)
         _at_least_one("every", every)
         return self._stream(requests, size, rows, every)
@@ -198,11 +195,13 @@ class Sampler(Closing):
         if not keep:
             lanes.close()
 
-    def _plan(self, plan: Plan | None, method: str, steps: int, options: dict[str, object]) -> Plan:
+    def _plan(self, plan: Plan | None, method: str, steps: int | None, options: dict[str, Any]) -> Plan:
         if plan is None:
             return self.plan(method, steps, **options)
-        if options:
-            raise EpsrtError(f"{next(iter(options))} was given beside a plan, which has settled it: give one of them")
+        if options or steps is not None:
+            raise EpsrtError(
+                f"{next(iter(options), 'steps')} was given beside a plan, which has settled it: give one of them"
+            )
         return plan
 
     def _batch(self, batch: int | None, n: int) -> int:
@@ -218,9 +217,11 @@ class Sampler(Closing):
         seeds: Sequence[int] | None,
         first: int,
         labels: int | Sequence[int] | None,
+        init: ArrayLike | None,
         plan: Plan,
     ) -> list[Sample]:
-        lists = {"seeds": seeds, "labels": None if np.ndim(labels) == 0 else labels}  # type: ignore[arg-type]
+        images = self._images(init, plan)
+        lists = {"seeds": seeds, "labels": None if np.ndim(labels) == 0 else labels, "init images": images}  # type: ignore[arg-type]
         given = {name: len(values) for name, values in lists.items() if values is not None}  # type: ignore[arg-type]
         if n is None:
             n = next(iter(given.values()), 1)
@@ -244,9 +245,39 @@ class Sampler(Closing):
         each = [labels] * n if np.ndim(labels) == 0 else labels  # type: ignore[arg-type]
         label_of = self.bundle.label_of
         return [
-            Sample(seed=s, index=i, start=plan.start, label=label_of(label))  # type: ignore[arg-type]
-            for (s, i), label in zip(pairs, each, strict=True)  # type: ignore[arg-type]
+            Sample(seed=s, index=i, start=plan.start, init=image, label=label_of(label))  # type: ignore[arg-type]
+            for (s, i), label, image in zip(pairs, each, [None] * n if images is None else images, strict=True)  # type: ignore[arg-type]
         ]
+
+    def _images(self, init: ArrayLike | None, plan: Plan) -> Samples | None:
+        if init is None:
+            if plan.start[0]:
+                raise EpsrtError(f"plan {plan.name!r} begins from images: give them as init")
+            return None
+        if not plan.start[0]:
+            raise EpsrtError(f"plan {plan.name!r} begins from noise alone: leave init out")
+        images, shape = np.asarray(init), self.bundle.manifest.shape
+        if images.ndim != 4 or images.shape[1:] != shape or images.dtype.kind != "f":
+            want = ", ".join(map(str, shape))
+            raise EpsrtError(f"init is {images.dtype} {list(images.shape)}, not float [n, {want}]")
+        bad = np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(1))
+        if len(bad):
+            raise EpsrtError(f"init image {bad[0]} holds NaN or infinity")
+        return np.ascontiguousarray(images, np.float32)
+
+
+def plan_of(manifest: Manifest, method: str = "ddim", steps: int | None = None, **options: Any) -> Plan:
+    """The plan of a method for a bundle's network; arguments and errors as in epsrt.solvers.make.
+
+    What the manifest says is the default: prediction, sigma_data, ddpm's variance where the network learned one, and
+    x0 clipped to the value range (not for methods that would not be themselves with it).
+    """
+    known: dict[str, Any] = {"prediction": manifest.prediction, "sigma_data": manifest.sigma_data}
+    if solvers.method_of(method).clips:
+        known["clip"] = manifest.clip
+    if manifest.variance is not None and "variance" in solvers.options_of(method):
+        known["variance"] = manifest.variance
+    return solvers.make(method, manifest.schedule, steps=steps, **{**known, **options})
 
 
 def to_images(samples: Samples, value_range: tuple[float, float] = (-1.0, 1.0)) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""The noise schedule: q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I), in float64."""
+"""The noise schedule: q(x_t | x_0) = N(α_t x_0, σ_t² I), in float64."""
 
 from __future__ import annotations
 
@@ -7,28 +7,32 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from epsrt.errors import EpsrtError
 
 Array = NDArray[np.float64]
-Kind = Literal["linear", "scaled-linear", "cosine", "sigmoid", "given"]
-KINDS: tuple[Kind, ...] = ("linear", "scaled-linear", "cosine", "sigmoid", "given")
+Kind = Literal["linear", "scaled-linear", "cosine", "sigmoid", "given", "ve", "flow"]
+KINDS: tuple[Kind, ...] = ("linear", "scaled-linear", "cosine", "sigmoid", "given", "ve", "flow")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A variance schedule of T steps, t = 0 … T−1.
+    """A schedule of T steps. All kinds but the last two preserve variance: α_t = √ᾱ_t, σ_t = √(1 − ᾱ_t).
 
     kind          betas
     linear        β from beta_start to beta_end (DDPM, arXiv 2006.11239, section 4)
     scaled-linear √β from √beta_start to √beta_end (latent diffusion, arXiv 2112.10752)
     cosine        from ᾱ = cos²((t/T + 0.008)/1.008 · π/2), β ≤ 0.999 (arXiv 2102.09672, eq. 17); has no beta range
     sigmoid       β along a sigmoid over [−6, 6] from beta_start to beta_end (GeoDiff, arXiv 2203.02923)
-    given         `betas` itself; T is its length
+    given         `betas` itself; T is its length; a last β of 1 is zero terminal SNR
+    ve            α = 1, σ geometric from sigma_min (t = 0) to sigma_max (t = T−1): NCSN (arXiv 1907.05600, section 4),
+                  EDM (arXiv 2206.00364, whose defaults these are)
+    flow          α = 1 − t/T, σ = t/T, 0 < t ≤ T: flow matching, rectified flow (arXiv 2209.03003)
 
-    `zero_snr` rescales √ᾱ so that the last step is pure noise (arXiv 2305.08891, algorithm 1).
-    Raises EpsrtError when T is outside 1 … 1,000,000 or a β lies outside (0, 1).
+    t is 0 … T−1 (flow: 1 … T); between integers λ = ln(α/σ) is linear. `zero_snr` rescales √ᾱ so that the last step is
+    pure noise (arXiv 2305.08891, algorithm 1).
+    Raises EpsrtError when T is outside 1 … 1,000,000, a β outside (0, 1), or the σ do not ascend from above 0.
     """
 
     kind: Kind = "linear"
@@ -37,6 +41,8 @@ class Schedule:
     beta_end: float = 0.02
     betas: tuple[float, ...] = ()
     zero_snr: bool = False
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -47,18 +53,58 @@ class Schedule:
             raise EpsrtError(f"T is {self.T} but {len(self.betas)} betas are given: leave T to Schedule.given")
         if isinstance(self.T, bool) or not isinstance(self.T, (int, np.integer)) or not 1 <= self.T <= 1_000_000:
             raise EpsrtError(f"a schedule has 1 to 1,000,000 steps, not T = {self.T!r}")
+        if not self.preserves_variance:
+            if self.zero_snr:
+                raise EpsrtError(f"a {self.kind} schedule takes no zero_snr: it is for those made of betas")
+            if self.kind == "ve" and not (0 < self.sigma_min < self.sigma_max < np.inf and self.T > 1):
+                raise EpsrtError(
+                    f"a ve schedule needs 0 < sigma_min < sigma_max and T ≥ 2, not {self.sigma_min:g}, "
+                    f"{self.sigma_max:g} and {self.T}"
+                )
+            return
         beta = self._betas()
-        bad = np.flatnonzero(~((beta > 0) & (beta < 1)))
-        if bad.size:
-            raise EpsrtError(f"beta[{bad[0]}] = {beta[bad[0]]:g} is outside (0, 1): check the schedule's range")
+        fine = (beta > 0) & (beta < 1)
+        fine[-1] |= self.kind == "given" and self.T > 1 and beta[-1] == 1 and not self.zero_snr
+        if not fine.all():
+            bad = int(np.argmin(fine))
+            raise EpsrtError(f"beta[{bad}] = {beta[bad]:g} is outside (0, 1): check the schedule's range")
 
     @classmethod
     def given(cls, betas: object, zero_snr: bool = False) -> Schedule:
-        """A schedule from explicit betas, array-like of shape [T], each in (0, 1)."""
+        """A schedule from explicit betas, array-like of shape [T], each in (0, 1); the last may be 1."""
         flat = np.asarray(betas, dtype=np.float64)
         if flat.ndim != 1:
             raise EpsrtError(f"betas must be a list of numbers, not an array of shape {list(flat.shape)}")
         return cls("given", T=len(flat), betas=tuple(flat.tolist()), zero_snr=zero_snr)
+
+    @classmethod
+    def of_alpha_bar(cls, alpha_bar: object) -> Schedule:
+        """A schedule from explicit ᾱ, array-like [T], decreasing in (0, 1); the last may be 0 (zero terminal SNR)."""
+        bar = np.asarray(alpha_bar, dtype=np.float64)
+        if bar.ndim != 1 or not bar.size:
+            raise EpsrtError(f"alpha_bar must be a list of numbers, not an array of shape {list(bar.shape)}")
+        fine = (bar > 0) & (bar < 1)
+        fine[-1] |= bar[-1] == 0 and len(bar) > 1
+        if not fine.all():
+            bad = int(np.argmin(fine))
+            raise EpsrtError(
+                f"alpha_bar[{bad}] = {bar[bad]:g} is outside (0, 1): only the last may be 0, for pure noise"
+            )
+        down = np.diff(bar) < 0
+        if not down.all():
+            bad = int(np.argmin(down)) + 1
+            raise EpsrtError(f"alpha_bar[{bad}] = {bar[bad]:g} is not below the one before it, {bar[bad - 1]:g}")
+        return cls.given(1 - bar / np.append(1.0, bar[:-1]))
+
+    @property
+    def preserves_variance(self) -> bool:
+        """Whether α² + σ² = 1."""
+        return self.kind not in ("ve", "flow")
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The cleanest and the noisiest timestep."""
+        return (1, self.T) if self.kind == "flow" else (0, self.T - 1)
 
     def _betas(self) -> Array:
         start, end, T = self.beta_start, self.beta_end, self.T
@@ -73,30 +119,86 @@ class Schedule:
             case "cosine":
                 f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
                 return np.asarray(np.minimum(1 - f[1:] / f[:-1], 0.999), np.float64)
-            case "given":
+            case _:
                 return np.array(self.betas)
 
     @cached_property
     def alpha_bar(self) -> Array:
         """ᾱ_t = ∏_{s ≤ t} (1 − β_s), float64 [T], decreasing in (0, 1) (0 last with zero_snr); read-only."""
+        if not self.preserves_variance:
+            raise EpsrtError(f"a {self.kind} schedule has no betas and no ᾱ: use at(t) for α and σ")
         bar: Array = np.cumprod(1 - self._betas(), dtype=np.float64)
         if self.zero_snr:
             root = np.sqrt(bar)
             scale = root[0] / (root[0] - root[-1]) if self.T > 1 else 0.0
             bar = ((root - root[-1]) * scale) ** 2
-        bar.flags.writeable = False
-        return bar
+        return _read_only(bar)
 
     @cached_property
     def beta(self) -> Array:
         """β_t = 1 − ᾱ_t / ᾱ_{t−1}, float64 [T]; read-only."""
-        beta = 1 - self.alpha_bar / np.concatenate([[1.0], self.alpha_bar[:-1]]) if self.zero_snr else self._betas()
-        beta.flags.writeable = False
-        return beta
+        bar = self.alpha_bar
+        return _read_only(1 - bar / np.append(1.0, bar[:-1]) if self.zero_snr else self._betas())
 
     @cached_property
     def snr(self) -> Array:
-        """Signal-to-noise ratio ᾱ_t / (1 − ᾱ_t), float64 [T]; read-only."""
-        snr = self.alpha_bar / (1 - self.alpha_bar)
-        snr.flags.writeable = False
-        return snr
+        """Signal-to-noise ratio α_t² / σ_t², float64 [T], cleanest first; read-only."""
+        alpha, sigma = self.at(np.arange(self.span[0], self.span[1] + 1))
+        return _read_only((alpha / sigma) ** 2)
+
+    @cached_property
+    def _log_snr(self) -> Array:
+        with np.errstate(divide="ignore"):
+            return np.log(self.alpha_bar / (1 - self.alpha_bar)) / 2
+
+    def at(self, t: ArrayLike) -> tuple[Array, Array]:
+        """α and σ at timesteps t, whole or fractional, which must lie in the schedule; float64, t's shape.
+
+        Raises EpsrtError between the last two timesteps where the last is pure noise: λ is infinite there.
+        """
+        t = np.asarray(t, np.float64)
+        match self.kind:
+            case "ve":
+                power = t / (self.T - 1)
+                return np.ones_like(t), self.sigma_min ** (1 - power) * self.sigma_max**power
+            case "flow":
+                return 1 - t / self.T, t / self.T
+        whole = t.astype(np.int64)
+        bar = self.alpha_bar[whole]
+        if np.any(whole != t):
+            if self.alpha_bar[-1] == 0 and np.any((t > self.T - 2) & (t < self.T - 1)):
+                raise EpsrtError(f"t between {self.T - 2} and {self.T - 1}, where ᾱ = 0, has no level: use whole ones")
+            between = np.interp(t, np.arange(self.T), self._log_snr)
+            bar = np.where(whole == t, bar, 1 / (1 + np.exp(-2 * between)))
+        return np.sqrt(bar), np.sqrt(1 - bar)
+
+    def t_at(self, log_snr: ArrayLike) -> Array:
+        """The timestep, fractional, at which ln(α/σ) is `log_snr`: at's inverse. Clamped to the schedule's ends."""
+        log_snr = np.asarray(log_snr, np.float64)
+        match self.kind:
+            case "ve":
+                low, high = np.log(self.sigma_min), np.log(self.sigma_max)
+                t = (-log_snr - low) / (high - low) * (self.T - 1)
+            case "flow":
+                t = self.T / (1 + np.exp(log_snr))
+            case _:
+                finite = self.T - (self.alpha_bar[-1] == 0)  # np.interp takes no infinity
+                t = np.interp(-log_snr, -self._log_snr[:finite], np.arange(finite))
+        return np.asarray(np.clip(t, *self.span), np.float64)
+
+    def level(self, log_snr: Array) -> tuple[Array, Array, Array]:
+        """t, α and σ where ln(α/σ) is `log_snr`. Beyond the schedule's ends α and σ go on, t (see t_at) stays."""
+        signal = 1 / (1 + np.exp(-log_snr * (2 if self.preserves_variance else 1)))
+        match self.kind:
+            case "ve":
+                alpha, sigma = np.ones_like(log_snr), np.exp(-log_snr)
+            case "flow":
+                alpha, sigma = signal, 1 - signal
+            case _:
+                alpha, sigma = np.sqrt(signal), np.sqrt(1 - signal)
+        return self.t_at(log_snr), alpha, sigma
+
+
+def _read_only(values: Array) -> Array:
+    values.flags.writeable = False
+    return values

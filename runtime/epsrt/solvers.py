@@ -1,151 +1,399 @@
 """Samplers: pure functions (schedule, timesteps, …) -> Plan, in float64.
 
-A = ᾱ at the row's timestep, A' = ᾱ at the next (cleaner) one, 1 after the last.
+In the formulas x = α·x0 + σ·ε now, α' and σ' are of the next row (1 and 0 after the last), ρ = ασ'/(α'σ), λ = ln(α/σ).
+All take epsrt.levels.Network's options too: prediction, sigma_data, clip. Where α² = ᾱ and σ² = 1 − ᾱ these are the
+papers' own formulas; the same rows serve every other schedule.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
-from numpy.typing import NDArray
 
 from epsrt import spacing as spacings
-from epsrt.errors import EpsrtError
-from epsrt.plan import CLIP_OFF, Plan
-from epsrt.schedule import Schedule
+from epsrt.errors import EpsrtError, one_of
+from epsrt.levels import Levels, Network, visit
+from epsrt.plan import Plan
+from epsrt.schedule import Array, Schedule
 
-Array = NDArray[np.float64]
-Prediction = Literal["epsilon", "x0", "v"]
-PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "x0", "v")
-Variance = Literal["fixed_small", "fixed_large"]
+Times = Sequence[float] | Array
+Columns = dict[str, Array]
+VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 
 def ddpm(
-    schedule: Schedule,
-    timesteps: Sequence[int],
-    *,
-    prediction: str = "epsilon",
-    clip: float | None = 1.0,
-    variance: str = "fixed_small",
-) -> Plan:
+    schedule: Schedule, timesteps: Times, *, variance: str = "fixed_small", compatible: str | None = None,
+    **network: Unpack[Network],
+) -> Plan:  # fmt: skip
     """Ancestral sampling, DDPM (arXiv 2006.11239, eq. 7 and algorithm 2) on any sub-sequence of timesteps.
 
-    `clip` bounds x0 to [−clip, clip]; None leaves it. `variance`: fixed_small is the posterior's β̃, fixed_large β.
+    variance  fixed_small: the posterior's β̃; fixed_large: β (section 3.2); with _log, the same number, which others
+              compute through a logarithm; learned: exp(v) with v the network's second output (a graph that has it);
+              learned_range: log-linear between the two, v = −1 … 1 (arXiv 2102.09672, eq. 15)
     """
-    ts, A, A_next = _levels(schedule, timesteps, prediction)
-    beta = 1 - A / A_next
-    if variance not in ("fixed_small", "fixed_large"):
-        raise EpsrtError(f"variance {variance!r} is unknown: use fixed_small or fixed_large")
-    sigma2 = beta * (1 - A_next) / (1 - A) if variance == "fixed_small" else beta
-    x0 = _x0_from(A, prediction)
-    return Plan.of(
-        "ddpm", t=ts, p=x0.p, q=x0.q, clip=_clip(clip),
-        a=np.sqrt(A / A_next) * (1 - A_next) / (1 - A),
-        b=np.sqrt(A_next) * beta / (1 - A),
-        d=np.where(A_next < 1, np.sqrt(sigma2), 0.0),
-        ka=np.sqrt(A_next), kb=np.sqrt(1 - A_next),
+    at = visit(schedule, timesteps, **network)
+    rho, zero = at.ratio, np.zeros_like(at.t)
+    small, large = (sigma * np.sqrt(1 - rho**2) for sigma in (at.sigma_next, at.sigma))
+    noisy = at.sigma_next > 0  # the last row's mean is the sample
+    if _diffusers(compatible):  # theirs adds noise wherever t > 0, fixed_small's variance being at least 1e-20
+        small, noisy = np.maximum(small, 1e-10), at.t > 0
+    match variance:
+        case "fixed_small" | "fixed_small_log":
+            d, r = small, zero
+        case "fixed_large" | "fixed_large_log":
+            d, r = large, zero
+        case "learned":
+            d, r = zero + 1, zero + 0.5
+        case "learned_range":
+            few = np.where(noisy, small, 1.0)  # where there is no noise, any number
+            d, r = np.sqrt(few * large), np.log(large / few) / 2
+        case _:
+            raise EpsrtError(f"variance {variance!r} is unknown: {one_of(variance, VARIANCES)}")
+    return _plan(
+        "ddpm", at, a=at.sigma_next / at.sigma * rho, b=at.alpha_next * (1 - rho**2),
+        d=np.where(noisy, d, 0.0), r=np.where(noisy, r, 0.0),
     )  # fmt: skip
 
 
 def ddim(
-    schedule: Schedule,
-    timesteps: Sequence[int],
-    *,
-    prediction: str = "epsilon",
-    clip: float | None = 1.0,
-    eta: float = 0.0,
-    rederive: bool = False,
-) -> Plan:
+    schedule: Schedule, timesteps: Times, *, eta: float = 0.0, rederive: bool = False, compatible: str | None = None,
+    set_alpha_to_one: bool = True, **network: Unpack[Network],
+) -> Plan:  # fmt: skip
     """DDIM (arXiv 2010.02502, eq. 12, σ from eq. 16): η = 0 is deterministic, η = 1 has DDPM's variance.
 
     `rederive` computes ε anew from the clipped x0 (diffusers' use_clipped_model_output); else it is the network's own.
     """
-    ts, A, A_next = _levels(schedule, timesteps, prediction)
-    if not 0 <= eta <= 1:
-        raise EpsrtError(f"eta = {eta} is outside [0, 1]: 0 is deterministic DDIM, 1 has DDPM's variance")
-    sigma = eta * np.sqrt((1 - A_next) / (1 - A)) * np.sqrt(1 - A / A_next)
-    k = np.sqrt(np.maximum(1 - A_next - sigma**2, 0))  # "direction pointing to x_t"
-    x0, eps = _x0_from(A, prediction), _eps_from(A, prediction)
-    if rederive:  # ε = (x − √A x0) / √(1−A)
-        a, b, h = k / np.sqrt(1 - A), np.sqrt(A_next) - k * np.sqrt(A / (1 - A)), np.zeros_like(A)
-    else:
-        a, b, h = k * eps.p, np.sqrt(A_next), k * eps.q
+    at = visit(schedule, timesteps, **network)
+    if _diffusers(compatible):
+        at = _strided(at, set_alpha_to_one)
+    elif not set_alpha_to_one:
+        raise EpsrtError("set_alpha_to_one = False is a convention of diffusers: give compatible='diffusers' too")
+    return _first_order("ddim", at, eta, rederive)
+
+
+def ddim_inversion(
+    schedule: Schedule, timesteps: Times, *, compatible: str | None = None, set_alpha_to_one: bool = True,
+    **network: Unpack[Network],
+) -> Plan:  # fmt: skip
+    """DDIM backwards, image to noise (arXiv 2010.02502, section 4.3): begins from images, visits `timesteps` upwards.
+
+    The network is told the level that a row goes to, as diffusers' is, so that a row undoes DDIM's, but for the x it
+    sees. clip: None unless given; a clipped x0 cannot be undone.
+    """
+    network.setdefault("clip", None)
+    to = visit(schedule, timesteps, **network).take(slice(None, None, -1))
+    alpha, sigma = np.append(1.0, to.alpha[:-1]), np.append(0.0, to.sigma[:-1])
+    eps = to.epsilon
+    if _diffusers(compatible):
+        if to.prediction not in ("epsilon", "v"):
+            raise EpsrtError(f"diffusers' inversion divides by σ = 0 for {to.prediction}: leave compatible out")
+        before = _strided(to, set_alpha_to_one)
+        alpha, sigma = before.alpha_next, before.sigma_next
+        eps = replace(to, alpha=alpha, sigma=sigma).epsilon  # theirs reads v as if the network knew where x is
+    read = {**to.columns(), "p": (1 - sigma * eps.p) / alpha, "q": -sigma * eps.q / alpha}
     return Plan.of(
-        "ddim", t=ts, p=x0.p, q=x0.q, clip=_clip(clip), a=a, b=b, h=h, d=sigma,
-        ka=np.sqrt(A_next), kb=np.sqrt(1 - A_next),
+        "ddim-inversion",
+        (1.0, 0.0),
+        **read,
+        a=to.sigma * eps.p,
+        b=to.alpha,
+        h=to.sigma * eps.q,
+        ka=to.alpha,
+        kb=to.sigma,
+    )
+
+
+def euler_ancestral(schedule: Schedule, timesteps: Times, *, eta: float = 1.0, **network: Unpack[Network]) -> Plan:
+    """Euler's step down to σ_down, then noise up to σ' (k-diffusion's sample_euler_ancestral), in σ/α.
+
+    It is DDIM(η) with ε from the clipped x0: σ_up = η·√(σ'²(σ² − σ'²)/σ²) is eq. 16 of arXiv 2010.02502.
+    """
+    return _first_order("euler-ancestral", visit(schedule, timesteps, **network), eta, rederive=True)
+
+
+def euler(
+    schedule: Schedule, timesteps: Times, *, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = np.inf,
+    s_noise: float = 1.0, **network: Unpack[Network],
+) -> Plan:  # fmt: skip
+    """Euler for the probability-flow ODE dx/dσ = (x − x0)/σ with α = 1 (arXiv 2206.00364, algorithm 2 without line 7).
+
+    Churn as in `heun`. Without it, DDIM with ε from the clipped x0; x is in units of α.
+    """
+    at = visit(schedule, timesteps, **network).exploding("euler")
+    at, noise, start = _churned(at, s_churn, s_tmin, s_tmax, s_noise)
+    ratio = at.sigma_next / at.sigma
+    return _plan("euler", at, start, a=ratio, b=1 - ratio, d=noise)
+
+
+def heun(
+    schedule: Schedule, timesteps: Times, *, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = np.inf,
+    s_noise: float = 1.0, **network: Unpack[Network],
+) -> Plan:  # fmt: skip
+    """Heun for the probability-flow ODE: EDM's algorithm 2 (arXiv 2206.00364), two rows a step, one in the last.
+
+    Churn raises σ by γ = min(s_churn/S, √2 − 1) where s_tmin ≤ σ ≤ s_tmax and adds the noise that lacks, times s_noise;
+    a row adds that of the next step, `start` the first's. σ = σ/α of the schedule; x is in units of α.
+    """
+    at = visit(schedule, timesteps, **network).exploding("heun")
+    hat, noise, start = _churned(at, s_churn, s_tmin, s_tmax, s_noise)
+    return _heun("heun", hat, at, noise, start)
+
+
+def flow_euler(schedule: Schedule, timesteps: Times, **network: Unpack[Network]) -> Plan:
+    """Euler along the straight path, dx/ds = ε − x0 (rectified flow, arXiv 2209.03003, eq. 1).
+
+    Of other schedules x is taken in units of α + σ, where their path is straight too.
+    """
+    at = visit(schedule, timesteps, **network).straight()
+    ratio = at.sigma_next / at.sigma
+    return _plan("flow-euler", at, a=ratio, b=1 - ratio)
+
+
+def flow_heun(schedule: Schedule, timesteps: Times, **network: Unpack[Network]) -> Plan:
+    """Heun along the straight path of `flow_euler`, two rows a step, one in the last."""
+    at = visit(schedule, timesteps, **network).straight()
+    return _heun("flow-heun", at, at, np.zeros_like(at.t), at.noise)
+
+
+def euler_maruyama(schedule: Schedule, timesteps: Times, **network: Unpack[Network]) -> Plan:
+    """Euler–Maruyama for the reverse SDE (arXiv 2011.13456, eq. 6): x' = x − (f − g²·score) + g·z.
+
+    score = (αx0 − x)/σ². A step integrates f to −½(1 − α²/α'²)·x and g² to σ² − (α/α')²σ'²; on all T steps these are
+    −½βx and β of the discretised VP SDE (appendix E). The last row adds no noise.
+    """
+    at = visit(schedule, timesteps, **network)
+    drift, g2 = (1 - (at.alpha / at.alpha_next) ** 2) / 2, 1 - at.ratio**2  # g² in units of σ²
+    noise = np.where(at.sigma_next > 0, at.sigma * np.sqrt(g2), 0.0)
+    return _plan("euler-maruyama", at, a=1 + drift - g2, b=at.alpha * g2, d=noise)
+
+
+def dpmpp_2s(schedule: Schedule, timesteps: Times, **network: Unpack[Network]) -> Plan:
+    """DPM-Solver++(2S) (arXiv 2211.01095, algorithm 1 with r = ½): two rows a step, by way of the middle in λ.
+
+    One row in the last step, whose middle does not exist. The middle is a fractional timestep.
+    """
+    at = visit(schedule, timesteps, **network)
+    if at.alpha[0] == 0:
+        raise EpsrtError(f"dpmpp-2s steps through the middle in λ, which is infinite at t = {at.t[0]:g}: use dpmpp-2m")
+    step, rho = slice(0, len(at.t) - 1), at.ratio
+    log_snr = np.log(at.alpha / at.sigma)
+    mid = at.take(step).moved((log_snr[:-1] + log_snr[1:]) / 2)
+    a, b = at.sigma_next / at.sigma, at.alpha_next * (1 - rho)
+    first = {"a": a.copy(), "b": b.copy(), "e": np.ones_like(a)}
+    first["a"][step], first["b"][step] = mid.sigma / at.sigma[step], mid.alpha * (1 - np.sqrt(rho[step]))
+    return _two_rows("dpmpp-2s", at, at.noise, first, mid, {"c": a[step], "b": b[step]})
+
+
+def dpmpp_2m(schedule: Schedule, timesteps: Times, **network: Unpack[Network]) -> Plan:
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2); m holds the previous x0. First and last row are of order 1."""
+    at = visit(schedule, timesteps, **network)
+    gain, back = at.alpha_next * (1 - at.ratio), _extrapolation(at)
+    return _plan("dpmpp-2m", at, a=at.sigma_next / at.sigma, b=gain * (1 + back), c=-gain * back, f=1.0)
+
+
+def dpmpp_2m_sde(schedule: Schedule, timesteps: Times, **network: Unpack[Network]) -> Plan:
+    """SDE-DPM-Solver++(2M) (arXiv 2211.01095, eq. 18, its midpoint form): the reverse SDE with 2M's extrapolated x0."""
+    at = visit(schedule, timesteps, **network)
+    rho = at.ratio
+    gain, back = at.alpha_next * (1 - rho**2), _extrapolation(at)
+    return _plan(
+        "dpmpp-2m-sde", at, a=at.sigma_next / at.sigma * rho, b=gain * (1 + back), c=-gain * back, f=1.0,
+        d=at.sigma_next * np.sqrt(1 - rho**2),
     )  # fmt: skip
 
 
-METHODS: dict[str, Callable[..., Plan]] = {"ddpm": ddpm, "ddim": ddim}
+def langevin(
+    schedule: Schedule, timesteps: Times, *, each: int = 5, rate: float = 0.2, denoise: bool = True,
+    **network: Unpack[Network],
+) -> Plan:  # fmt: skip
+    """Annealed Langevin dynamics (NCSN, arXiv 1907.05600, algorithm 1): `each` steps x + ½k·score + √k·z a level.
+
+    k = rate·σ²; `rate` is the paper's ε/σ_L² (2e-5/0.01²). `denoise` ends with a row that takes x0 (arXiv 2009.05475,
+    section 3). x is in units of α; clip: None unless given, for a clipped x0 is no score.
+    """
+    if isinstance(each, bool) or not isinstance(each, (int, np.integer)) or each < 1:
+        raise EpsrtError(f"each = {each!r}: take at least 1 step a level")
+    if not 0 < rate < 2:
+        raise EpsrtError(f"rate = {rate} is outside (0, 2), where Langevin's steps do not diverge")
+    network.setdefault("clip", None)
+    at = visit(schedule, timesteps, **network).exploding("langevin")
+    counts = np.full(len(at.t), each)
+    counts[-1] += bool(denoise)
+    rows = at.take(np.repeat(np.arange(len(at.t)), counts))
+    a, d = np.full(len(rows.t), 1 - rate / 2), np.sqrt(rate) * rows.sigma
+    if denoise:
+        a[-1], d[-1] = 0.0, 0.0
+    return _plan("langevin", rows, a=a, b=1 - a, d=d)
+
+
+def _plan(name: str, at: Levels, start: float | None = None, **columns: Array | float) -> Plan:
+    noise = at.noise if start is None else start
+    return Plan.of(name, (0.0, noise), **at.columns(), ka=at.alpha_next, kb=at.sigma_next, **columns)
+
+
+def _first_order(name: str, at: Levels, eta: float, rederive: bool) -> Plan:
+    """x' = α'·x0 + k·ε + σ_up·z."""
+    if not 0 <= eta <= 1:
+        raise EpsrtError(f"eta = {eta} is outside [0, 1]: 0 is deterministic DDIM, 1 has DDPM's variance")
+    up = eta * at.sigma_next * np.sqrt(1 - at.ratio**2)
+    k = np.sqrt(np.maximum(at.sigma_next**2 - up**2, 0))  # "direction pointing to x_t"
+    if rederive:  # ε = (x − α x0)/σ
+        return _plan(name, at, a=k / at.sigma, b=at.alpha_next - k * at.alpha / at.sigma, d=up)
+    eps = at.epsilon
+    return _plan(name, at, a=k * eps.p, b=at.alpha_next, h=k * eps.q, d=up)
+
+
+def _heun(name: str, hat: Levels, at: Levels, noise: Array, start: float) -> Plan:
+    """x parks the mean of x and Euler's x' in m; the second row completes ½(σ' − σ)(d + d'), d = (x − x0)/σ."""
+    ratio = hat.sigma_next / hat.sigma
+    first = {"a": ratio, "b": 1 - ratio, "e": (1 + ratio) / 2, "f": (1 - ratio) / 2}
+    half = (1 - 1 / ratio[:-1]) / 2
+    return _two_rows(
+        name,
+        hat,
+        start,
+        first,
+        at.take(slice(1, None)),
+        {"c": np.ones_like(half), "a": half, "b": -half, "d": noise[:-1]},
+    )
+
+
+def _two_rows(
+    name: str, at: Levels, start: float, first: dict[str, Array], then: Levels, second: dict[str, Array]
+) -> Plan:
+    """Two rows for each step but the last, which is the first row alone."""
+    one = {**at.columns(), **first, "ka": at.alpha_next, "kb": at.sigma_next}
+    two = {**then.columns(), **second, "ka": at.alpha_next[:-1], "kb": at.sigma_next[:-1]}
+    rows: Columns = {}
+    for key in one.keys() | two.keys():
+        rows[key] = np.zeros(2 * len(at.t) - 1)
+        rows[key][::2] = one.get(key, 0.0)
+        rows[key][1::2] = two.get(key, 0.0)
+    return Plan.of(name, (0.0, start), **rows)
+
+
+def _churned(at: Levels, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> tuple[Levels, Array, float]:
+    """Levels raised by churn, the noise that each row adds for the next, and that of the start."""
+    for name, value in (("s_churn", s_churn), ("s_tmin", s_tmin), ("s_noise", s_noise)):
+        if not 0 <= value < np.inf:
+            raise EpsrtError(f"{name} = {value} is not a finite number ≥ 0")
+    gamma = min(s_churn / len(at.t), np.sqrt(2) - 1)
+    raised = at.sigma * (1 + gamma * ((at.sigma >= s_tmin) & (at.sigma <= s_tmax)))
+    if at.prediction != "edm":  # only it can be told of more noise than the schedule has
+        snr = at.schedule.snr
+        raised = np.minimum(raised, np.maximum(at.sigma, snr[snr > 0][-1] ** -0.5))
+    if not np.any(raised > at.sigma):
+        return at, np.zeros_like(at.t), at.noise
+    added = s_noise * np.sqrt(raised**2 - at.sigma**2)
+    return at.moved(-np.log(raised)).exploding("churn"), np.append(added[1:], 0.0), float(np.hypot(at.noise, added[0]))
+
+
+def _extrapolation(at: Levels) -> Array:
+    """½h/h_prev, the weight of x0 − x0_prev (2M's 1/(2r)); 0 in the first row and where λ is infinite."""
+    with np.errstate(divide="ignore"):
+        h = -np.log(at.ratio)
+    back = np.zeros_like(h)
+    back[1:] = np.where(np.isfinite(h[1:]), h[1:], 0.0) / h[:-1] / 2
+    return back
+
+
+def _diffusers(compatible: str | None) -> bool:
+    if compatible not in (None, "diffusers"):
+        raise EpsrtError(f"compatible = {compatible!r} is unknown: use 'diffusers', or leave it out")
+    return compatible is not None
+
+
+def _strided(at: Levels, set_alpha_to_one: bool) -> Levels:
+    """diffusers' DDIM: the timestep before t is t − ⌊T/S⌋ whatever the list says; before 0, ᾱ is 1 or that of t = 0."""
+    if not at.schedule.preserves_variance:
+        raise EpsrtError(f"compatible='diffusers' is for schedules with ᾱ, not {at.schedule.kind}: leave it out")
+    before = at.t - at.schedule.T // len(at.t)
+    alpha, sigma = at.schedule.at(np.maximum(before, 0))
+    ends = (before < 0) & set_alpha_to_one
+    return replace(at, alpha_next=np.where(ends, 1.0, alpha), sigma_next=np.where(ends, 0.0, sigma))
+
+
+class Method(NamedTuple):
+    """A solver and what is published of it."""
+
+    solver: Callable[..., Plan]
+    order: int  # of convergence as steps grow; of a stochastic one, of its distribution (weak)
+    evaluations: str  # of the network, a step
+    stochastic: str  # no, yes, or the option that makes it so
+    paper: str
+    clips: bool = True  # x0 by default
+
+
+METHODS: dict[str, Method] = {
+    "ddpm": Method(ddpm, 1, "1", "yes", "Ho et al. 2020, arXiv 2006.11239"),
+    "ddim": Method(ddim, 1, "1", "eta", "Song et al. 2020, arXiv 2010.02502"),
+    "ddim-inversion": Method(ddim_inversion, 1, "1", "no", "Song et al. 2020, arXiv 2010.02502", False),
+    "euler": Method(euler, 1, "1", "s_churn", "Karras et al. 2022, arXiv 2206.00364"),
+    "heun": Method(heun, 2, "2", "s_churn", "Karras et al. 2022, arXiv 2206.00364"),
+    "euler-ancestral": Method(euler_ancestral, 1, "1", "eta", "Song et al. 2020, arXiv 2010.02502 (k-diffusion)"),
+    "euler-maruyama": Method(euler_maruyama, 1, "1", "yes", "Song et al. 2020, arXiv 2011.13456"),
+    "dpmpp-2s": Method(dpmpp_2s, 2, "2", "no", "Lu et al. 2022, arXiv 2211.01095"),
+    "dpmpp-2m": Method(dpmpp_2m, 2, "1", "no", "Lu et al. 2022, arXiv 2211.01095"),
+    "dpmpp-2m-sde": Method(dpmpp_2m_sde, 2, "1", "yes", "Lu et al. 2022, arXiv 2211.01095"),
+    "langevin": Method(langevin, 1, "each", "yes", "Song & Ermon 2019, arXiv 1907.05600", False),
+    "flow-euler": Method(flow_euler, 1, "1", "no", "Liu et al. 2022, arXiv 2209.03003"),
+    "flow-heun": Method(flow_heun, 2, "2", "no", "Liu et al. 2022, arXiv 2209.03003"),
+}
+_MEMORY = "needs more of the past than a plan's one memory register: use dpmpp-2m"
+_DATA = "chooses its steps by the data, and a plan is made before any: use heun or dpmpp-2m"
+NOT_TABLES = {
+    **dict.fromkeys(("plms", "pndm", "ipndm", "lms", "deis", "unipc", "dpmpp-3m", "dpmpp-3m-sde"), _MEMORY),
+    **dict.fromkeys(("pc", "dpm-adaptive", "rk45"), _DATA),
+}
+NETWORK_OPTIONS = tuple(Network.__annotations__)
+
+
+def method_of(name: str) -> Method:
+    """The method of a name, with - or _. Raises EpsrtError for an unknown one, and for one that is no table."""
+    name = str(name).replace("_", "-")
+    if name in NOT_TABLES:
+        raise EpsrtError(f"method {name!r} is not offered: it {NOT_TABLES[name]}")
+    if name not in METHODS:
+        raise EpsrtError(f"method {name!r} is unknown: {one_of(name, METHODS)}")
+    return METHODS[name]
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """The options that are a method's own, with their defaults."""
+    parameters = inspect.signature(method_of(name).solver).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def make(
-    method: str,
-    schedule: Schedule,
-    *,
-    steps: int = 50,
-    spacing: str = "trailing",
-    timesteps: Sequence[int] | None = None,
-    **options: object,
-) -> Plan:
-    """The plan of a method by its name; `timesteps` overrides steps and spacing; `options` are the method's own.
+    method: str, schedule: Schedule, *, steps: int | None = None, spacing: str = "trailing",
+    timesteps: Times | None = None, **options: Any,
+) -> Plan:  # fmt: skip
+    """The plan of a method by its name.
 
-    Raises EpsrtError for an unknown method, or an option that the method does not take.
+    steps, spacing  how many timesteps (50, or what a respacing string says), and which: epsrt.spacing.timesteps
+    timesteps       explicit ones instead
+    options         the method's own, the spacing's, and prediction, sigma_data, clip
+
+    Raises EpsrtError for an unknown method or spacing, and for an option that they do not take.
     """
-    if method not in METHODS:
-        raise EpsrtError(f"method {method!r} is unknown: use one of {', '.join(METHODS)}")
-    solver = METHODS[method]
-    known = [name for name, p in inspect.signature(solver).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    solver, own = method_of(method).solver, options_of(method)
+    of_spacing = {name: options.pop(name) for name in spacings.OPTIONS if name in options}
     for name in options:
-        if name not in known:
-            raise EpsrtError(f"{method} takes no option {name!r}; it takes {', '.join(known)}")
-    ts = spacings.timesteps(schedule.T, steps, spacing) if timesteps is None else timesteps
-    return solver(schedule, ts, **options)
-
-
-class Affine(NamedTuple):
-    """A quantity that is p·x + q·out."""
-
-    p: Array
-    q: Array
-
-
-def _x0_from(A: Array, prediction: str) -> Affine:
-    match prediction:
-        case "epsilon":  # DDPM eq. 15
-            return Affine(1 / np.sqrt(A), -np.sqrt((1 - A) / A))
-        case "v":  # arXiv 2202.00512, section 4 and appendix D
-            return Affine(np.sqrt(A), -np.sqrt(1 - A))
-        case _:
-            return Affine(np.zeros_like(A), np.ones_like(A))
-
-
-def _eps_from(A: Array, prediction: str) -> Affine:
-    match prediction:
-        case "epsilon":
-            return Affine(np.zeros_like(A), np.ones_like(A))
-        case "v":
-            return Affine(np.sqrt(1 - A), np.sqrt(A))
-        case _:
-            return Affine(1 / np.sqrt(1 - A), -np.sqrt(A / (1 - A)))
-
-
-def _levels(schedule: Schedule, timesteps: Sequence[int], prediction: str) -> tuple[list[int], Array, Array]:
-    if prediction not in PREDICTIONS:
-        raise EpsrtError(f"prediction {prediction!r} is unknown: use one of {', '.join(PREDICTIONS)}")
-    ts = spacings.given(schedule.T, timesteps)
-    A = schedule.alpha_bar[ts]
-    if prediction == "epsilon" and A[0] <= 0:
-        raise EpsrtError(f"ε-prediction says nothing of x0 at t = {ts[0]}, where ᾱ = 0: use a v or x0 network")
-    return ts, A, np.append(A[1:], 1.0)
-
-
-def _clip(clip: float | None) -> float:
-    if clip is None:
-        return CLIP_OFF
-    if not 0 < clip < CLIP_OFF:
-        raise EpsrtError(f"clip = {clip} is not a positive bound: give one, or None for no clipping")
-    return float(clip)
+        if name in own or name in NETWORK_OPTIONS:
+            continue
+        takers = [other for other in METHODS if name in options_of(other)]
+        if not takers:
+            raise EpsrtError(f"{method} takes no option {name!r}: {one_of(name, [*own, *NETWORK_OPTIONS])}")
+        why = "is deterministic and " if METHODS[method].stochastic == "no" and name != "compatible" else ""
+        raise EpsrtError(f"{method} {why}takes no option {name!r}, which is for {', '.join(takers)}")
+    if timesteps is None:
+        if steps is None and not spacings.respaced(spacing):
+            steps = 50
+        timesteps = spacings.timesteps(schedule, steps, spacing, **of_spacing)
+    elif of_spacing:
+        raise EpsrtError(f"{next(iter(of_spacing))} is for a spacing, and the timesteps are given: leave one out")
+    return solver(schedule, timesteps, **options)

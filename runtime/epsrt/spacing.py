@@ -1,59 +1,169 @@
-"""Which timesteps a sampler visits: descending lists of t in [0, T). The previous t is always the next entry."""
+"""Which timesteps a sampler visits: descending lists of t in the schedule, whole or fractional."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import EpsrtError, one_of
+from epsrt.schedule import Array, Schedule
 
-Spacing = Literal["leading", "linspace", "trailing", "quadratic"]
-SPACINGS: tuple[Spacing, ...] = ("leading", "linspace", "trailing", "quadratic")
+# name -> its options
+SPACINGS: dict[str, tuple[str, ...]] = {
+    "leading": ("steps_offset", "shift"),
+    "linspace": ("shift",),
+    "trailing": ("shift",),
+    "quadratic": (),
+    "karras": ("sigma_min", "sigma_max", "rho"),
+    "exponential": ("sigma_min", "sigma_max"),
+    "lambda": ("lambda_min", "lambda_max"),
+}
+OPTIONS = tuple(dict.fromkeys(option for options in SPACINGS.values() for option in options))
+_RESPACING = re.compile(r"ddim([0-9]{1,7})|([0-9]{1,7}(?:,[0-9]{1,7})*)")
 
 
-def timesteps(T: int, steps: int, spacing: str = "trailing") -> list[int]:
-    """`steps` distinct timesteps of a schedule of T, from noisy to clean.
+def respaced(spacing: str) -> bool:
+    """Whether `spacing` is a respacing string (ddim25; 10,10,15), which says itself how many steps there are."""
+    return _RESPACING.fullmatch(spacing) is not None
 
-    leading    0, k, 2k, … with k = ⌊T/steps⌋ (DDPM's and DDIM's own; never reaches T − 1 unless steps = T)
-    linspace   T−1 … 0 in even, rounded strides
-    trailing   T−1, T−1−T/steps, … (arXiv 2305.08891, table 2: starts where training ended)
-    quadratic  ⌊c i²⌋ up to 0.8 T (arXiv 2010.02502, section D.2 and its code), moved up where two would coincide
 
-    Raises EpsrtError when `steps` is outside [1, T], or when it is 1 and the spacing would visit only t = 0.
+def timesteps(schedule: Schedule | int, steps: int | None, spacing: str = "trailing", **options: Any) -> list[float]:
+    """`steps` distinct timesteps of a schedule (or of any that has T = `schedule`), from noisy to clean.
+
+    leading      0, k, 2k, … with k = ⌊T/steps⌋ (DDPM's and DDIM's own; never reaches T − 1 unless steps = T), moved up
+                 by `steps_offset` (0)
+    linspace     T−1 … 0 in even, rounded strides
+    trailing     T−1, T−1−T/steps, … (arXiv 2305.08891, table 2: starts where training ended)
+    quadratic    ⌊c i²⌋ up to 0.8 T (arXiv 2010.02502, section D.2 and its code), moved up where two would coincide
+    karras       σ^(1/ρ) even from sigma_max to sigma_min, ρ = `rho` (7) (arXiv 2206.00364, eq. 5)
+    exponential  ln σ even from sigma_max to sigma_min
+    lambda       λ = ln(α/σ) even from lambda_min to lambda_max (arXiv 2206.00927, section 3.4)
+    ddim25       0, k, 2k, … with the k that gives 25; refused where none does (improved-diffusion's respacing)
+    10,10,15     the schedule in equal sections, so many even, rounded strides in each, the cleanest section first
+
+    Of a flow the first three are even in t and not rounded, and then shifted: s' = shift·s/(1 + (shift − 1)s), s = t/T
+    (arXiv 2403.03206, eq. 23). The σ of karras and exponential is that of α = 1, σ/α; by default the schedule's ends;
+    these and lambda visit fractional timesteps. Respacing strings take `steps` None or their own count.
+
+    Raises EpsrtError when `steps` is outside [1, T] (karras, exponential, lambda: below 1), for a range that leaves the
+    schedule, an option that the spacing does not take, or when it would visit only t = 0.
     """
+    if isinstance(schedule, (int, np.integer)):
+        schedule = Schedule("linear", T=int(schedule))
+    if respaced(spacing):
+        found = _respace(schedule.T, spacing)
+        if steps is not None and steps != len(found):
+            raise EpsrtError(f"spacing {spacing!r} has {len(found)} steps, not {steps}: leave steps out")
+        return [t + schedule.span[0] for t in found]
     if spacing not in SPACINGS:
-        raise EpsrtError(f"spacing {spacing!r} is unknown: use one of {', '.join(SPACINGS)}")
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= T:
-        raise EpsrtError(f"steps = {steps!r} is outside 1 … {T}, the steps that the schedule has")
-    if steps == 1 and T > 1 and spacing in ("leading", "quadratic"):
+        raise EpsrtError(f"spacing {spacing!r} is unknown: {one_of(spacing, SPACINGS)}, ddim25 or 10,10,15")
+    for name in options:
+        if name not in SPACINGS[spacing]:
+            takes = ", ".join(SPACINGS[spacing]) or "none"
+            raise EpsrtError(f"{spacing} spacing takes no option {name!r}; its options: {takes}")
+    even = spacing not in ("karras", "exponential", "lambda")
+    most = schedule.T if even else 1_000_000
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= most:
+        raise EpsrtError(
+            f"steps = {steps!r} is outside 1 … {most}{', the steps that the schedule has' if even else ''}"
+        )
+    if even:
+        return _even(schedule, int(steps), spacing, **options)
+    return _by_noise(schedule, int(steps), spacing, **options)
+
+
+def _even(schedule: Schedule, steps: int, spacing: str, steps_offset: int = 0, shift: float = 1.0) -> list[float]:
+    T, flow = schedule.T, schedule.kind == "flow"
+    if steps == 1 and T > 1 and spacing in ("leading", "quadratic") and not flow and not steps_offset:
         raise EpsrtError(f"{spacing} spacing with 1 step visits only t = 0, where nothing is left to do: use trailing")
+    if shift != 1 and not flow:
+        raise EpsrtError(f"shift = {shift} is for flow schedules; this one is {schedule.kind}")
+    if not 0 < shift < np.inf:
+        raise EpsrtError(f"shift = {shift} is not a positive number; 1 shifts nothing")
     up: NDArray[Any]
     match spacing:
         case "leading":
-            up = np.arange(steps) * (T // steps)
+            up = np.arange(steps) * (T // steps) + steps_offset
         case "linspace":
-            up = np.linspace(0, T - 1, steps).round() if steps > 1 else np.array([T - 1])
+            up = np.linspace(0, T - 1, steps) if steps > 1 else np.array([T - 1])
         case "trailing":
-            up = np.round(np.arange(T, 0, -T / steps)[:steps])[::-1] - 1
+            up = np.arange(T, 0, -T / steps)[:steps][::-1]
+            up = (up if flow else np.round(up)) - 1
         case _:
             rank = np.arange(steps)
             floors = 4 * T * rank**2 // (5 * max(steps - 1, 1) ** 2)  # in integers: in floats 800 may come out as 799
             up = rank + np.maximum.accumulate(floors - rank)
-    return [int(t) for t in up[::-1]]
+    if flow:
+        s = (up + 1) / T
+        return [float(t) for t in (T * (shift * s / (1 + (shift - 1) * s)))[::-1]]
+    return [int(t) for t in np.round(up)[::-1]]
 
 
-def given(T: int, ts: Sequence[int]) -> list[int]:
-    """Check an explicit list: integers in [0, T), strictly descending. Raises EpsrtError naming the first misfit."""
+def _by_noise(schedule: Schedule, steps: int, spacing: str, rho: float = 7.0, **ends: float) -> list[float]:
+    clean, noisy = (float(v) for v in np.log(schedule.snr[schedule.snr > 0][[0, -1]]) / 2)
+    lam = {"sigma_max": noisy, "lambda_min": noisy, "sigma_min": clean, "lambda_max": clean}
+    for name, value in ends.items():
+        if name.startswith("sigma"):
+            lam[name], low, high = -np.log(value) if value > 0 else np.nan, np.exp(-clean), np.exp(-noisy)
+        else:
+            lam[name], low, high = value, noisy, clean
+        if not noisy - 1e-9 <= lam[name] <= clean + 1e-9:
+            raise EpsrtError(f"{name} = {value:g} is outside {low:g} … {high:g}, the schedule's")
+    names = ("lambda_min", "lambda_max") if spacing == "lambda" else ("sigma_max", "sigma_min")
+    first, last = (lam[name] for name in names)
+    if first >= last:
+        raise EpsrtError(f"{spacing} spacing from σ = {np.exp(-first):g} to {np.exp(-last):g} does not descend")
+    ramp = np.linspace(0, 1, steps)
+    if spacing == "karras":
+        if not 0 < rho < np.inf:
+            raise EpsrtError(f"rho = {rho} is not a positive number: EDM's is 7")
+        high, low = np.exp(-first / rho), np.exp(-last / rho)  # σ^(1/ρ)
+        return [float(t) for t in schedule.t_at(-rho * np.log(high + ramp * (low - high)))]
+    return [float(t) for t in schedule.t_at(first + ramp * (last - first))]
+
+
+def _respace(T: int, text: str) -> list[int]:
+    """Timesteps by improved-diffusion's strings, descending."""
+    if text.startswith("ddim"):
+        count = int(text[4:])
+        strides = [k for k in range(1, T) if -(-T // k) == count]
+        if not strides:
+            raise EpsrtError(f"spacing {text!r}: no whole stride visits {count} of {T} timesteps: use leading")
+        return list(range(0, T, strides[0]))[::-1]
+    counts, up, start = [int(word) for word in text.split(",")], [], 0
+    for i, count in enumerate(counts):
+        size = T // len(counts) + (i < T % len(counts))
+        if not 1 <= count <= size:
+            raise EpsrtError(f"spacing {text!r}: {count} is outside 1 … {size}, the timesteps of section {i + 1}")
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        up += [start + round(rank) for rank in np.cumsum([0.0] + [stride] * (count - 1)).tolist()]
+        start += size
+    return up[::-1]
+
+
+def given(schedule: Schedule, ts: Sequence[float] | Array) -> Array:
+    """Check an explicit list: numbers in the schedule, strictly descending; float64 [len(ts)].
+
+    Raises EpsrtError naming the first misfit.
+    """
     if len(ts) == 0:
         raise EpsrtError("the list of timesteps is empty: give at least one")
-    for i, t in enumerate(ts):
-        number = isinstance(t, (int, float, np.integer, np.floating)) and not isinstance(t, bool)
-        if not number or not 0 <= t < T or int(t) != t:
-            raise EpsrtError(f"timestep {t!r} is not an integer in 0 … {T - 1}")
-        if i and t >= ts[i - 1]:
-            why = "appears twice" if t == ts[i - 1] else f"comes after {ts[i - 1]}"
-            raise EpsrtError(f"timestep {t} {why}: timesteps must descend, from noisy to clean")
-    return [int(t) for t in ts]
+    low, high = schedule.span
+    values = np.asarray(ts)
+    if values.ndim != 1 or values.dtype.kind not in "iuf":
+        odd = next((t for t in ts if isinstance(t, bool) or not isinstance(t, (int, float, np.number))), ts)
+        raise EpsrtError(f"timestep {odd!r} is not a number in {low} … {high}")
+    values = values.astype(np.float64)
+    inside = (values <= high) & (values > 0 if schedule.kind == "flow" else values >= low)
+    if not inside.all():
+        raise EpsrtError(f"timestep {ts[int(np.argmin(inside))]!r} is not a number in {low} … {high}")
+    down = np.diff(values) < 0
+    if not down.all():
+        i = int(np.argmin(down)) + 1
+        why = "appears twice" if values[i] == values[i - 1] else f"comes after {ts[i - 1]}"
+        raise EpsrtError(f"timestep {ts[i]} {why}: timesteps must descend, from noisy to clean")
+    return values

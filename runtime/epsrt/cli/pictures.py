@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ def check_target(path: Path, channels: int) -> None:
         raise EpsrtError(f"--out {path} exists and is not an empty folder: choose another name")
     if path.resolve() == Path.cwd():
         raise EpsrtError(f"--out {path} is the folder you are in: choose another name")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file where a directory is, and a place that cannot be written to."""
     if path.suffix and path.is_dir():
         raise EpsrtError(f"--out {path} is a directory: choose another name")
     there = next(p for p in path.resolve().parents if p.exists())
@@ -47,6 +53,17 @@ def save(path: Path, samples: NDArray[np.float32], images: NDArray[np.uint8], **
             with whole_directory(path) as beside:
                 for i, image in enumerate(images):
                     picture(image).save(beside / f"{i:0{len(str(len(images) - 1))}d}.png")
+
+
+def read_samples(path: Path) -> NDArray[Any]:
+    """The samples of an .npz that `save` wrote. Raises EpsrtError when it is another file."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return np.asarray(file["samples"])
+    except FileNotFoundError:
+        raise EpsrtError(f"{path} does not exist: give the .npz that epsrt sample --out wrote") from None
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise EpsrtError(f"{path} holds no samples ({error}): give the .npz that epsrt sample --out wrote") from None
 
 
 def picture(image: NDArray[np.uint8]) -> Image.Image:

@@ -11,7 +11,7 @@ import numpy as np
 import typer
 from typer import Option
 
-from epsrt.cli import show
+from epsrt.cli import planning, show
 from epsrt.errors import EpsrtError
 
 EXAMPLES = """\
@@ -21,6 +21,8 @@ epsrt sample out/digits.epsrt --steps 50 --labels 0,1,2,3,4,5,6,7,8,9 --seed 1 -
 
 epsrt sample out/digits.epsrt --method ddpm --steps 1000 -n 64 --labels 7 --out sevens.npz
 
+epsrt sample out/digits.epsrt --method dpmpp-2m --steps 10 --spacing karras --set rho=5
+
 epsrt sample out/digits.epsrt -n 500 --eta 0.5 --out folder/ --json
 """
 
@@ -29,18 +31,23 @@ ON_GPU = 10  # steps between two looks at a GPU, at least: it takes them in chun
 
 def sample(
     bundle: show.BundleArgument,
-    method: Annotated[str, Option(help="The sampler: ddpm or ddim.")] = "ddim",
-    steps: Annotated[int, Option(help="How many, 1 to the schedule's T.")] = 50,
+    method: planning.MethodOption = "ddim",
+    steps: planning.StepsOption = None,
     n: Annotated[int | None, Option("-n", help="How many images; by default one a label, or 10.")] = None,
     labels: Annotated[
         str | None, Option(help="Classes, by number or name: one for all, or one an image, with commas.")
     ] = None,
     seed: Annotated[int, Option(help="0 to 2^64 − 1. The same seed gives the same images, everywhere.")] = 0,
     first: Annotated[int, Option(help="Index of the first image: continues an earlier run of this seed.")] = 0,
-    eta: Annotated[float | None, Option(help="DDIM's η: 0 deterministic (default), 1 as noisy as DDPM.")] = None,
-    variance: Annotated[str | None, Option(help="DDPM's: fixed_small (default) or fixed_large.")] = None,
-    spacing: Annotated[str, Option(help="Which timesteps: leading, linspace, trailing or quadratic.")] = "trailing",
-    clip: Annotated[bool, Option(help="Bound the estimate of x0 to the value range in each step.")] = True,
+    init: Annotated[
+        Path | None, Option(help="Images to begin from, .npz as this command writes it: for ddim-inversion.")
+    ] = None,
+    spacing: planning.SpacingOption = "trailing",
+    timesteps: planning.TimestepsOption = None,
+    eta: planning.EtaOption = None,
+    variance: planning.VarianceOption = None,
+    clip: planning.ClipOption = None,
+    more: planning.SetOption = None,
     out: Annotated[Path, Option("--out", "-o", help=".png: a grid; .npz; no suffix: a folder of PNGs.")] = Path(
         "samples.png"
     ),
@@ -55,35 +62,37 @@ def sample(
     from epsrt.bundle import Bundle
     from epsrt.cli import pictures
     from epsrt.engines import open_engine
-    from epsrt.sampler import Sampler
+    from epsrt.sampler import Sampler, plan_of
 
     opened = Bundle.open(bundle)
     classes = _labels(labels, opened.manifest.class_names)
+    images_of = None if init is None else pictures.read_samples(init)
+    if n is None and images_of is not None:
+        n = len(images_of)
     if n is None:
         n = len(classes) if classes is not None and len(classes) > 1 else 10
     pictures.check_target(out, opened.manifest.shape[0])
-    options = {"eta": eta, "variance": variance}
-    given: dict[str, object] = {name: value for name, value in options.items() if value is not None}
-    if not clip:
-        given["clip"] = None
+    bound = opened.manifest.clip
+    plan = plan_of(
+        opened.manifest, method, steps, **planning.options(spacing, timesteps, eta, variance, clip, bound, more)
+    )
     with show.progress() as tell:
         running = open_engine(
             opened, engine, precision=precision, threads=threads, trust_engines=trust_engines, on_progress=tell
         )
     with Sampler(running) as sampler:
         chosen = classes[0] if classes is not None and len(classes) == 1 else classes
-        plan = sampler.plan(method, steps, spacing=spacing, **given)
         begin = time.perf_counter()
         with show.progress() as tell:
             samples = sampler.sample(
-                n, plan=plan, seed=seed, first=first, labels=chosen, batch=batch,
-                on_step=lambda done, total: tell(f"{method}-{len(plan)}", done / total),
+                n, plan=plan, seed=seed, first=first, labels=chosen, init=images_of, batch=batch,
+                on_step=lambda done, total: tell(f"{plan.name}-{len(plan)}", done / total),
                 every=max(1 if running.device == "cpu" else ON_GPU, len(plan) // 50),
             )  # fmt: skip
         seconds = time.perf_counter() - begin
         images = sampler.to_images(samples)
         report = {
-            "out": str(out), "n": n, "method": method, "steps": len(plan), "seed": seed, "first": first,
+            "out": str(out), "n": n, "method": plan.name, "steps": len(plan), "seed": seed, "first": first,
             "labels": classes, "engine": sampler.engine.name, "precision": sampler.engine.precision,
             "seconds": round(seconds, 4), "images_per_second": round(n / seconds, 2),
             "bundle": opened.manifest.digest,
@@ -96,7 +105,7 @@ def sample(
         show.print_json(report)
     else:
         typer.echo(
-            f"{out}: {n} images, {method} in {len(plan)} steps on {report['engine']} {report['precision']}, "
+            f"{out}: {n} images, {plan.name} in {len(plan)} steps on {report['engine']} {report['precision']}, "
             f"{seconds:.2f} s, {n / seconds:.1f} images/s"
         )
 

@@ -1,0 +1,119 @@
+"""epsrt plan: a sampler as its table, and drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import numpy as np
+import typer
+from typer import Option
+
+from epsrt.cli import planning, show
+from epsrt.errors import EpsrtError
+from epsrt.levels import PREDICTIONS
+from epsrt.plan import CLIP_OFF, COLUMNS, DEFAULTS, Plan
+from epsrt.schedule import Kind, Schedule
+from epsrt.solvers import METHODS, make, options_of
+
+EXAMPLES = """\
+[bold]Examples[/]
+
+epsrt plan --list
+
+epsrt plan --method dpmpp-2m --steps 20 --spacing karras --out plan.png
+
+epsrt plan --method ddpm --steps 1000 --bundle out/digits.epsrt --json
+
+epsrt plan --method heun --schedule ve --prediction edm --spacing karras --steps 18 --set s_churn=40
+"""
+
+
+def plan(
+    method: planning.MethodOption = "ddim",
+    steps: planning.StepsOption = None,
+    bundle: Annotated[
+        Path | None, Option("--bundle", "-b", help="Take schedule, prediction and clip from it.", show_default=False)
+    ] = None,
+    schedule: Annotated[
+        str | None, Option(help=f"Without a bundle: {', '.join(k for k in get_args(Kind) if k != 'given')} (linear).")
+    ] = None,
+    prediction: Annotated[
+        str | None, Option(help=f"Without a bundle, what the network returns: {', '.join(PREDICTIONS)} (epsilon).")
+    ] = None,
+    spacing: planning.SpacingOption = "trailing",
+    timesteps: planning.TimestepsOption = None,
+    eta: planning.EtaOption = None,
+    variance: planning.VarianceOption = None,
+    clip: planning.ClipOption = None,
+    more: planning.SetOption = None,
+    out: Annotated[Path | None, Option("--out", "-o", help="Also draw it: .png or .svg.")] = None,
+    listed: Annotated[bool, Option("--list", help="List every method, and stop.")] = False,
+    as_json: show.JsonOption = False,
+) -> None:
+    """Show a sampler's table: one row a network evaluation. Or list the samplers."""
+    if listed:
+        _list(as_json)
+        return
+    if out is not None:
+        from epsrt.cli import charts
+
+        charts.check_target(out)
+    if bundle is not None:
+        if schedule is not None or prediction is not None:
+            raise EpsrtError("--bundle says which schedule and prediction: leave --schedule and --prediction out")
+        from epsrt.bundle import Bundle
+        from epsrt.sampler import plan_of
+
+        m = Bundle.open(bundle).manifest
+        given = planning.options(spacing, timesteps, eta, variance, clip, m.clip, more)
+        visited, prediction, made = m.schedule, m.prediction, plan_of(m, method, steps, **given)
+    else:
+        visited = Schedule(schedule or "linear")  # type: ignore[arg-type]
+        given = planning.options(spacing, timesteps, eta, variance, clip, 1.0, more)
+        made = make(method, visited, steps=steps, **{"prediction": prediction or "epsilon", **given})
+    t = visited.t_at(-4 * made["t"]) if prediction == "edm" else made["t"]  # edm is told ¼ ln σ
+    alpha, sigma = visited.at(t)
+    if out is not None:
+        title = f"{made.name}, {len(made)} rows, {spacing if timesteps is None else 'given'} timesteps"
+        charts.save(charts.plan(visited, t, title), out)
+    with np.errstate(divide="ignore"):
+        log_snr = np.log(alpha / sigma)
+    used = [name for name in COLUMNS if name == "t" or np.any(made[name] != DEFAULTS[name])]
+    if as_json:
+        rows = [dict(zip(COLUMNS, row, strict=True)) for row in made.table.tolist()]
+        show.print_json({
+            "method": made.name, "start": list(made.start), "stochastic": made.stochastic,
+            "timesteps": np.asarray(t).tolist(), "alpha": alpha.tolist(), "sigma": sigma.tolist(), "rows": rows,
+        })  # fmt: skip
+        return
+    show.out().print(_table(made, used, log_snr), "")
+    begin = " + ".join(f"{k:.6g}·{what}" for k, what in zip(made.start, ("init", "z"), strict=True) if k)
+    where = f"; {out}" if out is not None else ""
+    typer.echo(f"{made.name}: {len(made)} rows, x begins as {begin}; other columns hold their defaults{where}")
+
+
+def _table(made: Plan, used: list[str], log_snr: Any) -> Any:
+    table = show.table(f"Plan {made.name}", "row", "λ", *used, right=("row", "λ", *used))
+    for i in range(len(made)):
+        cells = ["off" if n == "clip" and made[n][i] == CLIP_OFF else f"{made[n][i] + 0.0:.6g}" for n in used]
+        table.add_row(str(i), f"{log_snr[i]:.4g}", *cells)
+    return table
+
+
+def _list(as_json: bool) -> None:
+    if as_json:
+        show.print_json([
+            {
+                "method": name, "order": m.order, "evaluations_a_step": m.evaluations, "stochastic": m.stochastic,
+                "options": {k: v if v != np.inf else None for k, v in options_of(name).items()}, "paper": m.paper,
+            }
+            for name, m in METHODS.items()
+        ])  # fmt: skip
+        return
+    table = show.table("Methods", "method", "order", "evaluations", "stochastic", "options", "paper")
+    for name, m in METHODS.items():
+        options = ", ".join(f"{k}={v}" for k, v in options_of(name).items())
+        stochastic = m.stochastic if m.stochastic in ("no", "yes") else f"{m.stochastic} > 0"
+        table.add_row(name, str(m.order), m.evaluations, stochastic, options, m.paper)
+    show.out().print(table)

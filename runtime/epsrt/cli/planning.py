@@ -1,0 +1,81 @@
+"""How a command's options become a plan: shared by epsrt plan and epsrt sample."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Annotated, Any
+
+from typer import Option
+
+from epsrt.errors import EpsrtError
+from epsrt.solvers import METHODS
+from epsrt.spacing import SPACINGS
+
+MethodOption = Annotated[str, Option(help=f"The sampler: {', '.join(METHODS)}; see epsrt plan --list.")]
+StepsOption = Annotated[int | None, Option(help="How many; by default 50, or what a respacing string says.")]
+SpacingOption = Annotated[
+    str, Option(help=f"Which timesteps: {', '.join(SPACINGS)}, or a respacing string: ddim25; 10,10,15.")
+]
+TimestepsOption = Annotated[
+    str | None, Option(help="Explicit ones instead, descending, with commas: 999,640,300,120.", show_default=False)
+]
+EtaOption = Annotated[float | None, Option(help="η of ddim (default 0) and euler-ancestral (1), 0 to 1.")]
+VarianceOption = Annotated[
+    str | None,
+    Option(
+        help="ddpm's: fixed_small, fixed_large, either with _log, learned, learned_range; by default the network's."
+    ),
+]
+ClipOption = Annotated[
+    bool | None,
+    Option(help="Bound the estimate of x0 to the value range in each step, or not; by default the method's."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    Option(
+        "--set", "-s", metavar="NAME=VALUE", show_default=False,
+        help="Another option of the method or spacing, e.g. s_churn=20, rho=5, compatible=diffusers; may be repeated.",
+    ),
+]  # fmt: skip
+
+
+def options(
+    spacing: str, timesteps: str | None, eta: float | None, variance: str | None, clip: bool | None, bound: float,
+    more: list[str] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The keyword arguments of epsrt.solvers.make; `bound` is what --clip clips to."""
+    found: dict[str, Any] = {"spacing": spacing}
+    if timesteps is not None:
+        found["timesteps"] = _numbers(timesteps)
+    for name, value in (("eta", eta), ("variance", variance)):
+        if value is not None:
+            found[name] = value
+    if clip is not None:
+        found["clip"] = bound if clip else None
+    for text in more or ():
+        name, equals, value = text.partition("=")
+        name = name.strip()
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise EpsrtError(f"--set {text!r} is not of the form NAME=VALUE")
+        if name in ("method", "schedule", "steps") or name in found:
+            raise EpsrtError(f"--set {text!r}: {name} has an option of its own, or was given twice")
+        found[name] = _value(value.strip())
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, (bool, int, float)) or value is None else text
+
+
+def _numbers(text: str) -> list[float]:
+    found = []
+    for word in text.split(","):
+        if not re.fullmatch(r"\s*-?[0-9]{1,9}(\.[0-9]{1,18})?\s*", word):
+            raise EpsrtError(f"--timesteps: {word!r} is not a number")
+        found.append(float(word))
+    return found

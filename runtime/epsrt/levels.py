@@ -1,0 +1,177 @@
+"""Levels: the noise levels that a sampler visits, and how the network's output is read at each.
+
+At each row x = α·x0 + σ·ε. α', σ' are those of the next row; α' = 1 and σ' = 0 after the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epsrt import spacing
+from epsrt.errors import EpsrtError, one_of
+from epsrt.plan import CLIP_OFF
+from epsrt.schedule import Array, Schedule
+
+Prediction = Literal["epsilon", "x0", "v", "score", "edm", "velocity"]
+PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "x0", "v", "score", "edm", "velocity")
+AT_PURE_NOISE = ("x0", "v", "velocity")  # the others say nothing of x0 where α = 0
+
+
+class Network(TypedDict, total=False):
+    """What every solver takes besides its own options.
+
+    prediction  what the network returns (epsilon)
+                epsilon   ε (arXiv 2006.11239, eq. 11)
+                x0        the clean image
+                v         α·ε − σ·x0 (arXiv 2202.00512, appendix D)
+                score     ∇ log p(x) = −ε/σ (arXiv 2011.13456)
+                edm       F, with x0 = c_skip·x + c_out·F(c_in·x, ¼ ln σ) (arXiv 2206.00364, eq. 7 and table 1), for
+                          α = 1; elsewhere x and σ are divided by α first
+                velocity  ε − x0, which is dx/ds where α = 1 − s, σ = s (arXiv 2209.03003)
+    sigma_data  of edm: the standard deviation of the data (0.5)
+    clip        x0 is bounded to [−clip, clip] (1.0, but see the method); None: not bounded
+    """
+
+    prediction: str
+    sigma_data: float
+    clip: float | None
+
+
+class Affine(NamedTuple):
+    """A quantity that is p·x + q·out."""
+
+    p: Array
+    q: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """Rows of equal length [S]: timesteps, signal and noise, here and next; x is `scale` times the network's own."""
+
+    schedule: Schedule
+    t: Array
+    alpha: Array
+    sigma: Array
+    alpha_next: Array
+    sigma_next: Array
+    scale: Array
+    prediction: str
+    sigma_data: float
+    clip: float
+
+    @property
+    def ratio(self) -> Array:
+        """ρ = ασ'/(α'σ) = exp(λ − λ'), in [0, 1)."""
+        return self.alpha * self.sigma_next / (self.alpha_next * self.sigma)
+
+    @property
+    def noise(self) -> float:
+        """x begins as noise·z."""
+        first = 1.0 if self.schedule.preserves_variance else float(self.sigma[0] / self.scale[0])
+        return first * float(self.scale[0])
+
+    @property
+    def x0(self) -> Affine:
+        """The network's estimate of the clean image."""
+        one, zero = np.ones_like(self.alpha), np.zeros_like(self.alpha)
+        alpha, sigma = self.alpha, self.sigma
+        match self.prediction:
+            case "epsilon":  # DDPM eq. 15
+                return Affine(one / alpha, -sigma / alpha)
+            case "x0":
+                return Affine(zero, one)
+            case "v":
+                a, s = alpha / self.scale, sigma / self.scale
+                return Affine(a / (a**2 + s**2) / self.scale, -s / (a**2 + s**2))
+            case "score":  # Tweedie: x0 = (x + σ² score)/α, the score being that of the network's x
+                return Affine(one / alpha, sigma**2 / (alpha * self.scale))
+            case "edm":
+                s = sigma / alpha
+                total = s**2 + self.sigma_data**2
+                return Affine(self.sigma_data**2 / total / alpha, s * self.sigma_data / np.sqrt(total))
+            case _:
+                a, s = alpha / self.scale, sigma / self.scale
+                return Affine(one / (a + s) / self.scale, -s / (a + s))
+
+    @property
+    def epsilon(self) -> Affine:
+        """The network's estimate of the noise in x."""
+        one, zero = np.ones_like(self.alpha), np.zeros_like(self.alpha)
+        a, s = self.alpha / self.scale, self.sigma / self.scale
+        match self.prediction:
+            case "epsilon":
+                return Affine(zero, one)
+            case "v":
+                return Affine(s / (a**2 + s**2) / self.scale, a / (a**2 + s**2))
+            case "score":
+                return Affine(zero, -s)
+            case "velocity":
+                return Affine(one / (a + s) / self.scale, a / (a + s))
+        p, q = self.x0
+        return Affine((1 - self.alpha * p) / self.sigma, -self.alpha * q / self.sigma)
+
+    def columns(self) -> dict[str, Array]:
+        """The network's part of a plan: t, in_scale, p, q, clip."""
+        t, in_scale = self.t, 1 / self.scale
+        if self.prediction == "edm":
+            s = self.sigma / self.alpha
+            t, in_scale = np.log(s) / 4, 1 / np.sqrt(s**2 + self.sigma_data**2) / self.alpha
+        p, q = self.x0
+        return {"t": t, "in_scale": in_scale, "p": p, "q": q, "clip": np.full_like(t, self.clip)}
+
+    def take(self, rows: slice | NDArray[np.integer[Any]]) -> Levels:
+        """Some of the rows."""
+        here = self.t[rows], self.alpha[rows], self.sigma[rows], self.alpha_next[rows], self.sigma_next[rows]
+        return Levels(self.schedule, *here, self.scale[rows], self.prediction, self.sigma_data, self.clip)
+
+    def moved(self, log_snr: Array) -> Levels:
+        """The rows with x at other levels, in the network's own units; what comes next stays as it is."""
+        t, alpha, sigma = self.schedule.level(log_snr)
+        return replace(self, t=t, alpha=alpha, sigma=sigma, scale=np.ones_like(alpha))
+
+    def exploding(self, method: str) -> Levels:
+        """x in units of α: α = 1 and σ grows without bound. Raises EpsrtError where the network's α is 0."""
+        if np.any(self.alpha == 0):
+            raise EpsrtError(
+                f"{method} works in σ/α, which is infinite at t = {self.t[0]:g}, where α = 0: use ddim or dpmpp-2m, or "
+                "timesteps that begin later (spacing leading)"
+            )
+        return self._scaled(1 / self.alpha, 1 / self.alpha_next)
+
+    def straight(self) -> Levels:
+        """x in units of α + σ: then α = 1 − s, σ = s, the straight path of flow matching."""
+        return self._scaled(1 / (self.alpha + self.sigma), 1 / (self.alpha_next + self.sigma_next))
+
+    def _scaled(self, here: Array, after: Array) -> Levels:
+        return replace(
+            self, alpha=self.alpha * here, sigma=self.sigma * here, alpha_next=self.alpha_next * after,
+            sigma_next=self.sigma_next * after, scale=self.scale * here,
+        )  # fmt: skip
+
+
+def visit(schedule: Schedule, timesteps: Sequence[float] | Array, **network: Unpack[Network]) -> Levels:
+    """The levels of descending timesteps. Raises EpsrtError for what does not fit the schedule or the network."""
+    prediction, sigma_data = network.get("prediction", "epsilon"), network.get("sigma_data", 0.5)
+    if prediction not in PREDICTIONS:
+        raise EpsrtError(f"prediction {prediction!r} is unknown: {one_of(str(prediction), PREDICTIONS)}")
+    if not 0 < sigma_data < np.inf:
+        raise EpsrtError(f"sigma_data = {sigma_data} is not a positive number: EDM's is 0.5")
+    t = spacing.given(schedule, timesteps)
+    alpha, sigma = schedule.at(t)
+    if alpha[0] == 0 and prediction not in AT_PURE_NOISE:
+        name, level = ("ε", "ᾱ") if prediction == "epsilon" else (prediction, "α")
+        raise EpsrtError(
+            f"{name}-prediction says nothing of x0 at t = {t[0]:g}, where {level} = 0: use a v or x0 network"
+        )
+    clip = network.get("clip", 1.0)
+    if clip is not None and not 0 < clip < CLIP_OFF:
+        raise EpsrtError(f"clip = {clip} is not a positive bound: give one, or None for no clipping")
+    return Levels(
+        schedule, t, alpha, sigma, np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0), np.ones_like(alpha),
+        prediction, sigma_data, CLIP_OFF if clip is None else float(clip),
+    )  # fmt: skip
