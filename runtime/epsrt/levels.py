@@ -164,10 +164,9 @@ def visit(schedule: Schedule, timesteps: Sequence[float] | Array, **network: Unp
     t = spacing.given(schedule, timesteps)
     alpha, sigma = schedule.at(t)
     if alpha[0] == 0 and prediction not in AT_PURE_NOISE:
-        name, level = ("ε", "ᾱ") if prediction == "epsilon" else (prediction, "α")
-        raise EpsrtError(
-            f"{name}-prediction says nothing of x0 at t = {t[0]:g}, where {level} = 0: use a v or x0 network"
-        )
+        name = "ε" if prediction == "epsilon" else prediction
+        where = f"t = {t[0]:g}, where {'ᾱ' if schedule.preserves_variance else 'α'} = 0"
+        raise EpsrtError(f"{name}-prediction says nothing of x0 at {where}: use a v or x0 network")
     clip = network.get("clip", 1.0)
     if clip is not None and not 0 < clip < CLIP_OFF:
         raise EpsrtError(f"clip = {clip} is not a positive bound: give one, or None for no clipping")

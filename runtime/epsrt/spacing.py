@@ -104,7 +104,10 @@ def _even(schedule: Schedule, steps: int, spacing: str, steps_offset: int = 0, s
 
 
 def _by_noise(schedule: Schedule, steps: int, spacing: str, rho: float = 7.0, **ends: float) -> list[float]:
-    clean, noisy = (float(v) for v in np.log(schedule.snr[schedule.snr > 0][[0, -1]]) / 2)
+    finite = schedule.snr[schedule.snr > 0]
+    if not finite.size:
+        raise EpsrtError(f"{spacing} spacing needs a noise level below infinity, and this schedule has none")
+    clean, noisy = (float(v) for v in np.log(finite[[0, -1]]) / 2)
     lam = {"sigma_max": noisy, "lambda_min": noisy, "sigma_min": clean, "lambda_max": clean}
     for name, value in ends.items():
         if name.startswith("sigma"):
@@ -115,7 +118,7 @@ def _by_noise(schedule: Schedule, steps: int, spacing: str, rho: float = 7.0, **
             raise EpsrtError(f"{name} = {value:g} is outside {low:g} … {high:g}, the schedule's")
     names = ("lambda_min", "lambda_max") if spacing == "lambda" else ("sigma_max", "sigma_min")
     first, last = (lam[name] for name in names)
-    if first >= last:
+    if first >= last and steps > 1:
         raise EpsrtError(f"{spacing} spacing from σ = {np.exp(-first):g} to {np.exp(-last):g} does not descend")
     ramp = np.linspace(0, 1, steps)
     if spacing == "karras":

@@ -140,7 +140,13 @@ def test_nobody_can_change_a_schedule(name):
         ({"beta_end": math.nan}, "= nan is outside"),
         ({"beta_end": math.inf}, "is outside"),
         ({"kind": "scaled-linear", "beta_start": -1e-4}, r"beta\[0\] = -0.0001"),
-        ({"kind": "given", "T": 2, "betas": (0.1, 1.0)}, r"beta\[1\] = 1 is outside"),
+        ({"kind": "given", "T": 2, "betas": (1.0, 0.1)}, r"beta\[0\] = 1 is outside"),
+        ({"kind": "given", "T": 1, "betas": (1.0,)}, r"beta\[0\] = 1 is outside"),
+        ({"kind": "ve", "sigma_min": 0.0}, "a ve schedule needs 0 < sigma_min < sigma_max and T ≥ 2, not 0, 80"),
+        ({"kind": "ve", "sigma_min": 90.0}, "a ve schedule needs 0 < sigma_min < sigma_max"),
+        ({"kind": "ve", "sigma_max": math.inf}, "a ve schedule needs 0 < sigma_min < sigma_max"),
+        ({"kind": "ve", "T": 1}, "a ve schedule needs .* and 1"),
+        ({"kind": "flow", "zero_snr": True}, "a flow schedule takes no zero_snr"),
         ({"kind": "given", "T": 2, "betas": (0.1, 1.0), "zero_snr": True}, r"beta\[1\] = 1 is outside"),
     ],
 )
@@ -159,3 +165,88 @@ def test_given_takes_a_list(betas):
 def test_given_without_betas_is_refused():
     with pytest.raises(EpsrtError, match="a given schedule needs betas"):
         Schedule.given([])
+
+
+def test_a_last_beta_of_one_is_zero_snr():
+    """As diffusers stores its rescaled betas."""
+    betas = rescale_zero_terminal_snr(torch.linspace(1e-4, 0.02, 50, dtype=torch.float64))
+    schedule = Schedule.given(betas)
+    assert schedule.alpha_bar[-1] == schedule.snr[-1] == 0
+    np.testing.assert_allclose(schedule.alpha_bar, Schedule(T=50, zero_snr=True).alpha_bar, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("schedule", [Schedule("cosine", 300), Schedule(T=40, zero_snr=True)])
+def test_a_schedule_from_its_alpha_bar(schedule):
+    made = Schedule.of_alpha_bar(schedule.alpha_bar)
+    assert made.T == schedule.T
+    np.testing.assert_allclose(made.alpha_bar, schedule.alpha_bar, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("bar", "message"),
+    [
+        ([0.9, 0.95, 0.1], r"alpha_bar\[1\] = 0.95 is not below the one before it, 0.9"),
+        ([0.9, 0.5, 0.5], r"alpha_bar\[2\] = 0.5 is not below the one before it, 0.5"),
+        ([1.0, 0.5], r"alpha_bar\[0\] = 1 is outside \(0, 1\)"),
+        ([1.2, 0.5], r"alpha_bar\[0\] = 1.2 is outside"),
+        ([0.9, 0.0, 0.0], r"alpha_bar\[1\] = 0 is outside \(0, 1\): only the last may be 0"),
+        ([0.9, -0.1], r"alpha_bar\[1\] = -0.1 is outside"),
+        ([0.9, math.nan, 0.1], r"alpha_bar\[1\] = nan is outside"),
+        ([], "alpha_bar must be a list"),
+        (0.5, "alpha_bar must be a list"),
+    ],
+)
+def test_alpha_bar_that_does_not_decrease_or_leaves_its_range_is_refused(bar, message):
+    with pytest.raises(EpsrtError, match=message):
+        Schedule.of_alpha_bar(bar)
+
+
+def test_ve_is_geometric_and_flow_is_straight():
+    alpha, sigma = Schedule("ve", 5, sigma_min=0.01, sigma_max=100).at(np.arange(5))
+    assert alpha.tolist() == [1] * 5
+    np.testing.assert_allclose(sigma, [0.01, 0.1, 1, 10, 100], rtol=1e-12)
+    alpha, sigma = Schedule("flow", 10).at([10, 5, 2.5])
+    assert alpha.tolist() == [0, 0.5, 0.75]
+    assert sigma.tolist() == [1, 0.5, 0.25]
+    np.testing.assert_allclose(Schedule("ve").snr, Schedule("ve").at(np.arange(1000))[1] ** -2)
+    assert Schedule("flow", 4).snr[-1] == 0
+
+
+@pytest.mark.parametrize("kind", ["ve", "flow"])
+def test_what_has_no_betas_says_so(kind):
+    for name in ("alpha_bar", "beta"):
+        with pytest.raises(EpsrtError, match=f"a {kind} schedule has no betas and no ᾱ: use at"):
+            getattr(Schedule(kind), name)
+
+
+@pytest.mark.parametrize("schedule", [Schedule(), Schedule("cosine", 77), Schedule("ve", 50), Schedule("flow", 20)])
+def test_timesteps_and_log_snr_invert_each_other(schedule):
+    low, high = schedule.span
+    t = np.append(np.linspace(low, high - 1, 63), [low, high - 1])
+    alpha, sigma = schedule.at(t)
+    np.testing.assert_allclose(schedule.t_at(np.log(alpha / sigma)), t, rtol=0, atol=1e-8)
+    t2, alpha2, sigma2 = schedule.level(np.log(alpha / sigma))
+    for mine, want in ((t2, t), (alpha2, alpha), (sigma2, sigma)):
+        np.testing.assert_allclose(mine, want, rtol=1e-7, atol=1e-8)
+
+
+def test_between_timesteps_log_snr_is_linear():
+    schedule = Schedule(T=100)
+    lam = np.log(schedule.snr) / 2
+    alpha, sigma = schedule.at([30.25])
+    assert np.log(alpha / sigma)[0] == pytest.approx(0.75 * lam[30] + 0.25 * lam[31], abs=1e-12)
+    assert alpha**2 + sigma**2 == pytest.approx(1)
+    np.testing.assert_array_equal(schedule.at([30])[0] ** 2, np.sqrt(schedule.alpha_bar[[30]]) ** 2)
+
+
+def test_beyond_its_ends_the_timestep_stays():
+    for schedule in (Schedule(), Schedule("ve"), Schedule("flow")):
+        assert schedule.t_at([-40.0, 40.0]).tolist() == list(schedule.span[::-1])
+
+
+def test_between_the_last_two_levels_of_zero_snr_there_is_none():
+    zero = Schedule(T=50, zero_snr=True)
+    assert zero.at([49])[0] == 0
+    assert zero.at([47.5])[0] > 0
+    with pytest.raises(EpsrtError, match="t between 48 and 49, where ᾱ = 0, has no level"):
+        zero.at([48.5])
