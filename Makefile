@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Both work in .venv, which they make.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := cpu,export,train,cli,tensorrt-rtx,dev
+EXTRAS := cpu,export,train,cli,charts,tensorrt-rtx,dev
 
 .PHONY: demo test lint bench gpu clean
 

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from epsrt import Bundle, Engine, Sampler, Schedule, open_engine
-from helpers import T, tiny, unet, unet_config
+from helpers import T, learned, tiny, unet, unet_config
 
 SCHEDULE = Schedule(T=T, beta_start=1e-3, beta_end=0.2)  # the linear schedule of 1,000 steps, in 100
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -76,6 +76,16 @@ def small_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     out = tmp_path_factory.mktemp("small") / "small.epsrt"
     return export_network(tiny(seed=3), SCHEDULE, out, shape=(1, 8, 8), precisions=("fp32",), max_batch=4).path
+
+
+@pytest.fixture(scope="session")
+def learned_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unconditional bundle, [2, 8, 8], with a learned variance and dynamic thresholding, FP32 and FP16."""
+    from epsrt_export import export_network
+
+    out = tmp_path_factory.mktemp("learned") / "learned.epsrt"
+    options = {"shape": (2, 8, 8), "max_batch": 4, "variance": "learned_range", "thresholding": (0.9, 1.5)}
+    return export_network(learned(seed=5, channels=2), SCHEDULE, out, **options).path
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def _outputs(network: nn.Module, generator: torch.Generator) -> Tensor:
     x = torch.randn(64, *network.shape_in, generator=generator)
     t = torch.linspace(0, T - 1, 64).round()
     label = (torch.arange(64) % network.classes_in,) if network.classes_in else ()
-    return network(x, t, *label)
+    return network(x, t, *label)[:, : network.shape_in[0]]  # a learned variance follows
 
 
 def unet(seed: int = 0, channels: int = 1, classes: int = 0, **more: Any) -> nn.Module:
@@ -78,17 +78,37 @@ class Tiny(nn.Module):
         self.middle = nn.Conv2d(width, width, 3, padding=1)
         self.head = nn.Conv2d(width, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    def features(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         condition = self.time_embed(t.long())
         if self.label_embed is not None:
             condition = condition + self.label_embed(label)
         h = self.stem(x)
-        h = h + torch.tanh(self.middle(self.norm(h) + condition[:, :, None, None].to(h.dtype)))
-        return self.head(h) + 0.7 * x  # like a trained ε: without it, most samples end at the clip
+        return h + torch.tanh(self.middle(self.norm(h) + condition[:, :, None, None].to(h.dtype)))
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        # like a trained ε: without the shortcut, most samples end at the clip
+        return self.head(self.features(x, t, label)) + 0.7 * x
+
+
+class Learned(Tiny):
+    """Tiny with a learned variance: 2C channels, the second half about `centre` (0 for a fraction, −4 for log σ²)."""
+
+    def __init__(self, centre: float = 0.0, channels: int = 1, **more: Any) -> None:
+        super().__init__(channels, **more)
+        self.centre = centre
+        self.spread = nn.Conv2d(self.head.in_channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        h = self.features(x, t, label)
+        return torch.cat([0.2 * self.head(h) + 0.8 * x, 0.5 * self.spread(h) + self.centre], 1)
 
 
 def tiny(seed: int = 0, **more: Any) -> nn.Module:
     return redraw(Tiny(**more), seed)
+
+
+def learned(seed: int = 0, **more: Any) -> nn.Module:
+    return redraw(Learned(**more), seed)
 
 
 def forge(bundle: Path, edit: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:

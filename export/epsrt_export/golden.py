@@ -1,8 +1,11 @@
 """The golden file: inputs, and what PyTorch makes of them, so that any machine can prove parity without torch.
 
-    network.x, .t, .label, .out                     N(0, I) at timesteps across [0, T), and the network's outputs
+    network.x, .t, .label, .out                     N(0, I) at timesteps across [0, T), and the network's outputs, of 2C
+                                                    channels where its variance is learned
     step.x, .rows, .seed, .index, .label, .x_next   noised images at the same timesteps, and one DDPM step of each
     trajectory.NAME.rows, .start, .seed, .index, .label, .x[, .init]   a whole run's rows, and the x that it ends with
+    threshold.x, .x0                                with thresholding: images whose quantiles lie below the bound,
+                                                    between it and the maximum, and above, and what becomes of them
 
 Steps and trajectories are computed by plain loops from the papers (epsrt_trainer.sample), not from the rows.
 """
@@ -20,10 +23,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from epsrt import noise, solvers
+from epsrt.bundle import Manifest, step_columns
 from epsrt.plan import STEP_COLUMNS, Plan
 from epsrt.schedule import Schedule
 from epsrt.spacing import timesteps
-from epsrt_trainer.sample import ddim_loop, ddpm_loop
+from epsrt_trainer.sample import ddim_loop, ddpm_loop, threshold
 
 Arrays = dict[str, NDArray[Any]]
 Call = Callable[..., torch.Tensor]
@@ -36,18 +40,14 @@ DEAR = 10**9  # FLOPs of a step on IMAGES images, about 10 ms on two cores: abov
 CUT = 100
 
 
-def record(
-    network: nn.Module,
-    schedule: Schedule,
-    shape: tuple[int, int, int],
-    prediction: str,
-    clip: float,
-    classes: int,
-    null_label: int | None,
-    tell: OnProgress,
-) -> Arrays:
-    """Run `network` (FP32, eval mode) and keep inputs and outputs."""
-    size = int(np.prod(shape))
+def record(network: nn.Module, manifest: Manifest, tell: OnProgress) -> Arrays:
+    """Run `network` (FP32, eval mode), the one that the manifest speaks of, and keep inputs and outputs."""
+    schedule, shape, classes, null_label = manifest.schedule, manifest.shape, manifest.classes, manifest.null_label
+    columns, size = step_columns(manifest.variance), int(np.prod(shape))
+    bounds: dict[str, Any] = {"prediction": manifest.prediction, "clip": manifest.clip}  # of plans and loops
+    limits = manifest.thresholding
+    by_quantile = None if limits is None else (limits.ratio, limits.maximum)
+    learned: dict[str, Any] = {} if manifest.variance is None else {"variance": manifest.variance}
     call = _with_label(network, bool(classes))
     index = np.arange(IMAGES)
     cycle = [*range(0, classes, max(1, classes // (IMAGES - 1)))][: IMAGES - 1] if classes else [0]
@@ -55,7 +55,9 @@ def record(
         cycle.append(null_label)
     label = np.resize(np.array(cycle, np.int64), IMAGES)
 
-    def run(name: str, loop: Any, ts: list[int], plan: Plan, init: NDArray[np.float32] | None = None) -> Arrays:
+    def run(
+        name: str, loop: Any, ts: list[int], plan: Plan, init: NDArray[np.float32] | None = None, **more: Any
+    ) -> Arrays:
         signal, scale = plan.start
         z = noise.normals(SEED, index, noise.START, 0, size).reshape(IMAGES, *shape)
         x = np.float32(scale) * z + (0 if init is None else np.float32(signal) * init)
@@ -66,32 +68,37 @@ def record(
 
         last = loop(
             call, schedule, torch.from_numpy(x.astype(np.float32)), ts, draw,
-            prediction=prediction, clip=clip, label=torch.from_numpy(label) if classes else None,
-            on_step=lambda i, x, x0: tell(name, (i + 1) / len(ts)),
+            thresholding=by_quantile, label=torch.from_numpy(label) if classes else None,
+            on_step=lambda i, x, x0: tell(name, (i + 1) / len(ts)), **bounds, **more,
         )  # fmt: skip
         kept = {
-            "rows": plan.rows(STEP_COLUMNS), "start": np.array(plan.start),
+            "rows": plan.rows(columns), "start": np.array(plan.start),
             "seed": np.full(IMAGES, SEED, np.uint64), "index": index, "label": label, "x": last.numpy(),
         }  # fmt: skip
         return kept if init is None else {**kept, "init": init}
 
-    options: dict[str, Any] = {"prediction": prediction, "clip": clip}
-    ts = timesteps(schedule.T, min(50, schedule.T), "trailing")
-    ddim = run(f"ddim-{len(ts)}", ddim_loop, ts, solvers.ddim(schedule, ts, **options))
+    ts = list(map(int, timesteps(schedule.T, min(50, schedule.T), "trailing")))
+    ddim = run(f"ddim-{len(ts)}", ddim_loop, ts, solvers.ddim(schedule, ts, **bounds))
     golden = _named(f"trajectory.ddim-{len(ts)}", ddim)
 
     every = list(range(schedule.T - 1, -1, -1))
-    plan, name, init = solvers.ddpm(schedule, every, **options), f"ddpm-{schedule.T}", None
+    whole = solvers.ddpm(schedule, every, **bounds, **learned)
+    plan, name, init = whole, f"ddpm-{schedule.T}", None
     if schedule.T > CUT and _flops(network, shape, bool(classes)) > DEAR:
         A = float(schedule.alpha_bar[CUT - 1])
         plan = plan.cut(len(plan) - CUT, start=(A**0.5, (1 - A) ** 0.5))
         every, name, init = every[-CUT:], f"{name}-last-{CUT}", ddim["x"]
-    golden |= _named(f"trajectory.{name}", run(name, ddpm_loop, every, plan, init))
+    golden |= _named(f"trajectory.{name}", run(name, ddpm_loop, every, plan, init, **learned))
 
     across = np.unique(np.linspace(0, schedule.T - 1, STATES).round().astype(np.int64))
     labels = np.resize(np.array(cycle, np.int64), len(across))
     golden |= _named("network", _network(call, across, shape, labels))
-    return golden | _named("step", _steps(call, schedule, across, ddim["x"], labels, options))
+    rows = whole.rows(columns)[schedule.T - 1 - across]
+    loop = partial(ddpm_loop, call, schedule, thresholding=by_quantile, **bounds, **learned)
+    golden |= _named("step", _steps(loop, schedule, across, rows, ddim["x"], labels))
+    if by_quantile is not None:
+        golden |= _named("threshold", _threshold(shape, *by_quantile, manifest.clip))
+    return golden
 
 
 def _named(prefix: str, arrays: Arrays) -> Arrays:
@@ -108,12 +115,12 @@ def _network(network: Call, ts: NDArray[np.int64], shape: tuple[int, int, int], 
 
 
 def _steps(
-    network: Call,
+    loop: Call,
     schedule: Schedule,
     ts: NDArray[np.int64],
+    rows: NDArray[np.float32],
     images: NDArray[np.float32],
     label: NDArray[np.int64],
-    options: dict[str, Any],
 ) -> Arrays:
     """Rows of DDPM's whole table, each from a noised image: teacher-forced."""
     index = np.arange(len(ts))
@@ -121,8 +128,6 @@ def _steps(
     A = schedule.alpha_bar[ts].reshape(-1, 1, 1, 1)
     forward = noise.normals(SEED, index, noise.FORWARD, 0, x0[0].size).reshape(x0.shape)
     x = (np.sqrt(A) * x0 + np.sqrt(1 - A) * forward).astype(np.float32)
-    every = list(range(schedule.T - 1, -1, -1))
-    rows = solvers.ddpm(schedule, every, **options).rows(STEP_COLUMNS)[schedule.T - 1 - ts]
     z = noise.normals(SEED, index, noise.STEP, rows[:, STEP_COLUMNS.index("n")].astype(np.int64), x0[0].size)
     nexts: list[torch.Tensor] = []
     for i, t in enumerate(ts.tolist()):
@@ -133,12 +138,22 @@ def _steps(
             after.append(x)
 
         two = [t, t - 1] if t else [0]  # two rows, so that the first knows where it goes; only the first is kept
-        ddpm_loop(network, schedule, state, two, partial(_same, drawn), label=one_label, on_step=keep, **options)
+        loop(state, two, partial(_same, drawn), label=one_label, on_step=keep)
         nexts.append(after[0])
     seed = np.full(len(ts), SEED, np.uint64)
     return {
         "x": x, "rows": rows, "seed": seed, "index": index, "label": label, "x_next": torch.cat(nexts).numpy(),
     }  # fmt: skip
+
+
+def _threshold(shape: tuple[int, int, int], ratio: float, maximum: float, bound: float) -> Arrays:
+    """Whatever the network's x0 are: with a good network all of them may lie in the range, and s is the bound."""
+    size = int(np.prod(shape))
+    x = torch.from_numpy(noise.normals(SEED, np.arange(3), noise.FORWARD, 2, size).reshape(3, *shape))
+    quantile = torch.quantile(x.abs().flatten(1), ratio, dim=1)
+    wanted = bound * torch.tensor([0.5, (1 + maximum) / 2, 2 * maximum])
+    x = (wanted / quantile).view(-1, 1, 1, 1) * x
+    return {"x": x.numpy(), "x0": threshold(x, ratio, maximum, bound).numpy()}
 
 
 def _same(z: torch.Tensor, row: int) -> torch.Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,20 +13,69 @@ from epsrt.errors import EpsrtError
 
 Network = Callable[..., Tensor]
 OUTPUTS = ("x_next", "m_next", "x0")
+LARGEST_K = 3840  # of TensorRT's TopK
+
+
+@dataclass(frozen=True)
+class DynamicThreshold:
+    """Dynamic thresholding (Imagen, arXiv 2205.11487, section 2.3): x0 to [−bound, bound], by its own quantile.
+
+    s is the `ratio` quantile of |x0| over an image, at least `bound` and at most `maximum`·bound; x0 is clamped to
+    [−s, s] and scaled by bound/s. torch.quantile does not export, so s lies between two of the k largest values.
+    """
+
+    ratio: float  # (0, 1]
+    maximum: float  # at least 1
+    bound: float = 1.0  # the value range's largest |value|
+
+    def rank(self, size: int) -> np.float32:
+        """Where the quantile of `size` values lies among them, ascending from 0; float32, as torch.quantile has it."""
+        return np.float32(self.ratio) * np.float32(size - 1)
+
+    def k(self, size: int) -> int:
+        """How many of the largest of `size` values are needed. Raises EpsrtError where TensorRT has no such TopK."""
+        k = size - int(self.rank(size))
+        if k > LARGEST_K:
+            least = np.ceil((size - LARGEST_K) / (size - 1) * 1e4) / 1e4
+            raise EpsrtError(
+                f"thresholding at ratio {self.ratio:g} needs the {k} largest of an image's {size} values, and TensorRT "
+                f"finds {LARGEST_K} at most: raise the ratio to {least:g}"
+            )
+        return k
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        """x0 [B, C, H, W], thresholded a sample at a time."""
+        size = x0[0].numel()
+        rank = self.rank(size)
+        largest = x0.abs().flatten(1).topk(self.k(size), dim=1).values
+        s, weight = largest[:, -1:], float(rank - np.floor(rank))
+        if weight:
+            s = s + weight * (largest[:, -2:-1] - s)
+        s = s.clamp(self.bound, self.maximum * self.bound)[:, :, None, None]
+        return torch.minimum(torch.maximum(x0, -s), s) / (s / self.bound)
 
 
 class StepGraph(nn.Module):
     """x', m', x0 from x, m, z [B, C, H, W], rows [B, len(columns)] and label [B] int64 for a conditional network.
 
-    Everything but the network is float32, whatever the network computes in.
+    With the column `r` the network returns [B, 2C, H, W], its second half v the learned variance (arXiv 2102.09672,
+    eq. 15), and the noise is d·exp(r·v)·z. Everything but the network is float32, whatever the network computes in.
     """
 
-    def __init__(self, network: nn.Module, columns: Sequence[str], labelled: bool, dtype: torch.dtype):
+    def __init__(
+        self,
+        network: nn.Module,
+        columns: Sequence[str],
+        labelled: bool,
+        dtype: torch.dtype,
+        threshold: DynamicThreshold | None = None,
+    ):
         super().__init__()
         self.network = network
         self.columns = tuple(columns)
         self.labelled = labelled
         self.dtype = dtype
+        self.threshold = threshold
 
     def forward(self, x: Tensor, m: Tensor, z: Tensor, rows: Tensor, label: Tensor | None = None) -> tuple[Tensor, ...]:
         # one reshape and one split: [B, 1, 1, 1] a column, so that each broadcasts over the image
@@ -33,14 +84,27 @@ class StepGraph(nn.Module):
         scaled, t = (k["in_scale"] * x).to(self.dtype), k["t"].flatten()
         out = self.network(scaled, t, label) if self.labelled else self.network(scaled, t)
         out = out.float()
-        x0 = torch.minimum(torch.maximum(k["p"] * x + k["q"] * out, -k["clip"]), k["clip"])
-        x_next = k["a"] * x + k["b"] * x0 + k["h"] * out + k["c"] * m + k["d"] * z
+        noise = k["d"] * z
+        if "r" in k:
+            out, v = out[:, : x.shape[1]], out[:, x.shape[1] :]
+            noise = torch.exp(k["r"] * v) * noise  # rows without it have r = 0: their noise times 1
+        x0 = k["p"] * x + k["q"] * out
+        if self.threshold is not None:
+            x0 = self.threshold(x0)
+        x0 = torch.minimum(torch.maximum(x0, -k["clip"]), k["clip"])
+        x_next = k["a"] * x + k["b"] * x0 + k["h"] * out + k["c"] * m + noise
         m_next = k["e"] * x + k["f"] * x0 + k["o"] * out + k["g"] * m
         return x_next, m_next, x0
 
 
-def check_network(network: nn.Module, shape: tuple[int, int, int], labelled: bool, dtype: torch.dtype) -> None:
-    """Run the network once on two images. Raises EpsrtError unless it returns one tensor of its input's shape."""
+def check_network(
+    network: nn.Module, shape: tuple[int, int, int], labelled: bool, dtype: torch.dtype, learned: bool = False
+) -> None:
+    """Run the network once on two images.
+
+    Raises EpsrtError unless it returns one tensor of its input's shape, with twice the channels where the variance is
+    learned.
+    """
     x = torch.zeros(2, *shape, dtype=dtype)
     label = (torch.zeros(2, dtype=torch.int64),) if labelled else ()
     name = type(network).__name__
@@ -53,7 +117,15 @@ def check_network(network: nn.Module, shape: tuple[int, int, int], labelled: boo
         raise EpsrtError(f"{name} cannot run {wants} on x {[2, *shape]}, t [2] float32: {reason}") from error
     if not isinstance(out, Tensor):
         raise EpsrtError(f"{name} returns a {type(out).__name__}, not one tensor: wrap it so that it returns ε alone")
-    if out.shape != x.shape:
+    twice = (2, 2 * shape[0], *shape[1:])
+    if tuple(out.shape) == (twice if learned else x.shape):
+        return
+    returns = f"{name} returns {list(out.shape)} for an input of {list(x.shape)}"
+    if learned:
+        raise EpsrtError(f"{returns}, and a learned variance makes it {list(twice)}: leave variance out")
+    if tuple(out.shape) == twice:
         raise EpsrtError(
-            f"{name} returns {list(out.shape)} for an input of {list(x.shape)}: the output must have the input's shape"
+            f'{returns}: if the second half is a learned variance, say variance="learned_range" (a fraction between '
+            'β̃ and β) or variance="learned" (log σ²); if not, return the first half'
         )
+    raise EpsrtError(f"{returns}: the output must have the input's shape")

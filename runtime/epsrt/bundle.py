@@ -7,6 +7,7 @@ malice: open bundles only from those whose code you would run.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,17 +22,20 @@ from safetensors.numpy import load_file
 
 from epsrt.errors import BundleError
 from epsrt.files import sha256
+from epsrt.levels import Prediction
 from epsrt.plan import COLUMNS, STEP_COLUMNS
 from epsrt.schedule import Schedule
-from epsrt.solvers import Prediction
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, GOLDEN, PARITY = "manifest.json", "golden.safetensors", "parity.json"
+FEATURES_OF_ALL = ("learned variance", "thresholding")  # what all graphs of a bundle have, or none
 MANIFEST_LIMIT = 64 << 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Precision = Literal["fp32", "fp16"]
+# what the second half of a network's output says of the variance: log σ², or where between log β̃ (−1) and log β (1)
+LearnedVariance = Literal["learned", "learned_range"]
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,6 +51,13 @@ class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     precision: Precision
     columns: tuple[str, ...]
     features: tuple[str, ...] = ()
+
+
+class Thresholding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Dynamic thresholding of x0 (arXiv 2205.11487, section 2.3), in units of the value range's bound."""
+
+    ratio: float  # which quantile of |x0| is scaled to the bound, (0, 1]
+    maximum: float  # the largest that it is taken for, at least 1
 
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -71,15 +82,28 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     classes: int  # 0: unconditional
     class_names: tuple[str, ...]
     null_label: int | None  # the label that means "no label", where the network knows one
+    variance: LearnedVariance | None  # where the network returns 2C channels
+    thresholding: Thresholding | None
     graphs: tuple[Graph, ...]
     provenance: Provenance
     files: dict[str, FileEntry]
+    sigma_data: float = 0.5  # the data's standard deviation, for EDM's preconditioning (arXiv 2206.00364, table 1)
     digest: str = ""
 
     @property
     def clip(self) -> float:
         """The bound of |x0| that the value range implies."""
         return max(abs(v) for v in self.value_range)
+
+
+def step_columns(variance: str | None) -> tuple[str, ...]:
+    """The columns of a bundle's plainest step graphs, and of the rows in its golden file."""
+    return STEP_COLUMNS if variance is None else (*STEP_COLUMNS, "r")
+
+
+def step_features(variance: str | None, thresholding: object | None) -> tuple[str, ...]:
+    """The features of a bundle's plainest step graphs: every graph of the bundle has them."""
+    return tuple(f for f, there in zip(FEATURES_OF_ALL, (variance, thresholding), strict=True) if there is not None)
 
 
 class _Version(msgspec.Struct):
@@ -213,6 +237,10 @@ def _check_fields(path: Path, m: Manifest) -> None:
     demand(m.classes >= 0, f"classes = {m.classes} is negative")
     demand(len(m.class_names) in (0, m.classes), f"{len(m.class_names)} class names for {m.classes} classes")
     demand(m.null_label is None or 0 <= m.null_label <= m.classes, f"null_label = {m.null_label} is no label")
+    demand(0 < m.sigma_data < math.inf, f"sigma_data = {m.sigma_data} is not positive and finite")
+    if m.thresholding is not None:
+        ratio, maximum = m.thresholding.ratio, m.thresholding.maximum
+        demand(0 < ratio <= 1 <= maximum < math.inf, f"thresholding at {ratio} up to {maximum} is none")
     demand(bool(m.graphs), "it lists no step graph")
     for name, entry in m.files.items():
         plain = bool(_PLAIN_NAME.fullmatch(name)) and name != MANIFEST
@@ -224,6 +252,14 @@ def _check_fields(path: Path, m: Manifest) -> None:
     for g in m.graphs:
         known = set(STEP_COLUMNS) <= set(g.columns) <= set(COLUMNS) and len(set(g.columns)) == len(g.columns)
         demand(known, f"graph {g.file} takes columns that are no step's: {', '.join(g.columns)}")
+        for feature in FEATURES_OF_ALL:
+            here, there = feature in g.features, feature in step_features(m.variance, m.thresholding)
+            demand(here == there, f"graph {g.file} {'has' if here else 'lacks'} {feature}, unlike its bundle")
+        takes, learned = "r" in g.columns, m.variance is not None
+        column = f"{'takes' if takes else 'lacks'} the column r"
+        demand(
+            takes == learned, f"graph {g.file} {column}, and its bundle has {'a' if learned else 'no'} learned variance"
+        )
 
 
 def _check_files(path: Path, files: dict[str, FileEntry]) -> None:

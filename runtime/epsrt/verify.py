@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from epsrt.bundle import Rung
+from epsrt.bundle import Rung, step_columns
 from epsrt.engines import Engine, Sample
 from epsrt.errors import BundleError, NotFiniteError
 from epsrt.plan import DEFAULTS, STEP_COLUMNS, idle_row
@@ -28,6 +28,8 @@ def verify(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
     """Measure an engine against PyTorch's recorded outputs. Never raises for a miss: see Rung.passed.
 
     network       relative L2 of the network's output on N(0, I), at each golden timestep
+    variance      where it is learned: relative L2 of noise that it has scaled, at the same timesteps
+    threshold     with dynamic thresholding: relative L2 of images whose quantiles lie below, in and above its range
     step          relative L2 of one DDPM step from PyTorch's states, at the same timesteps
     trajectory    PSNR of the worst image and relative L2 of all, same noise, same rows, free-running
     batch         equal rows in batches of 1, 2 and the largest
@@ -39,13 +41,19 @@ def verify(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
     names = sorted({key.split(".")[1] for key in golden if key.startswith("trajectory.")})
     wanted = [f"network.{key}" for key in ("x", "t", "label", "out")]
     wanted += [f"step.{key}" for key in ("x", "rows", "seed", "index", "label", "x_next")]
+    m = engine.bundle.manifest
+    wanted += [f"threshold.{key}" for key in ("x", "x0") if m.thresholding]
     wanted += [f"trajectory.{n}.{key}" for n in names for key in ("rows", "start", "seed", "index", "label", "x")]
     if not names or not set(wanted) <= set(golden):
         raise BundleError(f"{engine.bundle.path}: the golden file lacks some of its arrays: export again")
-    rungs = [_network(engine, golden)]
-    tell("network", 1.0)
-    rungs.append(_step(engine, golden))
-    tell("step", 1.0)
+    rungs = []
+    for name, rung, there in (
+        ("network", _network, True), ("variance", _variance, m.variance), ("threshold", _threshold, m.thresholding),
+        ("step", _step, True),
+    ):  # fmt: skip
+        if there:
+            rungs.append(rung(engine, golden))
+            tell(name, 1.0)
     for name in names:
         rungs += _trajectory(engine, name, golden, tell)
     rungs.append(_batches(engine, golden))
@@ -67,11 +75,19 @@ def worst_psnr(images: Float, truth: Float, value_range: tuple[float, float]) ->
 
 
 def network_outputs(engine: Engine, x: Float, t: Float, label: NDArray[np.int64], batch: int) -> Float:
-    """The network's own output for states x [n, C, H, W] at t [n], through the step graph: h = 1 gives x' = out."""
+    """The network's prediction for states x [n, C, H, W] at t [n], through the step graph: h = 1 gives x' = out."""
+    return one_step(engine, x, t, label, batch, h=1.0)
+
+
+def one_step(
+    engine: Engine, x: Float, t: Float, label: NDArray[np.int64], batch: int, **columns: np.float32 | float
+) -> Float:
+    """x' of states x [n, C, H, W] at t [n], by a row of these columns and zeros; z is the same in all."""
     out = np.empty_like(x)
-    row = idle_row(engine.columns)
     at = {name: i for i, name in enumerate(engine.columns)}
-    row[at["a"]], row[at["h"]] = 0.0, 1.0
+    row = idle_row(engine.columns)
+    for name, value in {"a": 0.0, **columns}.items():
+        row[at[name]] = value
     with engine.lanes(batch) as lanes:
         for first in range(0, len(x), batch):
             part = range(first, min(first + batch, len(x)))
@@ -100,7 +116,37 @@ def _network(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
         out = network_outputs(engine, x, t, label, min(engine.max_batch, 8))
     except NotFiniteError as error:
         return _rung(engine, "network", None, "relative L2", _limits(engine)[0], where=str(error))
-    return _by_timestep(engine, "network", out, truth, t)
+    return _by_timestep(engine, "network", out, truth[:, : x.shape[1]], t)
+
+
+def _variance(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
+    """The output's second half v, as exp(r·v)·z with z the engine's own, which r = 0 shows.
+
+    r = 1/max(1, max|v|), so that neither a log σ² of −20 nor a v of 1e-9 makes the figure blind or needlessly strict.
+    """
+    x, t, label, out = (golden[f"network.{key}"] for key in ("x", "t", "label", "out"))
+    v, batch = out[:, x.shape[1] :], min(engine.max_batch, 8)
+    r = np.float32(1 / max(1.0, float(np.abs(v).max())))
+    try:
+        z = one_step(engine, x, t, label, batch, d=1.0)
+        scaled = one_step(engine, x, t, label, batch, d=1.0, r=r)
+    except NotFiniteError as error:
+        return _rung(engine, "variance", None, "relative L2", _limits(engine)[0], where=str(error))
+    return _by_timestep(engine, "variance", scaled, np.exp(np.float64(r) * v) * z, t)
+
+
+def _threshold(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
+    """x0 as the step graph bounds it, of images that p = 1 passes around the network."""
+    x, truth = golden["threshold.x"], golden["threshold.x0"]
+    label = np.zeros(len(x), np.int64)
+    limit = _limits(engine)[0]
+    try:
+        x0 = one_step(engine, x, np.zeros(len(x), np.float32), label, min(engine.max_batch, len(x)), p=1.0, b=1.0)
+    except NotFiniteError as error:
+        return _rung(engine, "threshold", None, "relative L2", limit, where=str(error))
+    errors = [relative_l2(a, b) for a, b in zip(x0, truth, strict=True)]
+    worst = int(np.argmax(errors))
+    return _rung(engine, "threshold", errors[worst], "relative L2", limit, where=f"image {worst}")
 
 
 def _step(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
@@ -128,11 +174,12 @@ def _by_timestep(engine: Engine, name: str, out: Float, truth: Float, t: Float) 
 
 
 def _rows_for(engine: Engine, kept: Float) -> Float:
-    """Recorded rows [steps, STEP_COLUMNS] in the engine's columns; those that it has beyond hold their defaults."""
-    if kept.shape[1] != len(STEP_COLUMNS):
+    """Recorded rows [steps, step_columns] in the engine's columns; those that it has beyond hold their defaults."""
+    columns = step_columns(engine.bundle.manifest.variance)
+    if kept.shape[1] != len(columns):
         raise BundleError(f"{engine.bundle.path}: the golden file's rows have other columns: export again")
     rows = np.tile(np.array([DEFAULTS[c] for c in engine.columns], np.float32), (len(kept), 1))
-    rows[:, [engine.columns.index(c) for c in STEP_COLUMNS]] = kept
+    rows[:, [engine.columns.index(c) for c in columns]] = kept
     return rows
 
 

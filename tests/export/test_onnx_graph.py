@@ -103,10 +103,14 @@ class TestTheStep:
         network, given = tiny(), feeds()
         args = [torch.from_numpy(given[name]) for name in "xmz"]
         rows = torch.from_numpy(given["rows"])
-        wide = torch.cat([rows, torch.full((3, len(COLUMNS) - len(STEP_COLUMNS)), 3.0)], 1)
+        other = [
+            *STEP_COLUMNS,
+            *(c for c in COLUMNS if c not in (*STEP_COLUMNS, "r")),
+        ]  # r says what the network returns
+        wide = torch.cat([rows, torch.full((3, len(other) - len(STEP_COLUMNS)), 3.0)], 1)
         with torch.no_grad():
             a = StepGraph(network, STEP_COLUMNS, False, torch.float32)(*args, rows)
-            b = StepGraph(network, COLUMNS, False, torch.float32)(*args, wide)
+            b = StepGraph(network, other, False, torch.float32)(*args, wide)
         assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 

@@ -42,6 +42,30 @@ def test_the_ladder_holds(on_stand_in, bundle_path) -> None:
     assert all(r[1:] == ["tensorrt", True] for r in rungs)
 
 
+def test_learned_variance_and_thresholding(on_stand_in, learned_bundle_path) -> None:
+    """The lanes take their columns from the graph, and one lane's variance is no other's."""
+    on_stand_in(
+        BOTH
+        + """
+from epsrt import solvers
+assert gpu.columns == cpu.columns and gpu.columns[-1] == "r"
+schedule = bundle.manifest.schedule
+learned = solvers.ddpm(schedule, range(99, -1, -9), variance="learned_range").rows(gpu.columns)
+fixed = solvers.ddpm(schedule, range(99, -1, -9)).rows(gpu.columns)
+def run(engine):
+    with engine.lanes(3) as lanes:
+        for i in range(3): lanes.write(i, Sample(seed=i))
+        lanes.advance(np.stack([learned, fixed, np.tile(idle_row(gpu.columns), (len(learned), 1))], axis=1))
+        return state(lanes, 3)
+close(run(gpu), run(cpu))
+rungs = verify(gpu)
+assert [r.name for r in rungs] == ["network", "variance", "threshold", "step", "ddim-50", "ddpm-100", "batch"]
+assert all(r.passed for r in rungs)
+""",
+        learned_bundle_path,
+    )
+
+
 def test_what_a_trajectory_costs_the_host(on_stand_in, bundle_path) -> None:
     """Rows once, chunks as replayed graphs, no noise without noise, nothing back before read."""
     on_stand_in(

@@ -9,6 +9,7 @@ from epsrt import Bundle
 from epsrt.engines.trt_build import BuildOptions, build, describe
 from epsrt.engines.trt_library import library
 from epsrt.errors import EngineError
+from helpers import tiny
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx_cu13")
 
@@ -31,6 +32,29 @@ def graphs(request, tmp_path_factory, small_bundle_path) -> Bundle:
     ]
     manifest = Bundle.open(small_bundle_path).manifest
     return Bundle(folder, msgspec.structs.replace(manifest, shape=shape, max_batch=256, graphs=tuple(made)))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_learned_variance_and_thresholding_build(learned_bundle_path, precision: str) -> None:
+    bundle, lib = Bundle.open(learned_bundle_path), library("tensorrt-rtx")
+    graph = bundle.graph(precision)
+    assert graph.features == ("learned variance", "thresholding")
+    for target in TARGETS:
+        assert build(lib, bundle, graph, BuildOptions(((1, 2, 4),), targets=(target,))).layers > 20
+    kinds = {layer["type"] for layer in describe(lib, bundle, graph)}
+    assert {"TOPK", "UNARY"} <= kinds
+
+
+@pytest.mark.parametrize(("size", "ratio"), [(64, 0.995), (64, 0.6876), (256, 0.995)])
+def test_thresholding_builds_up_to_the_largest_topk(tmp_path, small_bundle_path, size: int, ratio: float) -> None:
+    from epsrt_export.export import write_graph
+    from epsrt_export.stepgraph import DynamicThreshold
+
+    shape, threshold = (3, size, size), DynamicThreshold(ratio, 1.5)
+    graph = write_graph(tiny(channels=3), "fp32", tmp_path, shape, False, 4, 21, None, threshold)
+    manifest = msgspec.structs.replace(Bundle.open(small_bundle_path).manifest, shape=shape, graphs=(graph,))
+    lib = library("tensorrt-rtx")
+    assert build(lib, Bundle(tmp_path, manifest), graph, BuildOptions(((1, 2, 4),), targets=("sm_89",))).layers > 20
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from epsrt import Bundle, BundleError, EngineError, open_engine
-from epsrt.bundle import FORMAT, GOLDEN, PARITY, digest, render
+from epsrt.bundle import FORMAT, GOLDEN, PARITY, Thresholding, digest, render, step_columns
+from epsrt.plan import STEP_COLUMNS
 from helpers import MANIFEST, edit_graph, forge, move_weights, opens_of, tree
 
 FILES = ["step-fp32.onnx", "weights-fp32.bin", GOLDEN, PARITY]
@@ -141,7 +142,7 @@ def test_changed_digest(bundle):
         lambda raw: raw.rstrip(),
         lambda raw: raw + b"\n",
         lambda raw: raw.replace(b"1.0", b"1.00"),
-        lambda raw: raw.replace(b'"format": 1,', b'"format": 1,\n  "format": 1,'),
+        lambda raw: raw.replace(b'"format": 2,', b'"format": 2,\n  "format": 2,'),
     ],
     ids=["indent 4", "one line", "no newline", "two newlines", "1.00", "field twice"],
 )
@@ -154,7 +155,7 @@ def test_rewritten_manifest_of_the_same_meaning(bundle, rewrite):
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b'{"format": 1}', b"[" * 100_000, b"1e999"]
+    "raw", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b'{"format": 2}', b"[" * 100_000, b"1e999"]
 )
 def test_manifest_that_is_none(bundle, raw):
     (bundle / MANIFEST).write_bytes(raw)
@@ -191,8 +192,8 @@ def rename(old, new):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (change(format=2), "has format 2, this epsrt reads 1: update epsrt or export again"),
-        (change(format=0), "has format 0, this epsrt reads 1"),
+        (change(format=3), "has format 3, this epsrt reads 2: update epsrt or export again"),
+        (change(format=1), "has format 1, this epsrt reads 2"),
         (change(format="1"), "is not a manifest .*format"),
         (change(max_batch="8"), r"is not a manifest \(Expected `int`, got `str` - at `\$.max_batch`"),
         (change(shape=[1, 8]), "is not a manifest .*shape"),
@@ -214,6 +215,19 @@ def rename(old, new):
         (change(classes=-1), "classes = -1 is negative"),
         (change(classes=3, class_names=["a", "b"]), "2 class names for 3 classes"),
         (change(null_label=5), "null_label = 5 is no label"),
+        (change(variance="fixed_small"), "is not a manifest .*fixed_small.*variance"),
+        (change(variance="learned"), "step-fp32.onnx lacks learned variance, unlike its bundle"),
+        (change(thresholding=[0.9, 1.5]), "is not a manifest .*thresholding"),
+        (change(thresholding={"ratio": 0.9}), "is not a manifest .*maximum"),
+        (change(thresholding={"ratio": 0.0, "maximum": 1.5}), "thresholding at 0.0 up to 1.5 is none"),
+        (change(thresholding={"ratio": 1.1, "maximum": 1.5}), "thresholding at 1.1 up to 1.5 is none"),
+        (change(thresholding={"ratio": 0.9, "maximum": 0.5}), "thresholding at 0.9 up to 0.5 is none"),
+        (change(thresholding={"ratio": 0.9, "maximum": 1.5}), "step-fp32.onnx lacks thresholding, unlike its bundle"),
+        (change(sigma_data=0.0), "sigma_data = 0.0 is not positive and finite"),
+        (change(sigma_data=-1.0), "sigma_data = -1.0 is not positive"),
+        (graph(features=["learned variance"]), "step-fp32.onnx has learned variance, unlike its bundle"),
+        (graph(features=["thresholding"]), "step-fp32.onnx has thresholding, unlike its bundle"),
+        (lambda m: m["graphs"][0]["columns"].append("r"), "takes the column r, and its bundle has no learned variance"),
         (change(graphs=[]), "it lists no step graph"),
         (graph(columns=["t", "x"]), "takes columns that are no step's: t, x"),
         (lambda m: m["graphs"][0]["columns"].append("t"), "takes columns that are no step's"),
@@ -315,6 +329,23 @@ def test_the_smallest_graph_that_fits_is_taken(bundle):
     assert opened.graph("fp32").features == ()
     assert opened.graph("fp32", ["guidance"]).features == ("guidance",)
     assert opened.graph("fp32", ["mask"]).features == ("guidance", "mask")
+
+
+def test_graphs_of_a_bundle_with_options_are_found_unasked(learned_bundle_path):
+    opened = Bundle.open(learned_bundle_path)
+    m, plain = opened.manifest, opened.graph("fp32")
+    assert (m.variance, m.thresholding, m.sigma_data) == ("learned_range", Thresholding(0.9, 1.5), 0.5)
+    assert plain.features == ("learned variance", "thresholding")
+    assert plain == opened.graph("fp32", ["thresholding"]) == opened.graph("fp32", ["learned variance"])
+    assert plain.columns == step_columns(m.variance) == (*STEP_COLUMNS, "r")
+    with pytest.raises(BundleError, match="no fp32 guidance step graph, only fp32 learned variance thresholding"):
+        opened.graph("fp32", ["guidance"])
+
+
+def test_a_learned_variance_needs_its_column(copy_of, learned_bundle_path):
+    path = copy_of(learned_bundle_path)
+    forge(path, lambda manifest: manifest["graphs"][0]["columns"].remove("r"))
+    refused(path, "graph step-fp32.onnx lacks the column r, and its bundle has a learned variance")
 
 
 @pytest.fixture(scope="module")

@@ -91,6 +91,50 @@ def test_damage_at_one_timestep_is_found_there(copy_of, small_bundle_path):
         assert all(error <= rung.limit for t, error in rung.by_timestep if t != 4)
 
 
+OPTIONS = ["network", "variance", "threshold", "step", "ddim-50", "ddpm-100", "batch"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_learned_variance_and_thresholding_have_rungs(learned_bundle_path, precision):
+    told = []
+    rungs = measured(learned_bundle_path, precision, on_progress=lambda name, fraction: told.append(name))
+    assert list(rungs) == list(dict.fromkeys(told)) == OPTIONS
+    assert all(rung.passed for rung in rungs.values())
+    limit = LIMITS["cpu", precision][0]
+    assert rungs["variance"].limit == rungs["threshold"].limit == limit
+    assert len(rungs["variance"].by_timestep) == 25
+    assert rungs["variance"].figure > 0
+
+
+@pytest.mark.parametrize(("name", "missed"), [("spread.weight", "variance"), ("head.weight", "network")])
+def test_each_half_of_the_output_is_compared(copy_of, learned_bundle_path, name, missed):
+    path = copy_of(learned_bundle_path)
+    values = weights(path, name)
+    values[0] *= 1.001
+    values.flush()
+    forge(path)
+    rungs = measured(path)
+    assert not rungs[missed].passed
+    assert not rungs["step"].passed
+    other = {"variance": "network", "network": "variance"}[missed]
+    assert rungs[other].passed
+    assert rungs["ddim-50"].passed == (missed == "variance")  # it adds no noise
+
+
+def test_another_variance_than_the_networks_is_found(copy_of, learned_bundle_path):
+    """The network is right, and exp(r·v) is not in the step."""
+
+    def without(model):
+        (exp,) = [node for node in model.graph.node if node.op_type == "Exp"]
+        exp.op_type = "Identity"
+
+    path = copy_of(learned_bundle_path)
+    edit_graph(path / "step-fp32.onnx", without)
+    forge(path)
+    rungs = measured(path)
+    assert {name for name, rung in rungs.items() if not rung.passed} == {"variance", "step", "ddpm-100"}
+
+
 def test_nan_is_a_miss_and_no_exception(copy_of, small_bundle_path):
     path = copy_of(small_bundle_path)
     weights(path, "time_embed.weight")[:] = np.nan
@@ -126,6 +170,16 @@ def test_progress_goes_from_0_to_1(small_bundle_path):
         fractions = [fraction for each, fraction in told if each == name]
         assert fractions == sorted(fractions)
         assert fractions[-1] == 1.0
+
+
+def test_a_golden_file_without_thresholded_images_is_named(copy_of, learned_bundle_path):
+    from safetensors.numpy import load_file, save_file
+
+    path = copy_of(learned_bundle_path)
+    save_file({k: v for k, v in load_file(path / GOLDEN).items() if k != "threshold.x0"}, path / GOLDEN)
+    forge(path)
+    with pytest.raises(BundleError, match="the golden file lacks some of its arrays: export again"):
+        measured(path)
 
 
 @pytest.mark.parametrize("lacks", ["network.out", "step.seed", "step.rows", "ddim-50.start", "ddpm-100.rows"])

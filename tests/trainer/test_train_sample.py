@@ -1,4 +1,4 @@
-from math import sqrt
+from math import exp, sqrt
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from PIL import Image
 from epsrt.errors import EpsrtError
 from epsrt.schedule import Schedule
 from epsrt_trainer.grid import picture, save_grid
-from epsrt_trainer.sample import ddim_loop, ddpm_loop
+from epsrt_trainer.sample import ddim_loop, ddpm_loop, threshold
 
 S = Schedule("linear", T=100)
 g = torch.Generator
@@ -81,6 +81,49 @@ def test_variance_and_last_step():
     assert not torch.allclose(small, ddpm_loop(toy, S, X, SUB, noise, variance="fixed_large"))
 
 
+def spread(v):
+    """`toy` with a learned variance that is v everywhere."""
+    return lambda x, t, label=None: torch.cat([toy(x, t), torch.full_like(x, v)], 1)
+
+
+def test_learned_variances():
+    """A range ends at β̃ and β; between them the logarithm is linear; log σ² is what it says."""
+    small, large = (ddpm_loop(toy, S, X, SUB, noise, variance=f"fixed_{size}") for size in ("small", "large"))
+    for v, same in ((-1.0, small), (1.0, large)):
+        ranged = ddpm_loop(spread(v), S, X, SUB, noise, variance="learned_range")
+        torch.testing.assert_close(ranged, same, rtol=1e-12, atol=1e-12)
+
+    def sigma(network, variance):
+        """What one step adds for each unit of noise."""
+        after = []
+        for z in (0.0, 1.0):
+            add = lambda i, z=z: torch.full_like(X, z)  # noqa: E731
+            ddpm_loop(network, S, X, [99, 70], add, variance=variance, on_step=lambda i, x, x0: after.append(x))
+        return float((after[2] - after[0]).mean())
+
+    small, large = sigma(toy, "fixed_small"), sigma(toy, "fixed_large")
+    assert sigma(spread(0.5), "learned_range") == pytest.approx(large**0.75 * small**0.25)
+    assert sigma(spread(-3.0), "learned") == pytest.approx(exp(-1.5))
+    torch.testing.assert_close(ddim_loop(spread(9.0), S, X, SUB), ddim_loop(toy, S, X, SUB))  # DDIM has no use for it
+
+
+def test_thresholding():
+    x = torch.tensor([[0.5, -0.1, 0.2, 0.0], [4.0, -2.0, 1.0, 0.0], [9.0, -9.0, 9.0, 3.0]])
+    made = threshold(x, 0.5, 3.0)  # the medians of |x| are 0.15, 1.5 and 9: s is 1, 1.5 and 3
+    wanted = [[0.5, -0.1, 0.2, 0.0], [1.0, -1.0, 1 / 1.5, 0.0], [1.0, -1.0, 1.0, 1.0]]
+    torch.testing.assert_close(made, torch.tensor(wanted))
+    torch.testing.assert_close(threshold(2 * x, 0.5, 3.0, bound=2.0), 2 * made)
+    for loop in (ddpm_loop, ddim_loop):
+        clipped = loop(toy, S, 3 * X, SUB, noise, clip=0.7)
+        torch.testing.assert_close(loop(toy, S, 3 * X, SUB, noise, clip=0.7, thresholding=(0.9, 1.0)), clipped)
+        seen = []
+        keep = lambda i, x, x0, seen=seen: seen.append(x0)  # noqa: E731
+        loop(toy, S, 3 * X, SUB, noise, clip=0.7, thresholding=(0.5, 4.0), on_step=keep)
+        first = torch.full((2,), 99.0)
+        raw = (3 * X - sqrt(1 - float(S.alpha_bar[99])) * toy(3 * X, first)) / sqrt(float(S.alpha_bar[99]))
+        torch.testing.assert_close(seen[0], threshold(raw, 0.5, 4.0, 0.7))
+
+
 def test_ddim_keeps_the_networks_epsilon_where_x0_is_clipped():
     x = 3 * X
     bar, prev = float(S.alpha_bar[50]), float(S.alpha_bar[20])
@@ -130,8 +173,12 @@ def test_bad_arguments():
         ddim_loop(toy, S, X, SUB, noise, eta=1.5)
     with pytest.raises(EpsrtError, match="needs noise"):
         ddim_loop(toy, S, X, SUB, eta=0.5)
-    with pytest.raises(EpsrtError, match="'learned' is unknown"):
+    with pytest.raises(EpsrtError, match="'large' is unknown: use one of fixed_small, fixed_large, learned"):
+        ddpm_loop(toy, S, X, SUB, noise, variance="large")
+    with pytest.raises(EpsrtError, match="variance 'learned' needs a network that returns twice the channels"):
         ddpm_loop(toy, S, X, SUB, noise, variance="learned")
+    with pytest.raises(EpsrtError, match="thresholding scales x0 to the bound that clip gives: set clip"):
+        ddim_loop(toy, S, X, SUB, clip=None, thresholding=(0.9, 1.5))
     with pytest.raises(EpsrtError, match="zero terminal SNR"):
         ddim_loop(toy, Schedule("linear", zero_snr=True), X, [999, 5])
 

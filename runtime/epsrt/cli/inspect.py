@@ -36,7 +36,10 @@ def inspect(bundle: show.BundleArgument, as_json: show.JsonOption = False) -> No
         "images", f"{' × '.join(map(str, m.shape))} (C × H × W), values {m.value_range[0]:g} … {m.value_range[1]:g}"
     )
     facts.add_row("classes", classes)
-    facts.add_row("predicts", m.prediction)
+    variance = {None: "", "learned": ", and log σ²", "learned_range": ", and log σ² as a fraction from log β̃ to log β"}
+    facts.add_row("predicts", f"{m.prediction}{variance[m.variance]}")
+    if by := m.thresholding:
+        facts.add_row("x0", f"thresholded by the {by.ratio:g} quantile of |x0|, at most {by.maximum:g} × the values")
     facts.add_row("schedule", f"{s.kind}, T = {s.T}{span}{', zero terminal SNR' if s.zero_snr else ''}")
     facts.add_row("ᾱ", f"{s.alpha_bar[0]:.6g} … {s.alpha_bar[-1]:.3g}")
     facts.add_row("batch", f"1 … {m.max_batch}")
@@ -50,7 +53,7 @@ def inspect(bundle: show.BundleArgument, as_json: show.JsonOption = False) -> No
     console.print(facts, "")
     graphs = show.table("Step graphs", "file", "precision", "features", "weights", "columns")
     for g in m.graphs:
-        graphs.add_row(g.file, g.precision, " ".join(g.features) or "plain", g.weights, " ".join(g.columns))
+        graphs.add_row(g.file, g.precision, ", ".join(g.features) or "plain", g.weights, " ".join(g.columns))
     console.print(graphs, "")
     files = show.table("Files", "file", "size", "sha256", right=("size",))
     for name, entry in m.files.items():
