@@ -49,7 +49,7 @@ def test_ddim(spacing, offset, to_one, eta, monkeypatch, diffusers, held):
         plan = solvers.ddim(SCHEDULE, ts, eta=eta, **options)
         theirs = trajectory(made, Toy(SCHEDULE, "v"), x, z, monkeypatch, eta=eta)
         ours = run_plan(plan, Toy(SCHEDULE, "v"), x, z)
-        held("ddim, compatible", diffusers, ours, theirs, figure(diffusers, 8e-5))
+        held("ddim, compatible", diffusers, ours, theirs, figure(diffusers, 3e-5))
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
@@ -63,7 +63,7 @@ def test_ddpm(spacing, offset, variance, monkeypatch, diffusers, held):
         theirs = trajectory(made, network, x, z, monkeypatch)
         ts = chosen(steps, spacing, offset)
         plan = solvers.ddpm(SCHEDULE, ts, variance=variance, compatible="diffusers")
-        held("ddpm, compatible", diffusers, run_plan(plan, network, x, z), theirs, figure(diffusers, 4e-5))
+        held("ddpm, compatible", diffusers, run_plan(plan, network, x, z), theirs, figure(diffusers, 2e-5))
         default = run_plan(solvers.ddpm(SCHEDULE, ts, variance=variance), network, x, z)
         assert (largest(default, theirs) > 1e-3) == (ts[-1] > 0 and variance != "fixed_small")
 
@@ -81,7 +81,19 @@ def test_ddim_inversion(spacing, offset, prediction, to_one, monkeypatch, diffus
         options = {"compatible": "diffusers", "set_alpha_to_one": to_one, "prediction": prediction}
         plan = solvers.ddim_inversion(SCHEDULE, ts, **options)
         ours = run_plan(plan, Toy(SCHEDULE, prediction), images, [0.0] * steps)
-        held("ddim-inversion, compatible", diffusers, ours, theirs, figure(diffusers, 8e-5))
+        held("ddim-inversion, compatible", diffusers, ours, theirs, figure(diffusers, 3e-5))
+
+
+@pytest.mark.parametrize(("spacing", "offset"), SPACINGS)
+def test_the_timesteps_are_theirs(spacing, offset):
+    """But for 62 counts of trailing, where their arange adds a timestep, −1, by a rounding error."""
+    made, longer = DDIMScheduler(**of_spacing(spacing, offset)), 0
+    for steps in range(2, 1001 - offset):
+        made.set_timesteps(steps)
+        theirs = made.timesteps.tolist()
+        longer += theirs[-1] == -1
+        assert theirs[: len(theirs) - (theirs[-1] == -1)] == chosen(steps, spacing, offset), steps
+    assert (longer > 0) == (spacing == "trailing")
 
 
 @pytest.mark.parametrize(("spacing", "offset"), SPACINGS)

@@ -1,104 +1,123 @@
-"""Rung 2 of the ladder: whole trajectories of the plans against diffusers' schedulers, on a float64 toy network.
+"""Rung 2 of the ladder: whole trajectories of DDPM's and DDIM's plans against diffusers', on a float64 toy network.
 
-What differs is that diffusers keeps its constants in float32.
+What differs is that diffusers keeps its constants in float32: where they are float64, so little is left as TIGHT.
 """
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
-from diffusers.schedulers import scheduling_ddpm
-from toy import Toy, draw, run_plan
+from theirs import TIGHT, DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, ready, trajectory
+from toy import Toy, draw, largest, run_plan
 
 from epsrt import Schedule, solvers
 from epsrt.spacing import timesteps
 
 SCHEDULE = Schedule()
-THEIR_PREDICTION = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
+PREDICTIONS = ("epsilon", "x0", "v")
 
 
-def largest(a, b):
-    return float((a - b).abs().max())
+class Squared(Toy):
+    """diffusers' learned variance is σ² itself; ours is log σ²."""
+
+    def __call__(self, x, t, label=None):
+        out, v = super().__call__(x, t).chunk(2, dim=1)
+        return torch.cat([out, torch.exp(v)], dim=1)
 
 
-def check_scale(x):
-    """Nobody's trajectory has collapsed or blown up, so that an absolute figure means something."""
-    assert 0.3 < float(x.std()) < 2
-    assert float(x.abs().max()) < 10
-
-
-def their_ddpm(steps, x, z, monkeypatch, prediction="epsilon", **options):
-    scheduler = DDPMScheduler(prediction_type=THEIR_PREDICTION[prediction], **options)
-    scheduler.set_timesteps(steps)
-    network = Toy(SCHEDULE, prediction)
-    for i, t in enumerate(scheduler.timesteps):
-        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *a, i=i, **k: z[i])
-        x = scheduler.step(network(x, t), t, x).prev_sample
-    return x
-
-
-def their_ddim(steps, x, z, prediction, eta, rederive, **options):
-    scheduler = DDIMScheduler(prediction_type=THEIR_PREDICTION[prediction], **options)
-    scheduler.set_timesteps(steps)
-    network = Toy(SCHEDULE, prediction)
-    for i, t in enumerate(scheduler.timesteps):
-        more = {"eta": eta, "use_clipped_model_output": rederive, "variance_noise": z[i]}
-        x = scheduler.step(network(x, t), t, x, **more).prev_sample
-    return x
+def clipping(clip):
+    return {"clip_sample": clip is not None, "clip_sample_range": clip or 1.0}
 
 
 @pytest.mark.parametrize("steps", [10, 50, 1000])
 @pytest.mark.parametrize("clip", [None, 1.0])
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_ddpm(variance, clip, steps, monkeypatch):
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_small_log", "fixed_large"])
+def test_ddpm(variance, clip, steps, monkeypatch, diffusers, held):
     x, z = draw(steps)
-    theirs = their_ddpm(steps, x, z, monkeypatch, variance_type=variance, clip_sample=clip is not None)
+    made = ready(DDPMScheduler, steps, variance_type=variance, **clipping(clip))
+    theirs = trajectory(made, Toy(SCHEDULE), x, z, monkeypatch)
     plan = solvers.ddpm(SCHEDULE, timesteps(1000, steps, "leading"), variance=variance, clip=clip)
     ours = run_plan(plan, Toy(SCHEDULE), x, z)
-    check_scale(ours)
-    assert largest(ours, theirs) <= (2e-4 if clip is None else 4e-5)
+    figure = 2e-4 if clip is None else 4e-5
+    held(f"ddpm {variance}, clip {clip}", diffusers, ours, theirs, figure if diffusers == "float32" else TIGHT)
 
 
 @pytest.mark.parametrize("prediction", ["x0", "v"])
 @pytest.mark.parametrize("clip", [None, 0.7])
-def test_ddpm_of_other_predictions(prediction, clip, monkeypatch):
+def test_ddpm_of_other_predictions(prediction, clip, monkeypatch, diffusers, held):
     x, z = draw(50)
-    clipping = {"clip_sample": clip is not None, "clip_sample_range": clip}
-    theirs = their_ddpm(50, x, z, monkeypatch, prediction, **clipping)
+    made = ready(DDPMScheduler, 50, prediction, **clipping(clip))
+    theirs = trajectory(made, Toy(SCHEDULE, prediction), x, z, monkeypatch)
     plan = solvers.ddpm(SCHEDULE, timesteps(1000, 50, "leading"), prediction=prediction, clip=clip)
     ours = run_plan(plan, Toy(SCHEDULE, prediction), x, z)
-    check_scale(ours)
-    assert largest(ours, theirs) <= 4e-5
+    held(f"ddpm of {prediction}", diffusers, ours, theirs, 4e-5 if diffusers == "float32" else TIGHT)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize(("variance", "around"), [("learned", -5.0), ("learned_range", 0.0)])
+def test_ddpm_with_a_learned_variance(variance, around, clip, monkeypatch, diffusers, held):
+    x, z = draw(50)
+    made = ready(DDPMScheduler, 50, variance_type=variance, **clipping(clip))
+    theirs = trajectory(made, (Squared if variance == "learned" else Toy)(SCHEDULE, learned=around), x, z, monkeypatch)
+    plan = solvers.ddpm(SCHEDULE, timesteps(1000, 50, "leading"), variance=variance, clip=clip)
+    ours = run_plan(plan, Toy(SCHEDULE, learned=around), x, z)
+    held(f"ddpm {variance}", diffusers, ours, theirs, 4e-5 if diffusers == "float32" else TIGHT)
+    assert largest(run_plan(plan, Toy(SCHEDULE, learned=around + 0.1), x, z), ours) > 1e-3  # it is the network's
+
+
+def test_fixed_large_log_is_nan_in_diffusers_and_fixed_large_here(monkeypatch):
+    """They take the square root of log β."""
+    x, z = draw(50)
+    made = ready(DDPMScheduler, 50, variance_type="fixed_large_log")
+    assert torch.isnan(trajectory(made, Toy(SCHEDULE), x, z, monkeypatch)).all()
+    plans = [
+        solvers.ddpm(SCHEDULE, timesteps(1000, 50, "leading"), variance=name)
+        for name in ("fixed_large_log", "fixed_large")
+    ]
+    assert (plans[0].table == plans[1].table).all()
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("rederive", [False, True])
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("steps", [10, 50])
-def test_ddim(prediction, steps, eta, clip, rederive):
+def test_ddim(prediction, steps, eta, clip, rederive, monkeypatch, diffusers, held):
     x, z = draw(steps)
-    theirs = their_ddim(steps, x, z, prediction, eta, rederive, clip_sample=clip is not None)
+    made = ready(DDIMScheduler, steps, prediction, **clipping(clip))
+    more = {"eta": eta, "use_clipped_model_output": rederive}
+    theirs = trajectory(made, Toy(SCHEDULE, prediction), x, z, monkeypatch, **more)
     options = {"prediction": prediction, "eta": eta, "clip": clip, "rederive": rederive}
     plan = solvers.ddim(SCHEDULE, timesteps(1000, steps, "leading"), **options)
     ours = run_plan(plan, Toy(SCHEDULE, prediction), x, z)
-    check_scale(ours)
-    assert largest(ours, theirs) <= 8e-5
+    held(f"ddim η = {eta:g}", diffusers, ours, theirs, 8e-5 if diffusers == "float32" else TIGHT)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_ddim_over_all_steps(eta):
+def test_ddim_over_all_steps(eta, monkeypatch, diffusers, held):
     x, z = draw(1000)
-    theirs = their_ddim(1000, x, z, "epsilon", eta, False)
+    theirs = trajectory(ready(DDIMScheduler, 1000), Toy(SCHEDULE), x, z, monkeypatch, eta=eta)
     ours = run_plan(solvers.ddim(SCHEDULE, range(999, -1, -1), eta=eta), Toy(SCHEDULE), x, z)
-    check_scale(ours)
-    assert largest(ours, theirs) <= 8e-5
+    held(f"ddim η = {eta:g}", diffusers, ours, theirs, 8e-5 if diffusers == "float32" else TIGHT)
+
+
+@pytest.mark.parametrize("steps", [10, 50, 300, 1000])
+@pytest.mark.parametrize("clip", [None, 0.9])
+def test_ddim_inversion(clip, steps, monkeypatch, diffusers, held):
+    """Of ε, on leading timesteps; for the rest see compatible = "diffusers"."""
+    images = 0.4 + 0.6 * draw(0)[0]
+    made = ready(DDIMInverseScheduler, steps, **clipping(clip))
+    theirs = trajectory(made, Toy(SCHEDULE), images, [None] * steps, monkeypatch)
+    plan = solvers.ddim_inversion(SCHEDULE, timesteps(1000, steps, "leading"), clip=clip)
+    ours = run_plan(plan, Toy(SCHEDULE), images, [0] * len(plan))
+    held(f"ddim-inversion, clip {clip}", diffusers, ours, theirs, 8e-5 if diffusers == "float32" else TIGHT)
 
 
 def test_the_comparison_sees_small_mistakes(monkeypatch):
     """A schedule that ends 1 % lower, a clip, a rederived ε: each is an error far above the figures held."""
     x, z = draw(50)
-    theirs = their_ddim(50, x, z, "epsilon", 0.5, False)
+    made = ready(DDIMScheduler, 50, **clipping(1.0))
+    theirs = trajectory(made, Toy(SCHEDULE), x, z, monkeypatch, eta=0.5)
     ts = timesteps(1000, 50, "leading")
+    assert largest(run_plan(solvers.ddim(SCHEDULE, ts, eta=0.5), Toy(SCHEDULE), x, z), theirs) < 1e-4
     for plan in (
         solvers.ddim(Schedule(beta_end=0.0198), ts, eta=0.5),
         solvers.ddim(SCHEDULE, ts, eta=0.5, clip=1.01),
@@ -109,9 +128,13 @@ def test_the_comparison_sees_small_mistakes(monkeypatch):
         assert largest(run_plan(plan, Toy(SCHEDULE), x, z), theirs) > 1e-3
 
 
-def test_toy_is_the_same_network_in_each_prediction():
+@pytest.mark.parametrize("schedule", [Schedule(), Schedule("ve"), Schedule("flow")])
+def test_toy_is_the_same_network_in_each_prediction(schedule):
     x = draw(0)[0]
-    A = float(SCHEDULE.alpha_bar[300])
-    out = {name: Toy(SCHEDULE, name)(x, torch.tensor(300)) for name in THEIR_PREDICTION}
-    torch.testing.assert_close(A**0.5 * out["x0"] + (1 - A) ** 0.5 * out["epsilon"], x, rtol=0, atol=1e-12)
-    torch.testing.assert_close(A**0.5 * out["epsilon"] - (1 - A) ** 0.5 * out["x0"], out["v"], rtol=0, atol=1e-12)
+    alpha, sigma = (float(v) for v in schedule.at(300))
+    said = {name: Toy(schedule, name).said(x, alpha, sigma) for name in ("epsilon", "x0", "v", "score", "velocity")}
+    close = {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close(alpha * said["x0"] + sigma * said["epsilon"], x, **close)
+    torch.testing.assert_close(alpha * said["epsilon"] - sigma * said["x0"], said["v"], **close)
+    torch.testing.assert_close(-sigma * said["score"], said["epsilon"], **close)
+    torch.testing.assert_close(said["epsilon"] - said["x0"], said["velocity"], **close)

@@ -11,9 +11,9 @@ from epsrt_trainer.sample import ddim_loop, ddpm_loop
 SCHEDULES = [Schedule(), Schedule("cosine", 400), Schedule("sigmoid", 333, zero_snr=False)]
 
 
-def compare(loop, plan, schedule, ts, prediction, **options):
+def compare(loop, plan, schedule, ts, prediction, learned=None, **options):
     x, z = draw(len(ts), images=16)
-    network = Toy(schedule, prediction)
+    network = Toy(schedule, prediction, learned)
     truth = loop(network, schedule, x, ts, lambda i: z[i], prediction=prediction, **options)
     return float((run_plan(plan, network, x, z) - truth).abs().max())
 
@@ -31,6 +31,17 @@ def test_ddpm_is_the_papers(spacing, variance, clip, prediction):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
 @pytest.mark.parametrize("clip", [None, 0.8])
+@pytest.mark.parametrize(("variance", "around"), [("learned", -4.0), ("learned_range", 0.2)])
+def test_ddpm_with_a_learned_variance_is_the_papers(variance, around, clip, prediction):
+    for schedule in SCHEDULES:
+        ts = timesteps(schedule.T, 37, "trailing")
+        options = {"prediction": prediction, "clip": clip, "variance": variance}
+        plan = solvers.ddpm(schedule, ts, **options)
+        assert compare(ddpm_loop, plan, schedule, ts, learned=around, **options) <= 1e-9
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
+@pytest.mark.parametrize("clip", [None, 0.8])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("spacing", ["trailing", "quadratic", "linspace"])
 def test_ddim_is_the_papers(spacing, eta, clip, prediction):
@@ -43,14 +54,9 @@ def test_ddim_is_the_papers(spacing, eta, clip, prediction):
 @pytest.mark.parametrize("prediction", ["x0", "v"])
 @pytest.mark.parametrize("loop", [ddpm_loop, ddim_loop])
 def test_zero_snr_agrees_too(loop, prediction):
-    """The toy divides by √ᾱ, so it is asked about a schedule that is not yet zero at the end."""
-    zero, nearly = Schedule(T=200, zero_snr=True), Schedule(T=200)
-    ts = timesteps(200, 20)
-    x, z = draw(len(ts), images=16)
-    network = Toy(nearly, prediction)
+    zero, ts = Schedule(T=200, zero_snr=True), timesteps(200, 20)
     method = {"ddpm_loop": solvers.ddpm, "ddim_loop": solvers.ddim}[loop.__name__]
-    truth = loop(network, zero, x, ts, lambda i: z[i], prediction=prediction)
-    assert float((run_plan(method(zero, ts, prediction=prediction), network, x, z) - truth).abs().max()) <= 1e-9
+    assert compare(loop, method(zero, ts, prediction=prediction), zero, ts, prediction) <= 1e-9
 
 
 def test_explicit_timesteps_end_where_they_end():
