@@ -207,16 +207,16 @@ def dpmpp_2m_sde(schedule: Schedule, timesteps: Times, **network: Unpack[Network
 
 
 def langevin(
-    schedule: Schedule, timesteps: Times, *, each: int = 5, rate: float = 0.2, denoise: bool = True,
+    schedule: Schedule, timesteps: Times, *, each: int = 5, rate: float = 0.5, denoise: bool = True,
     **network: Unpack[Network],
 ) -> Plan:  # fmt: skip
     """Annealed Langevin dynamics (NCSN, arXiv 1907.05600, algorithm 1): `each` steps x + ½k·score + √k·z a level.
 
-    k = rate·σ²; `rate` is the paper's ε/σ_L² (2e-5/0.01²). `denoise` ends with a row that takes x0 (arXiv 2009.05475,
-    section 3). x is in units of α; clip: None unless given, for a clipped x0 is no score.
+    k = rate·σ², the paper's ε/σ_L² = 0.2 with 100 steps a level; few need more. `denoise` ends with a row that takes x0
+    (arXiv 2009.05475, section 3). x is in units of α; clip: None unless given, for a clipped x0 is no score.
     """
-    if isinstance(each, bool) or not isinstance(each, (int, np.integer)) or each < 1:
-        raise EpsrtError(f"each = {each!r}: take at least 1 step a level")
+    if isinstance(each, bool) or not isinstance(each, (int, np.integer)) or not 1 <= each <= 10_000:
+        raise EpsrtError(f"each = {each!r} is outside 1 … 10000, the steps a level")
     if not 0 < rate < 2:
         raise EpsrtError(f"rate = {rate} is outside (0, 2), where Langevin's steps do not diverge")
     network.setdefault("clip", None)
@@ -231,8 +231,8 @@ def langevin(
 
 
 def _plan(name: str, at: Levels, start: float | None = None, **columns: Array | float) -> Plan:
-    noise = at.noise if start is None else start
-    return Plan.of(name, (0.0, noise), **at.columns(), ka=at.alpha_next, kb=at.sigma_next, **columns)
+    begin = (0.0, at.noise if start is None else start)
+    return Plan.of(name, begin, **at.columns(), ka=at.alpha_next, kb=at.sigma_next, **columns)
 
 
 def _first_order(name: str, at: Levels, eta: float, rederive: bool) -> Plan:
@@ -281,6 +281,8 @@ def _churned(at: Levels, s_churn: float, s_tmin: float, s_tmax: float, s_noise: 
     for name, value in (("s_churn", s_churn), ("s_tmin", s_tmin), ("s_noise", s_noise)):
         if not 0 <= value < np.inf:
             raise EpsrtError(f"{name} = {value} is not a finite number ≥ 0")
+    if not s_tmin <= s_tmax:
+        raise EpsrtError(f"s_tmax = {s_tmax} is below s_tmin = {s_tmin}: churn is for σ between them")
     gamma = min(s_churn / len(at.t), np.sqrt(2) - 1)
     raised = at.sigma * (1 + gamma * ((at.sigma >= s_tmin) & (at.sigma <= s_tmax)))
     if at.prediction != "edm":  # only it can be told of more noise than the schedule has
@@ -349,7 +351,6 @@ NOT_TABLES = {
     **dict.fromkeys(("plms", "pndm", "ipndm", "lms", "deis", "unipc", "dpmpp-3m", "dpmpp-3m-sde"), _MEMORY),
     **dict.fromkeys(("pc", "dpm-adaptive", "rk45"), _DATA),
 }
-NETWORK_OPTIONS = tuple(Network.__annotations__)
 
 
 def method_of(name: str) -> Method:
@@ -382,12 +383,11 @@ def make(
     """
     solver, own = method_of(method).solver, options_of(method)
     of_spacing = {name: options.pop(name) for name in spacings.OPTIONS if name in options}
-    for name in options:
-        if name in own or name in NETWORK_OPTIONS:
-            continue
+    known = own.keys() | Network.__annotations__.keys()
+    for name in sorted(options.keys() - known):
         takers = [other for other in METHODS if name in options_of(other)]
         if not takers:
-            raise EpsrtError(f"{method} takes no option {name!r}: {one_of(name, [*own, *NETWORK_OPTIONS])}")
+            raise EpsrtError(f"{method} takes no option {name!r}: {one_of(name, known)}")
         why = "is deterministic and " if METHODS[method].stochastic == "no" and name != "compatible" else ""
         raise EpsrtError(f"{method} {why}takes no option {name!r}, which is for {', '.join(takers)}")
     if timesteps is None:

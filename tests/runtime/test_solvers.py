@@ -254,7 +254,9 @@ def test_timesteps_override_steps_and_spacing():
         ({"ets": 1}, "ddim takes no option 'ets': did you mean eta"),
         ({"method": "heun", "s_churn": -1.0}, "s_churn = -1.0 is not a finite number"),
         ({"method": "heun", "s_noise": float("nan")}, "s_noise = nan is not a finite number"),
-        ({"method": "langevin", "each": 0}, "each = 0: take at least 1 step a level"),
+        ({"method": "heun", "s_tmin": 2.0, "s_tmax": 1.0}, "s_tmax = 1.0 is below s_tmin = 2.0"),
+        ({"method": "euler", "s_tmax": float("nan")}, "s_tmax = nan is below s_tmin"),
+        ({"method": "langevin", "each": 0}, "each = 0 is outside 1 … 10000, the steps a level"),
         ({"method": "langevin", "rate": 2.0}, r"rate = 2.0 is outside \(0, 2\)"),
         (
             {"method": "dpmpp-2m", "compatible": "diffusers"},

@@ -72,8 +72,10 @@ def plan(
         visited = Schedule(schedule or "linear")  # type: ignore[arg-type]
         given = planning.options(spacing, timesteps, eta, variance, clip, 1.0, more)
         made = make(method, visited, steps=steps, **{"prediction": prediction or "epsilon", **given})
-    t = visited.t_at(-4 * made["t"]) if prediction == "edm" else made["t"]  # edm is told ¼ ln σ
-    alpha, sigma = visited.at(t)
+    if prediction == "edm":  # it is told ¼ ln σ
+        t, alpha, sigma = visited.level(-4 * made["t"])
+    else:
+        t, (alpha, sigma) = made["t"], visited.at(made["t"])
     if out is not None:
         title = f"{made.name}, {len(made)} rows, {spacing if timesteps is None else 'given'} timesteps"
         charts.save(charts.plan(visited, t, title), out)
@@ -84,7 +86,7 @@ def plan(
         rows = [dict(zip(COLUMNS, row, strict=True)) for row in made.table.tolist()]
         show.print_json({
             "method": made.name, "start": list(made.start), "stochastic": made.stochastic,
-            "timesteps": np.asarray(t).tolist(), "alpha": alpha.tolist(), "sigma": sigma.tolist(), "rows": rows,
+            "timesteps": t.tolist(), "alpha": alpha.tolist(), "sigma": sigma.tolist(), "rows": rows,
         })  # fmt: skip
         return
     show.out().print(_table(made, used, log_snr), "")
