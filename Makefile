@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := cpu,export,train,cli,charts,tensorrt-rtx,dev
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo samplers test lint bench gpu clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
+
+samplers: .venv/installed
+	$(BIN)/python examples/samplers.py
 
 test: lint
 	$(BIN)/python -m pytest
@@ -18,6 +21,7 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/noise.py
+	$(BIN)/python benchmarks/plans.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/startup.py
 

@@ -121,17 +121,18 @@ def accuracy(model: SVC, images: NDArray[np.uint8]) -> float:
     return float(np.mean(model.predict(values) == np.arange(len(images)) % 10))
 
 
-def draw(runs: list[Run]) -> None:
-    cell, left, top = 56, 110, 8
-    sheet = Image.new("L", (left + 10 * (cell + 4), top + len(runs) * (cell + 8)), 255)
+def draw(rows: list[tuple[str, NDArray[np.uint8]]], path: Path, left: int = 110) -> None:
+    """The first ten images [n, 8, 8, 1] of each row, beside its name."""
+    cell, top = 56, 8
+    sheet = Image.new("L", (left + 10 * (cell + 4), top + len(rows) * (cell + 8)), 255)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
-    for row, run in enumerate(runs):
+    for row, (name, images) in enumerate(rows):
         y = top + row * (cell + 8)
-        pen.text((8, y + cell // 2 - 9), f"{run.method.upper()}-{run.steps}", fill=0, font=font)
+        pen.text((8, y + cell // 2 - 9), name, fill=0, font=font)
         for i in range(10):
-            tile = Image.fromarray(run.images[i, ..., 0]).resize((cell, cell), Image.Resampling.NEAREST)
+            tile = Image.fromarray(images[i, ..., 0]).resize((cell, cell), Image.Resampling.NEAREST)
             sheet.paste(tile, (left + i * (cell + 4), y))
-    with whole_file(PICTURE) as beside:
+    with whole_file(path) as beside:
         sheet.save(beside)
 
 
@@ -142,7 +143,7 @@ def main() -> None:
     model, held_out = judge()
     with Sampler(open_engine(bundle)) as sampler:
         runs = [sampled(sampler, *run) for run in RUNS]
-    draw(runs)
+    draw([(f"{run.method.upper()}-{run.steps}", run.images) for run in runs], PICTURE)
     title = f"{BUNDLE} on {sampler.engine.name} {sampler.engine.precision}, seed {SEED}"
     columns = ("sampler", "steps", "images", "seconds", "images/s", "speed-up", "read as asked")
     made = show.table(title, *columns, right=columns[1:])

@@ -2,7 +2,7 @@
 
     out = net(in_scale * x, t, label)
     x0  = min(max(p*x + q*out, -clip), clip)
-    x'  = a*x + b*x0 + h*out + c*m + d*z          z ~ N(0, I)
+    x'  = a*x + b*x0 + h*out + c*m + d*z          z ~ N(0, I); d*exp(r*v)*z where the network returns a variance v
     m'  = e*x + f*x0 + o*out + g*m
 
 x is the noisy image, m one memory register (0 at first). The step runs inside the exported graph; an engine gets rows.

@@ -36,7 +36,9 @@ def refusal(*arguments: object) -> str:
     return last
 
 
-@pytest.mark.parametrize("command", ["train", "export", "build", "verify", "sample", "plan", "bound", "inspect", "doctor", "cache"])
+@pytest.mark.parametrize(
+    "command", ["train", "export", "build", "verify", "sample", "plan", "bound", "inspect", "doctor", "cache"]
+)
 def test_each_command_has_help_with_examples(command: str) -> None:
     text = run(command, "--help").stdout
     assert "Examples" in text

@@ -29,6 +29,8 @@ def identity(data: Images, network: NetworkConfig, schedule: Schedule, config: o
     if plain["lr_decay"] == "constant":
         del plain["steps"]  # a longer run begins like the shorter
     rest = {"network": msgspec.to_builtins(network), "schedule": msgspec.to_builtins(schedule)}
+    for name in ("sigma_min", "sigma_max"):  # of schedules that are not trained with
+        del rest["schedule"][name]
     found: dict[str, Any] = json.loads(json.dumps({"data": data.digest(), **rest, "train": plain}))
     return found
 
