@@ -19,9 +19,9 @@ EPSRT = str(Path(sys.executable).with_name("epsrt"))
 LABELS = "0,1,2,3,4,5,6,7,8,9"
 
 
-def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "COLUMNS": "200"}
-    done = subprocess.run([EPSRT, *map(str, arguments)], capture_output=True, text=True, env=environment)
+    done = subprocess.run([EPSRT, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=cwd)
     assert done.returncode == code, done.stderr
     return done
 

@@ -1,48 +1,30 @@
 """epsrt bound as its users run it: a subprocess. What it computes, tests/export/test_bound.py checks."""
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_cli import refusal, run
 
 from epsrt_export.bound import variational_bound
 from epsrt_trainer.data import load
 from helpers import run_python
 
-EPSRT = str(Path(sys.executable).with_name("epsrt"))
+bound, refused = partial(run, "bound"), partial(refusal, "bound")
 FEW = ("--data", "digits", "--images", 6, "--timesteps", 8)
 
 
-def run(*arguments: object, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    command = [EPSRT, "bound", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
-    assert done.returncode == code, done.stderr
-    return done
-
-
-def refusal(*arguments: object) -> str:
-    done = run(*arguments, code=1)
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("epsrt: ")
-    return last
-
-
 def test_help_has_examples() -> None:
-    text = run("--help").stdout
+    text = bound("--help").stdout
     assert "Examples" in text
     assert "epsrt bound" in text
 
 
 def test_the_table_adds_up(checkpoint_path: Path, tmp_path: Path) -> None:
-    done = run(checkpoint_path, *FEW, cwd=tmp_path)
+    done = bound(checkpoint_path, *FEW, cwd=tmp_path)
     rows = [line.split() for line in done.stdout.splitlines()]
     figures = {" ".join(row[:-2]): float(row[-2]) for row in rows if row and row[0] in ("L_T", "L_t−1", "L_0", "total")}
     assert len(figures) == 13
@@ -56,7 +38,7 @@ def test_the_table_adds_up(checkpoint_path: Path, tmp_path: Path) -> None:
 
 
 def test_json_is_what_python_gives(checkpoint_path: Path) -> None:
-    made = json.loads(run(checkpoint_path, *FEW, "--seed", 5, "--variance", "fixed_large", "--json").stdout)
+    made = json.loads(bound(checkpoint_path, *FEW, "--seed", 5, "--variance", "fixed_large", "--json").stdout)
     data, index = load("digits"), np.arange(6) * 1797 // 6
     expected = variational_bound(
         checkpoint_path, data.images[index], data.labels[index], timesteps=8, seed=5, variance="fixed_large"
@@ -71,8 +53,8 @@ def test_json_is_what_python_gives(checkpoint_path: Path) -> None:
 
 def test_one_image_has_no_error(checkpoint_path: Path) -> None:
     arguments = (checkpoint_path, "--data", "digits", "--images", 1, "--timesteps", 3)
-    assert "–" in run(*arguments).stdout
-    text = run(*arguments, "--json").stdout
+    assert "–" in bound(*arguments).stdout
+    text = bound(*arguments, "--json").stdout
     assert "NaN" not in text
     assert json.loads(text)["rows"][-1]["error"] is None
 
@@ -80,13 +62,13 @@ def test_one_image_has_no_error(checkpoint_path: Path) -> None:
 def test_bytes_have_256_levels(checkpoint_path: Path, tmp_path: Path) -> None:
     file = tmp_path / "bytes.npz"
     np.savez(file, images=np.full((4, 8, 8), 200, np.uint8), labels=np.arange(4))
-    made = json.loads(run(checkpoint_path, "--data", file, "--timesteps", 3, "--json").stdout)
+    made = json.loads(bound(checkpoint_path, "--data", file, "--timesteps", 3, "--json").stdout)
     assert (made["levels"], made["images"]) == (256, 4)
 
 
 def test_draws_the_curve(checkpoint_path: Path, tmp_path: Path) -> None:
     for name in ("curve.png", "curve.SVG", "again.SVG"):
-        done = run(checkpoint_path, *FEW, "--out", tmp_path / name)
+        done = bound(checkpoint_path, *FEW, "--out", tmp_path / name)
         assert name in done.stdout
     with Image.open(tmp_path / "curve.png") as picture:
         picture.load()
@@ -116,22 +98,22 @@ def test_draws_the_curve(checkpoint_path: Path, tmp_path: Path) -> None:
 )
 def test_refuses(checkpoint_path: Path, tmp_path: Path, arguments: tuple[object, ...], sentence: str) -> None:
     target = () if "--out" in arguments else ("--out", tmp_path / "never.png")
-    assert sentence in refusal(checkpoint_path, *FEW, *target, *arguments)
+    assert sentence in refused(checkpoint_path, *FEW, *target, *arguments)
     assert not list(tmp_path.iterdir())
 
 
 def test_refuses_files_that_do_not_fit(checkpoint_path: Path, tmp_path: Path) -> None:
-    assert "none.safetensors does not exist" in refusal(tmp_path / "none.safetensors", *FEW)
+    assert "none.safetensors does not exist" in refused(tmp_path / "none.safetensors", *FEW)
     images = np.zeros((3, 8, 8), np.uint8)
     np.savez(tmp_path / "bare.npz", images=images)
-    sentence = refusal(checkpoint_path, "--data", tmp_path / "bare.npz")
+    sentence = refused(checkpoint_path, "--data", tmp_path / "bare.npz")
     assert "the network has 10 classes but the images no labels" in sentence
     np.savez(tmp_path / "large.npz", images=np.zeros((3, 9, 9), np.uint8), labels=np.arange(3))
-    assert "shape [1, 9, 9] but the network takes [1, 8, 8]" in refusal(
+    assert "shape [1, 9, 9] but the network takes [1, 8, 8]" in refused(
         checkpoint_path, "--data", tmp_path / "large.npz"
     )
     (tmp_path / "folder.png").mkdir()
-    assert "is a directory" in refusal(checkpoint_path, *FEW, "--out", tmp_path / "folder.png")
+    assert "is a directory" in refused(checkpoint_path, *FEW, "--out", tmp_path / "folder.png")
 
 
 def test_without_matplotlib_one_sentence_before_any_work(checkpoint_path: Path, tmp_path: Path) -> None:

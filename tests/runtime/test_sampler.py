@@ -257,7 +257,7 @@ def test_closing_closes_the_lanes_and_the_engine(plain_bundle_path):
         ({"batch": 9}, "batch = 9 is outside 1 … 8"),
         ({"steps": 0}, "steps = 0 is outside 1 … 100"),
         ({"steps": 101}, "steps = 101 is outside 1 … 100"),
-        ({"method": "euler"}, "method 'euler' is unknown"),
+        ({"method": "eular"}, "method 'eular' is unknown"),
         ({"labels": 11}, "label 11 is outside 0 … 9"),
         ({"labels": [0, -1]}, "label -1 is outside 0 … 9"),
         ({"labels": 1.5}, "label 1.5 is outside"),

@@ -26,7 +26,8 @@ def inspect(bundle: show.BundleArgument, as_json: show.JsonOption = False) -> No
         return
     console, p, s = show.out(), m.provenance, m.schedule
     facts = show.table(f"{bundle}", "", "")
-    span = f", β {s.beta_start:g} … {s.beta_end:g}" if s.kind not in ("cosine", "given") else ""
+    alpha, sigma = s.at(s.span)
+    span = f", β {s.beta_start:g} … {s.beta_end:g}" if s.kind in ("linear", "scaled-linear", "sigmoid") else ""
     classes = f"{m.classes}" if m.classes else "none: unconditional"
     if m.class_names:
         classes += f" ({', '.join(m.class_names[:12])}{', …' if m.classes > 12 else ''})"
@@ -41,7 +42,12 @@ def inspect(bundle: show.BundleArgument, as_json: show.JsonOption = False) -> No
     if by := m.thresholding:
         facts.add_row("x0", f"thresholded by the {by.ratio:g} quantile of |x0|, at most {by.maximum:g} × the values")
     facts.add_row("schedule", f"{s.kind}, T = {s.T}{span}{', zero terminal SNR' if s.zero_snr else ''}")
-    facts.add_row("ᾱ", f"{s.alpha_bar[0]:.6g} … {s.alpha_bar[-1]:.3g}")
+    if s.preserves_variance:
+        facts.add_row("ᾱ", f"{s.alpha_bar[0]:.6g} … {s.alpha_bar[-1]:.3g}")
+    else:
+        facts.add_row("α, σ", f"{alpha[0]:.6g}, {sigma[0]:.3g} … {alpha[1]:.3g}, {sigma[1]:.6g}")
+    if m.prediction == "edm":
+        facts.add_row("σ_data", f"{m.sigma_data:g}")
     facts.add_row("batch", f"1 … {m.max_batch}")
     facts.add_row("network", f"{p.network}, {p.parameters:,} parameters")
     facts.add_row("from", f"{p.source} (sha256 {p.source_sha256[:16]}…)")
