@@ -1,6 +1,7 @@
 """What a user can mend. Each message is one sentence: the thing, the value and the way out."""
 
 from collections.abc import Iterable
+from typing import Any
 
 
 class EpsrtError(ValueError):
@@ -28,6 +29,28 @@ def one_of(word: str, known: Iterable[str]) -> str:
     from difflib import get_close_matches  # only where something went wrong
 
     names = list(known)
-    near = get_close_matches(word, names, cutoff=0.5)
+    near = get_close_matches(str(word).lower(), names, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return f"{hint}use one of {', '.join(names)}"
+
+
+def typed(name: str, value: Any, like: Any) -> Any:
+    """`value` as an option whose default is `like`: bool, int, float, str, or (like None) str or None.
+
+    NumPy's scalars pass for Python's, whole floats for int. Raises EpsrtError for another type, and for NaN.
+    """
+    if hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0:
+        value = value.item()
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    match like:
+        case bool():
+            fits, what = isinstance(value, bool), "true or false"
+        case int():
+            fits, what = number and (isinstance(value, int) or value.is_integer()), "a whole number"
+        case float():
+            fits, what = number, "a number"
+        case _:
+            fits, what = isinstance(value, str) or (like is None and value is None), "a word"
+    if not fits:
+        raise EpsrtError(f"{name} = {value!r} is not {what}")
+    return type(like)(value) if number else value

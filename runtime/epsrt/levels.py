@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epsrt import spacing
-from epsrt.errors import EpsrtError, one_of
+from epsrt.errors import EpsrtError, one_of, typed
 from epsrt.plan import CLIP_OFF
 from epsrt.schedule import Array, Schedule
 
@@ -70,8 +70,8 @@ class Levels:
         return self.alpha * self.sigma_next / (self.alpha_next * self.sigma)
 
     @property
-    def noise(self) -> float:
-        """x begins as noise·z."""
+    def start(self) -> float:
+        """x begins as start·z: z in the network's own units where variance is preserved, else σ·z."""
         first = 1.0 if self.schedule.preserves_variance else float(self.sigma[0] / self.scale[0])
         return first * float(self.scale[0])
 
@@ -94,9 +94,10 @@ class Levels:
                 s = sigma / alpha
                 total = s**2 + self.sigma_data**2
                 return Affine(self.sigma_data**2 / total / alpha, s * self.sigma_data / np.sqrt(total))
-            case _:
+            case "velocity":
                 a, s = alpha / self.scale, sigma / self.scale
                 return Affine(one / (a + s) / self.scale, -s / (a + s))
+        raise AssertionError(self.prediction)  # visit lets no other through
 
     @property
     def epsilon(self) -> Affine:
@@ -112,7 +113,7 @@ class Levels:
                 return Affine(zero, -s)
             case "velocity":
                 return Affine(one / (a + s) / self.scale, a / (a + s))
-        p, q = self.x0
+        p, q = self.x0  # of x0 and edm: ε = (x − α·x0)/σ
         return Affine((1 - self.alpha * p) / self.sigma, -self.alpha * q / self.sigma)
 
     def columns(self) -> dict[str, Array]:
@@ -139,7 +140,7 @@ class Levels:
         if np.any(self.alpha == 0):
             raise EpsrtError(
                 f"{method} works in σ/α, which is infinite at t = {self.t[0]:g}, where α = 0: use ddim or dpmpp-2m, or "
-                "timesteps that begin later (spacing leading)"
+                "timesteps that begin later (spacing karras or leading)"
             )
         return self._scaled(1 / self.alpha, 1 / self.alpha_next)
 
@@ -156,19 +157,22 @@ class Levels:
 
 def visit(schedule: Schedule, timesteps: Sequence[float] | Array, **network: Unpack[Network]) -> Levels:
     """The levels of descending timesteps. Raises EpsrtError for what does not fit the schedule or the network."""
-    prediction, sigma_data = network.get("prediction", "epsilon"), network.get("sigma_data", 0.5)
+    for name in network.keys() - Network.__annotations__.keys():
+        raise EpsrtError(f"no sampler takes an option {name!r} of its network: {one_of(name, Network.__annotations__)}")
+    prediction = typed("prediction", network.get("prediction", "epsilon"), "")
+    sigma_data = typed("sigma_data", network.get("sigma_data", 0.5), 0.0)
     if prediction not in PREDICTIONS:
-        raise EpsrtError(f"prediction {prediction!r} is unknown: {one_of(str(prediction), PREDICTIONS)}")
-    if not 0 < sigma_data < np.inf:
-        raise EpsrtError(f"sigma_data = {sigma_data} is not a positive number: EDM's is 0.5")
+        raise EpsrtError(f"prediction {prediction!r} is unknown: {one_of(prediction, PREDICTIONS)}")
+    if not 1e-6 <= sigma_data <= 1e6:
+        raise EpsrtError(f"sigma_data = {sigma_data} is outside 1e-6 … 1e6: EDM's is 0.5")
     t = spacing.given(schedule, timesteps)
     alpha, sigma = schedule.at(t)
     if alpha[0] == 0 and prediction not in AT_PURE_NOISE:
         name = "ε" if prediction == "epsilon" else prediction
         where = f"t = {t[0]:g}, where {'ᾱ' if schedule.preserves_variance else 'α'} = 0"
-        raise EpsrtError(f"{name}-prediction says nothing of x0 at {where}: use a v or x0 network")
+        raise EpsrtError(f"{name}-prediction says nothing of x0 at {where}: use an x0, v or velocity network")
     clip = network.get("clip", 1.0)
-    if clip is not None and not 0 < clip < CLIP_OFF:
+    if clip is not None and not 1 / CLIP_OFF < typed("clip", clip, 0.0) < CLIP_OFF:
         raise EpsrtError(f"clip = {clip} is not a positive bound: give one, or None for no clipping")
     return Levels(
         schedule, t, alpha, sigma, np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0), np.ones_like(alpha),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import EpsrtError, typed
 
 CLIP_OFF = 1e30  # larger than any sample, and finite in float32
 
@@ -39,7 +39,7 @@ class Plan:
     """A sampler: `table` float64 [steps, len(COLUMNS)], and `start`: x begins as start[0]·init + start[1]·z.
 
     `name` is for people; nothing downstream depends on it. Raises EpsrtError when the table is empty, of another
-    width, not finite, or has a noise index n that is not an integer in [0, 2^24).
+    width, not finite in float32, or has a noise index n that is not an integer in [0, 2^24).
     """
 
     table: NDArray[np.float64]
@@ -50,13 +50,17 @@ class Plan:
         table = np.array(self.table, dtype=np.float64)  # a copy: nobody else holds it
         if table.ndim != 2 or table.shape[1] != len(COLUMNS) or not len(table):
             raise EpsrtError(f"a plan is a table [steps ≥ 1, {len(COLUMNS)}], not {list(table.shape)}: see Plan.of")
-        bad = np.argwhere(~np.isfinite(table))
+        with np.errstate(over="ignore", invalid="ignore"):
+            bad = np.argwhere(~np.isfinite(table.astype(np.float32)))  # as an engine takes it
         if len(bad):
             row, column = bad[0]
             raise EpsrtError(f"plan {self.name!r}: {COLUMNS[column]} is {table[row, column]} in row {row}")
         n = table[:, COLUMNS.index("n")]
         if np.any((n != np.floor(n)) | (n < 0) | (n >= MAX_N)):
             raise EpsrtError(f"plan {self.name!r}: noise indices n must be integers in 0 … {MAX_N - 1}")
+        start = tuple(typed(f"plan {self.name!r}: start", value, 0.0) for value in self.start)
+        if len(start) != 2 or not np.isfinite(start).all():
+            raise EpsrtError(f"plan {self.name!r}: start = {self.start} is not (signal, noise), two finite numbers")
         table.flags.writeable = False
         object.__setattr__(self, "table", table)
 

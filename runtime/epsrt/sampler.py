@@ -260,10 +260,12 @@ class Sampler(Closing):
         if images.ndim != 4 or images.shape[1:] != shape or images.dtype.kind != "f":
             want = ", ".join(map(str, shape))
             raise EpsrtError(f"init is {images.dtype} {list(images.shape)}, not float [n, {want}]")
-        bad = np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(1))
+        with np.errstate(over="ignore"):
+            images = np.ascontiguousarray(images, np.float32)
+        bad = np.flatnonzero(~np.isfinite(images).all((1, 2, 3)))
         if len(bad):
             raise EpsrtError(f"init image {bad[0]} holds NaN or infinity")
-        return np.ascontiguousarray(images, np.float32)
+        return images
 
 
 def plan_of(manifest: Manifest, method: str = "ddim", steps: int | None = None, **options: Any) -> Plan:

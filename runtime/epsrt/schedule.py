@@ -30,9 +30,9 @@ class Schedule:
                   EDM (arXiv 2206.00364, whose defaults these are)
     flow          α = 1 − t/T, σ = t/T, 0 < t ≤ T: flow matching, rectified flow (arXiv 2209.03003)
 
-    t is 0 … T−1 (flow: 1 … T); between integers λ = ln(α/σ) is linear. `zero_snr` rescales √ᾱ so that the last step is
-    pure noise (arXiv 2305.08891, algorithm 1).
-    Raises EpsrtError when T is outside 1 … 1,000,000, a β outside (0, 1), or the σ do not ascend from above 0.
+    t is 0 … T−1, and between whole ones λ = ln(α/σ) is linear; a flow's is any number above 0, up to T. `zero_snr`
+    rescales √ᾱ so that the last step is pure noise (arXiv 2305.08891, algorithm 1).
+    Raises EpsrtError when T is outside 1 … 1,000,000, a β outside (0, 1) or lost in rounding, or ve's range is none.
     """
 
     kind: Kind = "linear"
@@ -68,6 +68,8 @@ class Schedule:
         if not fine.all():
             bad = int(np.argmin(fine))
             raise EpsrtError(f"beta[{bad}] = {beta[bad]:g} is outside (0, 1): check the schedule's range")
+        if 1 - beta[0] == 1:
+            raise EpsrtError(f"beta[0] = {beta[0]:g} adds no noise that float64 can tell from none: raise it")
 
     @classmethod
     def given(cls, betas: object, zero_snr: bool = False) -> Schedule:
@@ -94,6 +96,8 @@ class Schedule:
         if not down.all():
             bad = int(np.argmin(down)) + 1
             raise EpsrtError(f"alpha_bar[{bad}] = {bar[bad]:g} is not below the one before it, {bar[bad - 1]:g}")
+        if len(bar) > 1 and 0 < bar[-1] < 1e-15 * bar[-2]:
+            raise EpsrtError(f"alpha_bar[{len(bar) - 1}] = {bar[-1]:g} is lost beside {bar[-2]:g}: give 0, pure noise")
         return cls.given(1 - bar / np.append(1.0, bar[:-1]))
 
     @property
@@ -103,7 +107,7 @@ class Schedule:
 
     @property
     def span(self) -> tuple[int, int]:
-        """The cleanest and the noisiest timestep."""
+        """The cleanest and the noisiest whole timestep."""
         return (1, self.T) if self.kind == "flow" else (0, self.T - 1)
 
     def _betas(self) -> Array:
@@ -152,11 +156,13 @@ class Schedule:
             return np.log(self.alpha_bar / (1 - self.alpha_bar)) / 2
 
     def at(self, t: ArrayLike) -> tuple[Array, Array]:
-        """α and σ at timesteps t, whole or fractional, which must lie in the schedule; float64, t's shape.
+        """α and σ at timesteps t, whole or fractional; float64, t's shape.
 
-        Raises EpsrtError between the last two timesteps where the last is pure noise: λ is infinite there.
+        Raises EpsrtError outside 0 … T−1 (flow: 0 … T), and between the last two where the last is pure noise.
         """
         t = np.asarray(t, np.float64)
+        if not np.all((t >= 0) & (t <= self.span[1])):
+            raise EpsrtError(f"timesteps {np.min(t):g} … {np.max(t):g} leave the schedule, 0 … {self.span[1]}")
         match self.kind:
             case "ve":
                 power = t / (self.T - 1)
@@ -173,7 +179,7 @@ class Schedule:
         return np.sqrt(bar), np.sqrt(1 - bar)
 
     def t_at(self, log_snr: ArrayLike) -> Array:
-        """The timestep, fractional, at which ln(α/σ) is `log_snr`: at's inverse. Clamped to the schedule's ends."""
+        """The timestep, fractional, at which ln(α/σ) is `log_snr`: at's inverse. Clamped to 0 … T−1 (flow: 0 … T)."""
         log_snr = np.asarray(log_snr, np.float64)
         match self.kind:
             case "ve":
@@ -184,7 +190,7 @@ class Schedule:
             case _:
                 finite = self.T - (self.alpha_bar[-1] == 0)  # np.interp takes no infinity
                 t = np.interp(-log_snr, -self._log_snr[:finite], np.arange(finite))
-        return np.asarray(np.clip(t, *self.span), np.float64)
+        return np.asarray(np.clip(t, 0, self.span[1]), np.float64)
 
     def level(self, log_snr: Array) -> tuple[Array, Array, Array]:
         """t, α and σ where ln(α/σ) is `log_snr`. Beyond the schedule's ends α and σ go on, t (see t_at) stays."""

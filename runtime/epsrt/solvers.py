@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from epsrt import spacing as spacings
-from epsrt.errors import EpsrtError, one_of
+from epsrt.errors import EpsrtError, one_of, typed
 from epsrt.levels import Levels, Network, visit
 from epsrt.plan import Plan
 from epsrt.schedule import Array, Schedule
@@ -39,7 +39,9 @@ def ddpm(
     rho, zero = at.ratio, np.zeros_like(at.t)
     small, large = (sigma * np.sqrt(1 - rho**2) for sigma in (at.sigma_next, at.sigma))
     noisy = at.sigma_next > 0  # the last row's mean is the sample
-    if _diffusers(compatible):  # theirs adds noise wherever t > 0, fixed_small's variance being at least 1e-20
+    if _diffusers(
+        compatible, schedule
+    ):  # theirs adds noise wherever t > 0, fixed_small's variance being at least 1e-20
         small, noisy = np.maximum(small, 1e-10), at.t > 0
     match variance:
         case "fixed_small" | "fixed_small_log":
@@ -68,7 +70,7 @@ def ddim(
     `rederive` computes ε anew from the clipped x0 (diffusers' use_clipped_model_output); else it is the network's own.
     """
     at = visit(schedule, timesteps, **network)
-    if _diffusers(compatible):
+    if _diffusers(compatible, schedule):
         at = _strided(at, set_alpha_to_one)
     elif not set_alpha_to_one:
         raise EpsrtError("set_alpha_to_one = False is a convention of diffusers: give compatible='diffusers' too")
@@ -88,7 +90,7 @@ def ddim_inversion(
     to = visit(schedule, timesteps, **network).take(slice(None, None, -1))
     alpha, sigma = np.append(1.0, to.alpha[:-1]), np.append(0.0, to.sigma[:-1])
     eps = to.epsilon
-    if _diffusers(compatible):
+    if _diffusers(compatible, schedule):
         if to.prediction not in ("epsilon", "v"):
             raise EpsrtError(f"diffusers' inversion divides by σ = 0 for {to.prediction}: leave compatible out")
         before = _strided(to, set_alpha_to_one)
@@ -119,7 +121,7 @@ def euler(
     schedule: Schedule, timesteps: Times, *, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = np.inf,
     s_noise: float = 1.0, **network: Unpack[Network],
 ) -> Plan:  # fmt: skip
-    """Euler for the probability-flow ODE dx/dσ = (x − x0)/σ with α = 1 (arXiv 2206.00364, algorithm 2 without line 7).
+    """Euler for the probability-flow ODE dx/dσ = (x − x0)/σ, α = 1: EDM's algorithm 2 without its correction.
 
     Churn as in `heun`. Without it, DDIM with ε from the clipped x0; x is in units of α.
     """
@@ -136,7 +138,8 @@ def heun(
     """Heun for the probability-flow ODE: EDM's algorithm 2 (arXiv 2206.00364), two rows a step, one in the last.
 
     Churn raises σ by γ = min(s_churn/S, √2 − 1) where s_tmin ≤ σ ≤ s_tmax and adds the noise that lacks, times s_noise;
-    a row adds that of the next step, `start` the first's. σ = σ/α of the schedule; x is in units of α.
+    a row adds that of the next step, `start` the first's. σ is σ/α of the schedule, and x in units of α. Only an edm
+    network can be told of more noise than the schedule has: for others churn goes no higher.
     """
     at = visit(schedule, timesteps, **network).exploding("heun")
     hat, noise, start = _churned(at, s_churn, s_tmin, s_tmax, s_noise)
@@ -144,7 +147,7 @@ def heun(
 
 
 def flow_euler(schedule: Schedule, timesteps: Times, **network: Unpack[Network]) -> Plan:
-    """Euler along the straight path, dx/ds = ε − x0 (rectified flow, arXiv 2209.03003, eq. 1).
+    """Euler along the straight path, dx/ds = ε − x0 (rectified flow, arXiv 2209.03003, section 2.1).
 
     Of other schedules x is taken in units of α + σ, where their path is straight too.
     """
@@ -156,14 +159,14 @@ def flow_euler(schedule: Schedule, timesteps: Times, **network: Unpack[Network])
 def flow_heun(schedule: Schedule, timesteps: Times, **network: Unpack[Network]) -> Plan:
     """Heun along the straight path of `flow_euler`, two rows a step, one in the last."""
     at = visit(schedule, timesteps, **network).straight()
-    return _heun("flow-heun", at, at, np.zeros_like(at.t), at.noise)
+    return _heun("flow-heun", at, at, np.zeros_like(at.t), at.start)
 
 
 def euler_maruyama(schedule: Schedule, timesteps: Times, **network: Unpack[Network]) -> Plan:
     """Euler–Maruyama for the reverse SDE (arXiv 2011.13456, eq. 6): x' = x − (f − g²·score) + g·z.
 
     score = (αx0 − x)/σ². A step integrates f to −½(1 − α²/α'²)·x and g² to σ² − (α/α')²σ'²; on all T steps these are
-    −½βx and β of the discretised VP SDE (appendix E). The last row adds no noise.
+    −½βx and β of the discretised VP SDE (eq. 11). The last row adds no noise.
     """
     at = visit(schedule, timesteps, **network)
     drift, g2 = (1 - (at.alpha / at.alpha_next) ** 2) / 2, 1 - at.ratio**2  # g² in units of σ²
@@ -185,7 +188,7 @@ def dpmpp_2s(schedule: Schedule, timesteps: Times, **network: Unpack[Network]) -
     a, b = at.sigma_next / at.sigma, at.alpha_next * (1 - rho)
     first = {"a": a.copy(), "b": b.copy(), "e": np.ones_like(a)}
     first["a"][step], first["b"][step] = mid.sigma / at.sigma[step], mid.alpha * (1 - np.sqrt(rho[step]))
-    return _two_rows("dpmpp-2s", at, at.noise, first, mid, {"c": a[step], "b": b[step]})
+    return _two_rows("dpmpp-2s", at, at.start, first, mid, {"c": a[step], "b": b[step]})
 
 
 def dpmpp_2m(schedule: Schedule, timesteps: Times, **network: Unpack[Network]) -> Plan:
@@ -196,13 +199,12 @@ def dpmpp_2m(schedule: Schedule, timesteps: Times, **network: Unpack[Network]) -
 
 
 def dpmpp_2m_sde(schedule: Schedule, timesteps: Times, **network: Unpack[Network]) -> Plan:
-    """SDE-DPM-Solver++(2M) (arXiv 2211.01095, eq. 18, its midpoint form): the reverse SDE with 2M's extrapolated x0."""
+    """SDE-DPM-Solver++(2M) (arXiv 2211.01095), its midpoint form: the reverse SDE with 2M's extrapolated x0."""
     at = visit(schedule, timesteps, **network)
-    rho = at.ratio
-    gain, back = at.alpha_next * (1 - rho**2), _extrapolation(at)
+    gain, back = at.alpha_next * (1 - at.ratio**2), _extrapolation(at)
     return _plan(
-        "dpmpp-2m-sde", at, a=at.sigma_next / at.sigma * rho, b=gain * (1 + back), c=-gain * back, f=1.0,
-        d=at.sigma_next * np.sqrt(1 - rho**2),
+        "dpmpp-2m-sde", at, a=at.sigma_next / at.sigma * at.ratio, b=gain * (1 + back), c=-gain * back, f=1.0,
+        d=at.sigma_next * np.sqrt(1 - at.ratio**2),
     )  # fmt: skip
 
 
@@ -213,10 +215,10 @@ def langevin(
     """Annealed Langevin dynamics (NCSN, arXiv 1907.05600, algorithm 1): `each` steps x + ½k·score + √k·z a level.
 
     k = rate·σ², the paper's ε/σ_L² = 0.2 with 100 steps a level; few need more. `denoise` ends with a row that takes x0
-    (arXiv 2009.05475, section 3). x is in units of α; clip: None unless given, for a clipped x0 is no score.
+    (arXiv 2009.05475). x is in units of α; clip: None unless given, for a clipped x0 is no score.
     """
-    if isinstance(each, bool) or not isinstance(each, (int, np.integer)) or not 1 <= each <= 10_000:
-        raise EpsrtError(f"each = {each!r} is outside 1 … 10000, the steps a level")
+    if not 1 <= typed("each", each, 1) <= 1000:
+        raise EpsrtError(f"each = {each} is outside 1 … 1000, the steps a level")
     if not 0 < rate < 2:
         raise EpsrtError(f"rate = {rate} is outside (0, 2), where Langevin's steps do not diverge")
     network.setdefault("clip", None)
@@ -231,7 +233,7 @@ def langevin(
 
 
 def _plan(name: str, at: Levels, start: float | None = None, **columns: Array | float) -> Plan:
-    begin = (0.0, at.noise if start is None else start)
+    begin = (0.0, at.start if start is None else start)
     return Plan.of(name, begin, **at.columns(), ka=at.alpha_next, kb=at.sigma_next, **columns)
 
 
@@ -268,51 +270,47 @@ def _two_rows(
     """Two rows for each step but the last, which is the first row alone."""
     one = {**at.columns(), **first, "ka": at.alpha_next, "kb": at.sigma_next}
     two = {**then.columns(), **second, "ka": at.alpha_next[:-1], "kb": at.sigma_next[:-1]}
-    rows: Columns = {}
-    for key in one.keys() | two.keys():
-        rows[key] = np.zeros(2 * len(at.t) - 1)
-        rows[key][::2] = one.get(key, 0.0)
-        rows[key][1::2] = two.get(key, 0.0)
+    rows = {key: np.zeros(2 * len(at.t) - 1) for key in one.keys() | two.keys()}
+    for key, column in rows.items():
+        column[::2], column[1::2] = one.get(key, 0.0), two.get(key, 0.0)
     return Plan.of(name, (0.0, start), **rows)
 
 
 def _churned(at: Levels, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> tuple[Levels, Array, float]:
     """Levels raised by churn, the noise that each row adds for the next, and that of the start."""
     for name, value in (("s_churn", s_churn), ("s_tmin", s_tmin), ("s_noise", s_noise)):
-        if not 0 <= value < np.inf:
-            raise EpsrtError(f"{name} = {value} is not a finite number ≥ 0")
+        if not 0 <= value <= 1e6:
+            raise EpsrtError(f"{name} = {value} is outside 0 … 1e6")
     if not s_tmin <= s_tmax:
         raise EpsrtError(f"s_tmax = {s_tmax} is below s_tmin = {s_tmin}: churn is for σ between them")
     gamma = min(s_churn / len(at.t), np.sqrt(2) - 1)
     raised = at.sigma * (1 + gamma * ((at.sigma >= s_tmin) & (at.sigma <= s_tmax)))
-    if at.prediction != "edm":  # only it can be told of more noise than the schedule has
+    if at.prediction != "edm":
         snr = at.schedule.snr
         raised = np.minimum(raised, np.maximum(at.sigma, snr[snr > 0][-1] ** -0.5))
     if not np.any(raised > at.sigma):
-        return at, np.zeros_like(at.t), at.noise
+        return at, np.zeros_like(at.t), at.start
     added = s_noise * np.sqrt(raised**2 - at.sigma**2)
-    return at.moved(-np.log(raised)).exploding("churn"), np.append(added[1:], 0.0), float(np.hypot(at.noise, added[0]))
+    return at.moved(-np.log(raised)).exploding("churn"), np.append(added[1:], 0.0), float(np.hypot(at.start, added[0]))
 
 
 def _extrapolation(at: Levels) -> Array:
     """½h/h_prev, the weight of x0 − x0_prev (2M's 1/(2r)); 0 in the first row and where λ is infinite."""
     with np.errstate(divide="ignore"):
         h = -np.log(at.ratio)
-    back = np.zeros_like(h)
-    back[1:] = np.where(np.isfinite(h[1:]), h[1:], 0.0) / h[:-1] / 2
-    return back
+    return np.append(0.0, np.where(np.isfinite(h[1:]), h[1:], 0.0) / h[:-1] / 2)
 
 
-def _diffusers(compatible: str | None) -> bool:
+def _diffusers(compatible: str | None, schedule: Schedule) -> bool:
     if compatible not in (None, "diffusers"):
         raise EpsrtError(f"compatible = {compatible!r} is unknown: use 'diffusers', or leave it out")
+    if compatible and not schedule.preserves_variance:
+        raise EpsrtError(f"compatible='diffusers' is for schedules with ᾱ, not {schedule.kind}: leave it out")
     return compatible is not None
 
 
 def _strided(at: Levels, set_alpha_to_one: bool) -> Levels:
     """diffusers' DDIM: the timestep before t is t − ⌊T/S⌋ whatever the list says; before 0, ᾱ is 1 or that of t = 0."""
-    if not at.schedule.preserves_variance:
-        raise EpsrtError(f"compatible='diffusers' is for schedules with ᾱ, not {at.schedule.kind}: leave it out")
     before = at.t - at.schedule.T // len(at.t)
     alpha, sigma = at.schedule.at(np.maximum(before, 0))
     ends = (before < 0) & set_alpha_to_one
@@ -355,7 +353,7 @@ NOT_TABLES = {
 
 def method_of(name: str) -> Method:
     """The method of a name, with - or _. Raises EpsrtError for an unknown one, and for one that is no table."""
-    name = str(name).replace("_", "-")
+    name = str(name).strip().lower().replace("_", "-")
     if name in NOT_TABLES:
         raise EpsrtError(f"method {name!r} is not offered: it {NOT_TABLES[name]}")
     if name not in METHODS:
@@ -381,19 +379,20 @@ def make(
 
     Raises EpsrtError for an unknown method or spacing, and for an option that they do not take.
     """
-    solver, own = method_of(method).solver, options_of(method)
+    chosen, own = method_of(method), options_of(method)
     of_spacing = {name: options.pop(name) for name in spacings.OPTIONS if name in options}
-    known = own.keys() | Network.__annotations__.keys()
-    for name in sorted(options.keys() - known):
-        takers = [other for other in METHODS if name in options_of(other)]
-        if not takers:
-            raise EpsrtError(f"{method} takes no option {name!r}: {one_of(name, known)}")
-        why = "is deterministic and " if METHODS[method].stochastic == "no" and name != "compatible" else ""
-        raise EpsrtError(f"{method} {why}takes no option {name!r}, which is for {', '.join(takers)}")
+    for name, value in options.items():
+        if name in own:
+            options[name] = typed(name, value, own[name])
+        elif name not in Network.__annotations__:
+            takers = [other for other in METHODS if name in options_of(other)]
+            if not takers:
+                raise EpsrtError(f"{method} takes no option {name!r}: {one_of(name, [*own, *Network.__annotations__])}")
+            why = "is deterministic and " if chosen.stochastic == "no" and name != "compatible" else ""
+            raise EpsrtError(f"{method} {why}takes no option {name!r}, which is for {', '.join(takers)}")
     if timesteps is None:
-        if steps is None and not spacings.respaced(spacing):
-            steps = 50
+        steps = 50 if steps is None and not spacings.respaced(spacing) else steps
         timesteps = spacings.timesteps(schedule, steps, spacing, **of_spacing)
     elif of_spacing:
         raise EpsrtError(f"{next(iter(of_spacing))} is for a spacing, and the timesteps are given: leave one out")
-    return solver(schedule, timesteps, **options)
+    return chosen.solver(schedule, timesteps, **options)

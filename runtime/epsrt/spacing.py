@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from epsrt.errors import EpsrtError, one_of
+from epsrt.errors import EpsrtError, one_of, typed
 from epsrt.schedule import Array, Schedule
 
 # name -> its options
@@ -23,12 +23,13 @@ SPACINGS: dict[str, tuple[str, ...]] = {
     "lambda": ("lambda_min", "lambda_max"),
 }
 OPTIONS = tuple(dict.fromkeys(option for options in SPACINGS.values() for option in options))
+APART = 1e-9  # of T: timesteps nearer than this are one
 _RESPACING = re.compile(r"ddim([0-9]{1,7})|([0-9]{1,7}(?:,[0-9]{1,7})*)")
 
 
 def respaced(spacing: str) -> bool:
     """Whether `spacing` is a respacing string (ddim25; 10,10,15), which says itself how many steps there are."""
-    return _RESPACING.fullmatch(spacing) is not None
+    return isinstance(spacing, str) and _RESPACING.fullmatch(spacing) is not None
 
 
 def timesteps(schedule: Schedule | int, steps: int | None, spacing: str = "trailing", **options: Any) -> list[float]:
@@ -41,7 +42,7 @@ def timesteps(schedule: Schedule | int, steps: int | None, spacing: str = "trail
     quadratic    ⌊c i²⌋ up to 0.8 T (arXiv 2010.02502, section D.2 and its code), moved up where two would coincide
     karras       σ^(1/ρ) even from sigma_max to sigma_min, ρ = `rho` (7) (arXiv 2206.00364, eq. 5)
     exponential  ln σ even from sigma_max to sigma_min
-    lambda       λ = ln(α/σ) even from lambda_min to lambda_max (arXiv 2206.00927, section 3.4)
+    lambda       λ = ln(α/σ) even from lambda_min to lambda_max (arXiv 2206.00927, section 3.3)
     ddim25       0, k, 2k, … with the k that gives 25; refused where none does (improved-diffusion's respacing)
     10,10,15     the schedule in equal sections, so many even, rounded strides in each, the cleanest section first
 
@@ -52,19 +53,22 @@ def timesteps(schedule: Schedule | int, steps: int | None, spacing: str = "trail
     Raises EpsrtError when `steps` is outside [1, T] (karras, exponential, lambda: below 1), for a range that leaves the
     schedule, an option that the spacing does not take, or when it would visit only t = 0.
     """
-    if isinstance(schedule, (int, np.integer)):
-        schedule = Schedule("linear", T=int(schedule))
-    if respaced(spacing):
+    if not isinstance(schedule, Schedule):
+        schedule = Schedule("linear", T=typed("T", schedule, 1))
+    spacing = typed("spacing", spacing, "trailing")
+    strings = respaced(spacing)
+    if spacing not in SPACINGS and not strings:
+        raise EpsrtError(f"spacing {spacing!r} is unknown: {one_of(spacing, SPACINGS)}, ddim25 or 10,10,15")
+    takes = () if strings else SPACINGS[spacing]
+    for name, value in options.items():
+        if name not in takes:
+            raise EpsrtError(f"{spacing} spacing takes no option {name!r}; its options: {', '.join(takes) or 'none'}")
+        options[name] = typed(name, value, 0 if name == "steps_offset" else 0.0)
+    if strings:
         found = _respace(schedule.T, spacing)
         if steps is not None and steps != len(found):
             raise EpsrtError(f"spacing {spacing!r} has {len(found)} steps, not {steps}: leave steps out")
         return [t + schedule.span[0] for t in found]
-    if spacing not in SPACINGS:
-        raise EpsrtError(f"spacing {spacing!r} is unknown: {one_of(spacing, SPACINGS)}, ddim25 or 10,10,15")
-    for name in options:
-        if name not in SPACINGS[spacing]:
-            takes = ", ".join(SPACINGS[spacing]) or "none"
-            raise EpsrtError(f"{spacing} spacing takes no option {name!r}; its options: {takes}")
     even = spacing not in ("karras", "exponential", "lambda")
     most = schedule.T if even else 1_000_000
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= most:
@@ -82,8 +86,8 @@ def _even(schedule: Schedule, steps: int, spacing: str, steps_offset: int = 0, s
         raise EpsrtError(f"{spacing} spacing with 1 step visits only t = 0, where nothing is left to do: use trailing")
     if shift != 1 and not flow:
         raise EpsrtError(f"shift = {shift} is for flow schedules; this one is {schedule.kind}")
-    if not 0 < shift < np.inf:
-        raise EpsrtError(f"shift = {shift} is not a positive number; 1 shifts nothing")
+    if not 1e-3 <= shift <= 1e3:
+        raise EpsrtError(f"shift = {shift} is outside 0.001 … 1000; 1 shifts nothing")
     up: NDArray[Any]
     match spacing:
         case "leading":
@@ -97,6 +101,10 @@ def _even(schedule: Schedule, steps: int, spacing: str, steps_offset: int = 0, s
             rank = np.arange(steps)
             floors = 4 * T * rank**2 // (5 * max(steps - 1, 1) ** 2)  # in integers: in floats 800 may come out as 799
             up = rank + np.maximum.accumulate(floors - rank)
+    if not 0 <= up[0] <= up[-1] <= T - 1:
+        raise EpsrtError(
+            f"steps_offset = {steps_offset} moves the timesteps to {up[0]} … {up[-1]}, outside 0 … {T - 1}"
+        )
     if flow:
         s = (up + 1) / T
         return [float(t) for t in (T * (shift * s / (1 + (shift - 1) * s)))[::-1]]
@@ -111,7 +119,7 @@ def _by_noise(schedule: Schedule, steps: int, spacing: str, rho: float = 7.0, **
     lam = {"sigma_max": noisy, "lambda_min": noisy, "sigma_min": clean, "lambda_max": clean}
     for name, value in ends.items():
         if name.startswith("sigma"):
-            lam[name], low, high = -np.log(value) if value > 0 else np.nan, np.exp(-clean), np.exp(-noisy)
+            lam[name], low, high = -np.log(value) if value > 0 else np.inf, np.exp(-clean), np.exp(-noisy)
         else:
             lam[name], low, high = value, noisy, clean
         if not noisy - 1e-9 <= lam[name] <= clean + 1e-9:
@@ -122,8 +130,8 @@ def _by_noise(schedule: Schedule, steps: int, spacing: str, rho: float = 7.0, **
         raise EpsrtError(f"{spacing} spacing from σ = {np.exp(-first):g} to {np.exp(-last):g} does not descend")
     ramp = np.linspace(0, 1, steps)
     if spacing == "karras":
-        if not 0 < rho < np.inf:
-            raise EpsrtError(f"rho = {rho} is not a positive number: EDM's is 7")
+        if not 0.1 <= rho <= 1e3:
+            raise EpsrtError(f"rho = {rho} is outside 0.1 … 1000: EDM's is 7")
         high, low = np.exp(-first / rho), np.exp(-last / rho)  # σ^(1/ρ)
         return [float(t) for t in schedule.t_at(-rho * np.log(high + ramp * (low - high)))]
     return [float(t) for t in schedule.t_at(first + ramp * (last - first))]
@@ -145,6 +153,8 @@ def _respace(T: int, text: str) -> list[int]:
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         up += [start + round(rank) for rank in np.cumsum([0.0] + [stride] * (count - 1)).tolist()]
         start += size
+    if up == [0] and T > 1:
+        raise EpsrtError(f"spacing {text!r} visits only t = 0, where nothing is left to do: ask for more")
     return up[::-1]
 
 
@@ -153,20 +163,26 @@ def given(schedule: Schedule, ts: Sequence[float] | Array) -> Array:
 
     Raises EpsrtError naming the first misfit.
     """
+    if not isinstance(ts, (Sequence, np.ndarray)) or isinstance(ts, str) or getattr(ts, "ndim", 1) == 0:
+        raise EpsrtError(f"timesteps = {ts!r} is not a list of numbers")
     if len(ts) == 0:
         raise EpsrtError("the list of timesteps is empty: give at least one")
     low, high = schedule.span
-    values = np.asarray(ts)
+    span = f"above 0, up to {high}" if schedule.kind == "flow" else f"in {low} … {high}"
+    try:
+        values = np.asarray(ts)
+    except ValueError:  # lists in a list
+        values = np.asarray(ts, object)
     if values.ndim != 1 or values.dtype.kind not in "iuf":
         odd = next((t for t in ts if isinstance(t, bool) or not isinstance(t, (int, float, np.number))), ts)
-        raise EpsrtError(f"timestep {odd!r} is not a number in {low} … {high}")
+        raise EpsrtError(f"timestep {odd!r} is not a number {span}")
     values = values.astype(np.float64)
     inside = (values <= high) & (values > 0 if schedule.kind == "flow" else values >= low)
     if not inside.all():
-        raise EpsrtError(f"timestep {ts[int(np.argmin(inside))]!r} is not a number in {low} … {high}")
-    down = np.diff(values) < 0
+        raise EpsrtError(f"timestep {ts[int(np.argmin(inside))]!r} is not a number {span}")
+    down = np.diff(values) < -APART * schedule.T
     if not down.all():
         i = int(np.argmin(down)) + 1
-        why = "appears twice" if values[i] == values[i - 1] else f"comes after {ts[i - 1]}"
+        why = "appears twice" if abs(values[i] - values[i - 1]) <= APART * schedule.T else f"comes after {ts[i - 1]}"
         raise EpsrtError(f"timestep {ts[i]} {why}: timesteps must descend, from noisy to clean")
     return values

@@ -134,3 +134,14 @@ def test_idle_row_is_the_identity(columns):
     assert k["a"] * x + k["b"] * x0 + k["h"] * out + k["c"] * m + k["d"] * z == x
     assert k["e"] * x + k["f"] * x0 + k["o"] * out + k["g"] * m == m
     Plan.of("idle", **dict(zip(columns, row.tolist(), strict=True))).rows(STEP_COLUMNS)  # needs no feature
+
+
+@pytest.mark.parametrize("start", [(1.0,), 3, (float("nan"), 1.0), (0.0, float("inf")), ("a", 1.0), (0.0, 1.0, 2.0)])
+def test_a_start_is_two_finite_numbers(start):
+    with pytest.raises((EpsrtError, TypeError), match="start|iterable"):
+        Plan.of("odd", start, t=[1])
+
+
+def test_values_that_float32_cannot_hold_are_named():
+    with pytest.raises(EpsrtError, match="d is 1e.300 in row 1"):
+        Plan.of("huge", t=[2, 1], d=[0, 1e300])

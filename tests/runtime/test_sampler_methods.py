@@ -88,6 +88,7 @@ def test_the_count_may_come_from_the_images(sampler):
         ("ddim-inversion", np.zeros((2, 8, 8, 1)), r"init is float64 \[2, 8, 8, 1\], not float"),
         ("ddim-inversion", np.zeros((2, 1, 8, 8), np.uint8), r"init is uint8 .*, not float"),
         ("ddim-inversion", np.full((2, 1, 8, 8), np.nan), "init image 0 holds NaN or infinity"),
+        ("ddim-inversion", np.full((2, 1, 8, 8), 1e300), "init image 0 holds NaN or infinity"),
         ("ddim-inversion", np.zeros((3, 1, 8, 8)), "3 init images for 2 samples: give one each"),
     ],
 )

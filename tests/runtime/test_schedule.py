@@ -135,6 +135,7 @@ def test_nobody_can_change_a_schedule(name):
         ({"T": 100.0}, "not T = 100.0"),
         ({"T": True}, "not T = True"),
         ({"beta_start": 0.0}, r"beta\[0\] = 0 is outside \(0, 1\)"),
+        ({"beta_start": 1e-20, "beta_end": 1e-19}, "beta.0. = 1e-20 adds no noise that float64 can tell from none"),
         ({"beta_start": -1e-4}, r"beta\[0\] = -0.0001 is outside"),
         ({"beta_end": 1.0}, r"beta\[999\] = 1 is outside"),
         ({"beta_end": math.nan}, "= nan is outside"),
@@ -190,6 +191,7 @@ def test_a_schedule_from_its_alpha_bar(schedule):
         ([1.0, 0.5], r"alpha_bar\[0\] = 1 is outside \(0, 1\)"),
         ([1.2, 0.5], r"alpha_bar\[0\] = 1.2 is outside"),
         ([0.9, 0.0, 0.0], r"alpha_bar\[1\] = 0 is outside \(0, 1\): only the last may be 0"),
+        ([0.9, 1e-17], r"alpha_bar\[1\] = 1e-17 is lost beside 0.9: give 0, pure noise"),
         ([0.9, -0.1], r"alpha_bar\[1\] = -0.1 is outside"),
         ([0.9, math.nan, 0.1], r"alpha_bar\[1\] = nan is outside"),
         ([], "alpha_bar must be a list"),
@@ -241,7 +243,14 @@ def test_between_timesteps_log_snr_is_linear():
 
 def test_beyond_its_ends_the_timestep_stays():
     for schedule in (Schedule(), Schedule("ve"), Schedule("flow")):
-        assert schedule.t_at([-40.0, 40.0]).tolist() == list(schedule.span[::-1])
+        assert schedule.t_at([-40.0, 40.0]) == pytest.approx([schedule.span[1], 0], abs=1e-12)
+
+
+@pytest.mark.parametrize("t", [-1, -0.5, 1000.5, math.nan])
+@pytest.mark.parametrize("kind", ["linear", "ve", "flow"])
+def test_there_is_no_level_outside_the_schedule(kind, t):
+    with pytest.raises(EpsrtError, match="leave the schedule, 0 … "):
+        Schedule(kind).at([5, t])
 
 
 def test_between_the_last_two_levels_of_zero_snr_there_is_none():

@@ -88,7 +88,7 @@ def test_methods_that_work_in_sigma_over_alpha_refuse_zero_snr(method):
 def test_predictions_that_say_nothing_at_zero_snr_are_refused(method, prediction):
     zero = Schedule(T=100, zero_snr=True)
     name = "ε" if prediction == "epsilon" else prediction
-    with pytest.raises(EpsrtError, match=f"{name}-prediction says nothing of x0 at t = 99, where ᾱ = 0: use a v or x0"):
+    with pytest.raises(EpsrtError, match=f"{name}-prediction says nothing of x0 at t = 99, where ᾱ = 0: use an x0"):
         make(method, zero, steps=10, prediction=prediction)
     assert make(method, zero, steps=10, prediction=prediction, spacing="leading")["t"].max() <= 90  # never visits it
 
@@ -237,7 +237,7 @@ def test_timesteps_override_steps_and_spacing():
         ({"method": "pc"}, "'pc' is not offered: it chooses its steps by the data"),
         ({"eta": -0.1}, r"eta = -0.1 is outside \[0, 1\]"),
         ({"eta": 1.0001}, r"eta = 1.0001 is outside \[0, 1\]"),
-        ({"eta": float("nan")}, "eta = nan is outside"),
+        ({"eta": float("nan")}, "eta = nan is not a number"),
         ({"prediction": "noise"}, "prediction 'noise' is unknown: use one of epsilon, x0, v"),
         ({"prediction": "epsilom"}, "prediction 'epsilom' is unknown: did you mean epsilon"),
         ({"method": "ddpm", "prediction": "eps"}, "prediction 'eps' is unknown"),
@@ -252,11 +252,32 @@ def test_timesteps_override_steps_and_spacing():
         ({"s_churn": 2.0}, "ddim takes no option 's_churn', which is for euler, heun"),
         ({"variance": "fixed_small"}, "ddim takes no option 'variance', which is for ddpm"),
         ({"ets": 1}, "ddim takes no option 'ets': did you mean eta"),
-        ({"method": "heun", "s_churn": -1.0}, "s_churn = -1.0 is not a finite number"),
-        ({"method": "heun", "s_noise": float("nan")}, "s_noise = nan is not a finite number"),
+        ({"method": "heun", "s_churn": -1.0}, "s_churn = -1.0 is outside 0 … 1e6"),
+        ({"method": "heun", "s_noise": float("nan")}, "s_noise = nan is not a number"),
         ({"method": "heun", "s_tmin": 2.0, "s_tmax": 1.0}, "s_tmax = 1.0 is below s_tmin = 2.0"),
-        ({"method": "euler", "s_tmax": float("nan")}, "s_tmax = nan is below s_tmin"),
-        ({"method": "langevin", "each": 0}, "each = 0 is outside 1 … 10000, the steps a level"),
+        ({"method": "euler", "s_tmax": float("nan")}, "s_tmax = nan is not a number"),
+        ({"method": "langevin", "each": 0}, "each = 0 is outside 1 … 1000, the steps a level"),
+        ({"eta": "abc"}, "eta = 'abc' is not a number"),
+        ({"eta": True}, "eta = True is not a number"),
+        ({"eta": None}, "eta = None is not a number"),
+        ({"rederive": "no"}, "rederive = 'no' is not true or false"),
+        ({"compatible": "diffusers", "set_alpha_to_one": 0}, "set_alpha_to_one = 0 is not true or false"),
+        ({"method": "langevin", "each": 2.5}, "each = 2.5 is not a whole number"),
+        ({"method": "langevin", "denoise": "no"}, "denoise = 'no' is not true or false"),
+        ({"method": "ddpm", "variance": 3}, "variance = 3 is not a word"),
+        ({"prediction": None}, "prediction = None is not a word"),
+        ({"clip": "abc"}, "clip = 'abc' is not a number"),
+        ({"sigma_data": "abc"}, "sigma_data = 'abc' is not a number"),
+        ({"spacing": None}, "spacing = None is not a word"),
+        ({"method": "dpmpp_2m", "eta": 1.0}, "dpmpp_2m is deterministic and takes no option 'eta'"),
+        ({"method": "DDIMM"}, "method 'ddimm' is unknown: did you mean ddim"),
+        ({"method": "heun", "s_churn": 2.0, "s_noise": 1e30}, "s_noise = 1e"),
+        ({"timesteps": 5}, "timesteps = 5 is not a list of numbers"),
+        ({"timesteps": [500.0000000000001 / 10, 50.0]}, "timestep 50.0 appears twice"),
+        (
+            {"method": "ddpm", "schedule": Schedule("flow"), "prediction": "v", "compatible": "diffusers"},
+            "with ᾱ, not flow",
+        ),
         ({"method": "langevin", "rate": 2.0}, r"rate = 2.0 is outside \(0, 2\)"),
         (
             {"method": "dpmpp-2m", "compatible": "diffusers"},
@@ -269,10 +290,10 @@ def test_timesteps_override_steps_and_spacing():
             "compatible='diffusers' is for schedules with ᾱ, not ve",
         ),
         ({"method": "ddim-inversion", "prediction": "x0", "compatible": "diffusers"}, "divides by σ = 0 for x0"),
-        ({"prediction": "edm", "sigma_data": 0.0}, "sigma_data = 0.0 is not a positive number"),
+        ({"prediction": "edm", "sigma_data": 0.0}, "sigma_data = 0.0 is outside 1e-6 … 1e6"),
         ({"clip": 0.0}, "clip = 0.0 is not a positive bound"),
         ({"clip": -1.0}, "clip = -1.0 is not a positive bound"),
-        ({"clip": float("nan")}, "clip = nan is not a positive bound"),
+        ({"clip": float("nan")}, "clip = nan is not a number"),
         ({"clip": float("inf")}, "clip = inf is not a positive bound"),
         ({"steps": 0}, "steps = 0 is outside 1 … 100"),
         ({"steps": 101}, "steps = 101 is outside 1 … 100"),
@@ -296,3 +317,13 @@ def test_refusals_name_the_value(arguments, message):
 def test_solvers_check_their_timesteps_themselves(solver, ts):
     with pytest.raises(EpsrtError, match="timestep"):
         solver(SCHEDULE, ts)
+
+
+def test_solvers_take_no_unknown_option_of_the_network():
+    with pytest.raises(EpsrtError, match="takes an option 'predicton' of its network: did you mean prediction"):
+        ddim(SCHEDULE, ALL, predicton="v")
+
+
+def test_numpys_scalars_are_numbers():
+    plan = make("ddim", SCHEDULE, steps=np.int64(5), eta=np.float32(0.5), clip=np.float64(2), rederive=np.bool_(True))
+    np.testing.assert_array_equal(plan.table, make("ddim", SCHEDULE, steps=5, eta=0.5, clip=2.0, rederive=True).table)

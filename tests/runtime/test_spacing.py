@@ -105,6 +105,7 @@ def test_numpy_counts_are_counts():
         (None, "ddim77", "no whole stride visits 77 of 100 timesteps"),
         (None, "0,5", "0 is outside 1 … 50, the timesteps of section 1"),
         (None, "10,51", "51 is outside 1 … 50, the timesteps of section 2"),
+        (None, "1", "spacing '1' visits only t = 0"),
         (9, "ddim10", "spacing 'ddim10' has 10 steps, not 9"),
     ],
 )
@@ -119,10 +120,16 @@ def test_refusals_name_the_value(steps, spacing, message):
         ("trailing", {"rho": 5}, "trailing spacing takes no option 'rho'; its options: shift"),
         ("quadratic", {"shift": 5}, "quadratic spacing takes no option 'shift'; its options: none"),
         ("trailing", {"shift": 3.0}, "shift = 3.0 is for flow schedules; this one is linear"),
-        ("karras", {"rho": 0}, "rho = 0 is not a positive number: EDM's is 7"),
+        ("karras", {"rho": 0}, "rho = 0.0 is outside 0.1 … 1000: EDM's is 7"),
+        ("karras", {"rho": "abc"}, "rho = 'abc' is not a number"),
+        ("karras", {"rho": 1e17}, "rho = 1e.17 is outside 0.1 … 1000"),
+        ("leading", {"steps_offset": 0.5}, "steps_offset = 0.5 is not a whole number"),
+        ("leading", {"steps_offset": -50}, "steps_offset = -50 moves the timesteps to -50 … 850, outside 0 … 999"),
+        ("leading", {"steps_offset": 500}, "steps_offset = 500 moves the timesteps to 500 … 1400"),
+        ("ddim25", {"rho": 7}, "ddim25 spacing takes no option 'rho'; its options: none"),
         ("karras", {"sigma_max": 1000.0}, "sigma_max = 1000 is outside .*, the schedule's"),
         ("karras", {"sigma_min": 0.0}, "sigma_min = 0 is outside"),
-        ("exponential", {"sigma_min": math.nan}, "sigma_min = nan is outside"),
+        ("exponential", {"sigma_min": math.nan}, "sigma_min = nan is not a number"),
         ("lambda", {"lambda_max": 9.0}, "lambda_max = 9 is outside -5.*4.6.*, the schedule's"),
         ("karras", {"sigma_min": 20.0, "sigma_max": 2.0}, "karras spacing from σ = 2 to 20 does not descend"),
     ],
@@ -130,7 +137,7 @@ def test_refusals_name_the_value(steps, spacing, message):
 def test_options_that_do_not_fit(spacing, options, message):
     with pytest.raises(EpsrtError, match=message):
         timesteps(Schedule(), 10, spacing, **options)
-    with pytest.raises(EpsrtError, match="shift = -1 is not a positive number"):
+    with pytest.raises(EpsrtError, match="shift = -1.0 is outside 0.001 … 1000"):
         timesteps(Schedule("flow"), 10, shift=-1)
 
 
@@ -213,7 +220,7 @@ def test_given_lists_pass(ts):
 
 def test_a_flows_timesteps_lie_above_zero():
     assert given(Schedule("flow", 10), [10, 0.5]).tolist() == [10, 0.5]
-    with pytest.raises(EpsrtError, match="timestep 0 is not a number in 1 … 10"):
+    with pytest.raises(EpsrtError, match="timestep 0 is not a number above 0, up to 10"):
         given(Schedule("flow", 10), [10, 0])
 
 

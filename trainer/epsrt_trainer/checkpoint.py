@@ -135,6 +135,8 @@ def read_training(path: str | Path) -> Training | None:
 
 def read_safetensors(path: Path, weights: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a file. Raises BundleError when it is missing or not safetensors."""
+    if path.is_dir():
+        raise BundleError(f"{path} is a directory, a bundle perhaps: give the checkpoint, *.safetensors")
     if not path.is_file():
         raise BundleError(f"{path} does not exist: train a network first, or check the path")
     try:

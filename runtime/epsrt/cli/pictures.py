@@ -57,13 +57,16 @@ def save(path: Path, samples: NDArray[np.float32], images: NDArray[np.uint8], **
 
 def read_samples(path: Path) -> NDArray[Any]:
     """The samples of an .npz that `save` wrote. Raises EpsrtError when it is another file."""
+    if not path.exists():
+        raise EpsrtError(f"{path} does not exist: give the .npz that epsrt sample --out wrote")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return np.asarray(file["samples"])
-    except FileNotFoundError:
-        raise EpsrtError(f"{path} does not exist: give the .npz that epsrt sample --out wrote") from None
+        with zipfile.ZipFile(path) as archive, archive.open("samples.npy") as file:
+            found = np.lib.format.read_array(file, allow_pickle=False)
     except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise EpsrtError(f"{path} holds no samples ({error}): give the .npz that epsrt sample --out wrote") from None
+    if found.ndim != 4 or not len(found):
+        raise EpsrtError(f"{path} holds samples {list(found.shape)}, not [n, C, H, W]: give epsrt sample's own")
+    return found
 
 
 def picture(image: NDArray[np.uint8]) -> Image.Image:

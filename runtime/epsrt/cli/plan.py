@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 from typer import Option
 
 from epsrt.cli import planning, show
@@ -66,12 +68,13 @@ def plan(
         from epsrt.sampler import plan_of
 
         m = Bundle.open(bundle).manifest
-        given = planning.options(spacing, timesteps, eta, variance, clip, m.clip, more)
-        visited, prediction, made = m.schedule, m.prediction, plan_of(m, method, steps, **given)
+        given = planning.options(steps, spacing, timesteps, eta, variance, clip, m.clip, more)
+        visited, prediction, made = m.schedule, m.prediction, plan_of(m, method, **given)
     else:
-        visited = Schedule(schedule or "linear")  # type: ignore[arg-type]
-        given = planning.options(spacing, timesteps, eta, variance, clip, 1.0, more)
-        made = make(method, visited, steps=steps, **{"prediction": prediction or "epsilon", **given})
+        visited = Schedule("linear" if schedule is None else schedule)  # type: ignore[arg-type]
+        prediction = "epsilon" if prediction is None else prediction
+        given = planning.options(steps, spacing, timesteps, eta, variance, clip, 1.0, more)
+        made = make(method, visited, prediction=prediction, **given)
     if prediction == "edm":  # it is told ¼ ln σ
         t, alpha, sigma = visited.level(-4 * made["t"])
     else:
@@ -81,7 +84,6 @@ def plan(
         charts.save(charts.plan(visited, t, title), out)
     with np.errstate(divide="ignore"):
         log_snr = np.log(alpha / sigma)
-    used = [name for name in COLUMNS if name == "t" or np.any(made[name] != DEFAULTS[name])]
     if as_json:
         rows = [dict(zip(COLUMNS, row, strict=True)) for row in made.table.tolist()]
         show.print_json({
@@ -89,18 +91,26 @@ def plan(
             "timesteps": t.tolist(), "alpha": alpha.tolist(), "sigma": sigma.tolist(), "rows": rows,
         })  # fmt: skip
         return
-    show.out().print(_table(made, used, log_snr), "")
+    for line in _table(made, log_snr):
+        typer.echo(line)
     begin = " + ".join(f"{k:.6g}·{what}" for k, what in zip(made.start, ("init", "z"), strict=True) if k)
     where = f"; {out}" if out is not None else ""
-    typer.echo(f"{made.name}: {len(made)} rows, x begins as {begin}; other columns hold their defaults{where}")
+    typer.echo(f"\n{made.name}: {len(made)} rows, x begins as {begin}; columns not shown hold their defaults{where}")
 
 
-def _table(made: Plan, used: list[str], log_snr: Any) -> Any:
-    table = show.table(f"Plan {made.name}", "row", "λ", *used, right=("row", "λ", *used))
+def _table(made: Plan, log_snr: NDArray[np.float64]) -> Iterator[str]:
+    """Lines of equal width, however narrow the terminal: cells folded in the middle of a number cannot be read."""
+    used = [name for name in COLUMNS if name == "t" or np.any(made[name] != DEFAULTS[name])]
+    if np.array_equal(made["n"], np.arange(len(made))):
+        used.remove("n")
+    used = [name for name in used if name not in ("ka", "kb")]  # of masked graphs alone
+    table = [["row", "λ", *used]]
     for i in range(len(made)):
-        cells = ["off" if n == "clip" and made[n][i] == CLIP_OFF else f"{made[n][i] + 0.0:.6g}" for n in used]
-        table.add_row(str(i), f"{log_snr[i]:.4g}", *cells)
-    return table
+        cells = ["off" if n == "clip" and made[n][i] == CLIP_OFF else f"{made[n][i] + 0.0:.5g}" for n in used]
+        table.append([str(i), f"{log_snr[i]:.4g}", *cells])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        yield "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
 
 
 def _list(as_json: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Annotated, Any
 
@@ -40,14 +39,19 @@ SetOption = Annotated[
 ]  # fmt: skip
 
 
+RESERVED = ("manifest", "method", "prediction", "schedule", "spacing", "steps", "timesteps")
+
+
 def options(
-    spacing: str, timesteps: str | None, eta: float | None, variance: str | None, clip: bool | None, bound: float,
-    more: list[str] | None,
+    steps: int | None, spacing: str, timesteps: str | None, eta: float | None, variance: str | None, clip: bool | None,
+    bound: float, more: list[str] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """The keyword arguments of epsrt.solvers.make; `bound` is what --clip clips to."""
-    found: dict[str, Any] = {"spacing": spacing}
+    found: dict[str, Any] = {"steps": steps, "spacing": spacing}
     if timesteps is not None:
-        found["timesteps"] = _numbers(timesteps)
+        if steps is not None:
+            raise EpsrtError("--timesteps says how many steps there are: leave --steps out")
+        found["timesteps"] = [_number(word) for word in timesteps.split(",")]
     for name, value in (("eta", eta), ("variance", variance)):
         if value is not None:
             found[name] = value
@@ -58,24 +62,29 @@ def options(
         name = name.strip()
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise EpsrtError(f"--set {text!r} is not of the form NAME=VALUE")
-        if name in ("method", "schedule", "steps") or name in found:
-            raise EpsrtError(f"--set {text!r}: {name} has an option of its own, or was given twice")
+        if name in RESERVED or name in found:
+            raise EpsrtError(f"--set {text!r}: {name} has an option of its own, is the bundle's, or was given twice")
         found[name] = _value(value.strip())
     return found
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> bool | int | float | str | None:
+    """true, false, null, a number, or a word."""
+    constants = {"true": True, "false": False, "null": None, "none": None}
+    if text.lower() in constants:
+        return constants[text.lower()]
     try:
-        value = json.loads(text)
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
     except ValueError:
         return text
-    return value if isinstance(value, (bool, int, float)) or value is None else text
 
 
-def _numbers(text: str) -> list[float]:
-    found = []
-    for word in text.split(","):
-        if not re.fullmatch(r"\s*-?[0-9]{1,9}(\.[0-9]{1,18})?\s*", word):
-            raise EpsrtError(f"--timesteps: {word!r} is not a number")
-        found.append(float(word))
-    return found
+def _number(word: str) -> float:
+    value = _value(word.strip())
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise EpsrtError(f"--timesteps: {word!r} is not a number")
+    return value

@@ -73,9 +73,8 @@ def sample(
         n = len(classes) if classes is not None and len(classes) > 1 else 10
     pictures.check_target(out, opened.manifest.shape[0])
     bound = opened.manifest.clip
-    plan = plan_of(
-        opened.manifest, method, steps, **planning.options(spacing, timesteps, eta, variance, clip, bound, more)
-    )
+    given = planning.options(steps, spacing, timesteps, eta, variance, clip, bound, more)
+    plan = plan_of(opened.manifest, method, **given)
     with show.progress() as tell:
         running = open_engine(
             opened, engine, precision=precision, threads=threads, trust_engines=trust_engines, on_progress=tell
