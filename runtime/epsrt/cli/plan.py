@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -91,15 +90,14 @@ def plan(
             "timesteps": t.tolist(), "alpha": alpha.tolist(), "sigma": sigma.tolist(), "rows": rows,
         })  # fmt: skip
         return
-    for line in _table(made, log_snr):
+    for line in show.lines(_table(made, log_snr), right=True):
         typer.echo(line)
     begin = " + ".join(f"{k:.6g}·{what}" for k, what in zip(made.start, ("init", "z"), strict=True) if k)
     where = f"; {out}" if out is not None else ""
     typer.echo(f"\n{made.name}: {len(made)} rows, x begins as {begin}; columns not shown hold their defaults{where}")
 
 
-def _table(made: Plan, log_snr: NDArray[np.float64]) -> Iterator[str]:
-    """Lines of equal width, however narrow the terminal: cells folded in the middle of a number cannot be read."""
+def _table(made: Plan, log_snr: NDArray[np.float64]) -> list[list[str]]:
     used = [name for name in COLUMNS if name == "t" or np.any(made[name] != DEFAULTS[name])]
     if np.array_equal(made["n"], np.arange(len(made))):
         used.remove("n")
@@ -108,9 +106,7 @@ def _table(made: Plan, log_snr: NDArray[np.float64]) -> Iterator[str]:
     for i in range(len(made)):
         cells = ["off" if n == "clip" and made[n][i] == CLIP_OFF else f"{made[n][i] + 0.0:.5g}" for n in used]
         table.append([str(i), f"{log_snr[i]:.4g}", *cells])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for cells in table:
-        yield "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+    return table
 
 
 def _list(as_json: bool) -> None:
@@ -123,9 +119,10 @@ def _list(as_json: bool) -> None:
             for name, m in METHODS.items()
         ])  # fmt: skip
         return
-    table = show.table("Methods", "method", "order", "evaluations", "stochastic", "options", "paper")
+    table = [["method", "order", "evaluations", "stochastic", "paper", "options"]]
     for name, m in METHODS.items():
         options = ", ".join(f"{k}={v}" for k, v in options_of(name).items())
         stochastic = m.stochastic if m.stochastic in ("no", "yes") else f"{m.stochastic} > 0"
-        table.add_row(name, str(m.order), m.evaluations, stochastic, options, m.paper)
-    show.out().print(table)
+        table.append([name, str(m.order), m.evaluations, stochastic, m.paper, options])
+    for line in show.lines(table):
+        typer.echo(line)

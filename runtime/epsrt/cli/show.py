@@ -67,6 +67,14 @@ def table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
     return made
 
 
+def lines(rows: Sequence[Sequence[str]], right: bool = False) -> Iterator[str]:
+    """A table as lines of one width, however narrow the terminal: numbers folded in their middle cannot be read."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [c.rjust(w) if right else c.ljust(w) for c, w in zip(row, widths, strict=True)]
+        yield "  ".join(cells).rstrip()
+
+
 def rung_table(rungs: Sequence[Rung]) -> Table:
     """The parity ladder as a person reads it."""
     made = table("Parity", "rung", "engine", "precision", "figure", "limit", "where", "", right=("figure", "limit"))
