@@ -40,7 +40,7 @@ from epsrt.bundle import digest as digest_of
 from epsrt.engines import open_engine
 from epsrt.errors import EpsrtError
 from epsrt.files import sha256, whole_directory
-from epsrt.levels import PREDICTIONS
+from epsrt.levels import AT_PURE_NOISE, PREDICTIONS
 from epsrt.schedule import Schedule
 from epsrt.verify import verify
 from epsrt_export import golden, parity
@@ -105,7 +105,8 @@ def export_network(
     """Turn any module with forward(x [B, C, H, W], t [B] float32[, label [B] int64]) -> [B, C, H, W] into a bundle.
 
     shape         C, H, W
-    prediction    what the network returns: epsilon, x0 or v
+    prediction    what the network returns: epsilon, x0, v, score, edm or velocity, as in epsrt.levels.Network. It is
+                  given t of the schedule and x; of edm, forward takes ¼ ln σ and c_in·x
     value_range   of its images; x0 is clipped to it when sampling
     classes       0: forward takes no label. `null_label`: the label that means "none", where the network knows one
     variance      forward returns [B, 2C, H, W], and the second half is log σ² of a step (learned; diffusers' scheduler
@@ -113,7 +114,7 @@ def export_network(
                   (learned_range; arXiv 2102.09672, eq. 15)
     thresholding  (ratio, maximum): x0 is scaled to the value range by the `ratio` quantile of its |values|, at most
                   `maximum` times the range, and not merely clipped (arXiv 2205.11487, section 2.3), in every sampler
-    sigma_data    the data's standard deviation, where the network is preconditioned with it (arXiv 2206.00364)
+    sigma_data    of edm: the data's standard deviation, with which it is preconditioned (arXiv 2206.00364, table 1)
     precisions    fp32, and fp16 unless it is left out; parity is proven in each
     max_batch     the largest batch of the step graphs
     on_stage      called as on_stage(what, fraction)
@@ -135,7 +136,7 @@ def export_network(
         raise EpsrtError(f"{out} exists and is not a bundle: choose another name, or remove it")
     network = copy.deepcopy(network).eval().to("cpu", torch.float32)
     check_network(network, shape, classes > 0, torch.float32, variance is not None)
-    rungs = [parity.schedule_rung(schedule), *parity.plan_rungs(schedule, prediction, clip, variance)]
+    rungs = [parity.schedule_rung(schedule), *parity.plan_rungs(schedule, prediction, clip, variance, sigma_data)]
     parity.require(rungs)
     with whole_directory(out) as beside:
         graphs = []
@@ -218,8 +219,12 @@ def _check_arguments(
         raise EpsrtError(f"shape = {list(shape)} is not C, H, W")
     if prediction not in PREDICTIONS:
         raise EpsrtError(f"prediction {prediction!r} is unknown: use one of {', '.join(PREDICTIONS)}")
-    if prediction == "epsilon" and schedule.alpha_bar[-1] <= 0:
-        raise EpsrtError("ε-prediction says nothing of x0 at the last timestep, where ᾱ = 0: use a v or x0 network")
+    if prediction not in AT_PURE_NOISE and schedule.at(schedule.span[1])[0] <= 0:
+        name, level = "ε" if prediction == "epsilon" else prediction, "ᾱ" if schedule.preserves_variance else "α"
+        raise EpsrtError(
+            f"{name}-prediction says nothing of x0 at the last timestep, where {level} = 0: use an x0, v or velocity "
+            "network"
+        )
     if not value_range[0] < value_range[1]:
         raise EpsrtError(f"value_range = {list(value_range)} does not ascend")
     if not 1 <= max_batch <= 65536:

@@ -1,7 +1,7 @@
 """The golden file: inputs, and what PyTorch makes of them, so that any machine can prove parity without torch.
 
-    network.x, .t, .label, .out                     N(0, I) at timesteps across [0, T), and the network's outputs, of 2C
-                                                    channels where its variance is learned
+    network.x, .t, .label, .out                     N(0, I) at timesteps across the schedule, t as the network is told
+                                                    it, and its outputs, of 2C channels where its variance is learned
     step.x, .rows, .seed, .index, .label, .x_next   noised images at the same timesteps, and one DDPM step of each
     trajectory.NAME.rows, .start, .seed, .index, .label, .x[, .init]   a whole run's rows, and the x that it ends with
     threshold.x, .x0                                with thresholding: images whose quantiles lie below the bound,
@@ -27,7 +27,7 @@ from epsrt.bundle import Manifest, step_columns
 from epsrt.plan import STEP_COLUMNS, Plan
 from epsrt.schedule import Schedule
 from epsrt.spacing import timesteps
-from epsrt_trainer.sample import ddim_loop, ddpm_loop, threshold
+from epsrt_trainer.sample import ddim_loop, ddpm_loop, network_input, threshold
 
 Arrays = dict[str, NDArray[Any]]
 Call = Callable[..., torch.Tensor]
@@ -44,7 +44,8 @@ def record(network: nn.Module, manifest: Manifest, tell: OnProgress) -> Arrays:
     """Run `network` (FP32, eval mode), the one that the manifest speaks of, and keep inputs and outputs."""
     schedule, shape, classes, null_label = manifest.schedule, manifest.shape, manifest.classes, manifest.null_label
     columns, size = step_columns(manifest.variance), int(np.prod(shape))
-    bounds: dict[str, Any] = {"prediction": manifest.prediction, "clip": manifest.clip}  # of plans and loops
+    kind: dict[str, Any] = {"prediction": manifest.prediction, "sigma_data": manifest.sigma_data}
+    bounds = {**kind, "clip": manifest.clip}  # of plans and loops
     limits = manifest.thresholding
     by_quantile = None if limits is None else (limits.ratio, limits.maximum)
     learned: dict[str, Any] = {} if manifest.variance is None else {"variance": manifest.variance}
@@ -56,7 +57,7 @@ def record(network: nn.Module, manifest: Manifest, tell: OnProgress) -> Arrays:
     label = np.resize(np.array(cycle, np.int64), IMAGES)
 
     def run(
-        name: str, loop: Any, ts: list[int], plan: Plan, init: NDArray[np.float32] | None = None, **more: Any
+        name: str, loop: Any, ts: list[float], plan: Plan, init: NDArray[np.float32] | None = None, **more: Any
     ) -> Arrays:
         signal, scale = plan.start
         z = noise.normals(SEED, index, noise.START, 0, size).reshape(IMAGES, *shape)
@@ -77,23 +78,24 @@ def record(network: nn.Module, manifest: Manifest, tell: OnProgress) -> Arrays:
         }  # fmt: skip
         return kept if init is None else {**kept, "init": init}
 
-    ts = list(map(int, timesteps(schedule.T, min(50, schedule.T), "trailing")))
+    ts = timesteps(schedule, min(50, schedule.T), "trailing")
     ddim = run(f"ddim-{len(ts)}", ddim_loop, ts, solvers.ddim(schedule, ts, **bounds))
     golden = _named(f"trajectory.ddim-{len(ts)}", ddim)
 
-    every = list(range(schedule.T - 1, -1, -1))
+    low, high = schedule.span
+    every: list[float] = list(range(high, low - 1, -1))
     whole = solvers.ddpm(schedule, every, **bounds, **learned)
     plan, name, init = whole, f"ddpm-{schedule.T}", None
     if schedule.T > CUT and _flops(network, shape, bool(classes)) > DEAR:
-        A = float(schedule.alpha_bar[CUT - 1])
-        plan = plan.cut(len(plan) - CUT, start=(A**0.5, (1 - A) ** 0.5))
         every, name, init = every[-CUT:], f"{name}-last-{CUT}", ddim["x"]
+        alpha, sigma = map(float, schedule.at(every[0]))
+        plan = plan.cut(len(plan) - CUT, start=(alpha, sigma))
     golden |= _named(f"trajectory.{name}", run(name, ddpm_loop, every, plan, init, **learned))
 
-    across = np.unique(np.linspace(0, schedule.T - 1, STATES).round().astype(np.int64))
+    across = np.unique(np.linspace(low, high, STATES).round().astype(np.int64))
     labels = np.resize(np.array(cycle, np.int64), len(across))
-    golden |= _named("network", _network(call, across, shape, labels))
-    rows = whole.rows(columns)[schedule.T - 1 - across]
+    golden |= _named("network", _network(call, _told(schedule, across, **kind), shape, labels))
+    rows = whole.rows(columns)[high - across]
     loop = partial(ddpm_loop, call, schedule, thresholding=by_quantile, **bounds, **learned)
     golden |= _named("step", _steps(loop, schedule, across, rows, ddim["x"], labels))
     if by_quantile is not None:
@@ -105,13 +107,20 @@ def _named(prefix: str, arrays: Arrays) -> Arrays:
     return {f"{prefix}.{key}": value for key, value in arrays.items()}
 
 
-def _network(network: Call, ts: NDArray[np.int64], shape: tuple[int, int, int], label: NDArray[np.int64]) -> Arrays:
+def _told(schedule: Schedule, ts: NDArray[np.int64], **kind: Any) -> NDArray[np.float32]:
+    """The timesteps as the network is told them."""
+    x = torch.zeros(1)
+    levels = zip(ts.tolist(), *schedule.at(ts), strict=True)
+    return np.array([float(network_input(x=x, t=x + t, alpha=a, sigma=s, **kind)[1]) for t, a, s in levels], np.float32)
+
+
+def _network(network: Call, ts: NDArray[np.float32], shape: tuple[int, int, int], label: NDArray[np.int64]) -> Arrays:
     """The network on N(0, I) at each timestep. (On nearly clean images its output is what is left when large numbers
     cancel: there PyTorch's own FP32 differs from FP64 by 3e-6 on the digits, and no limit could tell more.)"""
     x = noise.normals(SEED, np.arange(len(ts)), noise.FORWARD, 1, int(np.prod(shape))).reshape(-1, *shape)
     with torch.inference_mode():
-        outs = [network(*_batch_of_one(i, x, ts.astype(np.float32), label)) for i in range(len(ts))]
-    return {"x": x, "t": ts.astype(np.float32), "label": label, "out": torch.cat(outs).numpy()}
+        outs = [network(*_batch_of_one(i, x, ts, label)) for i in range(len(ts))]
+    return {"x": x, "t": ts, "label": label, "out": torch.cat(outs).numpy()}
 
 
 def _steps(
@@ -125,9 +134,9 @@ def _steps(
     """Rows of DDPM's whole table, each from a noised image: teacher-forced."""
     index = np.arange(len(ts))
     x0 = np.resize(images, (len(ts), *images.shape[1:]))
-    A = schedule.alpha_bar[ts].reshape(-1, 1, 1, 1)
+    alpha, sigma = (level.reshape(-1, 1, 1, 1) for level in schedule.at(ts))
     forward = noise.normals(SEED, index, noise.FORWARD, 0, x0[0].size).reshape(x0.shape)
-    x = (np.sqrt(A) * x0 + np.sqrt(1 - A) * forward).astype(np.float32)
+    x = (alpha * x0 + sigma * forward).astype(np.float32)
     z = noise.normals(SEED, index, noise.STEP, rows[:, STEP_COLUMNS.index("n")].astype(np.int64), x0[0].size)
     nexts: list[torch.Tensor] = []
     for i, t in enumerate(ts.tolist()):
@@ -137,7 +146,9 @@ def _steps(
         def keep(row: int, x: torch.Tensor, x0: torch.Tensor, after: list[torch.Tensor] = after) -> None:
             after.append(x)
 
-        two = [t, t - 1] if t else [0]  # two rows, so that the first knows where it goes; only the first is kept
+        two = (
+            [t, t - 1] if t > schedule.span[0] else [t]
+        )  # two rows, so that the first knows where it goes; only the first is kept
         loop(state, two, partial(_same, drawn), label=one_label, on_step=keep)
         nexts.append(after[0])
     seed = np.full(len(ts), SEED, np.uint64)

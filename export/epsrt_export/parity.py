@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from epsrt.errors import EpsrtError
 from epsrt.plan import Plan
 from epsrt.schedule import Schedule
 from epsrt.spacing import timesteps
+from epsrt_trainer.diffusion import SIGMA_DATA
 from epsrt_trainer.sample import ddim_loop, ddpm_loop
 
 
@@ -34,7 +36,9 @@ def require(rungs: Sequence[Rung]) -> None:
 
 
 def schedule_rung(schedule: Schedule) -> Rung:
-    """Rung 1: ᾱ against the product of 1 − β in extended precision."""
+    """Rung 1, in extended precision: ᾱ against the product of 1 − β; α and σ of ve and flow, their closed forms."""
+    if not schedule.preserves_variance:
+        return _levels_rung(schedule)
     beta = Schedule(schedule.kind, schedule.T, schedule.beta_start, schedule.beta_end, schedule.betas).beta
     root = np.sqrt(np.cumprod(1 - beta.astype(np.longdouble)))
     if schedule.zero_snr and schedule.T > 1:  # arXiv 2305.08891, algorithm 1
@@ -43,17 +47,40 @@ def schedule_rung(schedule: Schedule) -> Rung:
     return Rung("schedule", "numpy", "fp64", float(error.max()), 1e-12, "max |Δ|", f"t = {int(error.argmax())}")
 
 
-def plan_rungs(schedule: Schedule, prediction: str, clip: float, variance: str | None = None) -> list[Rung]:
+def _levels_rung(schedule: Schedule) -> Rung:
+    low, high = schedule.span
+    t = np.arange(low, high + 1)
+    part = t.astype(np.longdouble) / high
+    if schedule.kind == "ve":  # σ_{t+1}/σ_t is the same for all t (arXiv 1907.05600, section 4)
+        first, last = np.longdouble(schedule.sigma_min), np.longdouble(schedule.sigma_max)
+        truth = np.ones_like(part), first * np.exp(part * np.log(last / first))
+    else:
+        truth = 1 - part, part
+    alpha, sigma = schedule.at(t)
+    error = np.maximum(np.abs(alpha - truth[0]), np.abs(sigma / truth[1] - 1)).astype(np.float64)
+    where = f"t = {t[error.argmax()]}"
+    return Rung("schedule", "numpy", "fp64", float(error.max()), 1e-12, "max |Δα|, |Δσ|/σ", where)
+
+
+def plan_rungs(
+    schedule: Schedule, prediction: str, clip: float, variance: str | None = None, sigma_data: float = SIGMA_DATA
+) -> list[Rung]:
     """Rung 2: whole trajectories of the plans against the papers' plain loops, float64, on a toy network.
 
     `variance`: learned or learned_range, where DDPM's is the network's own.
     """
+    kind: dict[str, Any] = {"prediction": prediction, "sigma_data": sigma_data, "clip": clip}
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(16, 16, generator=generator, dtype=torch.float64) / 8
     learned: dict[str, Any] = {} if variance is None else {"variance": variance}
 
     def toy(x: torch.Tensor, t: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
-        out = torch.tanh(x + x @ mix + t[:, None].double() / schedule.T - 0.5)
+        size = 1.0
+        if prediction != "edm":  # whose x comes scaled
+            alpha, sigma = map(float, schedule.at(float(t[0])))
+            size = math.hypot(alpha, sigma)
+        out = torch.tanh((x + x @ mix) / size + t[:, None].double() / schedule.T - 0.5)
+        out = -out / sigma if prediction == "score" else out
         return torch.cat([out, out.flip(1)], 1) if learned else out
 
     rungs = []
@@ -61,11 +88,12 @@ def plan_rungs(schedule: Schedule, prediction: str, clip: float, variance: str |
         ("ddim", ddim_loop, 50, {}), ("ddpm", ddpm_loop, 1000, learned),
     )  # fmt: skip
     for method, loop, steps, more in loops:
-        ts = timesteps(schedule.T, min(steps, schedule.T), "trailing")
-        x = torch.randn(4, 16, generator=generator, dtype=torch.float64)
+        ts = timesteps(schedule, min(steps, schedule.T), "trailing")
+        plan = solvers.make(method, schedule, timesteps=ts, **kind, **more)
+        x = plan.start[1] * torch.randn(4, 16, generator=generator, dtype=torch.float64)
         z = torch.randn(len(ts), 4, 16, generator=generator, dtype=torch.float64)
-        truth = loop(toy, schedule, x, ts, lambda i, z=z: z[i], prediction=prediction, clip=clip, **more)
-        mine = _run(solvers.make(method, schedule, timesteps=ts, prediction=prediction, clip=clip, **more), toy, x, z)
+        truth = loop(toy, schedule, x, ts, lambda i, z=z: z[i], **kind, **more)
+        mine = _run(plan, toy, x, z)
         error = float((mine - truth).abs().max())
         rungs.append(Rung(f"plan {method}-{len(ts)}", "numpy", "fp64", error, 1e-9, "max |Δ|", "a toy network"))
     return rungs

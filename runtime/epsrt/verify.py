@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from epsrt.bundle import Rung, step_columns
 from epsrt.engines import Engine, Sample
-from epsrt.errors import BundleError, NotFiniteError
+from epsrt.errors import BundleError, EpsrtError, NotFiniteError
+from epsrt.levels import visit
 from epsrt.plan import DEFAULTS, STEP_COLUMNS, idle_row
 
 Float = NDArray[np.float32]
@@ -34,7 +35,8 @@ def verify(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
     trajectory    PSNR of the worst image and relative L2 of all, same noise, same rows, free-running
     batch         equal rows in batches of 1, 2 and the largest
 
-    `on_progress(name, fraction)` is told how far it is. Raises BundleError when the golden file lacks what it needs.
+    `on_progress(name, fraction)` is told how far it is. Raises BundleError when the golden file lacks what it needs, or
+    its rows are not those of the manifest's schedule, prediction, sigma_data and value range.
     """
     tell = on_progress or (lambda name, fraction: None)
     golden = engine.bundle.golden()
@@ -46,6 +48,7 @@ def verify(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
     wanted += [f"trajectory.{n}.{key}" for n in names for key in ("rows", "start", "seed", "index", "label", "x")]
     if not names or not set(wanted) <= set(golden):
         raise BundleError(f"{engine.bundle.path}: the golden file lacks some of its arrays: export again")
+    _check_rows(engine, golden["step.rows"])
     rungs = []
     for name, rung, there in (
         ("network", _network, True), ("variance", _variance, m.variance), ("threshold", _threshold, m.thresholding),
@@ -141,7 +144,8 @@ def _threshold(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
     label = np.zeros(len(x), np.int64)
     limit = _limits(engine)[0]
     try:
-        x0 = one_step(engine, x, np.zeros(len(x), np.float32), label, min(engine.max_batch, len(x)), p=1.0, b=1.0)
+        t = np.repeat(golden["network.t"][:1], len(x))  # any that the network knows: a flow has no t = 0
+        x0 = one_step(engine, x, t, label, min(engine.max_batch, len(x)), p=1.0, b=1.0)
     except NotFiniteError as error:
         return _rung(engine, "threshold", None, "relative L2", limit, where=str(error))
     errors = [relative_l2(a, b) for a, b in zip(x0, truth, strict=True)]
@@ -168,9 +172,33 @@ def _step(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
 def _by_timestep(engine: Engine, name: str, out: Float, truth: Float, t: Float) -> Rung:
     errors = [relative_l2(a, b) for a, b in zip(out, truth, strict=True)]
     worst = int(np.argmax(errors))
-    by_timestep = tuple((int(s), e) for s, e in zip(t, errors, strict=True))
+    ts = _timesteps(engine, t)
+    by_timestep = tuple((int(s), e) for s, e in zip(ts, errors, strict=True))
     limit = _limits(engine)[0]
-    return _rung(engine, name, errors[worst], "relative L2", limit, where=f"t = {t[worst]:g}", by_timestep=by_timestep)
+    return _rung(engine, name, errors[worst], "relative L2", limit, where=f"t = {ts[worst]:g}", by_timestep=by_timestep)
+
+
+def _timesteps(engine: Engine, told: Float) -> NDArray[np.float64]:
+    """The schedule's whole timesteps, of t as the network is told it: ¼ ln(σ/α) by edm."""
+    m = engine.bundle.manifest
+    return np.round(m.schedule.t_at(-4.0 * told.astype(np.float64)) if m.prediction == "edm" else told)
+
+
+def _check_rows(engine: Engine, rows: Float) -> None:
+    """The golden rows must read the network as the manifest says, which is what samples are made by."""
+    m, rows = engine.bundle.manifest, _rows_for(engine, rows)[::-1]  # descending t
+    ts = _timesteps(engine, rows[:, engine.columns.index("t")])
+    try:
+        wanted = visit(m.schedule, ts, prediction=m.prediction, sigma_data=m.sigma_data, clip=m.clip).columns()
+    except EpsrtError:
+        wanted = {}
+    for name in ("t", "in_scale", "p", "q", "clip"):
+        kept = rows[:, engine.columns.index(name)]
+        if name not in wanted or not np.allclose(kept, wanted[name], rtol=1e-4, atol=1e-7):
+            raise BundleError(
+                f"{engine.bundle.path}: the golden file's column {name} is not that of the manifest's "
+                f"{m.schedule.kind} schedule, {m.prediction} prediction and sigma_data {m.sigma_data:g}: export again"
+            )
 
 
 def _rows_for(engine: Engine, kept: Float) -> Float:

@@ -5,6 +5,7 @@ import torch
 from epsrt.errors import EpsrtError
 from epsrt.schedule import Schedule
 from epsrt_trainer.diffusion import (
+    OUTPUTS,
     PREDICTIONS,
     WEIGHTINGS,
     loss,
@@ -26,6 +27,25 @@ def test_targets_invert(prediction):
         x, out = q_sample(x0, eps, a, s), target(prediction, x0, eps, a, s)
         torch.testing.assert_close(predicted_x0(prediction, x, out, a, s), x0)
         torch.testing.assert_close(predicted_epsilon(prediction, x, out, a, s), eps)
+
+
+@pytest.mark.parametrize(("a", "s"), [(1.0, 0.002), (1.0, 80.0), (0.99, 0.01), (0.3, 0.7), (0.6, 0.8)])
+def test_what_sampled_networks_return_inverts(a, s):
+    """Each from its definition in its paper, on VE, flow and VP levels."""
+    g = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 4, 1, 3, 3, dtype=torch.float64, generator=g)
+    x, sd = a * x0 + s * eps, 0.7
+    y, sigma = x / a, s / a
+    c_skip, c_out = sd**2 / (sigma**2 + sd**2), sigma * sd / (sigma**2 + sd**2) ** 0.5  # arXiv 2206.00364, table 1
+    outs = {
+        "epsilon": eps, "x0": x0, "v": a * eps - s * x0, "score": -(x - a * x0) / s**2,  # ∇ log N(x; a x0, s²)
+        "edm": (x0 - c_skip * y) / c_out, "velocity": eps - x0,  # d/ds of (1 − s) x0 + s ε
+    }  # fmt: skip
+    assert tuple(outs) == OUTPUTS
+    for prediction, out in outs.items():
+        torch.testing.assert_close(predicted_x0(prediction, x, out, a, s, sd), x0, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(predicted_epsilon(prediction, x, out, a, s, sd), eps, rtol=1e-9, atol=1e-9)
+    assert predicted_x0("edm", x, outs["edm"], a, s).sub(x0).abs().max() > 1e-5  # sigma_data is 0.5 unless given
 
 
 def test_q_sample_has_the_marginal_of_the_chain():
@@ -88,8 +108,12 @@ def test_zero_terminal_snr(weighting):
         assert np.isfinite(loss_weights(schedule, prediction, weighting)).all()
     with pytest.raises(EpsrtError, match="zero terminal SNR"):
         loss_weights(schedule, "epsilon", weighting)
-    with pytest.raises(EpsrtError, match="ᾱ = 0"):
-        predicted_x0("epsilon", torch.zeros(1), torch.zeros(1), 0.0, 1.0)
+    for prediction, name in (("epsilon", "ε"), ("score", "score"), ("edm", "edm")):
+        for read in (predicted_x0, predicted_epsilon)[: 1 + (prediction == "edm")]:
+            with pytest.raises(
+                EpsrtError, match=f"{name}-prediction cannot start from α = 0 .ᾱ = 0.*: use x0, v or velo"
+            ):
+                read(prediction, torch.zeros(1), torch.zeros(1), 0.0, 1.0)
 
 
 def test_unknown_names():
@@ -97,11 +121,12 @@ def test_unknown_names():
     for call in (
         lambda: loss_weights(Schedule(), "score", "simple"),
         lambda: target("score", x, x, 1, 1),
-        lambda: predicted_x0("score", x, x, 1, 1),
-        lambda: predicted_epsilon("score", x, x, 1, 1),
     ):
         with pytest.raises(EpsrtError, match="'score' is unknown"):
             call()
+    for read in (predicted_x0, predicted_epsilon):
+        with pytest.raises(EpsrtError, match="'noise' is unknown: use one of epsilon, x0, v, score, edm, velocity"):
+            read("noise", x, x, 1, 1)
     with pytest.raises(EpsrtError, match="'p2' is unknown"):
         loss_weights(Schedule(), "v", "p2")
 

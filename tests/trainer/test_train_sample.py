@@ -6,6 +6,7 @@ from PIL import Image
 
 from epsrt.errors import EpsrtError
 from epsrt.schedule import Schedule
+from epsrt_trainer.diffusion import OUTPUTS
 from epsrt_trainer.grid import picture, save_grid
 from epsrt_trainer.sample import ddim_loop, ddpm_loop, threshold
 
@@ -150,6 +151,75 @@ def test_the_law_of_gaussian_data_comes_out():
     for out in (ddpm_loop(network, S, start, ALL, fresh, clip=None), ddim_loop(network, S, start, ALL, clip=None)):
         assert float(out.mean()) == pytest.approx(0.4, abs=0.03)
         assert float(out.std()) == pytest.approx(0.3, abs=0.02)
+
+
+def exact(schedule, prediction, mean=0.4, variance=0.09, sigma_data=0.6):
+    """The exact network for data ~ N(mean, variance), by what it returns on any schedule."""
+
+    def network(x, t, label=None):
+        if prediction == "edm":  # x is c_in·y and t is ¼ ln s: arXiv 2206.00364, table 1
+            a, s = 1.0, exp(4 * float(t[0]))
+            x = x * sqrt(s**2 + sigma_data**2)
+        else:
+            a, s = (float(v) for v in schedule.at(float(t[0])))
+        x0 = mean + a * variance / (a**2 * variance + s**2) * (x - a * mean)
+        eps = s * (x - a * mean) / (a**2 * variance + s**2)
+        total = s**2 + sigma_data**2
+        return {
+            "epsilon": eps, "x0": x0, "v": a * eps - s * x0, "score": -eps / s, "velocity": eps - x0,
+            "edm": (x0 - sigma_data**2 / total * x) * sqrt(total) / (s * sigma_data),
+        }[prediction]  # fmt: skip
+
+    return network
+
+
+SCHEDULES = {"vp": S, "ve": Schedule("ve", 100, sigma_min=0.01, sigma_max=20.0), "flow": Schedule("flow", 100)}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_the_law_comes_out_on_every_schedule_whatever_the_network_returns(kind):
+    schedule = SCHEDULES[kind]
+    ts = range(schedule.span[1], schedule.span[0] - 1, -1)
+    x, z = draw(1, 4000, 1, 1, 1), g().manual_seed(7)
+    kept = torch.randn(100, *x.shape, dtype=torch.float64, generator=z)
+    a, s = (float(v) for v in schedule.at(ts[0]))
+    start = a * 0.4 + sqrt(a**2 * 0.09 + s**2) * x
+    for loop, more in ((ddpm_loop, {}), (ddim_loop, {}), (ddim_loop, {"eta": 1.0})):
+        outs = {}
+        for prediction in OUTPUTS:
+            if a > 0 or prediction in ("x0", "v", "velocity"):
+                options = {"prediction": prediction, "sigma_data": 0.6, "clip": None, **more}
+                network = exact(schedule, prediction)
+                outs[prediction] = loop(network, schedule, start, ts, lambda i: kept[i], **options)
+        assert float(outs["x0"].mean()) == pytest.approx(0.4, abs=0.03)
+        assert float(outs["x0"].std()) == pytest.approx(0.3, abs=0.02)
+        for out in outs.values():  # edm is told ¼ ln σ in float32
+            torch.testing.assert_close(out, outs["x0"], rtol=0, atol=1e-5)
+
+
+def test_eta_1_is_ddpm_on_every_schedule():
+    for schedule in SCHEDULES.values():
+        network, start = exact(schedule, "velocity"), 3 * X
+        options = {"prediction": "velocity", "clip": None}
+        a = ddim_loop(network, schedule, start, SUB, noise, eta=1.0, **options)
+        torch.testing.assert_close(a, ddpm_loop(network, schedule, start, SUB, noise, **options), rtol=1e-9, atol=1e-9)
+
+
+def test_a_flow_takes_fractional_timesteps():
+    flow, seen = SCHEDULES["flow"], []
+
+    def network(x, t, label=None):
+        seen.append(float(t[0]))
+        return exact(flow, "velocity")(x, t)
+
+    ddim_loop(network, flow, X, [100, 62.5, 0.25], prediction="velocity")
+    assert seen == [100, 62.5, 0.25]
+    for ts in ([101, 3], [100, 0]):
+        with pytest.raises(EpsrtError, match="timesteps must descend within 1 … 100"):
+            ddim_loop(network, flow, X, ts, prediction="velocity")
+    for prediction in ("epsilon", "score", "edm"):
+        with pytest.raises(EpsrtError, match="-prediction cannot start from α = 0"):
+            ddim_loop(toy, flow, X, [100, 3], prediction=prediction)
 
 
 def test_labels_dtype_and_no_autograd(network, config, schedule):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import sqrt
 from typing import Literal
 
 import numpy as np
@@ -10,13 +11,17 @@ from torch import Tensor
 from epsrt.errors import EpsrtError
 from epsrt.schedule import Array, Schedule
 
-Prediction = Literal["epsilon", "x0", "v"]
+Prediction = Literal["epsilon", "x0", "v"]  # what a network can be trained for here
+Output = Literal["epsilon", "x0", "v", "score", "edm", "velocity"]  # what a sampled one may return
 Weighting = Literal["simple", "vlb", "min-snr"]
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "x0", "v")
+OUTPUTS: tuple[Output, ...] = (*PREDICTIONS, "score", "edm", "velocity")
 WEIGHTINGS: tuple[Weighting, ...] = ("simple", "vlb", "min-snr")
 GAMMA = 5.0  # min-SNR's clip, arXiv 2303.09556, section 3.4
+SIGMA_DATA = 0.5  # EDM's
 
-# Below, signal = √ᾱ_t and noise = √(1 − ᾱ_t): floats, or tensors that broadcast against x.
+# Below, x = signal·x0 + noise·ε: √ᾱ_t and √(1 − ᾱ_t) where training is concerned; floats, or tensors that broadcast
+# against x.
 
 
 def q_sample(x0: Tensor, eps: Tensor, signal: Tensor | float, noise: Tensor | float) -> Tensor:
@@ -36,30 +41,57 @@ def target(prediction: Prediction, x0: Tensor, eps: Tensor, signal: Tensor | flo
     raise EpsrtError(f"prediction {prediction!r} is unknown: use one of {', '.join(PREDICTIONS)}")
 
 
-def predicted_x0(prediction: Prediction, x: Tensor, out: Tensor, signal: float, noise: float) -> Tensor:
-    """The network's estimate of the clean image. Raises EpsrtError for ε at ᾱ = 0, where x holds nothing of it."""
+def predicted_x0(
+    prediction: Output, x: Tensor, out: Tensor, signal: float, noise: float, sigma_data: float = SIGMA_DATA
+) -> Tensor:
+    """The network's estimate of the clean image.
+
+    epsilon   solved for x0: DDPM eq. 15
+    v         α·ε − σ·x0, with x solved for x0 (arXiv 2202.00512, appendix D)
+    score     ∇ log p(x): Tweedie's formula, E[x0 | x] = (x + σ²·score)/α (arXiv 2011.13456)
+    edm       c_skip·y + c_out·F of y = x/α, whose noise is s = σ/α (arXiv 2206.00364, eq. 7 and table 1)
+    velocity  ε − x0, with x solved for x0 (arXiv 2209.03003)
+
+    Raises EpsrtError for ε, score and edm where signal = 0: x holds nothing of x0 there, and nor does the output.
+    """
+    if signal == 0 and prediction in ("epsilon", "score", "edm"):
+        name = "ε" if prediction == "epsilon" else prediction
+        raise EpsrtError(
+            f"{name}-prediction cannot start from α = 0 (ᾱ = 0, zero terminal SNR; or a flow's end): use x0, v or "
+            "velocity"
+        )
     match prediction:
         case "epsilon":
-            if signal == 0:
-                raise EpsrtError("ε-prediction cannot start from ᾱ = 0 (zero terminal SNR): train with x0 or v")
             return (x - noise * out) / signal
         case "x0":
             return out
         case "v":
-            return signal * x - noise * out
-    raise EpsrtError(f"prediction {prediction!r} is unknown: use one of {', '.join(PREDICTIONS)}")
+            return (signal * x - noise * out) / (signal**2 + noise**2)
+        case "score":
+            return (x + noise**2 * out) / signal
+        case "edm":
+            y, s = x / signal, noise / signal
+            c_skip, c_out = sigma_data**2 / (s**2 + sigma_data**2), s * sigma_data / sqrt(s**2 + sigma_data**2)
+            return c_skip * y + c_out * out
+        case "velocity":
+            return (x - noise * out) / (signal + noise)
+    raise EpsrtError(f"prediction {prediction!r} is unknown: use one of {', '.join(OUTPUTS)}")
 
 
-def predicted_epsilon(prediction: Prediction, x: Tensor, out: Tensor, signal: float, noise: float) -> Tensor:
-    """The network's estimate of the noise in x."""
+def predicted_epsilon(
+    prediction: Output, x: Tensor, out: Tensor, signal: float, noise: float, sigma_data: float = SIGMA_DATA
+) -> Tensor:
+    """The network's estimate of the noise in x; the formulas are those of `predicted_x0`."""
     match prediction:
         case "epsilon":
             return out
-        case "x0":
-            return (x - signal * out) / noise
         case "v":
-            return noise * x + signal * out
-    raise EpsrtError(f"prediction {prediction!r} is unknown: use one of {', '.join(PREDICTIONS)}")
+            return (noise * x + signal * out) / (signal**2 + noise**2)
+        case "score":
+            return -noise * out
+        case "velocity":
+            return (x + signal * out) / (signal + noise)
+    return (x - signal * predicted_x0(prediction, x, out, signal, noise, sigma_data)) / noise
 
 
 def loss_weights(schedule: Schedule, prediction: Prediction, weighting: Weighting) -> Array:

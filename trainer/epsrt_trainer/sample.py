@@ -12,7 +12,7 @@ from torch import Tensor
 
 from epsrt.errors import EpsrtError
 from epsrt.schedule import Schedule
-from epsrt_trainer.diffusion import Prediction, predicted_epsilon, predicted_x0
+from epsrt_trainer.diffusion import SIGMA_DATA, Output, predicted_epsilon, predicted_x0
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Noise = Callable[[int], Tensor]
@@ -23,12 +23,15 @@ VARIANCES: tuple[Variance, ...] = ("fixed_small", "fixed_large", "learned", "lea
 # Shared by both loops:
 #   network    (x [B, C, H, W], t [B] float32, label [B] int64 or None) -> [B, C, H, W], or [B, 2C, H, W] where the
 #              second half is a learned variance
-#   x_T        [B, C, H, W], standard normal, in the network's dtype and on its device
-#   timesteps  descending, in [0, T); the one before an entry is the list's next, and ᾱ = 1 after the last
+#   x_T        [B, C, H, W], in the network's dtype and on its device: standard normal where the schedule preserves
+#              variance, else σ of the first timestep times that
+#   timesteps  descending, in the schedule, whole or fractional; where the list ends, α' = 1 and σ' = 0
+#   prediction, sigma_data   what the network returns, and the data's standard deviation for edm: see predicted_x0
 #   noise      row number i -> z like x_T; not called for rows that add none
 #   clip       the predicted x0 is clamped to [−clip, clip]; None: not clamped
 #   thresholding  (ratio, maximum): it is thresholded to [−clip, clip] instead, see `threshold`
 #   on_step    called with (i, the new x, the predicted x0) after each row
+# Below, x = α·x0 + σ·ε here, and α', σ' are those of the row's end; of DDPM's schedules, α² = ᾱ_t and σ² = 1 − ᾱ_t.
 # Coefficients are Python floats (float64). Returns the last x.
 
 
@@ -37,20 +40,23 @@ def ddpm_loop(
     network: Network,
     schedule: Schedule,
     x_T: Tensor,
-    timesteps: Sequence[int],
+    timesteps: Sequence[float],
     noise: Noise,
     *,
-    prediction: Prediction = "epsilon",
+    prediction: Output = "epsilon",
+    sigma_data: float = SIGMA_DATA,
     clip: float | None = 1.0,
     thresholding: tuple[float, float] | None = None,
     variance: Variance = "fixed_small",
     label: Tensor | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """DDPM's algorithm 2 on a sub-sequence of the timesteps: α_t becomes ᾱ_t/ᾱ_prev (arXiv 2102.09672, section 4).
+    """DDPM's algorithm 2 on a sub-sequence of the timesteps, for any α and σ (arXiv 2107.00630, appendix A).
+
+    The step from (α', σ') to (α, σ) is N(step·x, β) with step = α/α' and β = σ² − step²·σ'²: DDPM's √(1 − β_t) and β_t.
 
     variance  fixed_large     σ² = β, or
-              fixed_small     the posterior's β̃, DDPM section 3.2
+              fixed_small     the posterior's β̃ = β·σ'²/σ², DDPM section 3.2
               learned         the network's v is log σ² (diffusers' network gives σ² itself)
               learned_range   log σ² is between log β̃ (v = −1) and log β (v = 1), arXiv 2102.09672, eq. 15
               The last step adds no noise.
@@ -59,20 +65,22 @@ def ddpm_loop(
     if variance not in VARIANCES:
         raise EpsrtError(f"variance {variance!r} is unknown: use one of {', '.join(VARIANCES)}")
     x = x_T
-    for i, bar, bar_prev, t in _steps(schedule, x_T, timesteps):
-        out, v = _halves(network(x, t, label), x)
-        x0 = _bounded(predicted_x0(prediction, x, out, sqrt(bar), sqrt(1 - bar)), clip, thresholding)
-        alpha = bar / bar_prev
-        beta = 1 - alpha
-        mean = sqrt(bar_prev) * beta / (1 - bar) * x0 + sqrt(alpha) * (1 - bar_prev) / (1 - bar) * x  # DDPM eq. 7
-        x = mean if i + 1 == len(timesteps) else mean + _sigma(variance, beta, bar, bar_prev, v) * noise(i)
+    for i, (alpha, sigma), (alpha_next, sigma_next), t in _steps(schedule, x_T, timesteps):
+        x_in, time = network_input(prediction, x, t, alpha, sigma, sigma_data)
+        out, v = _halves(network(x_in, time, label), x)
+        x0 = predicted_x0(prediction, x, out, alpha, sigma, sigma_data)
+        x0 = _bounded(x0, clip, thresholding)
+        step = alpha / alpha_next
+        beta = sigma**2 - step**2 * sigma_next**2
+        mean = alpha_next * beta / sigma**2 * x0 + step * sigma_next**2 / sigma**2 * x  # DDPM eq. 7
+        posterior = beta * sigma_next**2 / sigma**2
+        x = mean if i + 1 == len(timesteps) else mean + _deviation(variance, beta, posterior, v) * noise(i)
         if on_step:
             on_step(i, x, x0)
     return x
 
 
-def _sigma(variance: Variance, beta: float, bar: float, bar_prev: float, v: Tensor | None) -> Tensor | float:
-    posterior = beta * (1 - bar_prev) / (1 - bar)
+def _deviation(variance: Variance, beta: float, posterior: float, v: Tensor | None) -> Tensor | float:
     match variance:
         case "fixed_small":
             return sqrt(posterior)
@@ -91,11 +99,12 @@ def ddim_loop(
     network: Network,
     schedule: Schedule,
     x_T: Tensor,
-    timesteps: Sequence[int],
+    timesteps: Sequence[float],
     noise: Noise | None = None,
     *,
     eta: float = 0.0,
-    prediction: Prediction = "epsilon",
+    prediction: Output = "epsilon",
+    sigma_data: float = SIGMA_DATA,
     clip: float | None = 1.0,
     thresholding: tuple[float, float] | None = None,
     label: Tensor | None = None,
@@ -111,27 +120,47 @@ def ddim_loop(
     if eta and noise is None:
         raise EpsrtError(f"eta = {eta} needs noise: give a function of the row, or eta = 0")
     x = x_T
-    for i, bar, bar_prev, t in _steps(schedule, x_T, timesteps):
-        out, _ = _halves(network(x, t, label), x)
-        x0 = _bounded(predicted_x0(prediction, x, out, sqrt(bar), sqrt(1 - bar)), clip, thresholding)
-        eps = predicted_epsilon(prediction, x, out, sqrt(bar), sqrt(1 - bar))
-        sigma = eta * sqrt((1 - bar_prev) / (1 - bar)) * sqrt(1 - bar / bar_prev)
-        x = sqrt(bar_prev) * x0 + sqrt(max(1 - bar_prev - sigma**2, 0.0)) * eps
-        if sigma and noise is not None:
-            x = x + sigma * noise(i)
+    for i, (alpha, sigma), (alpha_next, sigma_next), t in _steps(schedule, x_T, timesteps):
+        x_in, time = network_input(prediction, x, t, alpha, sigma, sigma_data)
+        out, _ = _halves(network(x_in, time, label), x)
+        x0 = predicted_x0(prediction, x, out, alpha, sigma, sigma_data)
+        eps = predicted_epsilon(prediction, x, out, alpha, sigma, sigma_data)
+        x0 = _bounded(x0, clip, thresholding)
+        up = eta * sigma_next / sigma * sqrt(sigma**2 - (alpha / alpha_next) ** 2 * sigma_next**2)
+        x = alpha_next * x0 + sqrt(max(sigma_next**2 - up**2, 0.0)) * eps
+        if up and noise is not None:
+            x = x + up * noise(i)
         if on_step:
             on_step(i, x, x0)
     return x
 
 
-def _steps(schedule: Schedule, x: Tensor, timesteps: Sequence[int]) -> list[tuple[int, float, float, Tensor]]:
-    """(row, ᾱ_t, ᾱ_prev, t as float32 [B]) of every row."""
-    ts = [int(t) for t in timesteps]
-    if not ts or not all(schedule.T > t >= 0 for t in ts) or any(a <= b for a, b in pairwise(ts)):
-        raise EpsrtError(f"timesteps must descend within 0 … {schedule.T - 1}, not {ts[:5]}{' …' if ts[5:] else ''}")
-    bars = [float(schedule.alpha_bar[t]) for t in ts] + [1.0]
+def network_input(
+    prediction: Output, x: Tensor, t: Tensor, alpha: float, sigma: float, sigma_data: float = SIGMA_DATA
+) -> tuple[Tensor, Tensor]:
+    """What the network is given for x and t: for edm c_in·y and c_noise = ¼ ln s, y = x/α and s = σ/α its noise.
+
+    arXiv 2206.00364, table 1. t float32 [B]. At α = 0 x is passed on: predicted_x0 has the words for it.
+    """
+    if prediction != "edm" or alpha == 0:
+        return x, t
+    s = sigma / alpha
+    return x / (alpha * sqrt(s**2 + sigma_data**2)), torch.full_like(t, log(s) / 4)
+
+
+Level = tuple[float, float]  # α, σ
+
+
+def _steps(schedule: Schedule, x: Tensor, timesteps: Sequence[float]) -> list[tuple[int, Level, Level, Tensor]]:
+    """(row, level, the next row's level, t as float32 [B]) of every row."""
+    ts, (low, high) = [float(t) for t in timesteps], schedule.span
+    inside = all(low <= t <= high or (schedule.kind == "flow" and 0 < t < low) for t in ts)
+    if not ts or not inside or any(a <= b for a, b in pairwise(ts)):
+        few = ", ".join(f"{t:g}" for t in ts[:5])
+        raise EpsrtError(f"timesteps must descend within {low} … {high}, not [{few}]{' …' if ts[5:] else ''}")
+    levels = [(float(alpha), float(sigma)) for alpha, sigma in map(schedule.at, ts)] + [(1.0, 0.0)]
     one = torch.ones(x.shape[0], dtype=torch.float32, device=x.device)
-    return [(i, bars[i], bars[i + 1], one * t) for i, t in enumerate(ts)]
+    return [(i, levels[i], levels[i + 1], one * t) for i, t in enumerate(ts)]
 
 
 def threshold(x0: Tensor, ratio: float, maximum: float, bound: float = 1.0) -> Tensor:
