@@ -39,9 +39,7 @@ def ddpm(
     rho, zero = at.ratio, np.zeros_like(at.t)
     small, large = (sigma * np.sqrt(1 - rho**2) for sigma in (at.sigma_next, at.sigma))
     noisy = at.sigma_next > 0  # the last row's mean is the sample
-    if _diffusers(
-        compatible, schedule
-    ):  # theirs adds noise wherever t > 0, fixed_small's variance being at least 1e-20
+    if _diffusers(compatible, schedule):  # adds noise wherever t > 0, of a variance of at least 1e-20
         small, noisy = np.maximum(small, 1e-10), at.t > 0
     match variance:
         case "fixed_small" | "fixed_small_log":
@@ -97,16 +95,8 @@ def ddim_inversion(
         alpha, sigma = before.alpha_next, before.sigma_next
         eps = replace(to, alpha=alpha, sigma=sigma).epsilon  # theirs reads v as if the network knew where x is
     read = {**to.columns(), "p": (1 - sigma * eps.p) / alpha, "q": -sigma * eps.q / alpha}
-    return Plan.of(
-        "ddim-inversion",
-        (1.0, 0.0),
-        **read,
-        a=to.sigma * eps.p,
-        b=to.alpha,
-        h=to.sigma * eps.q,
-        ka=to.alpha,
-        kb=to.sigma,
-    )
+    step = {"a": to.sigma * eps.p, "b": to.alpha, "h": to.sigma * eps.q, "ka": to.alpha, "kb": to.sigma}
+    return Plan.of("ddim-inversion", (1.0, 0.0), **read, **step)
 
 
 def euler_ancestral(schedule: Schedule, timesteps: Times, *, eta: float = 1.0, **network: Unpack[Network]) -> Plan:
@@ -250,24 +240,18 @@ def _first_order(name: str, at: Levels, eta: float, rederive: bool) -> Plan:
 
 
 def _heun(name: str, hat: Levels, at: Levels, noise: Array, start: float) -> Plan:
-    """x parks the mean of x and Euler's x' in m; the second row completes ½(σ' − σ)(d + d'), d = (x − x0)/σ."""
+    """The first row, at `hat`, parks the mean of x and Euler's x' in m; the second, at `at`'s next level, completes
+    x + ½(σ' − σ)(d + d'), d = (x − x0)/σ, and adds `noise`.
+    """
     ratio = hat.sigma_next / hat.sigma
     first = {"a": ratio, "b": 1 - ratio, "e": (1 + ratio) / 2, "f": (1 - ratio) / 2}
     half = (1 - 1 / ratio[:-1]) / 2
-    return _two_rows(
-        name,
-        hat,
-        start,
-        first,
-        at.take(slice(1, None)),
-        {"c": np.ones_like(half), "a": half, "b": -half, "d": noise[:-1]},
-    )
+    second = {"c": np.ones_like(half), "a": half, "b": -half, "d": noise[:-1]}
+    return _two_rows(name, hat, start, first, at.take(slice(1, None)), second)
 
 
-def _two_rows(
-    name: str, at: Levels, start: float, first: dict[str, Array], then: Levels, second: dict[str, Array]
-) -> Plan:
-    """Two rows for each step but the last, which is the first row alone."""
+def _two_rows(name: str, at: Levels, start: float, first: Columns, then: Levels, second: Columns) -> Plan:
+    """Two rows a step, `first` read at `at`, `second` at `then`; the last step is its first row alone."""
     one = {**at.columns(), **first, "ka": at.alpha_next, "kb": at.sigma_next}
     two = {**then.columns(), **second, "ka": at.alpha_next[:-1], "kb": at.sigma_next[:-1]}
     rows = {key: np.zeros(2 * len(at.t) - 1) for key in one.keys() | two.keys()}
