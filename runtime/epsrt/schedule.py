@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import EpsrtError, typed
 
 Array = NDArray[np.float64]
 Kind = Literal["linear", "scaled-linear", "cosine", "sigmoid", "given", "ve", "flow"]
@@ -47,6 +47,9 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise EpsrtError(f"schedule kind {self.kind!r} is unknown: use one of {', '.join(KINDS)}")
+        for name in ("beta_start", "beta_end", "sigma_min", "sigma_max"):
+            typed(name, getattr(self, name), 0.0)
+        typed("zero_snr", self.zero_snr, False)
         if (self.kind == "given") != bool(self.betas):
             raise EpsrtError(f"a {self.kind} schedule {'needs' if self.kind == 'given' else 'takes no'} betas")
         if self.kind == "given" and len(self.betas) != self.T:
