@@ -172,6 +172,7 @@ def test_by_default_they_span_the_schedule(spacing):
         timesteps(Schedule(T=1, zero_snr=True), 1, spacing)
 
 
+@pytest.mark.filterwarnings("ignore:__array__")  # diffusers' own
 def test_karras_sigmas_are_diffusers():
     scheduler = EulerDiscreteScheduler(
         use_karras_sigmas=True, timestep_spacing="leading", sigma_min=0.1, sigma_max=20.0
