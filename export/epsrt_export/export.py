@@ -40,7 +40,7 @@ from epsrt.bundle import digest as digest_of
 from epsrt.engines import open_engine
 from epsrt.errors import EpsrtError
 from epsrt.files import sha256, whole_directory
-from epsrt.levels import AT_PURE_NOISE, PREDICTIONS
+from epsrt.levels import visit
 from epsrt.schedule import Schedule
 from epsrt.verify import verify
 from epsrt_export import golden, parity
@@ -125,9 +125,10 @@ def export_network(
     """
     tell = on_stage or (lambda what, fraction: None)
     out = Path(out)
-    _check_arguments(schedule, shape, prediction, value_range, classes, null_label, class_names, precisions, max_batch)
-    by_quantile = _check_options(variance, thresholding, sigma_data)
+    _check_arguments(shape, value_range, classes, null_label, class_names, precisions, max_batch)
+    by_quantile = _check_options(variance, thresholding)
     clip = max(abs(v) for v in value_range)
+    visit(schedule, [schedule.span[1]], prediction=prediction, sigma_data=sigma_data, clip=clip)  # where it is noisiest
     threshold = None
     if by_quantile is not None:
         threshold = DynamicThreshold(by_quantile.ratio, by_quantile.maximum, clip)
@@ -205,9 +206,7 @@ def write_graph(
 
 
 def _check_arguments(
-    schedule: Schedule,
     shape: tuple[int, int, int],
-    prediction: str,
     value_range: tuple[float, float],
     classes: int,
     null_label: int | None,
@@ -217,14 +216,6 @@ def _check_arguments(
 ) -> None:
     if len(shape) != 3 or min(shape) < 1:
         raise EpsrtError(f"shape = {list(shape)} is not C, H, W")
-    if prediction not in PREDICTIONS:
-        raise EpsrtError(f"prediction {prediction!r} is unknown: use one of {', '.join(PREDICTIONS)}")
-    if prediction not in AT_PURE_NOISE and schedule.at(schedule.span[1])[0] <= 0:
-        name, level = "ε" if prediction == "epsilon" else prediction, "ᾱ" if schedule.preserves_variance else "α"
-        raise EpsrtError(
-            f"{name}-prediction says nothing of x0 at the last timestep, where {level} = 0: use an x0, v or velocity "
-            "network"
-        )
     if not value_range[0] < value_range[1]:
         raise EpsrtError(f"value_range = {list(value_range)} does not ascend")
     if not 1 <= max_batch <= 65536:
@@ -239,16 +230,12 @@ def _check_arguments(
         raise EpsrtError(f"null_label = {null_label} is outside 0 … {classes} (or the network has no classes)")
 
 
-def _check_options(
-    variance: str | None, thresholding: tuple[float, float] | None, sigma_data: float
-) -> Thresholding | None:
+def _check_options(variance: str | None, thresholding: tuple[float, float] | None) -> Thresholding | None:
     if variance is not None and variance not in get_args(LearnedVariance):
         raise EpsrtError(
             f"variance {variance!r} is unknown: use {' or '.join(get_args(LearnedVariance))} where the network returns "
             "one, or None"
         )
-    if not 0 < sigma_data < math.inf:
-        raise EpsrtError(f"sigma_data = {sigma_data} is not positive and finite: give the data's standard deviation")
     if thresholding is None:
         return None
     try:

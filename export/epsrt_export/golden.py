@@ -146,9 +146,8 @@ def _steps(
         def keep(row: int, x: torch.Tensor, x0: torch.Tensor, after: list[torch.Tensor] = after) -> None:
             after.append(x)
 
-        two = (
-            [t, t - 1] if t > schedule.span[0] else [t]
-        )  # two rows, so that the first knows where it goes; only the first is kept
+        # two rows, so that the first knows where it goes; only the first is kept
+        two = [t, t - 1] if t > schedule.span[0] else [t]
         loop(state, two, partial(_same, drawn), label=one_label, on_step=keep)
         nexts.append(after[0])
     seed = np.full(len(ts), SEED, np.uint64)

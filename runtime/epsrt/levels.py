@@ -19,7 +19,6 @@ from epsrt.schedule import Array, Schedule
 
 Prediction = Literal["epsilon", "x0", "v", "score", "edm", "velocity"]
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "x0", "v", "score", "edm", "velocity")
-AT_PURE_NOISE = ("x0", "v", "velocity")  # the others say nothing of x0 where α = 0
 
 
 class Network(TypedDict, total=False):
@@ -75,46 +74,45 @@ class Levels:
         first = 1.0 if self.schedule.preserves_variance else float(self.sigma[0] / self.scale[0])
         return first * float(self.scale[0])
 
+    def _output(self) -> tuple[Array, Array, Array]:
+        """(u, w, det): the network returns u·x0 + w·ε of its own x = α·x0 + σ·ε, and det = α·w − σ·u.
+
+        x0 and ε solve the two. Where det = 0, x and the output say the same: at α = 0, of ε and score.
+        """
+        a, s = self.alpha / self.scale, self.sigma / self.scale
+        one, zero = np.ones_like(a), np.zeros_like(a)
+        match self.prediction:
+            case "epsilon":
+                u, w = zero, one
+            case "x0":
+                u, w = one, zero
+            case "v":
+                u, w = -s, a
+            case "score":
+                u, w = zero, -1 / s
+            case "velocity":
+                u, w = -one, one
+            case _:  # edm: F = (x0 − c_skip·x/α)/c_out
+                total = np.sqrt(s**2 + (a * self.sigma_data) ** 2)
+                u, w = s / self.sigma_data / total, -a * self.sigma_data / total
+        return u, w, a * w - s * u
+
     @property
     def x0(self) -> Affine:
         """The network's estimate of the clean image."""
-        one, zero = np.ones_like(self.alpha), np.zeros_like(self.alpha)
-        alpha, sigma = self.alpha, self.sigma
-        match self.prediction:
-            case "epsilon":  # DDPM eq. 15
-                return Affine(one / alpha, -sigma / alpha)
-            case "x0":
-                return Affine(zero, one)
-            case "v":
-                a, s = alpha / self.scale, sigma / self.scale
-                return Affine(a / (a**2 + s**2) / self.scale, -s / (a**2 + s**2))
-            case "score":  # Tweedie: x0 = (x + σ² score)/α, the score being that of the network's x
-                return Affine(one / alpha, sigma**2 / (alpha * self.scale))
-            case "edm":
-                s = sigma / alpha
-                total = s**2 + self.sigma_data**2
-                return Affine(self.sigma_data**2 / total / alpha, s * self.sigma_data / np.sqrt(total))
-            case "velocity":
-                a, s = alpha / self.scale, sigma / self.scale
-                return Affine(one / (a + s) / self.scale, -s / (a + s))
-        raise AssertionError(self.prediction)  # visit lets no other through
+        _, w, det = self._output()
+        return Affine(w / det / self.scale, -self.sigma / det / self.scale)
 
     @property
     def epsilon(self) -> Affine:
         """The network's estimate of the noise in x."""
-        one, zero = np.ones_like(self.alpha), np.zeros_like(self.alpha)
-        a, s = self.alpha / self.scale, self.sigma / self.scale
-        match self.prediction:
-            case "epsilon":
-                return Affine(zero, one)
-            case "v":
-                return Affine(s / (a**2 + s**2) / self.scale, a / (a**2 + s**2))
-            case "score":
-                return Affine(zero, -s)
-            case "velocity":
-                return Affine(one / (a + s) / self.scale, a / (a + s))
-        p, q = self.x0  # of x0 and edm: ε = (x − α·x0)/σ
-        return Affine((1 - self.alpha * p) / self.sigma, -self.alpha * q / self.sigma)
+        u, _, det = self._output()
+        return Affine(-u / det / self.scale, self.alpha / det / self.scale)
+
+    @property
+    def blind(self) -> bool:
+        """Whether at some level the output says nothing of x0, or (edm) the network cannot be told how noisy it is."""
+        return bool(np.any((self._output()[2] == 0) | ((self.alpha == 0) & (self.prediction == "edm"))))
 
     def columns(self) -> dict[str, Array]:
         """The network's part of a plan: t, in_scale, p, q, clip."""
@@ -167,14 +165,15 @@ def visit(schedule: Schedule, timesteps: Sequence[float] | Array, **network: Unp
         raise EpsrtError(f"sigma_data = {sigma_data} is outside 1e-6 … 1e6: EDM's is 0.5")
     t = spacing.given(schedule, timesteps)
     alpha, sigma = schedule.at(t)
-    if alpha[0] == 0 and prediction not in AT_PURE_NOISE:
-        name = "ε" if prediction == "epsilon" else prediction
-        where = f"t = {t[0]:g}, where {'ᾱ' if schedule.preserves_variance else 'α'} = 0"
-        raise EpsrtError(f"{name}-prediction says nothing of x0 at {where}: use an x0, v or velocity network")
     clip = network.get("clip", 1.0)
     if clip is not None and not 1 / CLIP_OFF < typed("clip", clip, 0.0) < CLIP_OFF:
         raise EpsrtError(f"clip = {clip} is not a positive bound: give one, or None for no clipping")
-    return Levels(
+    levels = Levels(
         schedule, t, alpha, sigma, np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0), np.ones_like(alpha),
         prediction, sigma_data, CLIP_OFF if clip is None else float(clip),
     )  # fmt: skip
+    if levels.blind:
+        name = "ε" if prediction == "epsilon" else prediction
+        where = f"t = {t[0]:g}, where {'ᾱ' if schedule.preserves_variance else 'α'} = 0"
+        raise EpsrtError(f"{name}-prediction says nothing of x0 at {where}: use an x0, v or velocity network")
+    return levels

@@ -154,6 +154,14 @@ class Schedule:
         return _read_only((alpha / sigma) ** 2)
 
     @cached_property
+    def log_snr_range(self) -> tuple[float, float]:
+        """λ = ln(α/σ) at the noisiest whole timestep that is not pure noise, and at the cleanest."""
+        finite = self.snr[self.snr > 0]
+        if not finite.size:
+            raise EpsrtError("the schedule has no noise level below infinity: give it more than one timestep")
+        return float(np.log(finite[-1]) / 2), float(np.log(finite[0]) / 2)
+
+    @cached_property
     def _log_snr(self) -> Array:
         with np.errstate(divide="ignore"):
             return np.log(self.alpha_bar / (1 - self.alpha_bar)) / 2

@@ -270,8 +270,7 @@ def _churned(at: Levels, s_churn: float, s_tmin: float, s_tmax: float, s_noise: 
     gamma = min(s_churn / len(at.t), np.sqrt(2) - 1)
     raised = at.sigma * (1 + gamma * ((at.sigma >= s_tmin) & (at.sigma <= s_tmax)))
     if at.prediction != "edm":
-        snr = at.schedule.snr
-        raised = np.minimum(raised, np.maximum(at.sigma, snr[snr > 0][-1] ** -0.5))
+        raised = np.minimum(raised, np.maximum(at.sigma, np.exp(-at.schedule.log_snr_range[0])))
     if not np.any(raised > at.sigma):
         return at, np.zeros_like(at.t), at.start
     added = s_noise * np.sqrt(raised**2 - at.sigma**2)

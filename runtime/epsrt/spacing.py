@@ -72,9 +72,8 @@ def timesteps(schedule: Schedule | int, steps: int | None, spacing: str = "trail
     even = spacing not in ("karras", "exponential", "lambda")
     most = schedule.T if even else 1_000_000
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= most:
-        raise EpsrtError(
-            f"steps = {steps!r} is outside 1 … {most}{', the steps that the schedule has' if even else ''}"
-        )
+        why = ", the steps that the schedule has" if even else ""
+        raise EpsrtError(f"steps = {steps!r} is outside 1 … {most}{why}")
     if even:
         return _even(schedule, int(steps), spacing, **options)
     return _by_noise(schedule, int(steps), spacing, **options)
@@ -112,10 +111,7 @@ def _even(schedule: Schedule, steps: int, spacing: str, steps_offset: int = 0, s
 
 
 def _by_noise(schedule: Schedule, steps: int, spacing: str, rho: float = 7.0, **ends: float) -> list[float]:
-    finite = schedule.snr[schedule.snr > 0]
-    if not finite.size:
-        raise EpsrtError(f"{spacing} spacing needs a noise level below infinity, and this schedule has none")
-    clean, noisy = (float(v) for v in np.log(finite[[0, -1]]) / 2)
+    noisy, clean = schedule.log_snr_range
     lam = {"sigma_max": noisy, "lambda_min": noisy, "sigma_min": clean, "lambda_max": clean}
     for name, value in ends.items():
         if name.startswith("sigma"):

@@ -478,7 +478,7 @@ class TestNetworksThatDoNotFit:
         ({"shape": (8, 8)}, r"shape = \[8, 8\] is not C, H, W"),
         ({"shape": (1, 0, 8)}, r"shape = \[1, 0, 8\] is not C, H, W"),
         ({"prediction": "noise"}, "prediction 'noise' is unknown: use one of epsilon, x0, v"),
-        ({"schedule": Schedule(T=20, zero_snr=True)}, "ε-prediction says nothing of x0 at the last timestep"),
+        ({"schedule": Schedule(T=20, zero_snr=True)}, "ε-prediction says nothing of x0 at t = 19, where ᾱ = 0"),
         ({"value_range": (1.0, -1.0)}, r"value_range = \[1.0, -1.0\] does not ascend"),
         ({"value_range": (0.0, float("nan"))}, "does not ascend"),
         ({"max_batch": 0}, "max_batch = 0 is outside 1 … 65536"),

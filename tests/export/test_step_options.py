@@ -261,8 +261,8 @@ class TestRefusals:
             (None, {"thresholding": (float("nan"), 1.5)}, "thresholding ratio = nan is outside"),
             (None, {"thresholding": (0.9, 0.9)}, "thresholding maximum = 0.9 is below 1 or not finite"),
             (None, {"thresholding": (0.9, float("inf"))}, "thresholding maximum = inf is below 1 or not finite"),
-            (None, {"sigma_data": 0.0}, "sigma_data = 0.0 is not positive and finite: give the data's standard dev"),
-            (None, {"sigma_data": float("inf")}, "sigma_data = inf is not positive and finite"),
+            (None, {"sigma_data": 0.0}, "sigma_data = 0.0 is outside 1e-6 … 1e6: EDM's is 0.5"),
+            (None, {"sigma_data": float("inf")}, "sigma_data = inf is outside 1e-6 … 1e6"),
             (
                 None,
                 {"shape": (3, 64, 64), "thresholding": (0.5, 1.5)},

@@ -168,7 +168,7 @@ def test_by_default_they_span_the_schedule(spacing):
         ts = timesteps(Schedule(), steps, spacing)
         assert len(ts) == steps
         assert all(a > b for a, b in pairwise(ts))
-    with pytest.raises(EpsrtError, match="needs a noise level below infinity"):
+    with pytest.raises(EpsrtError, match="has no noise level below infinity"):
         timesteps(Schedule(T=1, zero_snr=True), 1, spacing)
 
 

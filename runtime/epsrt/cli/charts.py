@@ -82,7 +82,13 @@ def plan(schedule: Schedule, t: ArrayLike, title: str) -> Figure:
             axes.plot(at, sigma, f"C2{style}", label="σ" if label else None)
         with np.errstate(divide="ignore"):
             below.plot(at, np.log(alpha / sigma), f"C1{style}", label="λ (right)" if label else None)
-    axes.vlines(t, 0, 0.03, transform=axes.get_xaxis_transform(), color="0.3", linewidth=0.8, label=f"{len(t)} chosen")
+    if schedule.kind == "ve":
+        axes.set_yscale("log")
+    chosen = np.unique(t.round(6))  # some rows share one
+    axes.vlines(
+        chosen, 0, 0.03, transform=axes.get_xaxis_transform(), color="0.3", linewidth=0.8,
+        label=f"{len(chosen)} chosen",
+    )  # fmt: skip
     below.set_ylabel("λ")
     below.spines[["top", "left"]].set_visible(False)
     both = zip(axes.get_legend_handles_labels(), below.get_legend_handles_labels(), strict=True)
