@@ -47,6 +47,15 @@ def test_round_trip_is_bit_exact(saved, network, config, schedule):
         assert torch.equal(got.network(x, t, label), network(x, t, label))
 
 
+def test_a_checkpoint_from_before_there_were_time_features(saved, config):
+    def older(meta):
+        assert meta["network"].pop("time_features") == "sinusoidal"
+        assert meta["network"].pop("fourier_scale") == 16.0
+
+    damage(saved, older)
+    assert load_checkpoint(saved).config == config
+
+
 def test_the_same_values_give_the_same_bytes(saved, tmp_path, network, config, schedule):
     got = load_checkpoint(saved)
     again = save_checkpoint(
@@ -98,7 +107,8 @@ def test_a_cut_file(saved):
     [
         (lambda m: m.update(version=99), "format 99, this epsrt reads 1"),
         (lambda m: m.pop("version"), "format None"),
-        (lambda m: m.update(kind="dit"), "'dit' is unknown"),
+        (lambda m: m.update(kind="mlp"), "'mlp' is unknown"),
+        (lambda m: m.update(kind="dit"), "describes no network: base_channels is no setting"),
         (lambda m: m.update(prediction="score"), "damaged metadata: .*prediction"),
         (lambda m: m.update(value_range=["a", 1]), "damaged metadata: .*value_range"),
         (lambda m: m.pop("schedule"), "damaged metadata: .*schedule"),

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from epsrt.errors import BundleError, EpsrtError
 from epsrt_trainer.__main__ import main
 from epsrt_trainer.checkpoint import load_checkpoint
+from epsrt_trainer.dit import DiTConfig
 from epsrt_trainer.log import Progress
 from epsrt_trainer.train import TrainConfig, draw, train
 
@@ -108,6 +110,49 @@ def test_another_run_is_refused_with_what_differs(tmp_path, images, config, sche
     out.unlink()  # the state alone says the same
     with pytest.raises(EpsrtError, match=r"train\.lr"):
         train(images, config, schedule, dataclasses.replace(FAST, lr=2e-3), out)
+
+
+def test_another_kind_of_network_is_another_run(tmp_path, images, config, schedule):
+    out = train(images, config, schedule, FAST, tmp_path / "a.safetensors")
+    other = DiTConfig(1, 4, width=8, depth=1, heads=2, classes=3, null_label=True)
+    with pytest.raises(EpsrtError, match="another run, with a network of kind unet, not dit: give another name"):
+        train(images, other, schedule, FAST, out)
+
+
+def older(path: Path, key: str) -> None:
+    """Make the file as it was before networks had kinds and time_features."""
+    with safe_open(path, "pt") as file:
+        meta = json.loads(file.metadata()[key])
+    run = meta["training"]["run"] if key == "epsrt" else meta["run"]
+    assert run.pop("kind") == "unet"
+    assert run["network"].pop("time_features") == "sinusoidal"
+    assert "fourier_scale" not in run["network"]  # no weight depends on it
+    save_file(load_file(path), path, {key: json.dumps(meta)})
+
+
+def test_a_run_from_before_there_were_time_features_goes_on(tmp_path, images, config, schedule):
+    out = train(images, config, schedule, FAST, tmp_path / "a.safetensors")
+    older(out, "epsrt")
+    older(tmp_path / "a.state.safetensors", "epsrt-state")
+    assert train(images, config, schedule, FAST, out, progress=stop_at(1)) == out
+    steps: list[int] = []
+    longer = dataclasses.replace(FAST, steps=14)
+    scaled = dataclasses.replace(config, fourier_scale=2.0)  # of features that it does not have
+    train(images, scaled, schedule, longer, out, progress=lambda p: steps.append(p.step))
+    assert steps == [13, 14]
+    with pytest.raises(EpsrtError, match=r"network\.time_features = 'sinusoidal', not 'fourier'"):
+        train(images, dataclasses.replace(config, time_features="fourier"), schedule, longer, out)
+
+
+def test_a_run_with_fourier_features_resumes_exactly_and_knows_its_scale(tmp_path, images, config, schedule):
+    config = dataclasses.replace(config, time_features="fourier")
+    whole = train(images, config, schedule, FAST, tmp_path / "whole.safetensors")
+    cut = tmp_path / "cut.safetensors"
+    with pytest.raises(Stop):
+        train(images, config, schedule, FAST, cut, progress=stop_at(9))
+    assert train(images, config, schedule, FAST, cut).read_bytes() == whole.read_bytes()
+    with pytest.raises(EpsrtError, match=r"network\.fourier_scale = 16\.0, not 8\.0"):
+        train(images, dataclasses.replace(config, fourier_scale=8.0), schedule, FAST, cut)
 
 
 def test_a_state_of_another_run_beside_a_finished_checkpoint_is_refused(tmp_path, images, config, schedule):

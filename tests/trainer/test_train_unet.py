@@ -7,7 +7,7 @@ from torch import nn
 from epsrt.errors import EpsrtError
 from epsrt_trainer.networks import build, config_type, kind_of, parameter_count
 from epsrt_trainer.presets import PRESETS, preset
-from epsrt_trainer.unet import TimeEmbedding, UNetConfig
+from epsrt_trainer.unet import UNetConfig
 
 
 def inputs(config: UNetConfig, b: int = 3):
@@ -24,10 +24,13 @@ def test_digits_size():
     assert parameter_count(build(PRESETS["digits"].network)) == 756_417
 
 
+@pytest.mark.parametrize("time_features", ["sinusoidal", "fourier"])
 @pytest.mark.parametrize("conditioning", ["scale-shift", "additive"])
 @pytest.mark.parametrize("classes", [0, 3])
-def test_shapes_and_that_every_parameter_is_used(config, redraw, conditioning, classes):
-    config = dataclasses.replace(config, conditioning=conditioning, classes=classes, null_label=classes > 0)
+def test_shapes_and_that_every_parameter_is_used(config, redraw, conditioning, classes, time_features):
+    config = dataclasses.replace(
+        config, conditioning=conditioning, classes=classes, null_label=classes > 0, time_features=time_features
+    )
     network = redraw(build(config))
     x, t, label = inputs(config)
     out = network(x, t, label)
@@ -67,21 +70,6 @@ def test_label_missing_or_surplus(network, config):
         plain(x, t, label)
 
 
-def test_time_embedding_is_float32_in_a_half_network():
-    embed = TimeEmbedding(32, 8)
-    exact = embed.frequencies.clone()
-    half = embed.to(torch.bfloat16)
-    assert half.frequencies.dtype == torch.float32
-    assert torch.equal(half.frequencies, exact)
-    assert half(torch.tensor([999.0])).dtype == torch.bfloat16
-    angle = 999 * 10_000.0 ** (-torch.arange(16, dtype=torch.float64) / 15)
-    waves = []
-    hook = embed.linear1.register_forward_pre_hook(lambda _, args: waves.append(args[0]))
-    embed.float()(torch.tensor([999]))
-    hook.remove()
-    torch.testing.assert_close(waves[0][0].double(), torch.cat([angle.sin(), angle.cos()]), atol=1e-4, rtol=0)
-
-
 def test_group_norm_never_has_groups_under_four_channels(config):
     norms = [m for m in build(config).modules() if isinstance(m, nn.GroupNorm)]
     assert norms
@@ -108,6 +96,8 @@ def test_exports_with_a_dynamic_batch(network, config):
         ({"conditioning": "film"}, "'film' is unknown"),
         ({"channel_multipliers": ()}, "channel_multipliers"),
         ({"residual_blocks": 0}, "residual_blocks = 0"),
+        ({"time_features": "cosine"}, "'cosine' is unknown: use sinusoidal or fourier"),
+        ({"fourier_scale": -1.0}, "fourier_scale = -1.0 must be above 0"),
     ],
 )
 def test_bad_configs(config, change, says):
@@ -117,8 +107,8 @@ def test_bad_configs(config, change, says):
 
 def test_kinds(config):
     assert config_type(kind_of(config)) is UNetConfig
-    with pytest.raises(EpsrtError, match="'dit' is unknown"):
-        config_type("dit")
+    with pytest.raises(EpsrtError, match="'mlp' is unknown: this epsrt knows unet, dit"):
+        config_type("mlp")
     with pytest.raises(EpsrtError, match="int configures no known network"):
         build(3)  # type: ignore[arg-type]
 

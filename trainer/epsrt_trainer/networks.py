@@ -9,10 +9,14 @@ import torch
 from torch import nn
 
 from epsrt.errors import EpsrtError
+from epsrt_trainer.dit import DiT, DiTConfig
 from epsrt_trainer.unet import UNet, UNetConfig
 
-NetworkConfig = UNetConfig  # a union, once there is another; each has image_channels, image_size, classes, null_label
-KINDS: dict[str, tuple[type[NetworkConfig], Callable[[Any], nn.Module]]] = {"unet": (UNetConfig, UNet)}
+NetworkConfig = UNetConfig | DiTConfig  # each has image_channels, image_size, classes, null_label and time_features
+KINDS: dict[str, tuple[type[NetworkConfig], Callable[[Any], nn.Module]]] = {
+    "unet": (UNetConfig, UNet),
+    "dit": (DiTConfig, DiT),
+}
 
 
 def kind_of(config: NetworkConfig) -> str:

@@ -12,7 +12,7 @@ from epsrt.errors import EpsrtError
 from epsrt.schedule import Schedule
 from epsrt_trainer.checkpoint import read_training
 from epsrt_trainer.data import Images
-from epsrt_trainer.networks import NetworkConfig
+from epsrt_trainer.networks import NetworkConfig, kind_of
 from epsrt_trainer.state import read_run
 
 
@@ -22,7 +22,10 @@ def beside(out: Path, suffix: str) -> Path:
 
 
 def identity(data: Images, network: NetworkConfig, schedule: Schedule, config: object) -> dict[str, Any]:
-    """What makes two runs the same: plain values under data, network, schedule, train; `config` is a TrainConfig."""
+    """What makes two runs the same: plain values under kind, data, network, schedule, train.
+
+    `config` is a TrainConfig.
+    """
     plain: dict[str, Any] = msgspec.to_builtins(config)
     for name in ("threads", "log_every", "checkpoint_every", "sample_every"):  # no weight depends on them
         del plain[name]
@@ -31,7 +34,10 @@ def identity(data: Images, network: NetworkConfig, schedule: Schedule, config: o
     rest = {"network": msgspec.to_builtins(network), "schedule": msgspec.to_builtins(schedule)}
     for name in ("sigma_min", "sigma_max"):  # of schedules that are not trained with
         del rest["schedule"][name]
-    found: dict[str, Any] = json.loads(json.dumps({"data": data.digest(), **rest, "train": plain}))
+    if network.time_features == "sinusoidal":
+        del rest["network"]["fourier_scale"]
+    whole = {"kind": kind_of(network), "data": data.digest(), **rest, "train": plain}
+    found: dict[str, Any] = json.loads(json.dumps(whole))
     return found
 
 
@@ -41,12 +47,20 @@ def steps_done(out: Path, run: dict[str, Any], steps: int) -> int:
     state = read_run(beside(out, ".state.safetensors"))
     of_checkpoint = [(finished.run, finished.steps)] if finished else []
     for there, done in of_checkpoint + ([state] if state else []):
-        if (difference := _difference(there, run)) or done > steps:
+        if (difference := _difference(_completed(there), run)) or done > steps:
             what = difference or f"more steps ({done:,})"
             raise EpsrtError(f"{out} holds another run, with {what}: give another name, or start afresh over it")
     if finished and finished.steps == steps:
         return steps
     return state[1] if state else 0
+
+
+def _completed(run: dict[str, Any]) -> dict[str, Any]:
+    """A run with what runs did not say of themselves while it could be only one thing."""
+    network = run.get("network")
+    if not isinstance(network, dict):
+        return run
+    return {"kind": "unet", **run, "network": {"time_features": "sinusoidal", **network}}
 
 
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
@@ -57,7 +71,11 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
         theirs: Any = there.get(part)
         if theirs != ours and part == "data":
             return "other data"
-        for name in sorted({*theirs, *ours}) if isinstance(theirs, dict) and theirs != ours else ():
-            if theirs.get(name) != ours.get(name):
+        if theirs != ours and part == "kind":
+            return f"a network of kind {theirs}, not {ours}"
+        if not isinstance(theirs, dict):
+            continue
+        for name in sorted({*theirs, *ours}, key=lambda name: (name not in theirs or name not in ours, name)):
+            if theirs.get(name) != ours.get(name):  # a setting of both tells more than one that either lacks
                 return f"{part}.{name} = {theirs.get(name)!r}, not {ours.get(name)!r}"
     return "" if there == here else "other settings"

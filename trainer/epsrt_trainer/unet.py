@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epsrt.errors import EpsrtError
+from epsrt_trainer.embeddings import TimeEmbedding, TimeFeatures, check_conditions
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class UNetConfig:
     classes, null_label         0 classes: unconditional. With null_label, label == classes means "no label"
     conditioning                how time and label enter a block: scale and shift of the norm, or added to the features
     groups                      of GroupNorm; fewer where a group would hold under 4 channels
+    time_features               how t becomes numbers: sinusoidal, or random Fourier features; see TimeEmbedding
+    fourier_scale               standard deviation of the Fourier frequencies, in turns over 1,000 timesteps
     """
 
     image_channels: int
@@ -41,6 +43,8 @@ class UNetConfig:
     null_label: bool = False
     conditioning: Literal["scale-shift", "additive"] = "scale-shift"
     groups: int = 32
+    time_features: TimeFeatures = "sinusoidal"
+    fourier_scale: float = 16.0
 
     def __post_init__(self) -> None:
         for name in ("image_channels", "image_size", "base_channels", "residual_blocks", "heads", "groups"):
@@ -64,10 +68,9 @@ class UNetConfig:
                 raise EpsrtError(f"heads = {self.heads} does not divide the width {width} of the {size}-pixel level")
         if not 0 <= self.dropout < 1:
             raise EpsrtError(f"dropout = {self.dropout} is outside [0, 1)")
-        if self.classes < 0 or (self.null_label and not self.classes):
-            raise EpsrtError(f"classes = {self.classes} with null_label = {self.null_label}: it needs classes")
         if self.conditioning not in ("scale-shift", "additive"):
             raise EpsrtError(f"conditioning {self.conditioning!r} is unknown: use scale-shift or additive")
+        check_conditions(self.classes, self.null_label, self.time_features, self.fourier_scale)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -83,34 +86,6 @@ def _zero(module: nn.Conv2d) -> nn.Conv2d:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
-
-
-class TimeEmbedding(nn.Module):
-    """t [B] -> [B, width]: sines and cosines in float32 whatever the network's dtype, then two linear layers."""
-
-    frequencies: Tensor
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.count = channels // 2
-        self.register_buffer("frequencies", self._exact(), persistent=False)
-        self.linear1 = nn.Linear(channels, width)
-        self.linear2 = nn.Linear(width, width)
-
-    def _exact(self) -> Tensor:
-        steps = torch.arange(self.count, dtype=torch.float64)
-        return torch.exp(-math.log(10_000) * steps / max(self.count - 1, 1)).float()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.frequencies = self._exact().to(self.frequencies.device)  # .half() would round them; t reaches 1,000
-        return self
-
-    def forward(self, t: Tensor) -> Tensor:
-        angle = t.to(torch.float32)[:, None] * self.frequencies
-        waves = torch.cat([angle.sin(), angle.cos()], dim=1).to(self.linear1.weight.dtype)
-        out: Tensor = self.linear2(F.silu(self.linear1(waves)))
-        return out
 
 
 class Attention(nn.Module):
@@ -191,7 +166,7 @@ class UNet(nn.Module):
         self.config = config
         base, widths, last = config.base_channels, config.widths, len(config.widths) - 1
         attended = [config.image_size >> level in config.attention_resolutions for level in range(last + 1)]
-        self.time_embed = TimeEmbedding(base, 4 * base)
+        self.time_embed = TimeEmbedding(base, 4 * base, config.time_features, config.fourier_scale)
         rows = config.classes + config.null_label
         self.label_embed = nn.Embedding(rows, 4 * base) if config.classes else None
         self.stem = nn.Conv2d(config.image_channels, base, 3, padding=1)

@@ -16,6 +16,8 @@ EXAMPLES = """\
 
 epsrt train --preset digits --out out/digits.safetensors
 
+epsrt train --preset digits-dit --out out/dit.safetensors --set network.depth=6 --set network.time_features=fourier
+
 epsrt train --preset ddpm-cifar10 --data cifar-10-batches-bin --out cifar.safetensors --set train.dtype=bf16
 
 torchrun --nproc-per-node 8 -m epsrt_trainer --preset ddpm-cifar10 --data photos/ --size 32 --out photos.safetensors
@@ -24,7 +26,7 @@ torchrun --nproc-per-node 8 -m epsrt_trainer --preset ddpm-cifar10 --data photos
 
 def train(
     out: Annotated[Path, Option("--out", "-o", help="The checkpoint to write, *.safetensors.")],
-    preset: Annotated[str, Option(help="Network, schedule and settings: digits or ddpm-cifar10.")] = "digits",
+    preset: Annotated[str, Option(help="Network, schedule and settings: digits, digits-dit or ddpm-cifar10.")] = "digits",
     data: Annotated[
         str | None,
         Option(
