@@ -88,6 +88,16 @@ def learned_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_network(learned(seed=5, channels=2), SCHEDULE, out, **options).path
 
 
+@pytest.fixture(scope="session")
+def sized_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unconditional bundle of a plain module, [1, 8, 8] and other sizes: multiples of 4 up to 24. FP32 alone."""
+    from epsrt_export import export_network
+
+    out = tmp_path_factory.mktemp("sized") / "sized.epsrt"
+    options = {"shape": (1, 8, 8), "precisions": ("fp32",), "max_batch": 4, "sizes": (4, 24)}
+    return export_network(tiny(seed=3), SCHEDULE, out, **options).path
+
+
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
     """copy_of(bundle_path) is a copy of a bundle that the test may damage."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import hashlib
 import json
@@ -111,6 +112,24 @@ def learned(seed: int = 0, **more: Any) -> nn.Module:
     return redraw(Learned(**more), seed)
 
 
+def diffusers_unet(seed: int = 0, T: int = 1000, **more: Any) -> nn.Module:
+    """A redrawn UNet2DModel for 8×8 images, as its owner has it."""
+    from diffusers import UNet2DModel
+
+    from epsrt import Schedule
+    from epsrt_export.families.diffusers import Denoiser
+    from epsrt_export.redraw import redraw
+
+    config = {
+        "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }  # fmt: skip
+    model = UNet2DModel(**{**config, **more})
+    variance = "learned_range" if model.config["out_channels"] == 6 else None
+    redraw(Denoiser(model, 3), Schedule(T=T), (3, 8, 8), model.config["num_class_embeds"] or 0, seed, variance=variance)
+    return model
+
+
 def forge(bundle: Path, edit: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:
     """Make a damaged bundle consistent again: right sizes, hashes and digest. `edit` changes the manifest first."""
     manifest = json.loads((bundle / MANIFEST).read_bytes())
@@ -158,6 +177,18 @@ def weights(bundle: Path, name: str, precision: str = "fp32") -> np.memmap:
     place = externals(model)[tensor.name]
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
     return np.memmap(bundle / place["location"], dtype, "r+", int(place["offset"]), tuple(tensor.dims))
+
+
+def damaged(to_onnx: Callable[..., Any], weight: str, by: float, precision: str | None = None) -> Callable[..., Any]:
+    """to_onnx, with one value of one weight of the graph (of a precision) changed."""
+
+    def run(step: Any, *args: Any) -> Any:
+        if precision in (None, {torch.float32: "fp32", torch.float16: "fp16"}[step.dtype]):
+            step = copy.deepcopy(step)
+            step.network.get_parameter(weight).data[0, 0, 1, 1] += by
+        return to_onnx(step, *args)
+
+    return run
 
 
 def tree(path: Path) -> dict[str, bytes]:

@@ -1,19 +1,19 @@
-"""Checkpoint or module -> bundle: step graphs, weights, golden file and the parity gate. All of it or nothing."""
+"""Source -> bundle: step graphs, weights, golden file and the parity gate. All of it or nothing."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import math
 import platform
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 import numpy as np
+import onnx
 import safetensors.numpy
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from epsrt.bundle import (
     Manifest,
     Provenance,
     Rung,
+    Sizes,
     Thresholding,
     render,
     step_columns,
@@ -38,121 +39,82 @@ from epsrt.bundle import (
 )
 from epsrt.bundle import digest as digest_of
 from epsrt.engines import open_engine
-from epsrt.errors import EpsrtError
+from epsrt.errors import EpsrtError, one_of
 from epsrt.files import sha256, whole_directory
-from epsrt.levels import visit
+from epsrt.sampler import plan_of
 from epsrt.schedule import Schedule
 from epsrt.verify import verify
 from epsrt_export import golden, parity
+from epsrt_export.families import checkpoint as own
 from epsrt_export.onnx_graph import WeightsFile, to_onnx
 from epsrt_export.precision import half_copy
-from epsrt_export.stepgraph import DynamicThreshold, StepGraph, check_network
-from epsrt_trainer.checkpoint import Checkpoint, load_checkpoint
+from epsrt_export.source import Source
+from epsrt_export.stepgraph import DynamicThreshold, StepGraph, check_network, check_sizes
+from epsrt_trainer.checkpoint import Checkpoint
 
 OnStage = Callable[[str, float], object]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def export(
-    checkpoint: Checkpoint | str | Path,
+    source: Source | Checkpoint | str | Path,
     out: str | Path,
     *,
     thresholding: tuple[float, float] | None = None,
+    sizes: tuple[int, int] | None = None,
     precisions: Sequence[str] = ("fp32", "fp16"),
-    max_batch: int = 64,
+    max_batch: int | None = None,
     opset: int = 21,
     on_stage: OnStage | None = None,
 ) -> Bundle:
-    """Turn a checkpoint into the bundle `out`. Arguments and errors as in export_network."""
-    if not isinstance(checkpoint, Checkpoint):
-        checkpoint = load_checkpoint(checkpoint)
-    c, config = checkpoint, checkpoint.config
-    return export_network(
-        c.network, c.schedule, out,
-        shape=(config.image_channels, config.image_size, config.image_size),
-        prediction=c.prediction, value_range=c.value_range,
-        classes=config.classes, class_names=c.class_names or (),
-        null_label=config.classes if config.null_label else None,
-        thresholding=thresholding, precisions=precisions, max_batch=max_batch, opset=opset, on_stage=on_stage,
-        source=Path(c.path).name, source_sha256=c.sha256,
-        config=dataclasses.asdict(config), training=msgspec.to_builtins(c.training),
-    )  # fmt: skip
+    """Turn a source, or an epsrt checkpoint (by its path, or loaded), into the bundle `out`.
 
-
-def export_network(
-    network: nn.Module,
-    schedule: Schedule,
-    out: str | Path,
-    *,
-    shape: tuple[int, int, int],
-    prediction: str = "epsilon",
-    value_range: tuple[float, float] = (-1.0, 1.0),
-    classes: int = 0,
-    null_label: int | None = None,
-    class_names: Sequence[str] = (),
-    variance: LearnedVariance | None = None,
-    thresholding: tuple[float, float] | None = None,
-    sigma_data: float = 0.5,
-    precisions: Sequence[str] = ("fp32", "fp16"),
-    max_batch: int = 64,
-    opset: int = 21,
-    on_stage: OnStage | None = None,
-    source: str = "module",
-    source_sha256: str = "",
-    config: dict[str, Any] | None = None,
-    training: dict[str, Any] | None = None,
-) -> Bundle:
-    """Turn any module with forward(x [B, C, H, W], t [B] float32[, label [B] int64]) -> [B, C, H, W] into a bundle.
-
-    shape         C, H, W
-    prediction    what the network returns: epsilon, x0, v, score, edm or velocity, as in epsrt.levels.Network. It is
-                  given t of the schedule and x; of edm, forward takes ¼ ln σ and c_in·x
-    value_range   of its images; x0 is clipped to it when sampling
-    classes       0: forward takes no label. `null_label`: the label that means "none", where the network knows one
-    variance      forward returns [B, 2C, H, W], and the second half is log σ² of a step (learned; diffusers' scheduler
-                  of that name wants σ² itself), or says where log σ² lies between log β̃ at −1 and log β at 1
-                  (learned_range; arXiv 2102.09672, eq. 15)
-    thresholding  (ratio, maximum): x0 is scaled to the value range by the `ratio` quantile of its |values|, at most
-                  `maximum` times the range, and not merely clipped (arXiv 2205.11487, section 2.3), in every sampler
-    sigma_data    of edm: the data's standard deviation, with which it is preconditioned (arXiv 2206.00364, table 1)
+    thresholding  instead of the source's: see Source
+    sizes         (multiple, largest): the graphs also take other heights and widths, each a multiple of `multiple`, up
+                  to `largest` pixels, where the network does
     precisions    fp32, and fp16 unless it is left out; parity is proven in each
-    max_batch     the largest batch of the step graphs
+    max_batch     the largest batch of the step graphs: 64 unless given, fewer where images may exceed 64 × 64 pixels
     on_stage      called as on_stage(what, fraction)
 
-    The work is done on a copy of the module, on the CPU, in eval mode.
+    The work is done on the CPU, on a copy of the network where it is not in eval mode, float32 and there already.
     Raises EpsrtError when the network does not fit, ParityError when a rung of the ladder is missed. In both cases,
     and when interrupted, `out` is as it was before.
     """
+    if not isinstance(source, Source):
+        source = own.of(source) if isinstance(source, Checkpoint) else own.load(source)
+    if thresholding is not None:
+        source = dataclasses.replace(source, thresholding=thresholding)
     tell = on_stage or (lambda what, fraction: None)
     out = Path(out)
-    _check_arguments(shape, value_range, classes, null_label, class_names, precisions, max_batch)
-    by_quantile = _check_options(variance, thresholding)
-    clip = max(abs(v) for v in value_range)
-    visit(schedule, [schedule.span[1]], prediction=prediction, sigma_data=sigma_data, clip=clip)  # where it is noisiest
-    threshold = None
-    if by_quantile is not None:
-        threshold = DynamicThreshold(by_quantile.ratio, by_quantile.maximum, clip)
-        threshold.k(math.prod(shape))  # refused now, where TensorRT could not build it later
+    others = None if sizes is None else Sizes(*sizes)
+    if max_batch is None:
+        pixels = math.prod(source.shape[1:]) if others is None else others.largest**2
+        max_batch = max(1, min(64, 64**3 // max(1, pixels)))
+    _check(source, precisions, max_batch, others)
     if out.exists() and not (out / MANIFEST).is_file():
         raise EpsrtError(f"{out} exists and is not a bundle: choose another name, or remove it")
-    network = copy.deepcopy(network).eval().to("cpu", torch.float32)
-    check_network(network, shape, classes > 0, torch.float32, variance is not None)
-    rungs = [parity.schedule_rung(schedule), *parity.plan_rungs(schedule, prediction, clip, variance, sigma_data)]
+    network, schedule = _ready(source.network), source.schedule
+    check_network(network, source.shape, source.classes > 0, torch.float32, source.variance is not None)
+    if others is not None:
+        check_sizes(network, source.shape, source.classes > 0, others, source.variance is not None)
+    rungs = [
+        parity.schedule_rung(schedule),
+        *parity.plan_rungs(schedule, source.prediction, source.bound, source.variance, source.sigma_data),
+    ]
     parity.require(rungs)
     with whole_directory(out) as beside:
         graphs = []
         for precision in precisions:
             tell(f"graph {precision}", 0.0)
             graphs.append(
-                write_graph(network, precision, beside, shape, classes > 0, max_batch, opset, variance, threshold)
-            )
+                write_graph(
+                    network, precision, beside, source.shape, source.classes > 0, opset, source.variance,
+                    source.threshold, others,
+                )
+            )  # fmt: skip
             tell(f"graph {precision}", 1.0)
-        manifest = Manifest(
-            format=FORMAT, shape=shape, max_batch=max_batch, schedule=schedule, prediction=prediction,  # type: ignore[arg-type]
-            value_range=value_range, classes=classes, class_names=tuple(class_names), null_label=null_label,
-            variance=variance, thresholding=by_quantile, sigma_data=sigma_data,
-            graphs=tuple(graphs), provenance=_provenance(network, source, source_sha256, config, training), files={},
-        )  # fmt: skip
+        manifest = manifest_of(source, max_batch, graphs, others)
+        plan_of(manifest)  # its defaults make a plan
         kept = golden.record(network, manifest, tell)
         (beside / GOLDEN).write_bytes(safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in kept.items()}))
         for precision in precisions:
@@ -164,6 +126,64 @@ def export_network(
         (beside / MANIFEST).write_bytes(render(manifest))
         Bundle.open(beside)  # what was written is what can be read
     return Bundle.open(out)
+
+
+def export_network(
+    network: nn.Module,
+    schedule: Schedule,
+    out: str | Path,
+    *,
+    shape: tuple[int, int, int],
+    sizes: tuple[int, int] | None = None,
+    precisions: Sequence[str] = ("fp32", "fp16"),
+    max_batch: int | None = None,
+    opset: int = 21,
+    on_stage: OnStage | None = None,
+    **facts: Any,
+) -> Bundle:
+    """Turn any module with forward(x [B, C, H, W], t [B] float32[, label [B] int64]) -> [B, C, H, W] into a bundle.
+
+    `facts` are fields of Source: prediction, classes, null_label, variance, clip, … The rest is as in `export`.
+    """
+    known = [f.name for f in dataclasses.fields(Source)][3:]
+    for name in facts:
+        if name not in known:
+            raise EpsrtError(f"export_network takes no {name!r}: {one_of(name, known)}")
+    source = Source(network, schedule, shape, **facts)
+    return export(source, out, sizes=sizes, precisions=precisions, max_batch=max_batch, opset=opset, on_stage=on_stage)
+
+
+def _ready(network: nn.Module) -> nn.Module:
+    """In eval mode, float32, on the CPU: itself where it is that, for some have gigabytes, else a copy."""
+    tensors = [t for t in (*network.parameters(), *network.buffers()) if t.is_floating_point()]
+    if not any(m.training for m in network.modules()) and all(
+        t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors
+    ):
+        return network
+    return copy.deepcopy(network).eval().to("cpu", torch.float32)
+
+
+def manifest_of(source: Source, max_batch: int, graphs: Sequence[Graph], sizes: Sizes | None = None) -> Manifest:
+    """What a bundle of this source says of itself, its files aside."""
+    by = source.threshold
+    provenance = Provenance(
+        network=source.kind, parameters=sum(p.numel() for p in source.network.parameters()), family=source.family,
+        source=source.name, version=source.version, source_sha256=source.weights_sha256, config=source.config,
+        training=source.training,
+        versions={
+            "epsrt": __version__, "torch": str(torch.__version__), "onnx": version("onnx"),
+            "python": platform.python_version(),
+        },
+    )  # fmt: skip
+    return Manifest(
+        format=FORMAT, shape=source.shape, max_batch=max_batch, schedule=source.schedule,
+        prediction=source.prediction,  # type: ignore[arg-type]
+        value_range=source.value_range, clip=source.bound, classes=source.classes,
+        class_names=tuple(source.class_names), null_label=source.null_label, variance=source.variance,
+        thresholding=None if by is None else Thresholding(by.ratio, by.maximum), sigma_data=source.sigma_data,
+        sampling=source.sampling, graphs=tuple(graphs), provenance=provenance, files={},
+        sizes=sizes,
+    )  # fmt: skip
 
 
 def _measure(bundle: Bundle, precision: str, tell: OnStage) -> list[Rung]:
@@ -182,12 +202,12 @@ def write_graph(
     directory: Path,
     shape: tuple[int, int, int],
     labelled: bool,
-    max_batch: int,
-    opset: int,
+    opset: int = 21,
     variance: LearnedVariance | None = None,
     threshold: DynamicThreshold | None = None,
+    sizes: Sizes | None = None,
 ) -> Graph:
-    """Write the step graph of a network, and its weights file, into a directory. Arguments as in `export_network`."""
+    """Write the step graph of a network, and its weights file, into a directory. Arguments as in `export`."""
     dtype = DTYPES[precision]
     if dtype == torch.float16:
         network = half_copy(network)
@@ -196,75 +216,22 @@ def write_graph(
         except EpsrtError as error:
             raise EpsrtError(f'in half precision, {error}; export with precisions=["fp32"] alone') from error
     columns = step_columns(variance)
-    model = to_onnx(StepGraph(network, columns, labelled, dtype, threshold), shape, max_batch, opset)
     weights = WeightsFile(f"weights-{precision}.bin")
-    weights.take(model)
+    model = to_onnx(StepGraph(network, columns, labelled, dtype, threshold), shape, opset, weights, sizes)
     weights.write(directory)
     name = f"step-{precision}.onnx"
     (directory / name).write_bytes(model.SerializeToString(deterministic=True))
+    onnx.checker.check_model(directory / name)
     return Graph(name, weights.name, precision, columns, step_features(variance, threshold))  # type: ignore[arg-type]
 
 
-def _check_arguments(
-    shape: tuple[int, int, int],
-    value_range: tuple[float, float],
-    classes: int,
-    null_label: int | None,
-    class_names: Sequence[str],
-    precisions: Sequence[str],
-    max_batch: int,
-) -> None:
-    if len(shape) != 3 or min(shape) < 1:
-        raise EpsrtError(f"shape = {list(shape)} is not C, H, W")
-    if not value_range[0] < value_range[1]:
-        raise EpsrtError(f"value_range = {list(value_range)} does not ascend")
+def _check(source: Source, precisions: Sequence[str], max_batch: int, sizes: Sizes | None) -> None:
     if not 1 <= max_batch <= 65536:
         raise EpsrtError(f"max_batch = {max_batch} is outside 1 … 65536")
     if not precisions or set(precisions) - set(DTYPES) or len(set(precisions)) != len(precisions):
         raise EpsrtError(f"precisions = {list(precisions)}: choose from {', '.join(DTYPES)}, each once")
-    if classes < 0:
-        raise EpsrtError(f"classes = {classes} is negative: give 0 for an unconditional network")
-    if len(class_names) not in (0, classes):
-        raise EpsrtError(f"{len(class_names)} class names for {classes} classes: give one each, or none")
-    if (null_label is not None and not 0 <= null_label <= classes) or (null_label is not None and not classes):
-        raise EpsrtError(f"null_label = {null_label} is outside 0 … {classes} (or the network has no classes)")
-
-
-def _check_options(variance: str | None, thresholding: tuple[float, float] | None) -> Thresholding | None:
-    if variance is not None and variance not in get_args(LearnedVariance):
+    if sizes is not None and source.thresholding is not None:
         raise EpsrtError(
-            f"variance {variance!r} is unknown: use {' or '.join(get_args(LearnedVariance))} where the network returns "
-            "one, or None"
+            "sizes and thresholding exclude each other: its quantile is found among a number of values that the graph "
+            "fixes: leave one of them out"
         )
-    if thresholding is None:
-        return None
-    try:
-        ratio, maximum = map(float, thresholding)
-    except (TypeError, ValueError):
-        raise EpsrtError(f"thresholding = {thresholding!r} is not (ratio, maximum), such as (0.995, 1.5)") from None
-    if not 0 < ratio <= 1:
-        raise EpsrtError(f"thresholding ratio = {ratio} is outside (0, 1]: 0.995 is usual")
-    if not 1 <= maximum < math.inf:
-        raise EpsrtError(f"thresholding maximum = {maximum} is below 1 or not finite: at 1, x0 is merely clipped")
-    return Thresholding(ratio, maximum)
-
-
-def _provenance(
-    network: nn.Module, source: str, source_sha256: str, config: dict[str, Any] | None, training: dict[str, Any] | None
-) -> Provenance:
-    kind = type(network)
-    if not source_sha256:  # a module: its weights are its identity
-        hasher = hashlib.sha256()
-        for name, tensor in network.state_dict().items():
-            hasher.update(name.encode())
-            hasher.update(tensor.contiguous().numpy().tobytes())
-        source_sha256 = hasher.hexdigest()
-    return Provenance(
-        network=f"{kind.__module__}.{kind.__qualname__}",
-        parameters=sum(p.numel() for p in network.parameters()),
-        source=source, source_sha256=source_sha256, config=config or {}, training=training or {},
-        versions={
-            "epsrt": __version__, "torch": str(torch.__version__), "onnx": version("onnx"),
-            "python": platform.python_version(),
-        },
-    )  # fmt: skip

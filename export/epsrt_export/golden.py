@@ -6,6 +6,7 @@
     trajectory.NAME.rows, .start, .seed, .index, .label, .x[, .init]   a whole run's rows, and the x that it ends with
     threshold.x, .x0                                with thresholding: images whose quantiles lie below the bound,
                                                     between it and the maximum, and above, and what becomes of them
+    size.HxW.x, .t, .label, .out                    with sizes: as network, for two others, at a few of its timesteps
 
 Steps and trajectories are computed by plain loops from the papers (epsrt_trainer.sample), not from the rows.
 """
@@ -23,7 +24,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from epsrt import noise, solvers
-from epsrt.bundle import Manifest, step_columns
+from epsrt.bundle import Manifest, Sizes, step_columns
 from epsrt.plan import STEP_COLUMNS, Plan
 from epsrt.schedule import Schedule
 from epsrt.spacing import timesteps
@@ -35,9 +36,11 @@ OnProgress = Callable[[str, float], object]
 
 IMAGES = 4
 STATES = 25
+SKIPPED = 6  # of other sizes, each of those states is one in so many
 SEED = 2020
-DEAR = 10**9  # FLOPs of a step on IMAGES images, about 10 ms on two cores: above it, DDPM's last 100 rows must do
-CUT = 100
+DEAR = 10**9 // IMAGES  # FLOPs of an image's step, some 3 ms on two cores: above it, fewer images and rows must do
+DEAREST = 10**11  # a second
+CUT = (2, 100), (1, 20)  # images, and last rows of DDPM, of dear networks and of the dearest
 
 
 def record(network: nn.Module, manifest: Manifest, tell: OnProgress) -> Arrays:
@@ -50,17 +53,18 @@ def record(network: nn.Module, manifest: Manifest, tell: OnProgress) -> Arrays:
     by_quantile = None if limits is None else (limits.ratio, limits.maximum)
     learned: dict[str, Any] = {} if manifest.variance is None else {"variance": manifest.variance}
     call = _with_label(network, bool(classes))
-    index = np.arange(IMAGES)
+    images, last_rows = _effort(network, shape, bool(classes))
+    index = np.arange(images)
     cycle = [*range(0, classes, max(1, classes // (IMAGES - 1)))][: IMAGES - 1] if classes else [0]
     if null_label is not None:
         cycle.append(null_label)
-    label = np.resize(np.array(cycle, np.int64), IMAGES)
+    label = np.resize(np.array(cycle, np.int64), images)
 
     def run(
         name: str, loop: Any, ts: list[float], plan: Plan, init: NDArray[np.float32] | None = None, **more: Any
     ) -> Arrays:
         signal, scale = plan.start
-        z = noise.normals(SEED, index, noise.START, 0, size).reshape(IMAGES, *shape)
+        z = noise.normals(SEED, index, noise.START, 0, size).reshape(images, *shape)
         x = np.float32(scale) * z + (0 if init is None else np.float32(signal) * init)
         first = int(plan["n"][0])
 
@@ -74,7 +78,7 @@ def record(network: nn.Module, manifest: Manifest, tell: OnProgress) -> Arrays:
         )  # fmt: skip
         kept = {
             "rows": plan.rows(columns), "start": np.array(plan.start),
-            "seed": np.full(IMAGES, SEED, np.uint64), "index": index, "label": label, "x": last.numpy(),
+            "seed": np.full(images, SEED, np.uint64), "index": index, "label": label, "x": last.numpy(),
         }  # fmt: skip
         return kept if init is None else {**kept, "init": init}
 
@@ -86,10 +90,10 @@ def record(network: nn.Module, manifest: Manifest, tell: OnProgress) -> Arrays:
     every: list[float] = list(range(high, low - 1, -1))
     whole = solvers.ddpm(schedule, every, **bounds, **learned)
     plan, name, init = whole, f"ddpm-{schedule.T}", None
-    if schedule.T > CUT and _flops(network, shape, bool(classes)) > DEAR:
-        every, name, init = every[-CUT:], f"{name}-last-{CUT}", ddim["x"]
+    if last_rows is not None and last_rows < schedule.T:
+        every, name, init = every[-last_rows:], f"{name}-last-{last_rows}", ddim["x"]
         alpha, sigma = map(float, schedule.at(every[0]))
-        plan = plan.cut(len(plan) - CUT, start=(alpha, sigma))
+        plan = plan.cut(len(plan) - last_rows, start=(alpha, sigma))
     golden |= _named(f"trajectory.{name}", run(name, ddpm_loop, every, plan, init, **learned))
 
     across = np.unique(np.linspace(low, high, STATES).round().astype(np.int64))
@@ -99,8 +103,32 @@ def record(network: nn.Module, manifest: Manifest, tell: OnProgress) -> Arrays:
     loop = partial(ddpm_loop, call, schedule, thresholding=by_quantile, **bounds, **learned)
     golden |= _named("step", _steps(loop, schedule, across, rows, ddim["x"], labels))
     if by_quantile is not None:
-        golden |= _named("threshold", _threshold(shape, *by_quantile, manifest.clip))
+        golden |= _named("threshold", _threshold(shape, *by_quantile, manifest.bound))
+    few = _told(schedule, across[::SKIPPED], **kind)
+    for height, width in _other_sizes(shape, manifest.sizes):
+        state = _network(call, few, (shape[0], height, width), labels[::SKIPPED])
+        golden |= _named(f"size.{height}x{width}", state)
     return golden
+
+
+def _other_sizes(shape: tuple[int, int, int], sizes: Sizes | None) -> list[tuple[int, int]]:
+    """Half the trained size, and one that is not square near it; fewer where there are no more.
+
+    Not the smallest: a feature map of one pixel leaves a norm's group little to norm but rounding errors.
+    """
+    if sizes is None:
+        return []
+    least = sizes.multiple
+
+    def half(side: int) -> int:
+        return least * max(2, -(-side // (2 * least)))
+
+    def near(side: int, by: int) -> int:
+        return next(n for n in (side + by, side - by, side) if least <= n <= sizes.largest)
+
+    height, width = shape[1:]
+    both = (half(height), half(width)), (near(height, least), near(width, 2 * least))
+    return [size for size in both if size != (height, width)]
 
 
 def _named(prefix: str, arrays: Arrays) -> Arrays:
@@ -178,10 +206,10 @@ def _with_label(network: nn.Module, labelled: bool) -> Call:
     return network if labelled else lambda x, t, label: network(x, t)
 
 
-def _flops(network: nn.Module, shape: tuple[int, int, int], labelled: bool) -> int:
-    """Counted, not timed: the same network must give the same bundle on a busy machine."""
+def _effort(network: nn.Module, shape: tuple[int, int, int], labelled: bool) -> tuple[int, int | None]:
+    """How many images, and how many of DDPM's last rows (None: all). By counting FLOPs, not seconds: the same network
+    must give the same bundle on a busy machine."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        _with_label(network, labelled)(
-            torch.zeros(IMAGES, *shape), torch.zeros(IMAGES), torch.zeros(IMAGES, dtype=torch.int64)
-        )
-    return int(counter.get_total_flops())
+        _with_label(network, labelled)(torch.zeros(1, *shape), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    flops = int(counter.get_total_flops())
+    return (IMAGES, None) if flops <= DEAR else CUT[flops > DEAREST]

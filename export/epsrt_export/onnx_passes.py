@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -92,6 +93,26 @@ def group_norm_by_instance_norm(model: onnx.ModelProto) -> None:
 
     _replace(model, "GroupNormalization", expand)
     graph.initializer.extend(made.values())
+
+
+def name_dimensions(model: onnx.ModelProto, sized: bool) -> None:
+    """Call the free dimensions batch and, where `sized`, height and width: engines fix them by these names.
+
+    torch has names such as s10 and 8*s53 for them. Inside a sized graph they are expressions, 2*s53 say, which would
+    speak of another height: dropped, since engines infer the shapes themselves.
+    """
+    graph = model.graph
+    batch = re.compile(rf"\b{graph.input[0].type.tensor_type.shape.dim[0].dim_param}\b")
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = batch.sub("batch", dim.dim_param)
+    if not sized:
+        return
+    for value in (*graph.input, *graph.output):
+        for dim, name in zip(value.type.tensor_type.shape.dim[2:], ("height", "width"), strict=False):
+            dim.dim_param = name
+    graph.ClearField("value_info")
 
 
 def _types(model: onnx.ModelProto) -> dict[str, int]:

@@ -63,7 +63,11 @@ def _levels_rung(schedule: Schedule) -> Rung:
 
 
 def plan_rungs(
-    schedule: Schedule, prediction: str, clip: float, variance: str | None = None, sigma_data: float = SIGMA_DATA
+    schedule: Schedule,
+    prediction: str,
+    clip: float | None,
+    variance: str | None = None,
+    sigma_data: float = SIGMA_DATA,
 ) -> list[Rung]:
     """Rung 2: whole trajectories of the plans against the papers' plain loops, float64, on a toy network.
 

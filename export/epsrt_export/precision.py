@@ -29,11 +29,13 @@ def half_copy(network: nn.Module) -> nn.Module:
     and compute in FP32; buffers stay as they are (frequencies of a time embedding among them); what reaches a matrix
     product is cast to its weights' dtype, so a time embedding computed in float32 enters its first layer as half.
     """
-    half = copy.deepcopy(network).eval()
-    kept = {id(p) for m in half.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
-    for parameter in half.parameters():
-        if parameter.is_floating_point() and id(parameter) not in kept:
-            parameter.data = parameter.data.half()
+    kept = {id(p) for m in network.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+    halves = {  # deepcopy takes these for copies, so that no second float32 network is made on the way
+        id(p): nn.Parameter(p.data.half(), requires_grad=p.requires_grad)
+        for p in network.parameters()
+        if p.is_floating_point() and id(p) not in kept
+    }
+    half = copy.deepcopy(network, dict(halves)).eval()
     for module in half.modules():
         if isinstance(module, NORMS):
             module.register_forward_pre_hook(_to_float)

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from epsrt.bundle import Sizes
 from epsrt.errors import EpsrtError
 
 Network = Callable[..., Tensor]
 OUTPUTS = ("x_next", "m_next", "x0")
 LARGEST_K = 3840  # of TensorRT's TopK
+LARGEST_SIDE = 65536  # pixels, of a bundle's images
 
 
 @dataclass(frozen=True)
@@ -129,3 +131,50 @@ def check_network(
             'β̃ and β) or variance="learned" (log σ²); if not, return the first half'
         )
     raise EpsrtError(f"{returns}: the output must have the input's shape")
+
+
+def check_sizes(
+    network: nn.Module, shape: tuple[int, int, int], labelled: bool, sizes: Sizes, learned: bool = False
+) -> None:
+    """Run the network at one multiple by three, which a network of a larger stride or of one size alone cannot.
+
+    Raises EpsrtError where the numbers do not fit together, or the network does not take them: which multiple it does
+    take, if any.
+    """
+    multiple, largest = sizes.multiple, sizes.largest
+    given, own = f"sizes = ({multiple}, {largest})", f"{shape[1]} × {shape[2]}"
+    if multiple < 1 or largest > LARGEST_SIDE:
+        raise EpsrtError(f"{given}: give a multiple of at least 1, and a largest of at most {LARGEST_SIDE} pixels")
+    if largest % multiple:
+        below = largest - largest % multiple
+        raise EpsrtError(f"{given}: {largest} is no multiple of {multiple}: give {below} or {below + multiple}")
+    if largest < 2 * multiple:
+        raise EpsrtError(f"{given} are one size alone: raise the largest, or leave sizes out")
+    if any(n % multiple or n > largest for n in shape[1:]):
+        raise EpsrtError(f"{given} do not hold the network's own {own}: give a multiple that divides both, and more")
+    refused = _refusal(network, shape, labelled, learned, sizes)
+    if refused is None:
+        return
+    name = type(network).__name__
+    for k in range(2, min(shape[1:]) // multiple + 1):
+        better = Sizes(k * multiple, largest)
+        fits = all(n % better.multiple == 0 for n in shape[1:])
+        if fits and _refusal(network, shape, labelled, learned, better) is None:
+            raise EpsrtError(
+                f"{name} does not take multiples of {multiple} pixels, but of {better.multiple}: give that for the "
+                f"multiple of sizes ({refused})"
+            ) from refused
+    raise EpsrtError(
+        f"{name} fixes its height and width at {own}, as position embeddings do: leave sizes out ({refused})"
+    ) from refused
+
+
+def _refusal(
+    network: nn.Module, shape: tuple[int, int, int], labelled: bool, learned: bool, sizes: Sizes
+) -> EpsrtError | None:
+    odd = shape[0], sizes.multiple, 3 * sizes.multiple
+    try:
+        check_network(network, odd, labelled, torch.float32, learned)
+    except EpsrtError as error:
+        return error
+    return None

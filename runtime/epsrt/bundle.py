@@ -26,7 +26,7 @@ from epsrt.levels import Prediction
 from epsrt.plan import COLUMNS, STEP_COLUMNS
 from epsrt.schedule import Schedule
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST, GOLDEN, PARITY = "manifest.json", "golden.safetensors", "parity.json"
 FEATURES_OF_ALL = ("learned variance", "thresholding")  # what all graphs of a bundle have, or none
 MANIFEST_LIMIT = 64 << 20
@@ -60,12 +60,30 @@ class Thresholding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     maximum: float  # the largest that it is taken for, at least 1
 
 
+class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the network's owner samples: what a plan takes where the caller says nothing."""
+
+    method: str = "ddim"
+    steps: int | None = None  # None: 50, or what a respacing string says
+    spacing: str = "trailing"
+    options: dict[str, bool | int | float | str | None] = {}  # of methods and spacings: each for those that take it
+
+
+class Sizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Other heights and widths that the graphs take: multiples of `multiple`, `multiple` … `largest` pixels."""
+
+    multiple: int
+    largest: int
+
+
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the network came from."""
 
     network: str  # class
     parameters: int
-    source: str  # file name of the checkpoint, or "module"
+    family: str  # whose format it was in: epsrt, diffusers, …, or "module"
+    source: str  # file or folder that it was read from, or "module"
+    version: str  # of the program that wrote it, as the file says; "" where it does not
     source_sha256: str
     config: dict[str, Any]
     training: dict[str, Any]
@@ -79,6 +97,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schedule: Schedule
     prediction: Prediction
     value_range: tuple[float, float]
+    clip: float | None  # x0 is bounded to [−clip, clip] where the caller says nothing; None: it is not
     classes: int  # 0: unconditional
     class_names: tuple[str, ...]
     null_label: int | None  # the label that means "no label", where the network knows one
@@ -88,12 +107,14 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     provenance: Provenance
     files: dict[str, FileEntry]
     sigma_data: float = 0.5  # the data's standard deviation, for EDM's preconditioning (arXiv 2206.00364, table 1)
+    sampling: Sampling = Sampling()
+    sizes: Sizes | None = None  # None: images are of `shape` alone
     digest: str = ""
 
     @property
-    def clip(self) -> float:
-        """The bound of |x0| that the value range implies."""
-        return max(abs(v) for v in self.value_range)
+    def bound(self) -> float:
+        """What --clip clips to: `clip`, or where that is off the bound of |x0| that the value range implies."""
+        return max(abs(v) for v in self.value_range) if self.clip is None else self.clip
 
 
 def step_columns(variance: str | None) -> tuple[str, ...]:
@@ -234,6 +255,7 @@ def _check_fields(path: Path, m: Manifest) -> None:
     demand(all(0 < n <= 65536 for n in m.shape), f"shape {list(m.shape)} is not C, H, W ≥ 1")
     demand(0 < m.max_batch <= 65536, f"max_batch = {m.max_batch} is outside 1 … 65536")
     demand(m.value_range[0] < m.value_range[1], f"value_range {list(m.value_range)} does not ascend")
+    demand(m.clip is None or 0 < m.clip < math.inf, f"clip = {m.clip} is no bound")
     demand(m.classes >= 0, f"classes = {m.classes} is negative")
     demand(len(m.class_names) in (0, m.classes), f"{len(m.class_names)} class names for {m.classes} classes")
     demand(m.null_label is None or 0 <= m.null_label <= m.classes, f"null_label = {m.null_label} is no label")
@@ -241,6 +263,10 @@ def _check_fields(path: Path, m: Manifest) -> None:
     if m.thresholding is not None:
         ratio, maximum = m.thresholding.ratio, m.thresholding.maximum
         demand(0 < ratio <= 1 <= maximum < math.inf, f"thresholding at {ratio} up to {maximum} is none")
+        demand(m.clip is not None, "thresholding has no clip to scale to")
+    if m.sizes is not None:
+        fits = m.sizes.multiple > 0 and all(n % m.sizes.multiple == 0 and n <= m.sizes.largest for n in m.shape[1:])
+        demand(fits, f"sizes {m.sizes.multiple} … {m.sizes.largest} do not hold {m.shape[1]} × {m.shape[2]}")
     demand(bool(m.graphs), "it lists no step graph")
     for name, entry in m.files.items():
         plain = bool(_PLAIN_NAME.fullmatch(name)) and name != MANIFEST

@@ -13,16 +13,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from epsrt import solvers
+from epsrt import spacing as spacings
 from epsrt.bundle import Bundle, Manifest
 from epsrt.engines import Engine, Lanes, Sample, open_engine
-from epsrt.engines.protocol import Closing
+from epsrt.engines.protocol import Closing, Size, image_shape
 from epsrt.errors import EpsrtError, OutOfMemoryError
 from epsrt.plan import Plan
 
 Samples = NDArray[np.float32]
 OnStep = Callable[[int, int], object]
 
-KEPT_LANES = 8  # of all batch sizes, between calls
+KEPT_LANES = 8  # of all batches and sizes, between calls
 REQUEST_BYTES = 512  # a request's own, about
 MOST_BYTES = 64 << 30
 
@@ -37,7 +38,7 @@ class Sampler(Closing):
     def __init__(self, engine: Engine):
         self.engine = engine
         self.bundle = engine.bundle
-        self._free: dict[int, list[Lanes]] = {}
+        self._free: dict[tuple[int, Size], list[Lanes]] = {}  # those used last come last
         self._lock = threading.Lock()
         self._closed = False
 
@@ -54,7 +55,7 @@ class Sampler(Closing):
             )
         )  # fmt: skip
 
-    def plan(self, method: str = "ddim", steps: int | None = None, **options: Any) -> Plan:
+    def plan(self, method: str | None = None, steps: int | None = None, **options: Any) -> Plan:
         """The plan that `sample` would run: plan_of its bundle's manifest."""
         return plan_of(self.bundle.manifest, method, steps, **options)
 
@@ -62,7 +63,7 @@ class Sampler(Closing):
         self,
         n: int | None = None,
         *,
-        method: str = "ddim",
+        method: str | None = None,
         steps: int | None = None,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
@@ -70,6 +71,7 @@ class Sampler(Closing):
         labels: int | Sequence[int] | None = None,
         init: ArrayLike | None = None,
         plan: Plan | None = None,
+        size: tuple[int, int] | None = None,
         batch: int | None = None,
         on_step: OnStep | None = None,
         every: int = 1,
@@ -77,12 +79,15 @@ class Sampler(Closing):
     ) -> Samples:
         """Draw n samples, float32 [n, C, H, W] in the manifest's value range.
 
-        method, steps   the sampler and its steps (50); `options` as in epsrt.solvers.make: its own (eta, …), clip,
-                        spacing and the spacing's, timesteps. `plan` overrides them all.
+        method, steps   the sampler and its steps, by default the bundle's (ddim, 50); `options` as in
+                        epsrt.solvers.make: its own (eta, …), clip, spacing and the spacing's, timesteps. `plan`
+                        overrides them all.
         seed, first     sample i is (seed, first + i), the same in any batch, after any restart
         seeds           one seed a sample instead, each with index `first`
         labels          class of each sample, or one for all; None is the null label of a conditional network
         init            images, [n, C, H, W] in the value range, for plans that begin from them: ddim-inversion
+        size            height and width, of a bundle with sizes; by default init's, else the bundle's own. Noise goes
+                        by an element's place in the flat [C, H, W]: another size is another picture, not a crop
         batch           lanes at once, at most (and by default) the engine's; a larger n is split
         on_step         called as on_step(done, total) after every `every` rows; when it returns False, sampling stops
                         and what comes back is what there is: finished samples, and x0 estimates of those in work
@@ -90,14 +95,15 @@ class Sampler(Closing):
         n may be left out where seeds, labels or init imply it. Raises EpsrtError on bad input, NotFiniteError on NaN.
         """
         plan = self._plan(plan, method, steps, options)
-        requests = self._requests(n, seed, seeds, first, labels, init, plan)
-        size, rows = self._batch(batch, len(requests)), plan.rows(self.engine.columns)
-        groups = [requests[i : i + size] for i in range(0, len(requests), size)]
+        images, shape = self._images(init, plan, size)
+        requests = self._requests(n, seed, seeds, first, labels, images, shape, plan)
+        most, rows = self._batch(batch, len(requests)), plan.rows(self.engine.columns)
+        groups = [requests[i : i + most] for i in range(0, len(requests), most)]
         chunk = len(rows) if on_step is None else _at_least_one("every", every)
-        out = np.empty((len(requests), *self.bundle.manifest.shape), np.float32)
+        out = np.empty((len(requests), *shape), np.float32)
         total, done, filled = len(rows) * len(groups), 0, 0
         for group in groups:
-            with self._lanes(len(group)) as lanes:
+            with self._lanes(len(group), shape[1:]) as lanes:
                 _write(lanes, group)
                 going = True
                 for start in range(0, len(rows), chunk):
@@ -121,7 +127,7 @@ class Sampler(Closing):
         self,
         n: int | None = None,
         *,
-        method: str = "ddim",
+        method: str | None = None,
         steps: int | None = None,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
@@ -129,6 +135,7 @@ class Sampler(Closing):
         labels: int | Sequence[int] | None = None,
         init: ArrayLike | None = None,
         plan: Plan | None = None,
+        size: tuple[int, int] | None = None,
         batch: int | None = None,
         every: int = 1,
         **options: Any,
@@ -138,17 +145,21 @@ class Sampler(Closing):
         Arguments as in `sample`. All n are in work at once, in several lanes objects where n exceeds the batch.
         """
         plan = self._plan(plan, method, steps, options)
-        requests = self._requests(n, seed, seeds, first, labels, init, plan)
-        size, rows = self._batch(batch, len(requests)), plan.rows(self.engine.columns)
+        images, shape = self._images(init, plan, size)
+        requests = self._requests(n, seed, seeds, first, labels, images, shape, plan)
+        most, rows = self._batch(batch, len(requests)), plan.rows(self.engine.columns)
         _at_least_one("every", every)
-        return self._stream(requests, size, rows, every)
+        return self._stream(requests, shape, most, rows, every)
 
-    def _stream(self, requests: list[Sample], size: int, rows: Samples, every: int) -> Iterator[Samples]:
+    def _stream(
+        self, requests: list[Sample], shape: tuple[int, int, int], most: int, rows: Samples, every: int
+    ) -> Iterator[Samples]:
         with ExitStack() as stack:
             groups: list[Lanes] = []
-            for i in range(0, len(requests), size):
-                groups.append(stack.enter_context(self._lanes(len(requests[i : i + size]))))
-                _write(groups[-1], requests[i : i + size])
+            for i in range(0, len(requests), most):
+                group = requests[i : i + most]
+                groups.append(stack.enter_context(self._lanes(len(group), shape[1:])))
+                _write(groups[-1], group)
             for start in range(0, len(rows), every):
                 for lanes in groups:
                     _advance(lanes, rows[start : start + every])
@@ -173,29 +184,35 @@ class Sampler(Closing):
             self._free.clear()
 
     @contextmanager
-    def _lanes(self, batch: int) -> Iterator[Lanes]:
-        """Lanes of this batch, kept for the next caller: on a GPU they are dear to make."""
+    def _lanes(self, batch: int, size: Size) -> Iterator[Lanes]:
+        """Lanes of this batch and size, kept for the next caller: on a GPU they are dear to make."""
         with self._lock:
-            free = self._free.setdefault(batch, [])
+            free = self._free.get((batch, size))
             lanes = free.pop() if free else None
         try:
-            lanes = lanes or self.engine.lanes(batch)
+            lanes = lanes or self.engine.lanes(batch, size)
         except OutOfMemoryError:
             self._drop_free()  # others' memory, kept for nobody yet
-            lanes = self.engine.lanes(batch)
+            lanes = self.engine.lanes(batch, size)
         try:
             yield lanes
         except BaseException:
             lanes.close()  # its state is anyone's guess
             raise
         with self._lock:
-            keep = not self._closed and sum(map(len, self._free.values())) < KEPT_LANES
-            if keep:
-                self._free.setdefault(batch, []).append(lanes)
-        if not keep:
-            lanes.close()
+            surplus = lanes if self._closed else self._keep((batch, size), lanes)
+        if surplus is not None:
+            surplus.close()
 
-    def _plan(self, plan: Plan | None, method: str, steps: int | None, options: dict[str, Any]) -> Plan:
+    def _keep(self, key: tuple[int, Size], lanes: Lanes) -> Lanes | None:
+        """Put lanes by, and return those that make room for them: the ones that were not used for longest."""
+        self._free[key] = [*self._free.pop(key, []), lanes]
+        if sum(map(len, self._free.values())) <= KEPT_LANES:
+            return None
+        oldest = next(k for k, kept in self._free.items() if kept)
+        return self._free[oldest].pop(0)
+
+    def _plan(self, plan: Plan | None, method: str | None, steps: int | None, options: dict[str, Any]) -> Plan:
         if plan is None:
             return self.plan(method, steps, **options)
         if options or steps is not None:
@@ -217,10 +234,10 @@ class Sampler(Closing):
         seeds: Sequence[int] | None,
         first: int,
         labels: int | Sequence[int] | None,
-        init: ArrayLike | None,
+        images: Samples | None,
+        shape: tuple[int, int, int],
         plan: Plan,
     ) -> list[Sample]:
-        images = self._images(init, plan)
         lists = {"seeds": seeds, "labels": None if np.ndim(labels) == 0 else labels, "init images": images}  # type: ignore[arg-type]
         given = {name: len(values) for name, values in lists.items() if values is not None}  # type: ignore[arg-type]
         if n is None:
@@ -230,7 +247,7 @@ class Sampler(Closing):
                 raise EpsrtError(f"{length} {name} for {n} samples: give one each")
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
             raise EpsrtError(f"n = {n!r}: ask for at least 1 sample")
-        need = n * (4 * math.prod(self.bundle.manifest.shape) + REQUEST_BYTES)
+        need = n * (4 * math.prod(shape) + REQUEST_BYTES)
         if need > MOST_BYTES:
             raise EpsrtError(f"n = {n} samples at once take {need >> 30} GiB: draw them in several runs, with first=")
         for s, index in ((seed, first), (seed, first + n - 1)) if seeds is None else [(s, first) for s in seeds]:
@@ -249,14 +266,20 @@ class Sampler(Closing):
             for (s, i), label, image in zip(pairs, each, [None] * n if images is None else images, strict=True)  # type: ignore[arg-type]
         ]
 
-    def _images(self, init: ArrayLike | None, plan: Plan) -> Samples | None:
+    def _images(
+        self, init: ArrayLike | None, plan: Plan, size: Size | None
+    ) -> tuple[Samples | None, tuple[int, int, int]]:
+        """What to begin from, if anything, and the images' C, H, W."""
         if init is None:
             if plan.start[0]:
                 raise EpsrtError(f"plan {plan.name!r} begins from images: give them as init")
-            return None
+            return None, image_shape(self.bundle, size)
         if not plan.start[0]:
             raise EpsrtError(f"plan {plan.name!r} begins from noise alone: leave init out")
-        images, shape = np.asarray(init), self.bundle.manifest.shape
+        images = np.asarray(init)
+        if size is None and self.bundle.manifest.sizes is not None and images.ndim == 4:
+            size = images.shape[2:]
+        shape = image_shape(self.bundle, size)
         if images.ndim != 4 or images.shape[1:] != shape or images.dtype.kind != "f":
             want = ", ".join(map(str, shape))
             raise EpsrtError(f"init is {images.dtype} {list(images.shape)}, not float [n, {want}]")
@@ -265,20 +288,30 @@ class Sampler(Closing):
         bad = np.flatnonzero(~np.isfinite(images).all((1, 2, 3)))
         if len(bad):
             raise EpsrtError(f"init image {bad[0]} holds NaN or infinity")
-        return images
+        return images, shape
 
 
-def plan_of(manifest: Manifest, method: str = "ddim", steps: int | None = None, **options: Any) -> Plan:
+def plan_of(manifest: Manifest, method: str | None = None, steps: int | None = None, **options: Any) -> Plan:
     """The plan of a method for a bundle's network; arguments and errors as in epsrt.solvers.make.
 
-    What the manifest says is the default: prediction, sigma_data, ddpm's variance where the network learned one, and
-    x0 clipped to the value range (not for methods that would not be themselves with it).
+    What the manifest says is the default: prediction, sigma_data, how its owner samples, ddpm's variance where the
+    network learned one, and x0 clipped (not for methods that would not be themselves with it).
     """
+    by = manifest.sampling
+    method = by.method if method is None else method
+    chosen, owners = solvers.options_of(method), solvers.method_of(method) is solvers.method_of(by.method)
     known: dict[str, Any] = {"prediction": manifest.prediction, "sigma_data": manifest.sigma_data}
     if solvers.method_of(method).clips:
         known["clip"] = manifest.clip
-    if manifest.variance is not None and "variance" in solvers.options_of(method):
+    if manifest.variance is not None and "variance" in chosen:
         known["variance"] = manifest.variance
+    known |= {name: value for name, value in by.options.items() if name in chosen}
+    if "timesteps" not in options and "spacing" not in options:
+        counted = spacings.respaced(by.spacing)  # says itself how many steps there are
+        spacing = by.spacing if not counted or (owners and steps is None) else "trailing"
+        steps = by.steps if owners and steps is None else steps
+        known |= {"spacing": spacing}
+        known |= {name: value for name, value in by.options.items() if name in spacings.SPACINGS.get(spacing, ())}
     return solvers.make(method, manifest.schedule, steps=steps, **{**known, **options})
 
 

@@ -48,7 +48,7 @@ class Schedule:
         if self.kind not in KINDS:
             raise EpsrtError(f"schedule kind {self.kind!r} is unknown: use one of {', '.join(KINDS)}")
         for name in ("beta_start", "beta_end", "sigma_min", "sigma_max"):
-            typed(name, getattr(self, name), 0.0)
+            object.__setattr__(self, name, typed(name, getattr(self, name), 0.0))  # 80 is 80.0, in a manifest too
         typed("zero_snr", self.zero_snr, False)
         if (self.kind == "given") != bool(self.betas):
             raise EpsrtError(f"a {self.kind} schedule {'needs' if self.kind == 'given' else 'takes no'} betas")

@@ -356,7 +356,7 @@ def make(
 ) -> Plan:  # fmt: skip
     """The plan of a method by its name.
 
-    steps, spacing  how many timesteps (50, or what a respacing string says), and which: epsrt.spacing.timesteps
+    steps, spacing  how many timesteps (50 or T, or what a respacing string says), and which: epsrt.spacing.timesteps
     timesteps       explicit ones instead
     options         the method's own, the spacing's, and prediction, sigma_data, clip
 
@@ -374,7 +374,7 @@ def make(
             why = "is deterministic and " if chosen.stochastic == "no" and name != "compatible" else ""
             raise EpsrtError(f"{method} {why}takes no option {name!r}, which is for {', '.join(takers)}")
     if timesteps is None:
-        steps = 50 if steps is None and not spacings.respaced(spacing) else steps
+        steps = min(50, schedule.T) if steps is None and not spacings.respaced(spacing) else steps
         timesteps = spacings.timesteps(schedule, steps, spacing, **of_spacing)
     elif of_spacing:
         raise EpsrtError(f"{next(iter(of_spacing))} is for a spacing, and the timesteps are given: leave one out")

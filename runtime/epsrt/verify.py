@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ def verify(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
     network       relative L2 of the network's output on N(0, I), at each golden timestep
     variance      where it is learned: relative L2 of noise that it has scaled, at the same timesteps
     threshold     with dynamic thresholding: relative L2 of images whose quantiles lie below, in and above its range
+    sizes         where the bundle has other sizes: relative L2 of the network's output at each of two
     step          relative L2 of one DDPM step from PyTorch's states, at the same timesteps
     trajectory    PSNR of the worst image and relative L2 of all, same noise, same rows, free-running
     batch         equal rows in batches of 1, 2 and the largest
@@ -45,6 +47,8 @@ def verify(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
     wanted += [f"step.{key}" for key in ("x", "rows", "seed", "index", "label", "x_next")]
     m = engine.bundle.manifest
     wanted += [f"threshold.{key}" for key in ("x", "x0") if m.thresholding]
+    if m.sizes:
+        wanted += [f"size.{size}.{key}" for size in _sizes_in(golden) or ["HxW"] for key in ("x", "t", "label", "out")]
     wanted += [f"trajectory.{n}.{key}" for n in names for key in ("rows", "start", "seed", "index", "label", "x")]
     if not names or not set(wanted) <= set(golden):
         raise BundleError(f"{engine.bundle.path}: the golden file lacks some of its arrays: export again")
@@ -52,7 +56,7 @@ def verify(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
     rungs = []
     for name, rung, there in (
         ("network", _network, True), ("variance", _variance, m.variance), ("threshold", _threshold, m.thresholding),
-        ("step", _step, True),
+        ("sizes", _sizes, m.sizes), ("step", _step, True),
     ):  # fmt: skip
         if there:
             rungs.append(rung(engine, golden))
@@ -91,7 +95,7 @@ def one_step(
     row = idle_row(engine.columns)
     for name, value in {"a": 0.0, **columns}.items():
         row[at[name]] = value
-    with engine.lanes(batch) as lanes:
+    with engine.lanes(batch, x.shape[2:]) as lanes:
         for first in range(0, len(x), batch):
             part = range(first, min(first + batch, len(x)))
             rows = np.tile(row, (1, batch, 1))
@@ -151,6 +155,26 @@ def _threshold(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
     errors = [relative_l2(a, b) for a, b in zip(x0, truth, strict=True)]
     worst = int(np.argmax(errors))
     return _rung(engine, "threshold", errors[worst], "relative L2", limit, where=f"image {worst}")
+
+
+def _sizes_in(golden: dict[str, NDArray[Any]]) -> list[str]:
+    return sorted({key.split(".")[1] for key in golden if re.match(r"size\.\d+x\d+\.", key)})
+
+
+def _sizes(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
+    """The network at other heights and widths; each size's states together, for the smallest have few numbers."""
+    errors: dict[str, float] = {}
+    limit = _limits(engine)[0]
+    for size in _sizes_in(golden):
+        x, t, label, truth = (golden[f"size.{size}.{key}"] for key in ("x", "t", "label", "out"))
+        where = size.replace("x", " × ")
+        try:
+            out = network_outputs(engine, x, t, label, min(engine.max_batch, len(x)))
+        except NotFiniteError as error:
+            return _rung(engine, "sizes", None, "relative L2", limit, where=f"{where}: {error}")
+        errors[where] = relative_l2(out, truth[:, : x.shape[1]])
+    worst = max(errors, key=lambda size: errors[size])
+    return _rung(engine, "sizes", errors[worst], "relative L2", limit, where=worst)
 
 
 def _step(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:

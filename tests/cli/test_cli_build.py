@@ -99,3 +99,9 @@ def test_without_the_library(run: Run, small_bundle_path: Path) -> None:
         assert 'pip install "epsrt[tensorrt]"' in last
     else:
         pytest.skip("tensorrt is installed")
+
+
+def test_sizes_are_those_of_the_profiles(run: Run, sized_bundle_path: Path, small_bundle_path: Path) -> None:
+    facts = json.loads(run("build", sized_bundle_path, "--target", "sm89", "--json").stdout)
+    assert (facts["sizes"], facts["batches"]) == ("4x4:8x8:24x24", "1:4:4")
+    assert "sizes" not in json.loads(run("build", small_bundle_path, "--target", "sm89", "--json").stdout)

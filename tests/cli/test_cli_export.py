@@ -1,4 +1,4 @@
-"""epsrt export's thresholding, and what epsrt inspect says of a bundle's options."""
+"""epsrt export's thresholding and sizes, and what epsrt inspect says of a bundle's options."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from epsrt import Bundle
-from epsrt.bundle import Thresholding
+from epsrt.bundle import Sizes, Thresholding
 
 EPSRT = str(Path(sys.executable).with_name("epsrt"))
 
@@ -52,3 +54,33 @@ def test_inspect_shows_them(learned_bundle_path: Path, small_bundle_path: Path) 
     plain = run("inspect", small_bundle_path).stdout
     assert "quantile" not in plain
     assert "log σ²" not in plain
+
+
+def test_sizes(tmp_path: Path) -> None:
+    """Exported, shown, sampled at another size, verified; and what is refused."""
+    from epsrt import Schedule
+    from epsrt_trainer.checkpoint import save_checkpoint
+    from helpers import unet
+
+    network, out, images = unet(channels=3), tmp_path / "some.epsrt", tmp_path / "wide.npz"
+    checkpoint = save_checkpoint(tmp_path / "some.safetensors", network, network.config, Schedule(T=20, beta_end=0.2))
+    run("export", checkpoint, out, "--sizes", "2:24", "--precision", "fp32", "--max-batch", 2)
+    assert Bundle.open(out).manifest.sizes == Sizes(2, 24)
+    assert "height and width: multiples of 2 up to 24" in run("inspect", out).stdout
+    options = ("--engine", "onnxruntime", "--steps", 5, "-n", 3, "--out", images)
+    report = json.loads(run("sample", out, "--size", "10x16", *options, "--json").stdout)
+    assert report["size"] == [10, 16]
+    with np.load(images) as kept:
+        assert (kept["samples"].shape, kept["images"].shape) == ((3, 3, 10, 16), (3, 10, 16, 3))
+    assert "sizes" in run("verify", out, "--engine", "onnxruntime").stdout
+    for size, words in (
+        ("10x15", "a size of 10 × 15 is none of some.epsrt: height and width are multiples of 2 up to 24"),
+        ("26x8", "a size of 26 × 8 is none of some.epsrt"),
+        ("10", "--size '10' is not HEIGHTxWIDTH, such as 16x24"),
+    ):
+        assert f"epsrt: {words}" in run("sample", out, "--size", size, *options, code=1).stderr
+    done = run("export", checkpoint, tmp_path / "other.epsrt", "--sizes", "8x24", code=1)
+    assert "epsrt: --sizes '8x24' is not MULTIPLE:LARGEST, such as 8:64" in done.stderr
+    done = run("export", checkpoint, tmp_path / "other.epsrt", "--sizes", "1:24", "--max-batch", 2, code=1)
+    assert "epsrt: UNet does not take multiples of 1 pixels, but of 2" in done.stderr
+    assert not (tmp_path / "other.epsrt").exists()

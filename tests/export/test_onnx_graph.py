@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
@@ -33,7 +34,7 @@ def types_of(model):
 
 
 def half_graph(network):
-    return to_onnx(StepGraph(half_copy(network), STEP_COLUMNS, False, torch.float16), SHAPE, 4)
+    return to_onnx(StepGraph(half_copy(network), STEP_COLUMNS, False, torch.float16), SHAPE)
 
 
 def feeds(batch=3, seed=0):
@@ -48,7 +49,7 @@ def feeds(batch=3, seed=0):
 class TestTheStep:
     def test_is_the_designs_formula_with_a_row_a_sample(self):
         network, given = tiny(), feeds()
-        x_next, m_next, x0 = session_of(to_onnx(StepGraph(network, STEP_COLUMNS, False, torch.float32), SHAPE, 4)).run(
+        x_next, m_next, x0 = session_of(to_onnx(StepGraph(network, STEP_COLUMNS, False, torch.float32), SHAPE)).run(
             ["x_next", "m_next", "x0"], given
         )
         for i in range(3):
@@ -85,17 +86,12 @@ class TestTheStep:
             torch.testing.assert_close(out, network(x, torch.full((3,), 7.0), label), rtol=0, atol=0)
 
     def test_every_batch_runs(self):
-        session = session_of(to_onnx(StepGraph(tiny(), STEP_COLUMNS, False, torch.float32), SHAPE, 64))
+        session = session_of(to_onnx(StepGraph(tiny(), STEP_COLUMNS, False, torch.float32), SHAPE))
         one = {name: value[:1] for name, value in feeds().items()}
         alone = session.run(None, one)[0]
         for batch in (1, 2, 3, 7, 64):
             many = session.run(None, {name: np.repeat(value, batch, 0) for name, value in one.items()})[0]
             np.testing.assert_allclose(many, np.repeat(alone, batch, 0), rtol=0, atol=1e-5)
-
-    @pytest.mark.parametrize("max_batch", [1, 2, 3])
-    def test_small_batches_can_be_the_largest(self, max_batch):
-        model = to_onnx(StepGraph(tiny(), STEP_COLUMNS, False, torch.float32), SHAPE, max_batch)
-        assert all(v.type.tensor_type.shape.dim[0].dim_param for v in model.graph.input)
 
     def test_a_column_that_is_unknown_to_the_step_changes_nothing(self):
         """A graph may take every column; those of other features it ignores."""
@@ -121,6 +117,13 @@ def model_of(**tensors):
     return helper.make_model(graph)
 
 
+def taken(file, model):
+    """The model without what the file took of it."""
+    read = ir.from_proto(model)
+    file.take(read)
+    return ir.to_proto(read)
+
+
 class TestWeightsFile:
     BIG = np.arange(1000, dtype=np.float32)
 
@@ -129,8 +132,7 @@ class TestWeightsFile:
         one = model_of(a=self.BIG, b=self.BIG + 1, c=small)
         two = model_of(d=self.BIG + 1, e=self.BIG.copy().reshape(10, 100), f=self.BIG + 2)
         file = WeightsFile("weights.bin")
-        file.take(one)
-        file.take(two)
+        one, two = taken(file, one), taken(file, two)
         file.write(tmp_path)
         a, b = externals(one), externals(two)
         assert set(a) == {"a", "b"}
@@ -142,7 +144,7 @@ class TestWeightsFile:
     def test_what_is_written_is_what_onnx_reads(self, tmp_path):
         given = {"a": self.BIG, "b": self.BIG.astype(np.float16), "c": np.arange(300, dtype=np.int64)}
         model, file = model_of(**given), WeightsFile("weights.bin")
-        file.take(model)
+        model = taken(file, model)
         file.write(tmp_path)
         (tmp_path / "some.onnx").write_bytes(model.SerializeToString())
         read = onnx.load(tmp_path / "some.onnx")
@@ -152,18 +154,16 @@ class TestWeightsFile:
 
     def test_the_threshold_is_one_kibibyte(self):
         model, file = model_of(below=np.zeros(255, np.float32), at=np.zeros(256, np.float32)), WeightsFile("w.bin")
-        file.take(model)
+        model = taken(file, model)
         assert EXTERNAL_FROM == 1024
         assert set(externals(model)) == {"at"}
 
     def test_two_graphs_of_one_network_share_every_weight(self, tmp_path):
         """What plain and guided graphs will do."""
         network, file = tiny(), WeightsFile("weights.bin")
-        one = to_onnx(StepGraph(network, STEP_COLUMNS, False, torch.float32), SHAPE, 4)
-        two = to_onnx(StepGraph(network, (*STEP_COLUMNS, "w"), False, torch.float32), SHAPE, 4)
-        file.take(one)
+        one = to_onnx(StepGraph(network, STEP_COLUMNS, False, torch.float32), SHAPE, weights=file)
         end = file._end
-        file.take(two)
+        two = to_onnx(StepGraph(network, (*STEP_COLUMNS, "w"), False, torch.float32), SHAPE, weights=file)
         assert file._end == end
         assert externals(one) == externals(two) != {}
 
@@ -218,7 +218,7 @@ class TestHalfPrecision:
     @pytest.mark.parametrize("kind", KINDS)
     def test_graphs_are_valid_run_and_are_near(self, kind):
         network, given = redraw(kind()), feeds()
-        full = to_onnx(StepGraph(network, STEP_COLUMNS, False, torch.float32), SHAPE, 4)
+        full = to_onnx(StepGraph(network, STEP_COLUMNS, False, torch.float32), SHAPE)
         half = half_graph(network)
         onnx.checker.check_model(half, full_check=True)
         a, b = (session_of(model).run(None, given)[0] for model in (full, half))

@@ -4,7 +4,6 @@ import os
 import sys
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -19,7 +18,7 @@ from epsrt_export import ParityError, export, export_network
 from epsrt_export.onnx_graph import to_onnx
 from epsrt_export.stepgraph import LARGEST_K, DynamicThreshold, StepGraph
 from epsrt_trainer.sample import threshold
-from helpers import learned, tiny
+from helpers import damaged, learned, tiny
 
 export_module = sys.modules["epsrt_export.export"]
 SHAPE = (2, 8, 8)
@@ -45,7 +44,7 @@ class TestFormulas:
         given = {name: generator.standard_normal((3, *SHAPE), np.float32) for name in "xmz"}
         rows = generator.standard_normal((3, len(LEARNED))).astype(np.float32)
         rows[:, LEARNED.index("t")], rows[:, LEARNED.index("in_scale")] = [0, 30, 99], 1
-        model = to_onnx(StepGraph(network, LEARNED, False, torch.float32), SHAPE, 4)
+        model = to_onnx(StepGraph(network, LEARNED, False, torch.float32), SHAPE)
         x_next, m_next, x0 = session_of(model).run(None, given | {"rows": rows})
         k = {name: rows[:, i].astype(np.float64)[:, None, None, None] for i, name in enumerate(LEARNED)}
         with torch.no_grad():
@@ -186,26 +185,18 @@ class TestManifestAndGolden:
 
     def test_a_checkpoint_is_thresholded_too(self, tmp_path, monkeypatch, checkpoint_path):
         seen = []
-        monkeypatch.setattr(export_module, "export_network", lambda *args, **more: seen.append(more))
-        export(checkpoint_path, tmp_path / "some.epsrt", thresholding=(0.995, 1.5))
-        assert seen[0]["thresholding"] == (0.995, 1.5)
+        monkeypatch.setattr(export_module, "manifest_of", lambda source, *more: seen.append(source.threshold) or exit())
+        monkeypatch.setattr(export_module, "write_graph", lambda *args: None)
+        with pytest.raises(SystemExit):
+            export(checkpoint_path, tmp_path / "some.epsrt", thresholding=(0.995, 1.5))
+        assert seen == [DynamicThreshold(0.995, 1.5, 1.0)]
 
 
 class TestTheGate:
     @pytest.mark.parametrize("precision", ["fp32", "fp16"])
     def test_a_damaged_weight_of_the_variance(self, tmp_path, monkeypatch, precision):
-        make = export_module.to_onnx
-
-        def damaged(step, *args):
-            model = make(step, *args)
-            if {torch.float32: "fp32", torch.float16: "fp16"}[step.dtype] == precision:
-                (tensor,) = [t for t in model.graph.initializer if t.name.endswith("spread.weight")]
-                values = onnx.numpy_helper.to_array(tensor).copy()
-                values[0, 0, 1, 1] += 0.1
-                tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-            return model
-
-        monkeypatch.setattr(export_module, "to_onnx", damaged)
+        hurt = damaged(export_module.to_onnx, "spread.weight", 0.1, precision)
+        monkeypatch.setattr(export_module, "to_onnx", hurt)
         with pytest.raises(
             ParityError, match=rf"parity missed: variance in {precision} on onnxruntime is .* at t = \d+"
         ):
@@ -214,8 +205,9 @@ class TestTheGate:
 
     @pytest.mark.parametrize("wrong", [(0.91, 1.5), (0.9, 1.51)])
     def test_another_quantile_or_maximum(self, tmp_path, monkeypatch, wrong):
+        make = export_module.StepGraph
         monkeypatch.setattr(
-            export_module, "DynamicThreshold", lambda ratio, maximum, clip: DynamicThreshold(*wrong, clip)
+            export_module, "StepGraph", lambda *args: make(*args[:-1], DynamicThreshold(*wrong, args[-1].bound))
         )
         with pytest.raises(ParityError, match=r"parity missed: threshold in fp32 on onnxruntime is .* at image [12]"):
             put(tmp_path / "some.epsrt", tiny(3, channels=2), thresholding=(0.9, 1.5))

@@ -360,3 +360,30 @@ with gpu.lanes(1) as lanes, cpu.lanes(1) as plain:
 """,
         bundle_path,
     )
+
+
+def test_other_sizes(on_stand_in, sized_bundle_path) -> None:
+    """Lanes of several sizes on one plan, whose profile holds them all; kept and reused by size."""
+    on_stand_in(
+        BOTH
+        + """
+assert gpu.engine.get_tensor_profile_shape("x", 0) == [(1, 1, 4, 4), (4, 1, 8, 8), (4, 1, 24, 24)]
+assert gpu.engine.get_tensor_profile_shape("rows", 0) == [(n, len(gpu.columns)) for n in (1, 4, 4)]
+assert gpu.profiles == [(1, 4, 4)]
+with Sampler(gpu) as sampler, Sampler(cpu) as plain:
+    for size in ((8, 8), (24, 24), (4, 20), (20, 4), None):
+        for method, steps in (("ddim", 12), ("ddpm", 25)):
+            options = dict(method=method, steps=steps, seed=3, size=size)
+            close(sampler.sample(3, **options), plain.sample(3, **options))
+    before = count("cuMemAlloc_v2")
+    (kept,) = sampler._free[3, (20, 4)]
+    sampler.sample(3, steps=12, seed=3, size=(20, 4))
+    assert sampler._free[3, (20, 4)] == [kept] and count("cuMemAlloc_v2") == before
+    images = plain.sample(2, steps=5, size=(4, 20))
+    close(*(s.sample(method="ddim-inversion", steps=5, init=images) for s in (sampler, plain)))
+    rungs = verify(gpu)
+    assert all(r.passed for r in rungs) and "sizes" in [r.name for r in rungs]
+    assert "a size of 6 × 8 is none of sized.epsrt" in refused(gpu.lanes, 1, (6, 8))
+""",
+        sized_bundle_path,
+    )

@@ -210,7 +210,7 @@ assert "it fell back to CUDAExecutionProvider; onnxruntime-tensorrt needs Tensor
 assert "a batch of 9 is outside 1 … 8" in refused(gpu.lanes, 9)
 fake.knobs["falls_back"] = False
 import epsrt.engines.onnxruntime_cuda as module
-module.BATCH = "another"
+module.FREE = ("another",)
 assert "explicitly disabled" in refused(gpu.lanes, 1)
 import gc
 gc.collect()
@@ -381,3 +381,25 @@ def test_one_at_a_time_keeps(cache: EngineCache) -> None:
         assert not entered.wait(0.3)
     assert entered.wait(10)
     thread.join()
+
+
+def test_other_sizes(run: Run, sized_bundle_path: Path) -> None:
+    """A session a size, as its graph is recorded: no dimension is free in it; a layout and a cache for each."""
+    run("""
+os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+gpu, cpu = opened(), open_engine(bundle, "onnxruntime", threads=1)
+with Sampler(gpu) as sampler, Sampler(cpu) as plain:
+    for size in ((8, 8), (4, 20), (20, 4)):
+        for _ in range(2):
+            options = dict(steps=10, seed=3, size=size)
+            close(sampler.sample(2, **options), plain.sample(2, **options))
+    assert [options.batch for _, options in fake.sessions] == [
+        {"batch": 2, "height": height, "width": width} for height, width in ((8, 8), (4, 20), (20, 4)) for _ in range(3)
+    ]  # two to time the layouts, and one that is kept
+assert gpu.key(2, (1, 8, 8)) == gpu.key(2) and gpu.key(2, (1, 4, 20)) == gpu.key(2) + "-4x20"
+assert all(r.passed for r in verify(gpu))
+assert "a size of 6 × 8 is none of sized.epsrt" in refused(gpu.lanes, 1, (6, 8))
+with Sampler(opened("onnxruntime-tensorrt", "fp32")) as sampler:
+    close(sampler.sample(1, steps=5, size=(4, 8)), Sampler(cpu).sample(1, steps=5, size=(4, 8)))
+assert len([f for f in os.listdir(EngineCache().directory / "libraries") if f.endswith("-1-4x8")]) == 1
+""", sized_bundle_path)  # fmt: skip

@@ -272,3 +272,28 @@ probe.available = lambda: iter(["tensorrt", "onnxruntime"])
     assert "onnxruntime fp32" in out
     assert "engine tensorrt is passed over: tensorrt 11.4.0.106 refuses the plan" in out
     assert "onnxruntime fp32" in on_stand_in(pretend + show.replace("(bundle)", "(bundle, threads=1)"), bundle_path)
+
+
+def test_sizes_are_part_of_a_plans_key(on_stand_in, sized_bundle_path, small_bundle_path, copy_of) -> None:
+    from helpers import forge
+
+    on_stand_in(
+        """
+made = built(bundle).entry.record.key
+assert made.options["sizes"] == "4:24" and made.profiles == ((1, 4, 4),)
+""",
+        sized_bundle_path,
+    )
+    wider = copy_of(sized_bundle_path)
+    forge(wider, lambda manifest: manifest.update(sizes={"multiple": 4, "largest": 48}))
+    sentence = on_stand_in(
+        """
+made = built(bundle)
+print(made.why)
+gpu = open_engine(bundle, "tensorrt", may_build=False)
+assert gpu.engine.get_tensor_profile_shape("m", 0)[2] == (4, 1, 48, 48)
+""",
+        wider,
+    )
+    assert "built with sizes 4:24, asked for 4:48" in sentence
+    on_stand_in('assert "sizes" not in built(bundle).entry.record.key.options', small_bundle_path)

@@ -140,3 +140,17 @@ def test_out_of_memory_is_a_sentence_and_passes(gpu: Engine) -> None:
         for hog in hogs:
             hog.close()
     assert (run(gpu, rows_of(gpu, 2)) == expected).all()
+
+
+@pytest.mark.parametrize("name", GPU_ENGINES)
+def test_other_sizes_are_the_cpus(name: str, sized_bundle_path) -> None:
+    if not probe.state(name).available:
+        pytest.skip(f"{name}: {probe.state(name).reason}")
+    if name == "onnxruntime-tensorrt":
+        pytest.skip("onnxruntime lets TensorRT compute FP32 in TF32")
+    bundle = Bundle.open(sized_bundle_path)
+    with Sampler(open_engine(bundle, name)) as gpu, Sampler(open_engine(bundle, "onnxruntime")) as cpu:
+        assert all(rung.passed for rung in verify(gpu.engine))
+        for size in ((24, 24), (4, 20), (20, 4), (8, 8)):
+            options = {"method": "ddpm", "steps": 25, "seed": 4, "size": size}
+            assert worst_psnr(gpu.sample(3, **options), cpu.sample(3, **options), (-1.0, 1.0)) >= 90

@@ -9,7 +9,7 @@ from epsrt import Bundle
 from epsrt.engines.trt_build import BuildOptions, build, describe
 from epsrt.engines.trt_library import library
 from epsrt.errors import EngineError
-from helpers import tiny
+from helpers import tiny, unet
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx_cu13")
 
@@ -27,7 +27,7 @@ def graphs(request, tmp_path_factory, small_bundle_path) -> Bundle:
     shape = (network.image_channels, network.image_size, network.image_size)
     folder = tmp_path_factory.mktemp(request.param)
     made = [
-        write_graph(make(network).eval(), precision, folder, shape, network.classes > 0, 256, 21)
+        write_graph(make(network).eval(), precision, folder, shape, network.classes > 0)
         for precision in ("fp32", "fp16")
     ]
     manifest = Bundle.open(small_bundle_path).manifest
@@ -51,7 +51,7 @@ def test_thresholding_builds_up_to_the_largest_topk(tmp_path, small_bundle_path,
     from epsrt_export.stepgraph import DynamicThreshold
 
     shape, threshold = (3, size, size), DynamicThreshold(ratio, 1.5)
-    graph = write_graph(tiny(channels=3), "fp32", tmp_path, shape, False, 4, 21, None, threshold)
+    graph = write_graph(tiny(channels=3), "fp32", tmp_path, shape, False, threshold=threshold)
     manifest = msgspec.structs.replace(Bundle.open(small_bundle_path).manifest, shape=shape, graphs=(graph,))
     lib = library("tensorrt-rtx")
     assert build(lib, Bundle(tmp_path, manifest), graph, BuildOptions(((1, 2, 4),), targets=("sm_89",))).layers > 20
@@ -101,3 +101,19 @@ def test_an_exception_from_the_progress_ends_the_build(small_bundle_path) -> Non
     with pytest.raises(KeyboardInterrupt):
         build(library("tensorrt-rtx"), bundle, bundle.graph("fp32"), BuildOptions(targets=("sm_89",)), on_progress=stop)
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_dynamic_sizes_build(tmp_path, small_bundle_path, precision: str) -> None:
+    """A U-Net with attention, whose reshapes are by shapes that the graph computes."""
+    from epsrt.bundle import Sizes
+    from epsrt_export.export import write_graph
+
+    sizes = Sizes(2, 24)
+    graph = write_graph(unet(channels=3), precision, tmp_path, (3, 8, 8), False, sizes=sizes)
+    manifest = Bundle.open(small_bundle_path).manifest
+    manifest = msgspec.structs.replace(manifest, shape=(3, 8, 8), graphs=(graph,), sizes=sizes)
+    bundle, lib = Bundle(tmp_path, manifest), library("tensorrt-rtx")
+    assert build(lib, bundle, graph, BuildOptions(targets=("sm_89",))).layers > 500
+    tensors = [t for layer in describe(lib, bundle, graph) for t in layer["outputs"]]
+    assert {"name": "x_next", "type": "FLOAT", "shape": [-1, 3, -1, -1]} in tensors

@@ -82,8 +82,9 @@ def begin(plan, x):
     return (noise or signal) * x
 
 
-def run_plan(plan, network, x, z, dtype=np.float64):
-    """The affine step of the design, row by row; the coefficients are rounded to `dtype` first."""
+def run_plan(plan, network, x, z, dtype=np.float64, threshold=None):
+    """The affine step of the design, row by row; the coefficients are rounded to `dtype` first. `threshold` as the
+    step graph has it: of [B, C, H, W]."""
     x = begin(plan, x)
     m = torch.zeros_like(x)
     for i in range(len(plan)):
@@ -91,7 +92,10 @@ def run_plan(plan, network, x, z, dtype=np.float64):
         both = network(k["in_scale"] * x, torch.full((len(x),), plan["t"][i], dtype=torch.float64))
         out, v = both[:, :12], both[:, 12:]
         noise = k["d"] * z[i] * (torch.exp(k["r"] * v) if v.numel() else 1.0)
-        x0 = torch.clamp(k["p"] * x + k["q"] * out, -k["clip"], k["clip"])
+        x0 = k["p"] * x + k["q"] * out
+        if threshold is not None:
+            x0 = threshold(x0[..., None, None])[..., 0, 0]
+        x0 = torch.clamp(x0, -k["clip"], k["clip"])
         x, m = (
             k["a"] * x + k["b"] * x0 + k["h"] * out + k["c"] * m + noise,
             k["e"] * x + k["f"] * x0 + k["o"] * out + k["g"] * m,

@@ -142,7 +142,7 @@ def test_changed_digest(bundle):
         lambda raw: raw.rstrip(),
         lambda raw: raw + b"\n",
         lambda raw: raw.replace(b"1.0", b"1.00"),
-        lambda raw: raw.replace(b'"format": 2,', b'"format": 2,\n  "format": 2,'),
+        lambda raw: raw.replace(b'"format": 3,', b'"format": 3,\n  "format": 3,'),
     ],
     ids=["indent 4", "one line", "no newline", "two newlines", "1.00", "field twice"],
 )
@@ -155,7 +155,7 @@ def test_rewritten_manifest_of_the_same_meaning(bundle, rewrite):
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b'{"format": 2}', b"[" * 100_000, b"1e999"]
+    "raw", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b'{"format": 3}', b"[" * 100_000, b"1e999"]
 )
 def test_manifest_that_is_none(bundle, raw):
     (bundle / MANIFEST).write_bytes(raw)
@@ -192,8 +192,8 @@ def rename(old, new):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (change(format=3), "has format 3, this epsrt reads 2: update epsrt or export again"),
-        (change(format=1), "has format 1, this epsrt reads 2"),
+        (change(format=4), "has format 4, this epsrt reads 3: update epsrt or export again"),
+        (change(format=1), "has format 1, this epsrt reads 3"),
         (change(format="1"), "is not a manifest .*format"),
         (change(max_batch="8"), r"is not a manifest \(Expected `int`, got `str` - at `\$.max_batch`"),
         (change(shape=[1, 8]), "is not a manifest .*shape"),

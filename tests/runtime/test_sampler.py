@@ -217,15 +217,15 @@ def test_two_threads_at_once_equal_serial_results_bitwise(sampler):
 
 def test_lanes_are_kept_for_the_next_call(sampler):
     sampler.sample(3, steps=2)
-    (kept,) = sampler._free[3]
+    (kept,) = sampler._free[3, (8, 8)]
     sampler.sample(3, steps=2, seed=1)
-    assert sampler._free[3] == [kept]
+    assert sampler._free[3, (8, 8)] == [kept]
 
 
 def test_closing_closes_the_lanes_and_the_engine(plain_bundle_path):
     with Sampler.open(plain_bundle_path, threads=1) as opened:
         opened.sample(2, steps=2)
-        (lanes,) = opened._free[2]
+        (lanes,) = opened._free[2, (8, 8)]
     assert not opened._free
     assert not lanes._bindings
 
@@ -309,3 +309,84 @@ class TestToImages:
     def test_other_shapes_are_refused(self, shape):
         with pytest.raises(EpsrtError, match=r"to_images takes \[n, C, H, W\], not \["):
             to_images(np.zeros(shape, np.float32))
+
+
+@pytest.fixture(scope="module")
+def sized(sized_bundle_path):
+    with Sampler.open(sized_bundle_path, "onnxruntime", threads=1) as opened:
+        yield opened
+
+
+class TestSizes:
+    """[1, 8, 8], and multiples of 4 up to 24."""
+
+    def test_the_noise_of_another_size_is_that_sizes_own(self, sized):
+        """By the element's place in the flat [C, H, W]: the same numbers, another picture."""
+        start = Plan.of("start", a=1.0, clip=1e30)
+        tall, wide = (sized.sample(plan=start, seed=3, size=size) for size in ((12, 4), (4, 12)))
+        drawn = noise.normals(3, 0, noise.START, 0, 48)
+        np.testing.assert_array_equal(tall.ravel(), drawn)
+        np.testing.assert_array_equal(wide.ravel(), drawn)
+        own = sized.sample(plan=start, seed=3)
+        assert own.shape == (1, 1, 8, 8)
+        np.testing.assert_array_equal(own.ravel()[:48], drawn)
+
+    @pytest.mark.parametrize("batch", [1, 2, 4])
+    def test_batches_do_not_matter(self, sized, batch):
+        options = {"method": "ddpm", "steps": STEPS, "seed": 5, "size": (12, 20)}
+        close(sized.sample(5, batch=batch, **options), sized.sample(5, **options))
+
+    def test_a_stream_ends_with_the_samples(self, sized):
+        options = {"steps": STEPS, "seed": 2, "size": (20, 8)}
+        *estimates, last = sized.stream(6, every=3, **options)
+        assert [e.shape for e in estimates] == [(6, 1, 20, 8)] * 2
+        close(last, sized.sample(6, **options))
+
+    def test_lanes_are_kept_by_size(self, sized):
+        for size in ((8, 8), (8, 12), (12, 8)):
+            sized.sample(3, steps=2, size=size)
+        kept = {key: list(lanes) for key, lanes in sized._free.items()}
+        assert [kept[3, size][0].shape for size in ((8, 8), (8, 12), (12, 8))] == [(1, 8, 8), (1, 8, 12), (1, 12, 8)]
+        sized.sample(3, steps=2, size=(12, 8))
+        assert sized._free[3, (12, 8)] == kept[3, (12, 8)]
+        for batch in (1, 2, 3, 4):
+            for size in ((4, 4), (4, 8), (8, 8)):
+                sized.sample(batch, steps=1, size=size)
+        left = {key for key, lanes in sized._free.items() if lanes}
+        assert (sum(map(len, sized._free.values())), (3, (12, 8)) in left, (4, (8, 8)) in left) == (8, False, True)
+
+    def test_init_decides_the_size(self, sized):
+        images = sized.sample(2, steps=STEPS, seed=1, size=(4, 16))
+        latents = sized.sample(method="ddim-inversion", steps=STEPS, init=images)
+        assert latents.shape == images.shape
+        np.testing.assert_array_equal(
+            sized.sample(method="ddim-inversion", steps=STEPS, init=images, size=(4, 16)), latents
+        )
+        with pytest.raises(EpsrtError, match=r"init is float32 \[2, 1, 4, 16\], not float \[n, 1, 8, 8\]"):
+            sized.sample(method="ddim-inversion", steps=STEPS, init=images, size=(8, 8))
+        with pytest.raises(EpsrtError, match="a size of 4 × 15 is none of sized.epsrt"):
+            sized.sample(method="ddim-inversion", steps=STEPS, init=images[..., :15])
+
+    @pytest.mark.parametrize("size", [(8, 10), (28, 8), (0, 8), (-4, 8)])
+    def test_sizes_that_the_bundle_lacks_are_refused(self, sized, size):
+        message = rf"size of {size[0]} × {size[1]} is none of sized.epsrt: height and width are multiples of 4 up to 24"
+        for function in (sized.sample, sized.stream):
+            with pytest.raises(EpsrtError, match=message):
+                function(2, size=size)
+
+    @pytest.mark.parametrize("size", [(8,), (8, 8, 8), (8.0, 8), (True, 8), ("8", 8)])
+    def test_what_is_no_size_is_refused(self, sized, size):
+        with pytest.raises(EpsrtError, match=r"is not \(height, width\), two whole numbers of pixels"):
+            sized.sample(2, size=size)
+
+    def test_bundles_without_sizes_have_one(self, plain_sampler):
+        message = "a size of 8 × 16 is not 8 × 8, the one that plain.epsrt has: export it with sizes for others"
+        with pytest.raises(EpsrtError, match=message):
+            plain_sampler.sample(2, size=(8, 16))
+        assert plain_sampler.sample(1, steps=1, size=(8, 8)).shape == (1, 3, 8, 8)
+
+    def test_memory_is_counted_by_the_size(self, sized):
+        sized.sample(1, steps=1, size=(24, 24))
+        n = (64 << 30) // (4 * 64 + 512) - 1  # fits at 8 × 8
+        with pytest.raises(EpsrtError, match=r"samples at once take \d+ GiB"):
+            sized.sample(n, steps=1, size=(24, 24))

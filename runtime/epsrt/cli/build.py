@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from epsrt.bundle import Bundle
+from epsrt.bundle import Bundle, Sizes
 from epsrt.cli import show
 from epsrt.errors import EpsrtError
 
@@ -86,6 +86,7 @@ def build(
         "for": ", ".join(filter(None, (record.key.gpu, *record.key.capabilities))),
         "graph": graph.file,
         "batches": ", ".join(":".join(map(str, p)) for p in record.key.profiles),
+        **({} if (m := opened.manifest).sizes is None else {"sizes": _sizes(m.shape, m.sizes)}),
         "bytes": record.size,
         "built_now": made.built is not None,
         **record.summary,
@@ -119,6 +120,12 @@ def _profile(text: str) -> tuple[int, int, int]:
         raise EpsrtError(f"--batch {text} is no profile: give min:opt:max, e.g. 1:8:64")
     least, likely, most = map(int, parts)
     return least, likely, most
+
+
+def _sizes(shape: tuple[int, int, int], sizes: Sizes) -> str:
+    """The least, likely and largest height × width of the plan's profiles."""
+    least, largest = sizes.multiple, sizes.largest
+    return f"{least}x{least}:{shape[1]}x{shape[2]}:{largest}x{largest}"
 
 
 def _information(bundle: Bundle, name: str, precision: str) -> str:

@@ -1,13 +1,14 @@
-"""epsrt export: a checkpoint becomes a bundle."""
+"""epsrt export: a trained network becomes a bundle."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from epsrt.cli import show
+from epsrt.cli import planning, show
 from epsrt.errors import EpsrtError
 
 EXAMPLES = """\
@@ -18,14 +19,50 @@ epsrt export out/digits.safetensors out/digits.epsrt
 epsrt export cifar.safetensors cifar.epsrt --max-batch 128 --precision fp32
 
 epsrt export cifar.safetensors cifar.epsrt --threshold-ratio 0.995 --threshold-max 1.5
+
+epsrt export cifar.safetensors cifar.epsrt --sizes 8:64
+
+epsrt export --from diffusers path/to/ddpm-cifar10-32 cifar.epsrt
+
+epsrt export --from guided-diffusion 64x64_diffusion.pt imagenet.epsrt --set flags="--class_cond True --image_size 64 …"
+
+epsrt export --from denoising-diffusion-pytorch model-70.pt mine.epsrt --set image_size=32
 """
+
+FAMILIES = ("epsrt", "diffusers", "improved-diffusion", "guided-diffusion", "denoising-diffusion-pytorch")
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="*.safetensors, as epsrt train writes it.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="*.safetensors, as epsrt train writes it; else what --from names."),
+    ],
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The directory to write, NAME.epsrt.")],
+    family: Annotated[
+        str, typer.Option("--from", metavar="FAMILY", help=f"Whose network it is: {', '.join(FAMILIES)}.")
+    ] = "epsrt",
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            "-s",
+            metavar="NAME=VALUE",
+            show_default=False,
+            help='What the family\'s files do not say: null_label=10, image_size=32, flags="--image_size 64 …"; may be '
+            "repeated.",
+        ),
+    ] = None,
     precision: Annotated[list[str] | None, typer.Option(help="fp32 or fp16; may be repeated; by default both.")] = None,
-    max_batch: Annotated[int, typer.Option(help="Largest batch of the step graphs.")] = 64,
+    max_batch: Annotated[
+        int | None, typer.Option(help="Largest batch of the step graphs; by default 64, fewer above 64 × 64 pixels.")
+    ] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MULTIPLE:LARGEST",
+            help="Other heights and widths too: multiples of the first number up to the second, in pixels, e.g. 8:64.",
+        ),
+    ] = None,
     threshold_ratio: Annotated[
         float | None, typer.Option(help="Dynamic thresholding of x0: which quantile of |x0|, such as 0.995.")
     ] = None,
@@ -35,18 +72,21 @@ def export(
     opset: Annotated[int, typer.Option(help="ONNX opset, 21 or 22.")] = 21,
     as_json: show.JsonOption = False,
 ) -> None:
-    """Turn a checkpoint into a bundle. Parity with PyTorch is a gate: a miss writes nothing and exits 1."""
+    """Turn a trained network into a bundle. Parity with PyTorch is a gate: a miss writes nothing and exits 1."""
     if (threshold_ratio is None) != (threshold_max is None):
         raise EpsrtError("dynamic thresholding has two numbers: give both --threshold-ratio and --threshold-max")
     try:
         from epsrt_export import export as run
+        from epsrt_export import families
     except ModuleNotFoundError as error:
         raise EpsrtError(f'epsrt export needs {error.name}: pip install "epsrt[export,cpu]"') from None
+    source = families.load(family, checkpoint, **planning.settings(options))
     with show.progress() as tell:
         made = run(
-            checkpoint,
+            source,
             bundle,
             thresholding=None if threshold_ratio is None or threshold_max is None else (threshold_ratio, threshold_max),
+            sizes=None if sizes is None else _sizes(sizes),
             precisions=precision or ("fp32", "fp16"),
             max_batch=max_batch,
             opset=opset,
@@ -58,3 +98,10 @@ def export(
         return
     show.out().print(show.rung_table(made.parity()), "")
     typer.echo(f"{bundle}: {show.size(sum(f.size for f in m.files.values()))}, digest {m.digest[:16]}…")
+
+
+def _sizes(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", text.strip())
+    if match is None:
+        raise EpsrtError(f"--sizes {text!r} is not MULTIPLE:LARGEST, such as 8:64")
+    return int(match[1]), int(match[2])

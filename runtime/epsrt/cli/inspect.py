@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from epsrt.cli import show
@@ -36,6 +38,8 @@ def inspect(bundle: show.BundleArgument, as_json: show.JsonOption = False) -> No
     facts.add_row(
         "images", f"{' × '.join(map(str, m.shape))} (C × H × W), values {m.value_range[0]:g} … {m.value_range[1]:g}"
     )
+    if m.sizes is not None:
+        facts.add_row("sizes", f"height and width: multiples of {m.sizes.multiple} up to {m.sizes.largest}")
     facts.add_row("classes", classes)
     variance = {None: "", "learned": ", and log σ²", "learned_range": ", and log σ² as a fraction from log β̃ to log β"}
     facts.add_row("predicts", f"{m.prediction}{variance[m.variance]}")
@@ -46,15 +50,20 @@ def inspect(bundle: show.BundleArgument, as_json: show.JsonOption = False) -> No
         facts.add_row("ᾱ", f"{s.alpha_bar[0]:.6g} … {s.alpha_bar[-1]:.3g}")
     else:
         facts.add_row("α, σ", f"{alpha[0]:.6g}, {sigma[0]:.3g} … {alpha[1]:.3g}, {sigma[1]:.6g}")
+    own = m.sampling
+    how = ", ".join(f"{key} {value}" for key, value in {"spacing": own.spacing, **own.options}.items())
+    bounded = "x0 not clipped" if m.clip is None else f"x0 in ±{m.clip:g}"
+    facts.add_row("samples by", f"{own.method}, {own.steps or 'any'} steps, {how}, {bounded}")
     if m.prediction == "edm":
         facts.add_row("σ_data", f"{m.sigma_data:g}")
     facts.add_row("batch", f"1 … {m.max_batch}")
     facts.add_row("network", f"{p.network}, {p.parameters:,} parameters")
-    facts.add_row("from", f"{p.source} (sha256 {p.source_sha256[:16]}…)")
+    whose = f", {p.family}{f' {p.version}' if p.version else ''}" if p.family != "module" else ""
+    facts.add_row("from", f"{p.source}{whose}, sha256 {p.source_sha256}")
     facts.add_row("made with", ", ".join(f"{name} {version}" for name, version in p.versions.items()))
     for title, values in (("config", p.config), ("training", p.training)):
-        if values:
-            facts.add_row(title, ", ".join(f"{key} {value}" for key, value in values.items()))
+        for name, part in _parts(title, values):
+            facts.add_row(name, ", ".join(f"{key} {value}" for key, value in part.items()))
     facts.add_row("digest", m.digest)
     console.print(facts, "")
     graphs = show.table("Step graphs", "file", "precision", "features", "weights", "columns")
@@ -66,3 +75,10 @@ def inspect(bundle: show.BundleArgument, as_json: show.JsonOption = False) -> No
         files.add_row(name, show.size(entry.size), entry.sha256[:16] + "…")
     console.print(files, "")
     console.print(show.rung_table(rungs))
+
+
+def _parts(title: str, values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Plain values as rows, those in a dict of their own under its name."""
+    plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
+    nested = [(f"{title}: {key}", value) for key, value in values.items() if isinstance(value, dict) and value]
+    return ([(title, plain)] if plain else []) + nested

@@ -31,7 +31,7 @@ epsrt plan --method heun --schedule ve --prediction edm --spacing karras --steps
 
 
 def plan(
-    method: planning.MethodOption = "ddim",
+    method: planning.MethodOption = None,
     steps: planning.StepsOption = None,
     bundle: Annotated[
         Path | None, Option("--bundle", "-b", help="Take schedule, prediction and clip from it.", show_default=False)
@@ -42,7 +42,7 @@ def plan(
     prediction: Annotated[
         str | None, Option(help=f"Without a bundle, what the network returns: {', '.join(PREDICTIONS)} (epsilon).")
     ] = None,
-    spacing: planning.SpacingOption = "trailing",
+    spacing: planning.SpacingOption = None,
     timesteps: planning.TimestepsOption = None,
     eta: planning.EtaOption = None,
     variance: planning.VarianceOption = None,
@@ -67,19 +67,19 @@ def plan(
         from epsrt.sampler import plan_of
 
         m = Bundle.open(bundle).manifest
-        given = planning.options(steps, spacing, timesteps, eta, variance, clip, m.clip, more)
+        given = planning.options(steps, spacing, timesteps, eta, variance, clip, m.bound, more)
         visited, prediction, made = m.schedule, m.prediction, plan_of(m, method, **given)
     else:
         visited = Schedule("linear" if schedule is None else schedule)  # type: ignore[arg-type]
         prediction = "epsilon" if prediction is None else prediction
         given = planning.options(steps, spacing, timesteps, eta, variance, clip, 1.0, more)
-        made = make(method, visited, prediction=prediction, **given)
+        made = make(method or "ddim", visited, prediction=prediction, **given)
     if prediction == "edm":  # it is told ¼ ln σ
         t, alpha, sigma = visited.level(-4 * made["t"])
     else:
         t, (alpha, sigma) = made["t"], visited.at(made["t"])
     if out is not None:
-        title = f"{made.name}, {len(made)} rows, {spacing if timesteps is None else 'given'} timesteps"
+        title = f"{made.name}, {len(made)} rows" + (f", {spacing} timesteps" if spacing and timesteps is None else "")
         charts.save(charts.plan(visited, t, title), out)
     with np.errstate(divide="ignore"):
         log_snr = np.log(alpha / sigma)

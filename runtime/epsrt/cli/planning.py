@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from typer import Option
@@ -11,10 +12,19 @@ from epsrt.errors import EpsrtError
 from epsrt.solvers import METHODS
 from epsrt.spacing import SPACINGS
 
-MethodOption = Annotated[str, Option(help=f"The sampler: {', '.join(METHODS)}; see epsrt plan --list.")]
-StepsOption = Annotated[int | None, Option(help="How many; by default 50, or what a respacing string says.")]
+MethodOption = Annotated[
+    str | None,
+    Option(help=f"The sampler: {', '.join(METHODS)}; by default the bundle's, else ddim. See epsrt plan --list."),
+]
+StepsOption = Annotated[
+    int | None, Option(help="How many; by default the bundle's, else 50, or what a respacing string says.")
+]
 SpacingOption = Annotated[
-    str, Option(help=f"Which timesteps: {', '.join(SPACINGS)}, or a respacing string: ddim25; 10,10,15.")
+    str | None,
+    Option(
+        help=f"Which timesteps: {', '.join(SPACINGS)}, or a respacing string: ddim25; 10,10,15. By default the "
+        "bundle's, else trailing."
+    ),
 ]
 TimestepsOption = Annotated[
     str | None, Option(help="Explicit ones instead, descending, with commas: 999,640,300,120.", show_default=False)
@@ -43,11 +53,13 @@ RESERVED = ("manifest", "method", "prediction", "schedule", "spacing", "steps", 
 
 
 def options(
-    steps: int | None, spacing: str, timesteps: str | None, eta: float | None, variance: str | None, clip: bool | None,
-    bound: float, more: list[str] | None,
+    steps: int | None, spacing: str | None, timesteps: str | None, eta: float | None, variance: str | None,
+    clip: bool | None, bound: float, more: list[str] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """The keyword arguments of epsrt.solvers.make; `bound` is what --clip clips to."""
-    found: dict[str, Any] = {"steps": steps, "spacing": spacing}
+    found: dict[str, Any] = {"steps": steps}
+    if spacing is not None:
+        found["spacing"] = spacing
     if timesteps is not None:
         if steps is not None:
             raise EpsrtError("--timesteps says how many steps there are: leave --steps out")
@@ -57,13 +69,23 @@ def options(
             found[name] = value
     if clip is not None:
         found["clip"] = bound if clip else None
-    for text in more or ():
+    for name, value in settings(more).items():
+        if name in RESERVED or name in found:
+            raise EpsrtError(f"--set {name}: it has an option of its own, is the bundle's, or was given twice")
+        found[name] = value
+    return found
+
+
+def settings(texts: Iterable[str] | None) -> dict[str, Any]:
+    """NAME=VALUE, each a --set, by name. Raises EpsrtError for another form, and for a name that comes twice."""
+    found: dict[str, Any] = {}
+    for text in texts or ():
         name, equals, value = text.partition("=")
         name = name.strip()
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise EpsrtError(f"--set {text!r} is not of the form NAME=VALUE")
-        if name in RESERVED or name in found:
-            raise EpsrtError(f"--set {text!r}: {name} has an option of its own, is the bundle's, or was given twice")
+        if name in found:
+            raise EpsrtError(f"--set {name} was given twice")
         found[name] = _value(value.strip())
     return found
 

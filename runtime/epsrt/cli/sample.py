@@ -24,6 +24,8 @@ epsrt sample out/digits.epsrt --method ddpm --steps 1000 -n 64 --labels 7 --out 
 epsrt sample out/digits.epsrt --method dpmpp-2m --steps 10 --spacing karras --set rho=5
 
 epsrt sample out/digits.epsrt -n 500 --eta 0.5 --out folder/ --json
+
+epsrt sample cifar.epsrt --size 32x64 --out wide.png     (of a bundle exported with --sizes)
 """
 
 ON_GPU = 10  # steps between two looks at a GPU, at least: it takes them in chunks
@@ -31,7 +33,7 @@ ON_GPU = 10  # steps between two looks at a GPU, at least: it takes them in chun
 
 def sample(
     bundle: show.BundleArgument,
-    method: planning.MethodOption = "ddim",
+    method: planning.MethodOption = None,
     steps: planning.StepsOption = None,
     n: Annotated[int | None, Option("-n", help="How many images; by default one a label, or 10.")] = None,
     labels: Annotated[
@@ -42,7 +44,11 @@ def sample(
     init: Annotated[
         Path | None, Option(help="Images to begin from, .npz as this command writes it: for ddim-inversion.")
     ] = None,
-    spacing: planning.SpacingOption = "trailing",
+    size: Annotated[
+        str | None,
+        Option(metavar="HxW", help="Height and width, e.g. 16x24, of a bundle with sizes; by default its own."),
+    ] = None,
+    spacing: planning.SpacingOption = None,
     timesteps: planning.TimestepsOption = None,
     eta: planning.EtaOption = None,
     variance: planning.VarianceOption = None,
@@ -65,6 +71,7 @@ def sample(
     from epsrt.sampler import Sampler, plan_of
 
     opened = Bundle.open(bundle)
+    extent = None if size is None else _size(size)
     classes = _labels(labels, opened.manifest.class_names)
     images_of = None if init is None else pictures.read_samples(init)
     if n is None and images_of is not None:
@@ -72,7 +79,7 @@ def sample(
     if n is None:
         n = len(classes) if classes is not None and len(classes) > 1 else 10
     pictures.check_target(out, opened.manifest.shape[0])
-    bound = opened.manifest.clip
+    bound = opened.manifest.bound
     given = planning.options(steps, spacing, timesteps, eta, variance, clip, bound, more)
     plan = plan_of(opened.manifest, method, **given)
     with show.progress() as tell:
@@ -84,17 +91,17 @@ def sample(
         begin = time.perf_counter()
         with show.progress() as tell:
             samples = sampler.sample(
-                n, plan=plan, seed=seed, first=first, labels=chosen, init=images_of, batch=batch,
+                n, plan=plan, seed=seed, first=first, labels=chosen, init=images_of, size=extent, batch=batch,
                 on_step=lambda done, total: tell(f"{plan.name}-{len(plan)}", done / total),
                 every=max(1 if running.device == "cpu" else ON_GPU, len(plan) // 50),
             )  # fmt: skip
         seconds = time.perf_counter() - begin
         images = sampler.to_images(samples)
         report = {
-            "out": str(out), "n": n, "method": plan.name, "steps": len(plan), "seed": seed, "first": first,
-            "labels": classes, "engine": sampler.engine.name, "precision": sampler.engine.precision,
-            "seconds": round(seconds, 4), "images_per_second": round(n / seconds, 2),
-            "bundle": opened.manifest.digest,
+            "out": str(out), "n": n, "size": list(samples.shape[2:]), "method": plan.name, "steps": len(plan),
+            "seed": seed, "first": first, "labels": classes, "engine": sampler.engine.name,
+            "precision": sampler.engine.precision, "seconds": round(seconds, 4),
+            "images_per_second": round(n / seconds, 2), "bundle": opened.manifest.digest,
         }  # fmt: skip
     indices = list(range(first, first + n))
     null = opened.manifest.null_label
@@ -107,6 +114,13 @@ def sample(
             f"{out}: {n} images, {plan.name} in {len(plan)} steps on {report['engine']} {report['precision']}, "
             f"{seconds:.2f} s, {n / seconds:.1f} images/s"
         )
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text.strip().lower())
+    if match is None:
+        raise EpsrtError(f"--size {text!r} is not HEIGHTxWIDTH, such as 16x24")
+    return int(match[1]), int(match[2])
 
 
 def _labels(text: str | None, names: tuple[str, ...]) -> list[int] | None:

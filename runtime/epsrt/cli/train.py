@@ -26,7 +26,9 @@ torchrun --nproc-per-node 8 -m epsrt_trainer --preset ddpm-cifar10 --data photos
 
 def train(
     out: Annotated[Path, Option("--out", "-o", help="The checkpoint to write, *.safetensors.")],
-    preset: Annotated[str, Option(help="Network, schedule and settings: digits, digits-dit or ddpm-cifar10.")] = "digits",
+    preset: Annotated[
+        str, Option(help="Network, schedule and settings: digits, digits-dit or ddpm-cifar10.")
+    ] = "digits",
     data: Annotated[
         str | None,
         Option(

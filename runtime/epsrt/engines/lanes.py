@@ -37,9 +37,11 @@ _i32, _pointer = ctypes.c_int32, ctypes.c_void_p
 
 @dataclass(frozen=True)
 class Buffers:
-    """Device addresses that a step reads and writes, for `width` lanes. Two x and m alternate; z, label, x0 do not."""
+    """Device addresses that a step reads and writes, for `width` lanes of images of `shape`. Two x and m alternate; z,
+    label, x0 do not."""
 
     width: int
+    shape: tuple[int, int, int]  # C, H, W
     x: tuple[int, int]
     m: tuple[int, int]
     z: int
@@ -72,13 +74,13 @@ class DeviceLanes(Closing):
     """
 
     def __init__(
-        self, device: cuda.Device, shape: tuple[int, ...], columns: tuple[str, ...], batch: int, width: int,
+        self, device: cuda.Device, shape: tuple[int, int, int], columns: tuple[str, ...], batch: int, width: int,
         make: MakeRunner, chunk: int = CHUNK,
     ):  # fmt: skip
-        self.batch = batch
+        self.batch, self.shape = batch, shape
         self.capturing = True  # until a capture fails
         self._whole = True  # False while steps are given to the stream, and for good where that failed
-        self._device, self._shape, self._columns, self._width, self._chunk = device, shape, columns, width, chunk
+        self._device, self._columns, self._width, self._chunk = device, columns, width, chunk
         self._at = {name: i for i, name in enumerate(columns)}
         self._size = int(np.prod(shape))
         device.use()
@@ -99,8 +101,8 @@ class DeviceLanes(Closing):
             return made.pointer
 
         self._state = Buffers(
-            width, (memory(image), memory(image)), (memory(image), memory(image)), memory(image), memory(8 * width),
-            memory(image),
+            width, self.shape, (memory(image), memory(image)), (memory(image), memory(image)), memory(image),
+            memory(8 * width), memory(image),
         )  # fmt: skip
         self._seeds, self._indices = memory(8 * width), memory(4 * width)
         self._broken = memory(8 * width)  # step [width] int32, then t [width] float32
@@ -127,7 +129,7 @@ class DeviceLanes(Closing):
 
     def write(self, index: int, sample: Sample) -> None:
         check_lane(index, self.batch)
-        check_sample(sample, self._shape)
+        check_sample(sample, self.shape)
         init = None if sample.init is None else np.array(sample.init, np.float32)  # the caller's may change
         self._pending[index] = Sample(sample.seed, sample.index, sample.start, init, sample.label)
         self._samples[index] = sample
@@ -197,7 +199,7 @@ class DeviceLanes(Closing):
         self._stream.download(self._landing.array[image:], self._broken)
         self._stream.synchronize()
         host = self._landing.array.copy()
-        self._images[what] = host[:image].view(np.float32).reshape(self._width, *self._shape)
+        self._images[what] = host[:image].view(np.float32).reshape(self._width, *self.shape)
         self._flags = host[image:].view(np.float32).reshape(2, self._width)
 
     def _begin(self) -> None:

@@ -16,10 +16,12 @@ from epsrt.engines.protocol import (
     Images,
     Rows,
     Sample,
+    Size,
     check_batch,
     check_lane,
     check_rows,
     check_sample,
+    image_shape,
     not_finite,
 )
 from epsrt.errors import EngineError, NotFiniteError
@@ -56,10 +58,10 @@ class OnnxRuntimeCpu:
         self.max_batch = bundle.manifest.max_batch
         check_signature(self.session, bundle, graph)
 
-    def lanes(self, batch: int) -> OnnxRuntimeLanes:
-        """Lanes for `batch` samples, 1 … max_batch."""
+    def lanes(self, batch: int, size: Size | None = None) -> OnnxRuntimeLanes:
+        """See protocol.Engine."""
         check_batch(batch, self)
-        return OnnxRuntimeLanes(self, batch)
+        return OnnxRuntimeLanes(self, batch, image_shape(self.bundle, size))
 
     def close(self) -> None:
         """Nothing to release before the object goes."""
@@ -68,11 +70,11 @@ class OnnxRuntimeCpu:
 class OnnxRuntimeLanes(Closing):
     """See protocol.Lanes. Owns its NumPy buffers; two bindings of them alternate, so that x and x' only swap."""
 
-    def __init__(self, engine: OnnxRuntimeCpu, batch: int):
-        self.batch = batch
+    def __init__(self, engine: OnnxRuntimeCpu, batch: int, image: tuple[int, int, int]):
+        self.batch, self.shape = batch, image
         self._engine = engine
         self._columns = {name: i for i, name in enumerate(engine.columns)}
-        shape = (batch, *engine.bundle.manifest.shape)
+        shape = (batch, *image)
         self._x = [np.zeros(shape, np.float32) for _ in range(2)]
         self._m = [np.zeros(shape, np.float32) for _ in range(2)]
         self._x0 = np.zeros(shape, np.float32)

@@ -1,7 +1,8 @@
 """Engines "onnxruntime-cuda" and "onnxruntime-tensorrt": onnxruntime's GPU providers on device-resident lanes.
 
 Each lanes object has a session of its own, on its own stream, because a session's stream is settled when it is made,
-and of its own batch, because the shape arithmetic of a free one would run on the CPU, which no CUDA graph can hold.
+and of its own batch and size, because the shape arithmetic of free ones would run on the CPU, which no CUDA graph can
+hold.
 The CUDA provider records a CUDA graph a binding: one from x[0] to x[1], one back. What it does with them (1.31): the
 first run of each graph in a thread runs the step twice, then captures in CUDA's global mode, which an allocation in any
 thread would break that has not used cuda.Device; replays are one launch, without a synchronisation when told so. The
@@ -25,7 +26,7 @@ from epsrt.engines import cuda
 from epsrt.engines.cache import EngineCache
 from epsrt.engines.lanes import CHUNK, Buffers, DeviceLanes
 from epsrt.engines.ort_library import check_signature, ort, refuse_both_packages
-from epsrt.engines.protocol import check_batch
+from epsrt.engines.protocol import Size, check_batch, image_shape
 from epsrt.errors import EngineError, OutOfMemoryError
 
 log = logging.getLogger("epsrt")
@@ -33,9 +34,12 @@ log = logging.getLogger("epsrt")
 CUDA, TENSORRT = "onnxruntime-cuda", "onnxruntime-tensorrt"
 PROVIDERS = {CUDA: "CUDAExecutionProvider", TENSORRT: "TensorrtExecutionProvider"}
 LIBRARIES = {CUDA: "CUDA 13 and cuDNN 9", TENSORRT: "TensorRT 10, CUDA 13 and cuDNN 9"}
-BATCH = "batch"  # what the export calls the free dimension
+FREE = ("batch", "height", "width")  # what the export calls the free dimensions
 MEMORY = re.compile("failed to allocate|out of memory|alloc_failed", re.I)  # how onnxruntime says that it lacks some
 TRIALS = 20  # steps that a layout is timed over
+
+
+Shape = tuple[int, int, int]  # C, H, W
 
 
 class OnnxRuntimeCuda:
@@ -64,43 +68,45 @@ class OnnxRuntimeCuda:
         self.max_batch = bundle.manifest.max_batch
         self.chunk = CHUNK
         self._device = cuda.device()
-        self._layouts: dict[int, bool] = {}  # batch -> whether NHWC is the faster
+        self._layouts: dict[tuple[int, Shape], bool] = {}  # batch and shape -> whether NHWC is the faster
         self._tuning = threading.Lock()
         _load_libraries(name)
 
-    def lanes(self, batch: int) -> DeviceLanes:
-        """Lanes for `batch` samples, 1 … max_batch. The first of a batch size on a machine times both layouts."""
+    def lanes(self, batch: int, size: Size | None = None) -> DeviceLanes:
+        """See protocol.Engine. The first of a batch and size on a machine times both layouts."""
         check_batch(batch, self)
-        return self._lanes(batch, self._nhwc(batch))
+        shape = image_shape(self.bundle, size)
+        return self._lanes(batch, shape, self._nhwc(batch, shape))
 
     def close(self) -> None:
         """Nothing to release: sessions belong to the lanes."""
 
-    def key(self, batch: int) -> str:
-        """What holds for this graph, batch, GPU and version of onnxruntime, and may not for others."""
+    def key(self, batch: int, shape: Shape | None = None) -> str:
+        """What holds for this graph, batch, shape, GPU and version of onnxruntime, and may not for others."""
         gpu, digest = self._device.gpu, self.bundle.manifest.digest[:16]
-        return f"{ort.__version__}-{gpu.name}-{gpu.arch}-{digest}-{self.graph.file}-{batch}"
+        size = f"-{shape[1]}x{shape[2]}" if shape not in (None, self.bundle.manifest.shape) else ""
+        return f"{ort.__version__}-{gpu.name}-{gpu.arch}-{digest}-{self.graph.file}-{batch}{size}"
 
-    def _lanes(self, batch: int, nhwc: bool) -> DeviceLanes:
+    def _lanes(self, batch: int, shape: Shape, nhwc: bool) -> DeviceLanes:
         make = lambda buffers, stream: _Session(self, buffers, stream, nhwc)  # noqa: E731
-        return DeviceLanes(self._device, self.bundle.manifest.shape, self.columns, batch, batch, make, self.chunk)
+        return DeviceLanes(self._device, shape, self.columns, batch, batch, make, self.chunk)
 
-    def _nhwc(self, batch: int) -> bool:
+    def _nhwc(self, batch: int, shape: Shape) -> bool:
         """Whether convolutions run faster in NHWC, with the transpositions that it takes: measured once, remembered."""
         if self.name == TENSORRT:
             return False  # TensorRT chooses for itself
         with self._tuning:
-            if batch not in self._layouts:
-                self._layouts[batch] = self._recalled(batch)
-            return self._layouts[batch]
+            if (batch, shape) not in self._layouts:
+                self._layouts[batch, shape] = self._recalled(batch, shape)
+            return self._layouts[batch, shape]
 
-    def _recalled(self, batch: int) -> bool:
-        cache, name = EngineCache(), f"layout-{self.key(batch)}"
+    def _recalled(self, batch: int, shape: Shape) -> bool:
+        cache, name = EngineCache(), f"layout-{self.key(batch, shape)}"
         known = cache.blob(name)
         if known not in (b"nchw", b"nhwc"):
-            nchw = self._time(batch, nhwc=False)
+            nchw = self._time(batch, shape, nhwc=False)
             try:
-                nhwc = self._time(batch, nhwc=True)
+                nhwc = self._time(batch, shape, nhwc=True)
             except EngineError as error:
                 log.info("batch %d: NCHW, since NHWC fails: %s", batch, error)
                 return False  # not remembered: another time there may be the memory for it
@@ -109,9 +115,9 @@ class OnnxRuntimeCuda:
             cache.keep_blob(name, known)
         return known == b"nhwc"
 
-    def _time(self, batch: int, nhwc: bool) -> float:
+    def _time(self, batch: int, shape: Shape, nhwc: bool) -> float:
         """Milliseconds a step."""
-        with self._lanes(batch, nhwc) as lanes:
+        with self._lanes(batch, shape, nhwc) as lanes:
             return lanes.time_steps(TRIALS)
 
 
@@ -131,7 +137,7 @@ class _Session:
         self._row_bytes = 4 * buffers.width * len(engine.columns)
         self._row = cuda.Memory(self._row_bytes, f"a batch of {buffers.width}")
         try:
-            self._session = self._open(engine, buffers.width, stream, nhwc)
+            self._session = self._open(engine, buffers, stream, nhwc)
             self._bindings = [self._bind(engine, buffers, now) for now in (0, 1)]
         except BaseException:
             self.close()
@@ -162,20 +168,23 @@ class _Session:
             where += f" ({free} of {total} MiB of the GPU are free)"
         return kind(f"onnxruntime {what} {where}: {reason}")
 
-    def _open(self, engine: OnnxRuntimeCuda, width: int, stream: cuda.Stream, nhwc: bool) -> Any:
+    def _open(self, engine: OnnxRuntimeCuda, buffers: Buffers, stream: cuda.Stream, nhwc: bool) -> Any:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        options.add_free_dimension_override_by_name(BATCH, width)
+        width, shape = buffers.width, buffers.shape
+        extents = (width,) if engine.bundle.manifest.sizes is None else (width, *shape[1:])
+        for name, extent in zip(FREE, extents, strict=False):
+            options.add_free_dimension_override_by_name(name, extent)
         on_cuda = "CUDAExecutionProvider", _cuda_options(engine, stream, nhwc)
         with self._device.setup:
             if engine.name == CUDA:
                 session = self._make(engine, options, [on_cuda])
             else:
-                with EngineCache().kept_by(f"{TENSORRT}-{engine.key(width)}") as folder:
+                with EngineCache().kept_by(f"{TENSORRT}-{engine.key(width, shape)}") as folder:
                     on_tensorrt = engine.provider, _tensorrt_options(engine, stream, str(folder))
                     session = self._make(engine, options, [on_tensorrt, on_cuda])
-        check_signature(session, engine.bundle, engine.graph, width)
+        check_signature(session, engine.bundle, engine.graph, width, shape)
         return session
 
     def _make(self, engine: OnnxRuntimeCuda, options: Any, providers: list[tuple[str, dict[str, str]]]) -> Any:
@@ -190,7 +199,7 @@ class _Session:
         raise self._failure("cannot run", reason if MEMORY.search(reason) else reason + needs)
 
     def _bind(self, engine: OnnxRuntimeCuda, b: Buffers, now: int) -> Any:
-        image = [b.width, *engine.bundle.manifest.shape]
+        image = [b.width, *b.shape]
         binding = self._session.io_binding()
         for name, address in {"x": b.x[now], "m": b.m[now], "z": b.z}.items():
             binding.bind_input(name, "cuda", 0, np.float32, image, address)

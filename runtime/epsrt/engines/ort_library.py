@@ -24,9 +24,16 @@ def refuse_both_packages() -> None:
         raise EngineError(sentence)
 
 
-def check_signature(session: Any, bundle: Bundle, graph: Graph, batch: int | None = None) -> None:
-    """Raw pointers are bound, so inputs and outputs must be what the manifest says. batch: None where it is free."""
-    image: list[int | None] = [batch, *bundle.manifest.shape]
+def check_signature(
+    session: Any, bundle: Bundle, graph: Graph, batch: int | None = None, shape: tuple[int, int, int] | None = None
+) -> None:
+    """Raw pointers are bound, so inputs and outputs must be what the manifest says.
+
+    batch, shape  None where they are free; of a shape C is not, nor are H and W in a bundle without sizes
+    """
+    m = bundle.manifest
+    own: tuple[int | None, ...] = m.shape if m.sizes is None else (m.shape[0], None, None)
+    image = [batch, *(own if shape is None else shape)]
     want: dict[str, tuple[str, list[int | None]]] = dict.fromkeys("xmz", ("tensor(float)", image))
     want["rows"] = ("tensor(float)", [batch, len(graph.columns)])
     if bundle.labelled:

@@ -116,6 +116,8 @@ def _key(lib: Library, bundle: Bundle, graph: Graph, options: BuildOptions) -> K
             raise EngineError(f"{lib} builds refittable and weight-stripped plans on a GPU alone: {error}") from None
     flags = asdict(options)
     del flags["profiles"], flags["targets"]
+    if (sizes := bundle.manifest.sizes) is not None:
+        flags["sizes"] = f"{sizes.multiple}:{sizes.largest}"  # of its profiles, beside their batches
     if lib.targets:
         gpu, capabilities = "", targets_of(lib, options.targets)
     else:

@@ -15,6 +15,7 @@ from epsrt.errors import EngineError
 
 Rows = NDArray[np.float32]
 Images = NDArray[np.float32]
+Size = tuple[int, ...]  # height and width, in pixels
 
 
 class Closing(ABC):
@@ -50,6 +51,7 @@ class Lanes(Protocol):
     """An engine's batch; the state lives on the device. A context manager, for one thread, that owns its stream."""
 
     batch: int
+    shape: tuple[int, int, int]  # C, H, W of its images
 
     def write(self, index: int, sample: Sample) -> None:
         """Begin a sample in lane `index`; the other lanes are not touched."""
@@ -89,7 +91,11 @@ class Engine(Protocol):
     max_batch: int
     batch_limit: str  # what set max_batch, e.g. "the bundle's largest"
 
-    def lanes(self, batch: int) -> Lanes: ...
+    def lanes(self, batch: int, size: Size | None = None) -> Lanes:
+        """Lanes for `batch` images of a height and width, those of the manifest's shape where none are given.
+
+        Raises EngineError for a batch or a size that the engine does not take.
+        """
 
     def close(self) -> None: ...
 
@@ -98,6 +104,31 @@ def check_batch(batch: int, engine: Engine) -> None:
     """Raise EngineError unless the engine has lanes for `batch` samples."""
     if not 1 <= batch <= engine.max_batch:
         raise EngineError(f"a batch of {batch} is outside 1 … {engine.max_batch}, {engine.batch_limit}")
+
+
+def image_shape(bundle: Bundle, size: Size | None) -> tuple[int, int, int]:
+    """C, H, W of a bundle's images of a size; None: its own.
+
+    Raises EngineError for one that the bundle's step graphs do not take.
+    """
+    channels, *own = bundle.manifest.shape
+    size, sizes = tuple(own if size is None else size), bundle.manifest.sizes
+    if len(size) != 2 or not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in size):
+        raise EngineError(f"size = {size} is not (height, width), two whole numbers of pixels")
+    height, width = map(int, size)
+    if [height, width] == own:
+        return channels, height, width
+    what = f"a size of {height} × {width}"
+    if sizes is None:
+        raise EngineError(
+            f"{what} is not {own[0]} × {own[1]}, the one that {bundle.path.name} has: export it with sizes for others"
+        )
+    if not all(sizes.multiple <= n <= sizes.largest and n % sizes.multiple == 0 for n in (height, width)):
+        raise EngineError(
+            f"{what} is none of {bundle.path.name}: height and width are multiples of {sizes.multiple} up to "
+            f"{sizes.largest}"
+        )
+    return channels, height, width
 
 
 def check_lane(index: int, batch: int) -> None:

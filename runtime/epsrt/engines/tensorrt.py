@@ -10,7 +10,7 @@ from typing import Any
 from epsrt.bundle import Bundle, Graph
 from epsrt.engines import cuda
 from epsrt.engines.lanes import CHUNK, Buffers, DeviceLanes
-from epsrt.engines.protocol import check_batch
+from epsrt.engines.protocol import Size, check_batch, image_shape
 from epsrt.engines.trt_library import Library, make_logger
 from epsrt.errors import EngineError
 
@@ -60,11 +60,11 @@ class TensorRt:
         self.batch_limit = f'the largest of the plan\'s batch profiles, {named} (another: "epsrt build --batch")'
         self._cache = self._runtime_cache(compiled)
 
-    def lanes(self, batch: int) -> DeviceLanes:
-        """Lanes for `batch` samples, 1 … max_batch; below a profile's least batch, the lanes beyond it idle."""
+    def lanes(self, batch: int, size: Size | None = None) -> DeviceLanes:
+        """See protocol.Engine; below a profile's least batch, the lanes beyond it idle."""
         check_batch(batch, self)
+        shape = image_shape(self.bundle, size)
         profile, width = choose_profile(self.profiles, batch)
-        shape = self.bundle.manifest.shape
         make = lambda buffers, stream: _Context(self, profile, buffers, stream)  # noqa: E731
         made = DeviceLanes(self._device, shape, self.columns, batch, width, make, self.chunk)
         self._keep_compiled()
@@ -114,7 +114,8 @@ class TensorRt:
     def _check_signature(self) -> None:
         """Raw addresses are bound, so the plan's tensors must be what the manifest says."""
         trt, engine = self._library.module, self.engine
-        image = (-1, *self.bundle.manifest.shape)
+        m = self.bundle.manifest
+        image = (-1, *m.shape) if m.sizes is None else (-1, m.shape[0], -1, -1)
         want: dict[str, tuple[tuple[int, ...], Any]]
         want = dict.fromkeys(("x", "m", "z", "x_next", "m_next", "x0"), (image, trt.DataType.FLOAT))
         want["rows"] = ((-1, len(self.columns)), trt.DataType.FLOAT)
@@ -155,7 +156,7 @@ class _Context:
 
     def __init__(self, engine: TensorRt, profile: int, buffers: Buffers, stream: cuda.Stream):
         self._engine, self._buffers, self._handle = engine, buffers, stream.handle
-        width, image = buffers.width, (buffers.width, *engine.bundle.manifest.shape)
+        width, image = buffers.width, (buffers.width, *buffers.shape)
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("x", "m", "z"), image)
         shapes["rows"] = (width, len(engine.columns))
         fixed = {"z": buffers.z, "x0": buffers.x0}

@@ -96,8 +96,8 @@ def build(
         profile = builder.create_optimization_profile()
         for i in range(network.num_inputs):
             tensor = network.get_input(i)
-            image = tuple(tensor.shape)[1:]
-            profile.set_shape(tensor.name, (least, *image), (likely, *image), (most, *image))
+            small, usual, large = _extents(bundle, tuple(tensor.shape)[1:])
+            profile.set_shape(tensor.name, (least, *small), (likely, *usual), (most, *large))
         if config.add_optimization_profile(profile) < 0:
             raise EngineError(f"{library} refuses batches {least}:{likely}:{most}: {logger.told()}")
     cache = None
@@ -115,6 +115,15 @@ def build(
     timed = b"" if cache is None else bytes(cache.serialize())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     return Built(bytes(plan), layers, time.perf_counter() - begin, peak, timed)
+
+
+def _extents(bundle: Bundle, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The least, likely and largest extents of an input beside its batch: what is free in it is height and width."""
+    m = bundle.manifest
+    if m.sizes is None or len(shape) != len(m.shape):
+        return shape, shape, shape
+    channels, least, most = shape[0], m.sizes.multiple, m.sizes.largest
+    return (channels, least, least), m.shape, (channels, most, most)
 
 
 def describe(library: Library, bundle: Bundle, graph: Graph) -> list[dict[str, Any]]:

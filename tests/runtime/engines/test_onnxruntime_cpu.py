@@ -464,3 +464,34 @@ class TestNotFinite:
             pytest.raises(NotFiniteError, match=r"since its step 1 \(t = 99"),
         ):
             sampler.sample(1, steps=4)
+
+
+class TestSizes:
+    def test_lanes_of_several_sizes_share_an_engine(self, sized_bundle_path):
+        opened = open_engine(Bundle.open(sized_bundle_path), "onnxruntime", threads=1)
+        row = idle_row(opened.columns)
+        with opened.lanes(2) as own, opened.lanes(2, (8, 8)) as same, opened.lanes(3, (24, 4)) as tall:
+            assert own.shape == same.shape == (1, 8, 8)
+            assert tall.shape == (1, 24, 4)
+            for lanes in (own, same, tall):
+                lanes.write(1, Sample(seed=4))
+                before = lanes.read(1)
+                lanes.advance(np.tile(row, (2, lanes.batch, 1)))
+                np.testing.assert_array_equal(lanes.read(1), before)
+                assert before.shape == lanes.shape
+            np.testing.assert_array_equal(own.read(1), same.read(1))
+            with pytest.raises(EngineError, match=r"init has shape \[1, 8, 8\], the network wants \[1, 24, 4\]"):
+                tall.write(0, Sample(init=np.zeros((1, 8, 8), np.float32)))
+
+    def test_other_sizes_are_refused(self, engine, sized_bundle_path):
+        opened = open_engine(Bundle.open(sized_bundle_path), "onnxruntime", threads=1)
+        with pytest.raises(EngineError, match="a size of 8 × 6 is none of sized.epsrt: .* multiples of 4 up to 24"):
+            opened.lanes(1, (8, 6))
+        with pytest.raises(EngineError, match="a size of 16 × 8 is not 8 × 8, the one that tiny.epsrt has"):
+            engine.lanes(1, (16, 8))
+
+    def test_a_graph_that_fixes_what_the_manifest_frees_is_refused(self, copy_of, small_bundle_path):
+        path = copy_of(small_bundle_path)
+        forge(path, lambda manifest: manifest.update(sizes={"multiple": 4, "largest": 24}))
+        with pytest.raises(EngineError, match=r"x is .*8, 8\].*, the manifest implies .*: export the bundle again"):
+            open_engine(Bundle.open(path), "onnxruntime", threads=1)

@@ -1,0 +1,28 @@
+"""epsrt's own checkpoints, as epsrt train writes them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import msgspec
+
+from epsrt_export.source import Source
+from epsrt_trainer.checkpoint import Checkpoint, load_checkpoint
+
+
+def load(path: str | Path) -> Source:
+    """The source at `path` (*.safetensors). Raises BundleError where it is not a whole checkpoint."""
+    return of(load_checkpoint(path))
+
+
+def of(checkpoint: Checkpoint) -> Source:
+    """A loaded checkpoint as a source."""
+    c, config = checkpoint, checkpoint.config
+    return Source(
+        c.network, c.schedule, (config.image_channels, config.image_size, config.image_size),
+        prediction=c.prediction, value_range=c.value_range, classes=config.classes, class_names=c.class_names or (),
+        null_label=config.classes if config.null_label else None,
+        family="epsrt", name=Path(c.path).name, sha256=c.sha256,
+        config=dataclasses.asdict(config), training=msgspec.to_builtins(c.training),
+    )  # fmt: skip

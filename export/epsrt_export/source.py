@@ -1,0 +1,140 @@
+"""Source: a trained network with everything that its owner's files say of it. What the export begins with."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from torch import nn
+
+from epsrt.bundle import LearnedVariance, Sampling
+from epsrt.errors import EpsrtError, typed
+from epsrt.levels import visit
+from epsrt.plan import CLIP_OFF
+from epsrt.schedule import Schedule
+from epsrt_export.stepgraph import DynamicThreshold
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A network, what it was trained for, and where it came from. Raises EpsrtError where these do not fit together.
+
+    network       forward(x [B, C, H, W], t [B] float32[, label [B] int64]) -> [B, C, H, W], float32
+    schedule      of the training; t is one of its timesteps
+    shape         C, H, W
+    prediction    what forward returns: epsilon, x0, v, score, edm or velocity, as in epsrt.levels.Network; of edm,
+                  forward takes ¼ ln σ for t, and c_in·x
+    value_range   of its images, to make pictures of them
+    clip          x0 is bounded to [−clip, clip] in each step where a caller says nothing; "range": to the largest
+                  |value| of value_range; None: not at all
+    classes       0: forward takes no label. `null_label`: the label that means "none", where the network knows one
+    class_names   one each, or none
+    variance      forward returns [B, 2C, H, W], and the second half is log σ² of a step (learned; diffusers' scheduler
+                  of that name wants σ² itself), or says where log σ² lies between log β̃ at −1 and log β at 1
+                  (learned_range; arXiv 2102.09672, eq. 15)
+    thresholding  (ratio, maximum): x0 is scaled to `clip` by the `ratio` quantile of its |values|, at most `maximum`
+                  times that, and not merely clipped (arXiv 2205.11487, section 2.3), in every sampler
+    sigma_data    of edm: the data's standard deviation, with which it is preconditioned (arXiv 2206.00364, table 1)
+    sampling      how its owner samples: the defaults of a plan
+
+    family        whose format it was in: "epsrt", "diffusers", …; "module" of a bare module
+    name          of the file or folder that it was read from
+    version       of the program that wrote it, as the files say; "" where they do not
+    sha256        of the weights file; of a bare module, "" stands for its weights'
+    origin        the class of the network as its owner knows it; "" stands for network's own
+    config        plain values: the network's, the scheduler's
+    training      plain values: what is known of the training
+    """
+
+    network: nn.Module
+    schedule: Schedule
+    shape: tuple[int, int, int]
+    prediction: str = "epsilon"
+    value_range: tuple[float, float] = (-1.0, 1.0)
+    clip: float | str | None = "range"
+    classes: int = 0
+    null_label: int | None = None
+    class_names: Sequence[str] = ()
+    variance: LearnedVariance | None = None
+    thresholding: tuple[float, float] | None = None
+    sigma_data: float = 0.5
+    sampling: Sampling = field(default_factory=Sampling)
+    family: str = "module"
+    name: str = "module"
+    version: str = ""
+    sha256: str = ""
+    origin: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape, classes, null_label = tuple(self.shape), self.classes, self.null_label
+        if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+            raise EpsrtError(f"shape = {list(shape)} is not C, H, W")
+        object.__setattr__(self, "value_range", tuple(float(v) for v in self.value_range))
+        if len(self.value_range) != 2 or not self.value_range[0] < self.value_range[1]:
+            raise EpsrtError(f"value_range = {list(self.value_range)} does not ascend")
+        if isinstance(self.clip, str) and self.clip != "range":
+            raise EpsrtError(f'clip = {self.clip!r} is unknown: use a bound, "range" or None')
+        if classes < 0:
+            raise EpsrtError(f"classes = {classes} is negative: give 0 for an unconditional network")
+        if len(self.class_names) not in (0, classes):
+            raise EpsrtError(f"{len(self.class_names)} class names for {classes} classes: give one each, or none")
+        if null_label is not None and not (classes and 0 <= null_label <= classes):
+            raise EpsrtError(f"null_label = {null_label} is outside 0 … {classes} (or the network has no classes)")
+        if self.variance is not None and self.variance not in get_args(LearnedVariance):
+            known = " or ".join(get_args(LearnedVariance))
+            raise EpsrtError(
+                f"variance {self.variance!r} is unknown: use {known} where the network returns one, or None"
+            )
+        if self.threshold is not None:  # refused now, where TensorRT could not build it later
+            self.threshold.k(math.prod(shape))
+        noisiest = [self.schedule.span[1]]
+        visit(self.schedule, noisiest, prediction=self.prediction, sigma_data=self.sigma_data, clip=self.bound)
+
+    @property
+    def bound(self) -> float | None:
+        """`clip` as a number."""
+        if isinstance(self.clip, str):
+            return max(abs(float(v)) for v in self.value_range)
+        return None if self.clip is None else float(typed("clip", self.clip, 0.0))
+
+    @property
+    def threshold(self) -> DynamicThreshold | None:
+        """`thresholding`, checked."""
+        if self.thresholding is None:
+            return None
+        try:
+            ratio, maximum = map(float, self.thresholding)
+        except (TypeError, ValueError):
+            raise EpsrtError(
+                f"thresholding = {self.thresholding!r} is not (ratio, maximum), such as (0.995, 1.5)"
+            ) from None
+        if not 0 < ratio <= 1:
+            raise EpsrtError(f"thresholding ratio = {ratio} is outside (0, 1]: 0.995 is usual")
+        if not 1 <= maximum < math.inf:
+            raise EpsrtError(f"thresholding maximum = {maximum} is below 1 or not finite: at 1, x0 is merely clipped")
+        bound = self.bound
+        if bound is None or bound >= CLIP_OFF:
+            raise EpsrtError("thresholding scales x0 to the bound that clip gives, and clip is None: give one")
+        return DynamicThreshold(ratio, maximum, bound)
+
+    @property
+    def weights_sha256(self) -> str:
+        """sha256, or where there is no file that of the module's weights, names included."""
+        if self.sha256:
+            return self.sha256
+        hasher = hashlib.sha256()
+        for name, tensor in self.network.state_dict().items():
+            hasher.update(name.encode())
+            hasher.update(tensor.cpu().contiguous().numpy().tobytes())
+        return hasher.hexdigest()
+
+    @property
+    def kind(self) -> str:
+        """The network's class."""
+        own = type(self.network)
+        return self.origin or f"{own.__module__}.{own.__qualname__}"
