@@ -1,0 +1,539 @@
+"""Networks of improved- and guided-diffusion: equal to OpenAI's own, told by their flags, read without unpickling."""
+
+import math
+import os
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from foreign import guided_unet
+from safetensors.torch import save_file
+from torch import nn
+
+from epsrt import BundleError, EpsrtError, Schedule
+from epsrt.bundle import Sampling
+from epsrt.files import sha256
+from epsrt.spacing import timesteps
+from epsrt_export.families import load, openai, statedict
+from epsrt_export.families.adm import ADMConfig, ADMUNet
+from epsrt_export.families.openai import guided, improved
+from epsrt_export.precision import half_copy
+from epsrt_export.redraw import redraw
+
+SMALL = ADMConfig(
+    image_size=16, num_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(8,), num_heads=4
+)
+FLAGS = {"image_size": 16, "num_channels": 32, "channel_mult": "1,2", "num_res_blocks": 1, "attention_resolutions": "8"}
+
+# MODEL_FLAGS and DIFFUSION_FLAGS of the READMEs, and how many parameters the network has
+PUBLISHED = {
+    "cifar10_uncond_50M_500K": (
+        "improved-diffusion", 52_546_438,
+        "--image_size 32 --num_channels 128 --num_res_blocks 3 --learn_sigma True --dropout 0.3 "
+        "--diffusion_steps 4000 --noise_schedule cosine",
+    ),
+    "imagenet64_cond_270M_250K": (
+        "improved-diffusion", 273_049_350,
+        "--image_size 64 --num_channels 192 --num_res_blocks 3 --learn_sigma True --class_cond True "
+        "--diffusion_steps 4000 --noise_schedule cosine --rescale_learned_sigmas False --rescale_timesteps False",
+    ),
+    "lsun_uncond_100M_2400K_bs64": (
+        "improved-diffusion", 113_676_678,
+        "--image_size 256 --num_channels 128 --num_res_blocks 2 --num_heads 1 --learn_sigma True "
+        "--use_scale_shift_norm False --attention_resolutions 16 --diffusion_steps 1000 --noise_schedule linear "
+        "--rescale_learned_sigmas False --rescale_timesteps False --use_scale_shift_norm False",
+    ),
+    "64x64_diffusion": (
+        "guided-diffusion", 295_904_454,
+        "--attention_resolutions 32,16,8 --class_cond True --diffusion_steps 1000 --dropout 0.1 --image_size 64 "
+        "--learn_sigma True --noise_schedule cosine --num_channels 192 --num_head_channels 64 --num_res_blocks 3 "
+        "--resblock_updown True --use_new_attention_order True --use_fp16 True --use_scale_shift_norm True",
+    ),
+    "128x128_diffusion": (
+        "guided-diffusion", 421_529_606,
+        "--attention_resolutions 32,16,8 --class_cond True --diffusion_steps 1000 --image_size 128 --learn_sigma True "
+        "--noise_schedule linear --num_channels 256 --num_heads 4 --num_res_blocks 2 --resblock_updown True "
+        "--use_fp16 True --use_scale_shift_norm True",
+    ),
+    "256x256_diffusion_uncond": (
+        "guided-diffusion", 552_814_086,
+        "--attention_resolutions 32,16,8 --class_cond False --diffusion_steps 1000 --image_size 256 --learn_sigma True "
+        "--noise_schedule linear --num_channels 256 --num_head_channels 64 --num_res_blocks 2 --resblock_updown True "
+        "--use_fp16 True --use_scale_shift_norm True",
+    ),
+    "512x512_diffusion": (
+        "guided-diffusion", 558_997_638,
+        "--attention_resolutions 32,16,8 --class_cond True --diffusion_steps 1000 --image_size 512 --learn_sigma True "
+        "--noise_schedule linear --num_channels 256 --num_head_channels 64 --num_res_blocks 2 --resblock_updown True "
+        "--use_fp16 False --use_scale_shift_norm True",
+    ),
+}  # fmt: skip
+
+
+def config_of(family, **flags):
+    defaults, mults = (
+        (openai.GUIDED, openai.GUIDED_MULT) if family == "guided-diffusion" else (openai.IMPROVED, openai.IMPROVED_MULT)
+    )
+    return openai._network(family, openai._flags(family, defaults, flags), mults)
+
+
+def theirs(c: ADMConfig) -> nn.Module:
+    """OpenAI's network of that shape, called as forward(t, x, y)."""
+    return guided_unet()(
+        c.image_size, c.in_channels, c.num_channels, c.in_channels * (1 + c.learn_sigma), c.num_res_blocks,
+        [c.image_size // r for r in c.attention_resolutions], channel_mult=c.channel_mult,
+        conv_resample=c.conv_resample, num_classes=c.num_classes or None, num_heads=c.num_heads,
+        num_head_channels=c.num_head_channels, num_heads_upsample=c.num_heads_upsample,
+        use_scale_shift_norm=c.use_scale_shift_norm, resblock_updown=c.resblock_updown,
+        use_new_attention_order=c.use_new_attention_order,
+    ).eval()  # fmt: skip
+
+
+def drawn(shapes, seed=0):
+    """A state dict as trained weights are: none zero, features of about one."""
+    generator, state = torch.Generator().manual_seed(seed), OrderedDict()
+    for name, tensor in shapes.items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        if tensor.dim() > 1:
+            state[name] = noise / math.sqrt(tensor[0].numel())
+        else:
+            state[name] = 0.1 * noise + (1.0 if name.endswith("weight") else 0.0)
+    return state
+
+
+def ours(config, seed=0):
+    network = ADMUNet(config)
+    network.load_state_dict(drawn(network.state_dict(), seed))
+    return network.eval()
+
+
+def inputs(c, n=4, height=None, width=None, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, c.in_channels, height or c.image_size, width or c.image_size, generator=generator)
+    t = torch.linspace(0, 999, n).round()
+    return x, t, *((torch.arange(n) % c.num_classes,) if c.num_classes else ())
+
+
+def rel(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def small(**changes):
+    return ADMConfig(**{**vars(SMALL), **changes})
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """saved(config, …) is a file as owners have it: an OrderedDict of tensors by torch.save."""
+
+    def save(config=SMALL, seed=0, name="ema_0.9999_500000.pt", change=lambda state: state, **how):
+        path = tmp_path / name
+        torch.save(change(drawn(ADMUNet(config).state_dict(), seed)), path, **how)
+        return path
+
+    return save
+
+
+class TestNetwork:
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"use_new_attention_order": True},
+            {"resblock_updown": True, "attention_resolutions": (16, 8)},
+            {"use_scale_shift_norm": False},
+            {"num_classes": 10},
+            {"num_head_channels": 16},
+            {"num_head_channels": 16, "use_new_attention_order": True, "resblock_updown": True, "num_classes": 3},
+            {"num_heads_upsample": 2},
+            {"conv_resample": False},
+            {"learn_sigma": True, "dropout": 0.3},
+            {"channel_mult": (0.5, 1, 3), "num_channels": 64, "num_res_blocks": 2},
+            {"in_channels": 1, "channel_mult": (1,), "attention_resolutions": (7,)},
+        ],
+        ids=lambda changes: ",".join(changes) or "default",
+    )
+    def test_equals_openais_with_their_state_dict(self, changes):
+        config = small(**changes)
+        reference, network = theirs(config), ADMUNet(config).eval()
+        state = drawn(reference.state_dict())
+        reference.load_state_dict(state, strict=True)
+        network.load_state_dict(state, strict=True)
+        assert list(network.state_dict()) == list(state)
+        x, t, *label = inputs(config)
+        with torch.no_grad():
+            out, want = network(x, t, *label), reference(t, x, *label)
+        assert out.shape == (4, config.in_channels * (1 + config.learn_sigma), 16, 16)
+        assert 0.2 < float(want.square().mean().sqrt()) < 5
+        assert rel(out, want) < 1e-6
+
+    def test_other_heights_and_widths(self):
+        config = small(use_new_attention_order=True)
+        reference, network = theirs(config), ours(config)
+        reference.load_state_dict(network.state_dict())
+        x, t = inputs(config, 2, 8, 24)
+        with torch.no_grad():
+            assert rel(network(x, t), reference(t, x)) < 1e-6
+
+    def test_time_and_heads_matter(self):
+        """What has no weights of its own: were it without effect, the equalities above would prove little."""
+        x, t = inputs(SMALL)
+        with torch.no_grad():
+            out = ours(SMALL)(x, t)
+            assert rel(ours(SMALL)(x, t + 1), out) > 1e-3
+            for changes in ({"num_heads": 2}, {"num_heads_upsample": 1}, {"use_new_attention_order": True}):
+                assert rel(ours(small(**changes))(x, t), out) > 1e-3
+
+    @pytest.mark.parametrize("changes", [{}, {"resblock_updown": True, "num_classes": 5, "learn_sigma": True}])
+    def test_half_copy_computes_the_same(self, changes):
+        config = small(**changes)
+        network = ours(config)
+        x, t, *label = inputs(config)
+        with torch.no_grad():
+            half = half_copy(network)(x.half(), t, *label)
+            assert half.dtype == torch.float16
+            assert rel(half, network(x, t, *label)) < 2e-3
+
+    @pytest.mark.parametrize("name", PUBLISHED)
+    def test_published_networks_have_their_tensors(self, name):
+        family, parameters, flags = PUBLISHED[name]
+        config = config_of(family, flags=flags)
+        with torch.device("meta"):
+            network, reference = ADMUNet(config), theirs(config)
+        assert sum(p.numel() for p in network.parameters()) == parameters
+        shapes, wanted = ({name: tensor.shape for name, tensor in n.state_dict().items()} for n in (network, reference))
+        assert shapes == wanted
+
+    def test_labels_are_asked_for(self):
+        x, t = inputs(SMALL)
+        with pytest.raises(EpsrtError, match="5 classes and no label do not fit"):
+            ours(small(num_classes=5))(x, t)
+        with pytest.raises(EpsrtError, match="0 classes and a label do not fit"):
+            ours(SMALL)(x, t, torch.zeros(4, dtype=torch.int64))
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"num_res_blocks": 0}, "num_res_blocks = 0 makes no network"),
+            ({"num_channels": 48}, "levels of [48, 96] channels: the norms need multiples of 32"),
+            ({"channel_mult": ()}, "gives levels of [] channels"),
+            ({"image_size": 9}, "image_size = 9 cannot be halved 1 times: shorten channel_mult"),
+            ({"attention_resolutions": (8, 0)}, "attention_resolutions names 0"),
+            ({"dropout": 1.0}, "dropout = 1.0 is outside"),
+            ({"num_heads": 3}, "num_heads = 3 does not divide the 64 channels"),
+            ({"num_heads_upsample": 0}, "num_heads_upsample = 0 does not divide"),
+            ({"num_head_channels": 48}, "num_head_channels = 48 does not divide the 64 channels"),
+        ],
+    )
+    def test_shapes_that_are_none(self, changes, message):
+        with pytest.raises(EpsrtError) as error:
+            small(**changes)
+        assert message in str(error.value)
+
+
+class TestFlags:
+    def test_of_a_readme(self):
+        family, _, flags = PUBLISHED["64x64_diffusion"]
+        assert config_of(family, flags=flags) == ADMConfig(
+            image_size=64, num_channels=192, channel_mult=(1, 2, 3, 4), num_res_blocks=3,
+            attention_resolutions=(32, 16, 8), num_head_channels=64, num_classes=1000, learn_sigma=True, dropout=0.1,
+            resblock_updown=True, use_new_attention_order=True,
+        )  # fmt: skip
+        family, _, flags = PUBLISHED["cifar10_uncond_50M_500K"]
+        assert config_of(family, flags=flags) == ADMConfig(
+            image_size=32, channel_mult=(1, 2, 2, 2), num_res_blocks=3, learn_sigma=True, dropout=0.3, time_scale=0.25
+        )
+        family, _, flags = PUBLISHED["512x512_diffusion"]
+        assert config_of(family, flags=flags).widths == (128, 256, 256, 512, 512, 1024, 1024)
+
+    def test_defaults_are_each_repositorys(self):
+        assert config_of("guided-diffusion") == config_of("improved-diffusion") == ADMConfig()
+        assert config_of("guided-diffusion", diffusion_steps=4000).time_scale == 1.0
+        assert config_of("improved-diffusion", diffusion_steps=4000).time_scale == 0.25
+
+    def test_values_are_of_any_kind(self):
+        typed = {
+            "class_cond": True,
+            "num_classes": 7,
+            "dropout": 0.5,
+            "attention_resolutions": 8,
+            "channel_mult": [1, 2],
+        }
+        texts = {
+            "class_cond": "true", "num_classes": "7", "dropout": "0.5", "attention_resolutions": "8",
+            "channel_mult": "1,2",
+        }  # fmt: skip
+        line = "--class_cond=yes --num_classes 7 --dropout 5e-1 --attention_resolutions 8 --channel_mult '1, 2'"
+        first = config_of("guided-diffusion", **typed)
+        assert first == config_of("guided-diffusion", **texts) == config_of("guided-diffusion", flags=line)
+        assert (first.num_classes, first.attention_resolutions, first.channel_mult) == (7, (8,), (1, 2))
+        assert config_of("guided-diffusion", flags=line, num_classes=9).num_classes == 9
+        assert config_of("guided-diffusion", flags="--num_head_channels -1").num_head_channels == -1
+
+    @pytest.mark.parametrize("T", [1000, 4000, 37])
+    def test_schedules_are_the_papers(self, T):
+        scale = 1000 / T  # get_named_beta_schedule
+        linear = np.linspace(scale * 0.0001, scale * 0.02, T)
+        np.testing.assert_array_equal(self.schedule(diffusion_steps=T).beta, linear)
+
+        def bar(t):
+            return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+        cosine = [min(1 - bar((i + 1) / T) / bar(i / T), 0.999) for i in range(T)]
+        schedule = self.schedule(diffusion_steps=T, noise_schedule="cosine")
+        np.testing.assert_allclose(schedule.beta, cosine, rtol=1e-10)
+        assert schedule == Schedule("cosine", T)
+
+    @staticmethod
+    def schedule(**flags):
+        return openai._diffusion(openai._flags("guided-diffusion", openai.GUIDED, flags))[0]
+
+    @pytest.mark.parametrize(
+        ("flags", "method", "visits", "variance", "count"),
+        [
+            ("", "ddpm", (1000, "trailing"), "fixed_large", 1000),
+            ("--sigma_small True", "ddpm", (1000, "trailing"), "fixed_small", 1000),
+            ("--learn_sigma True --timestep_respacing 250", "ddpm", (None, "250"), None, 250),
+            ("--learn_sigma True --timestep_respacing '10, 10,15'", "ddpm", (None, "10,10,15"), None, 35),
+            ("--learn_sigma True --timestep_respacing ddim25", "ddim", (None, "ddim25"), None, 25),
+            ("--learn_sigma True --use_ddim True", "ddim", (1000, "trailing"), None, 1000),
+            ("--use_ddim False --timestep_respacing ddim25", "ddpm", (None, "ddim25"), "fixed_large", 25),
+            ("--use_ddim True --timestep_respacing 50 --sigma_small y", "ddim", (None, "50"), "fixed_small", 50),
+        ],
+    )
+    def test_sampling_is_the_scripts(self, flags, method, visits, variance, count):
+        schedule, found = openai._diffusion(openai._flags("guided-diffusion", openai.GUIDED, {"flags": flags}))
+        assert (found.method, found.steps, found.spacing) == (method, *visits)
+        assert found.options == {"rederive": True, **({"variance": variance} if variance else {})}
+        assert schedule == Schedule("linear", 1000)
+        assert len(timesteps(schedule, *visits)) == count
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            ({"num_chanels": 64}, "guided-diffusion has no flag 'num_chanels': did you mean num_channels"),
+            ({"flags": "--num_chanels 64"}, "did you mean num_channels"),
+            ({"flags": "--image_size"}, "flags go wrong at '--image_size'"),
+            ({"flags": "--class_cond --image_size 64"}, "flags go wrong at '--class_cond'"),
+            ({"flags": "image_size 64"}, "flags go wrong at 'image_size'"),
+            ({"flags": "--channel_mult '1,2"}, "cannot be split into words (No closing quotation)"),
+            ({"flags": 64}, "flags = 64 is not a word"),
+            ({"class_cond": "maybe"}, "class_cond = 'maybe' is not true or false"),
+            ({"image_size": "64px"}, "image_size = '64px' is not a whole number"),
+            ({"image_size": 64.5}, "image_size = 64.5 is not a whole number"),
+            ({"dropout": "much"}, "dropout = 'much' is not a number"),
+            ({"channel_mult": "1;2"}, "channel_mult = '1;2' is not a list of numbers"),
+            ({"attention_resolutions": "16,x"}, "attention_resolutions = '16,x' is not a list of numbers"),
+            ({"image_size": 32}, "no channel_mult for image_size = 32, only for 64, 128, 256, 512"),
+            ({"num_classes": 10}, "num_classes = 10 is for networks with class_cond"),
+            ({"class_cond": True, "num_classes": 0}, "num_classes = 0 makes no class"),
+            ({"diffusion_steps": 0}, "diffusion_steps = 0 makes no diffusion"),
+            ({"diffusion_steps": 10}, "diffusion_steps = 10 is too few for a linear noise_schedule"),
+            ({"noise_schedule": "cosin"}, "noise_schedule 'cosin' is unknown: did you mean cosine"),
+            ({"timestep_respacing": "leading"}, "timestep_respacing = 'leading' is none: write 250"),
+            ({"timestep_respacing": "ddim333"}, "no whole stride visits 333 of 1000 timesteps"),
+            ({"timestep_respacing": 2000}, "2000 is outside 1 … 1000"),
+            ({"classifier_scale": 1.0}, "classifier_scale is of classifier guidance"),
+            ({"flags": "--large_size 256 --small_size 64"}, "large_size is of super-resolution"),
+        ],
+    )  # fmt: skip
+    def test_refusals_come_before_the_file_is_read(self, tmp_path, flags, message):
+        with pytest.raises(EpsrtError) as error:
+            guided(tmp_path / "none.pt", **flags)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+
+    def test_guideds_flags_are_not_improveds(self, tmp_path):
+        with pytest.raises(
+            EpsrtError, match="resblock_updown is a flag of guided-diffusion, not of improved-diffusion"
+        ):
+            improved(tmp_path / "none.pt", resblock_updown=True)
+        with pytest.raises(EpsrtError, match="only for 32, 64, 256"):
+            improved(tmp_path / "none.pt", image_size=128)
+
+
+class TestSources:
+    def test_of_guided(self, saved):
+        config = small(num_classes=10, learn_sigma=True, resblock_updown=True)
+        path = saved(config)
+        flags = {
+            **FLAGS, "class_cond": "True", "num_classes": 10, "learn_sigma": True, "resblock_updown": True,
+            "noise_schedule": "cosine", "timestep_respacing": 250, "use_fp16": True, "lr": "1e-4",
+        }  # fmt: skip
+        source = load("guided-diffusion", path, **flags)
+        assert (source.shape, source.classes, source.null_label) == ((3, 16, 16), 10, None)
+        assert (source.prediction, source.variance, source.clip) == ("epsilon", "learned_range", 1.0)
+        assert source.schedule == Schedule("cosine", 1000)
+        assert source.sampling == Sampling("ddpm", None, "250", {"rederive": True})
+        assert (source.family, source.name) == ("guided-diffusion", "ema_0.9999_500000.pt")
+        assert source.sha256 == sha256(path)
+        assert source.config["channel_mult"] == "1,2"
+        assert (source.config["use_fp16"], source.config["lr"], source.config["num_heads"]) == (True, 1e-4, 4)
+        x, t, label = inputs(config)
+        with torch.no_grad():
+            assert torch.equal(source.network(x, t, label), ours(config)(x, t, label))
+        assert not source.network.training
+
+    def test_of_improved_rescales_the_timesteps(self, saved):
+        source = load("improved-diffusion", saved(), **FLAGS, diffusion_steps=4000, predict_xstart=True, sigma_small=1)
+        assert (source.prediction, source.variance, source.classes) == ("x0", None, 0)
+        assert source.sampling.options["variance"] == "fixed_small"
+        reference = theirs(SMALL)
+        reference.load_state_dict(ours(SMALL).state_dict())
+        x, _ = inputs(SMALL)
+        t = torch.tensor([0, 1, 1999, 3999])
+        with torch.no_grad():
+            assert rel(source.network(x, t), reference(t.float() * (1000.0 / 4000), x)) < 1e-6
+            plain = improved(saved(), **FLAGS, diffusion_steps=4000, rescale_timesteps=False)
+            assert rel(plain.network(x, t), reference(t, x)) < 1e-6
+
+    def test_clip_denoised(self, saved):
+        assert guided(saved(), **FLAGS).clip == 1.0
+        assert guided(saved(), **FLAGS, clip_denoised=False).clip is None
+
+    def test_files_of_every_kind_give_the_same(self, saved, tmp_path):
+        want = ours(SMALL).state_dict()
+
+        def distributed(state):
+            return OrderedDict((f"module.{name}", tensor) for name, tensor in state.items())
+
+        paths = [
+            saved(),
+            saved(name="old.pt", _use_new_zipfile_serialization=False),
+            saved(name="parallel.pth", change=distributed),
+            saved(name="double.pt", change=lambda state: {name: tensor.double() for name, tensor in state.items()}),
+        ]
+        save_file(dict(want), tmp_path / "weights.safetensors")
+        for path in (*paths, tmp_path / "weights.safetensors"):
+            found = guided(path, **FLAGS).network.state_dict()
+            assert list(found) == list(want)
+            assert all(torch.equal(found[name], want[name]) for name in want)
+            assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+
+    def test_half_weights_become_float32(self, saved):
+        path = saved(change=lambda state: OrderedDict((name, tensor.half()) for name, tensor in state.items()))
+        found = guided(path, **FLAGS).network.state_dict()
+        want = ours(SMALL).state_dict()
+        assert all(torch.equal(found[name], want[name].half().float()) for name in want)
+
+
+class Hostile:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+class TestFilesThatAreRefused:
+    @pytest.mark.parametrize("zipped", [True, False])
+    def test_a_hostile_pickle_is_not_run(self, saved, tmp_path, zipped):
+        mark = tmp_path / "mark"
+        path = saved(change=lambda state: {**state, "step": Hostile(mark)}, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(BundleError, match=r"holds (posix|nt).mkdir, which loading would run, .*model.state_dict"):
+            guided(path, **FLAGS)
+        assert not mark.exists()
+        torch.load(path, weights_only=False)  # it would have been
+        assert mark.exists()
+
+    def test_a_whole_module(self, tmp_path):
+        torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
+        with pytest.raises(BundleError, match=r"holds torch.nn.modules.linear.Linear, .*save the weights alone"):
+            statedict.read(tmp_path / "module.pt")
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ([1, 2], "holds a list, not a dict of tensors"),
+            ({}, "holds a dict, not a dict of tensors"),
+            ({"step": 3, "model": {}}, "its entry 'step' is a int, not a tensor"),
+            ({"model": {"a": torch.zeros(1)}}, "its entry 'model' is a dict, not a tensor"),
+            ({"a": torch.eye(2).to_sparse()}, "its entry 'a' is torch.sparse_coo, not a tensor"),
+        ],
+    )
+    def test_other_contents(self, tmp_path, content, message):
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(BundleError) as error:
+            statedict.read(tmp_path / "x.pt")
+        assert message in str(error.value)
+        assert "torch.save(model.state_dict(), path)" in str(error.value)
+
+    @pytest.mark.parametrize("zipped", [True, False])
+    def test_damage(self, saved, zipped):
+        path = saved(_use_new_zipfile_serialization=zipped)
+        whole = path.read_bytes()
+        for raw in (whole[: len(whole) // 2], whole[:200], b"", b"hello", b"<!DOCTYPE html>", b"PK\x03\x04"):
+            path.write_bytes(raw)
+            with pytest.raises(BundleError, match="is not a whole file of torch.save .*: copy it again"):
+                guided(path, **FLAGS)
+
+    def test_places(self, tmp_path):
+        with pytest.raises(BundleError, match="none.pt does not exist"):
+            guided(tmp_path / "none.pt", **FLAGS)
+        with pytest.raises(BundleError, match="is a directory: give the file of weights"):
+            guided(tmp_path, **FLAGS)
+        (tmp_path / "x.safetensors").write_bytes(b"hello")
+        with pytest.raises(BundleError, match="is not a whole safetensors file"):
+            guided(tmp_path / "x.safetensors", **FLAGS)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"num_channels": 64}, "has shape [256, 64], the network [128, 32]: is num_channels right?"),
+            ({"channel_mult": (1, 3)}, ": is channel_mult right?"),
+            ({"channel_mult": (1, 2, 2)}, ": is num_res_blocks or channel_mult right?"),
+            ({"num_res_blocks": 2}, ": is num_res_blocks or channel_mult right?"),
+            ({"attention_resolutions": (16,)}, ": is attention_resolutions right?"),
+            ({"resblock_updown": True}, ": is resblock_updown right?"),
+            ({"use_scale_shift_norm": False}, ": is use_scale_shift_norm right?"),
+            ({"num_classes": 10}, "a tensor label_emb.weight, 1 of 129 in all, that the network lacks: is class_cond"),
+            ({"learn_sigma": True}, "out.2.weight has shape [6, 32, 3, 3], the network [3, 32, 3, 3]: is learn_sigma"),
+            ({"in_channels": 6}, "is it a super-resolution network?"),
+            ({"num_channels": 64, "learn_sigma": True}, ": are num_channels, learn_sigma right?"),
+        ],
+    )  # fmt: skip
+    def test_other_networks_name_the_flag(self, saved, changes, message):
+        path = saved(small(**changes))
+        with pytest.raises(BundleError) as error:
+            guided(path, **FLAGS)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+
+    def test_fewer_classes_and_other_families(self, saved, tmp_path):
+        with pytest.raises(BundleError, match=r"label_emb.weight has shape \[10, 128\].*: is num_classes right"):
+            guided(saved(small(num_classes=10)), **FLAGS, class_cond=True)
+        torch.save({"conv_in.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "x.pt")
+        with pytest.raises(BundleError, match=r"it lacks the tensor time_embed.0.weight, 128 of 128 .*is it of"):
+            guided(tmp_path / "x.pt", **FLAGS)
+
+    def test_whole_numbers_are_no_weights(self, saved):
+        path = saved(change=lambda state: {name: tensor.to(torch.int32) for name, tensor in state.items()})
+        with pytest.raises(BundleError, match="time_embed.0.weight holds torch.int32, the network torch.float32"):
+            guided(path, **FLAGS)
+
+
+def test_export_of_a_learned_sigma_and_classes(tmp_path):
+    """Every field of the source reaches the bundle, and the gate passes."""
+    from epsrt_export import export
+
+    shape = {"image_size": 8, "num_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "num_classes": 4}
+    config = ADMConfig(**shape, attention_resolutions=(4,), resblock_updown=True, use_new_attention_order=True)
+    state = redraw(ADMUNet(config), Schedule("cosine", 40), (3, 8, 8), classes=4).state_dict()
+    generator = torch.Generator().manual_seed(3)
+    for name, size in (("out.2.weight", 0.05), ("out.2.bias", 0.5)):  # the fraction between the variances
+        state[name] = torch.cat([state[name], size * torch.randn(state[name].shape, generator=generator)])
+    torch.save(OrderedDict(state), tmp_path / "model.pt")
+    source = guided(
+        tmp_path / "model.pt", image_size=8, num_channels=32, channel_mult="1,2", num_res_blocks=1, class_cond=True,
+        num_classes=4, attention_resolutions=4, resblock_updown=True, use_new_attention_order=True, learn_sigma=True,
+        diffusion_steps=40, noise_schedule="cosine", rescale_timesteps=True, timestep_respacing="20",
+    )  # fmt: skip
+    bundle = export(source, tmp_path / "x.epsrt", precisions=("fp32",), max_batch=2)
+    m = bundle.manifest
+    assert (m.shape, m.classes, m.variance, m.clip) == ((3, 8, 8), 4, "learned_range", 1.0)
+    assert (m.schedule, m.sampling) == (Schedule("cosine", 40), Sampling("ddpm", None, "20", {"rederive": True}))
+    assert (m.provenance.family, m.provenance.source) == ("guided-diffusion", "model.pt")
+    assert all(rung.passed for rung in bundle.parity())
