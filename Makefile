@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := cpu,export,train,cli,charts,tensorrt-rtx,dev
+# Their own requirements hold a torchvision that no CPU torch loads, and a hundred packages that no test needs.
+FOREIGN := denoising-diffusion-pytorch torchcfm
 
 .PHONY: demo samplers test lint bench gpu clean
 
@@ -34,6 +36,7 @@ gpu:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "epsrt needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(FOREIGN)
 	touch $@
 
 clean:
