@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epsrt.errors import EpsrtError
+from epsrt.levels import visit
 from epsrt.schedule import Schedule
-from epsrt_trainer.sample import network_input
 
 PIXELS = 1 << 19  # of all images together: enough to fit some thousand weights a channel
 LEAST, MOST = 8, 32  # images
@@ -52,24 +52,24 @@ def redraw(
                 p.data = 0.1 * drawn + (1.0 if name.endswith(("weight", ".g")) else 0.0)
     images = min(MOST, max(LEAST, PIXELS // math.prod(shape[1:])))
     low, high = schedule.span
-    t = np.linspace(low, high, images).round()
-    alphas, sigmas = schedule.at(t)
+    ts = np.unique(np.linspace(low, high, images).round())[::-1]
+    at = visit(schedule, ts, prediction=prediction, sigma_data=sigma_data)
+    u, w, _ = at.output()
+    told, in_scale = (torch.from_numpy(at.columns()[name].copy()).float() for name in ("t", "in_scale"))
     gram: Tensor | None = None
     layer: Layer | None = None
     with _frozen(network):
-        for i, (alpha, sigma) in enumerate(zip(alphas.tolist(), sigmas.tolist(), strict=True)):
+        for i in range(len(ts)):
             coarse = torch.randn(1, shape[0], 4, 4, generator=generator)
             x0 = F.interpolate(coarse, size=shape[1:], mode="bilinear").clamp(-1, 1)
             eps = torch.randn(1, *shape, generator=generator)
-            x, told = network_input(
-                prediction, alpha * x0 + sigma * eps, torch.tensor([t[i]]).float(), alpha, sigma, sigma_data,  # type: ignore[arg-type]
-            )  # fmt: skip
-            wanted = _wanted(prediction, x0, eps, alpha, sigma, sigma_data)
+            x = float(at.alpha[i]) * x0 + float(at.sigma[i]) * eps
+            wanted = float(u[i]) * x0 + float(w[i]) * eps
             if variance is not None:
                 wanted = torch.cat([wanted, 0.5 * x0 - (4.0 if variance == "learned" else 0.0)], 1)
-            label = (torch.tensor([i % classes]),) if classes else ()
-            layer = layer or _last(network, (x, told, *label))
-            a, b = _regression(network, layer, (x, told, *label), wanted)
+            given = in_scale[i] * x, told[i : i + 1], *((torch.tensor([i % classes]),) if classes else ())
+            layer = layer or _last(network, given)
+            a, b = _regression(network, layer, given, wanted)
             products = torch.cat([a.T @ a, a.T @ b], 1)
             gram = products if gram is None else gram + products
     assert gram is not None
@@ -78,23 +78,6 @@ def redraw(
     squares.diagonal().add_(RIDGE * squares.diagonal().mean())
     layer.weight.data = torch.linalg.solve(squares, mixed).T.reshape(layer.weight.shape).float()
     return network
-
-
-def _wanted(prediction: str, x0: Tensor, eps: Tensor, alpha: float, sigma: float, sigma_data: float) -> Tensor:
-    """What a network of a prediction is trained for: see epsrt.levels.Network."""
-    match prediction:
-        case "x0":
-            return x0
-        case "v":
-            return alpha * eps - sigma * x0
-        case "score":
-            return -eps / sigma
-        case "velocity":
-            return eps - x0
-        case "edm":
-            s = sigma / alpha
-            return (s * x0 - sigma_data**2 * eps) / (sigma_data * math.hypot(s, sigma_data))
-    return eps
 
 
 def _last(network: nn.Module, given: tuple[Tensor, ...]) -> Layer:

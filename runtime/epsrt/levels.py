@@ -74,7 +74,7 @@ class Levels:
         first = 1.0 if self.schedule.preserves_variance else float(self.sigma[0] / self.scale[0])
         return first * float(self.scale[0])
 
-    def _output(self) -> tuple[Array, Array, Array]:
+    def output(self) -> tuple[Array, Array, Array]:
         """(u, w, det): the network returns u·x0 + w·ε of its own x = α·x0 + σ·ε, and det = α·w − σ·u.
 
         x0 and ε solve the two. Where det = 0, x and the output say the same: at α = 0, of ε and score.
@@ -100,19 +100,19 @@ class Levels:
     @property
     def x0(self) -> Affine:
         """The network's estimate of the clean image."""
-        _, w, det = self._output()
+        _, w, det = self.output()
         return Affine(w / det / self.scale, -self.sigma / det / self.scale)
 
     @property
     def epsilon(self) -> Affine:
         """The network's estimate of the noise in x."""
-        u, _, det = self._output()
+        u, _, det = self.output()
         return Affine(-u / det / self.scale, self.alpha / det / self.scale)
 
     @property
     def blind(self) -> bool:
         """Whether at some level the output says nothing of x0, or (edm) the network cannot be told how noisy it is."""
-        return bool(np.any((self._output()[2] == 0) | ((self.alpha == 0) & (self.prediction == "edm"))))
+        return bool(np.any((self.output()[2] == 0) | ((self.alpha == 0) & (self.prediction == "edm"))))
 
     def columns(self) -> dict[str, Array]:
         """The network's part of a plan: t, in_scale, p, q, clip."""
