@@ -13,8 +13,9 @@ demo: .venv/installed
 samplers: .venv/installed
 	$(BIN)/python examples/samplers.py
 
+# A file's tests stay in one process, and each process on one core: they would only wait for each other's threads.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

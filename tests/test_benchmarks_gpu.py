@@ -119,9 +119,9 @@ def test_what_the_budget_does_not_reach_is_left(part, monkeypatch) -> None:
     assert spent.case("x", do="work", batch=8) is None
     assert "left for another run (1): x 8" in spent.summary()
     begin = time.monotonic()
-    short = part(minutes=0.8 / 60)
+    short = part(minutes=3 / 60)  # enough for its Python to start on a busy machine
     assert short.case("x", do="sleep") is None
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 30
     assert "takes more than" in short.summary()
     assert Path("cleaned").exists()  # it was asked to end before it was made to
     assert part().rows == []

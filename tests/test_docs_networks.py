@@ -10,7 +10,7 @@ import torch
 from epsrt import Bundle, Sampler
 
 PAGE = (Path(__file__).parents[1] / "docs" / "networks.md").read_text()
-BUNDLES = {"any": "epsilon", "edm": "edm", "ncsn": "score", "sde": "score", "flow": "velocity"}
+BUNDLES = {"any": "epsilon", "sized": "epsilon", "edm": "edm", "ncsn": "score", "sde": "score", "flow": "velocity"}
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,7 @@ def test_every_family_is_exported(ran):
     assert sorted(path.name for path in folder.iterdir()) == sorted(f"{name}.epsrt" for name in BUNDLES)
     assert names["images"].shape == (4, 8, 8, 3)
     assert names["x"].shape == (4, 3, 8, 8)
+    assert names["wide"].shape == (4, 3, 16, 24)
 
 
 @pytest.mark.parametrize("name", BUNDLES)

@@ -34,7 +34,8 @@ def verify(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
     threshold     with dynamic thresholding: relative L2 of images whose quantiles lie below, in and above its range
     sizes         where the bundle has other sizes: relative L2 of the network's output at each of two
     step          relative L2 of one DDPM step from PyTorch's states, at the same timesteps
-    trajectory    PSNR of the worst image and relative L2 of all, same noise, same rows, free-running
+    trajectory    PSNR of the worst image and relative L2 of all, same noise, same rows, free-running; its peak is the
+                  value range, or where x0 is not clipped what the recorded images span, if that is more
     batch         equal rows in batches of 1, 2 and the largest
 
     `on_progress(name, fraction)` is told how far it is. Raises BundleError when the golden file lacks what it needs, or
@@ -261,7 +262,10 @@ def _trajectory(engine: Engine, name: str, golden: dict[str, NDArray[Any]], tell
                     images[i] = lanes.read(lane)
             except NotFiniteError as error:
                 return [_rung(engine, name, None, "dB", limit, where=str(error), at_least=True)]
-    value_range = engine.bundle.manifest.value_range
+    low, high = engine.bundle.manifest.value_range
+    if engine.bundle.manifest.clip is None:  # nothing holds images in the range
+        low, high = min(low, float(truth.min())), max(high, float(truth.max()))
+    value_range = low, high
     worst = [worst_psnr(images[i : i + 1], truth[i : i + 1], value_range) for i in range(len(truth))]
     where = f"image {int(np.argmin(worst))}, relative L2 {relative_l2(images, truth):.1e}"
     return [_rung(engine, name, min(worst), "dB", limit, where=where, at_least=True)]

@@ -323,7 +323,7 @@ class TestDamage:
             ("edm-ve", {"sigma_data": 0.5}), ("edm-ve", {"prediction": "velocity"}),
             ("edm-ve", {"prediction": "epsilon"}), ("score-ve", {"prediction": "epsilon"}),
             ("velocity-flow", {"prediction": "v"}), ("velocity-flow", {"prediction": "score"}),
-            ("v-zero", {"prediction": "velocity"}), ("v-zero", {"value_range": [-2.0, 2.0]}),
+            ("v-zero", {"prediction": "velocity"}), ("v-zero", {"clip": 2.0}),
         ],
     )  # fmt: skip
     def test_a_manifest_of_another_network(self, copy_of, bundles, kind, edit):

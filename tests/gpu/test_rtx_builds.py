@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import msgspec
 import pytest
 
@@ -9,7 +11,7 @@ from epsrt import Bundle
 from epsrt.engines.trt_build import BuildOptions, build, describe
 from epsrt.engines.trt_library import library
 from epsrt.errors import EngineError
-from helpers import tiny, unet
+from helpers import diffusers_unet, tiny, unet
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx_cu13")
 
@@ -55,6 +57,55 @@ def test_thresholding_builds_up_to_the_largest_topk(tmp_path, small_bundle_path,
     manifest = msgspec.structs.replace(Bundle.open(small_bundle_path).manifest, shape=shape, graphs=(graph,))
     lib = library("tensorrt-rtx")
     assert build(lib, Bundle(tmp_path, manifest), graph, BuildOptions(((1, 2, 4),), targets=("sm_89",))).layers > 20
+
+
+def of_family(name: str):
+    """A small network of each family: the module, its C, H, W, and what it returns beside its prediction."""
+    match name:
+        case "dit":
+            from epsrt_trainer.dit import DiT, DiTConfig
+
+            return DiT(DiTConfig(1, 8, width=32, depth=2, heads=2, classes=3)), (1, 8, 8), None
+        case "diffusers-dit":
+            from diffusers import DiTTransformer2DModel
+
+            from epsrt_export.families.diffusers import Denoiser
+
+            size = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "num_embeds_ada_norm": 5}
+            return Denoiser(DiTTransformer2DModel(out_channels=8, sample_size=8, **size), 4), (4, 8, 8), "learned_range"
+        case "diffusers-unet":
+            from epsrt_export.families.diffusers import Denoiser
+
+            return Denoiser(diffusers_unet(num_class_embeds=3), 3), (3, 8, 8), None
+        case "guided-diffusion":
+            from epsrt_export.families.adm import ADMConfig, ADMUNet
+
+            config = ADMConfig(8, num_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,),
+                               learn_sigma=True, resblock_updown=True, num_classes=3)  # fmt: skip
+            return ADMUNet(config), (3, 8, 8), "learned_range"
+    from epsrt_export.families import lucidrains_unet
+
+    package = lucidrains_unet.theirs()
+    network = package.Unet(dim=8, dim_mults=(1, 2))
+    lucidrains_unet.adapt(network, package)
+    return network, (3, 8, 8), None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dit", "diffusers-dit", "diffusers-unet", "guided-diffusion", "lucidrains"])
+def test_each_family_builds(tmp_path, small_bundle_path, name: str) -> None:
+    from epsrt_export.export import write_graph
+
+    package = {"lucidrains": "denoising_diffusion_pytorch"}.get(name, "diffusers")
+    if find_spec(package) is None:
+        pytest.skip(f"needs {package}")
+    network, shape, variance = of_family(name)
+    graph = write_graph(network.eval(), "fp16", tmp_path, shape, name != "lucidrains", variance=variance)
+    manifest = msgspec.structs.replace(
+        Bundle.open(small_bundle_path).manifest, shape=shape, graphs=(graph,), variance=variance
+    )
+    lib = library("tensorrt-rtx")
+    assert build(lib, Bundle(tmp_path, manifest), graph, BuildOptions(((1, 2, 4),), targets=("sm_89",))).layers > 50
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def options(
         found["clip"] = bound if clip else None
     for name, value in settings(more).items():
         if name in RESERVED or name in found:
-            raise EpsrtError(f"--set {name}: it has an option of its own, is the bundle's, or was given twice")
+            raise EpsrtError(f"--set {name}: it has an option of its own, or is the bundle's")
         found[name] = value
     return found
 
