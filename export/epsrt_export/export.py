@@ -39,7 +39,7 @@ from epsrt.bundle import (
 )
 from epsrt.bundle import digest as digest_of
 from epsrt.engines import open_engine
-from epsrt.errors import EpsrtError, one_of
+from epsrt.errors import EpsrtError, one_of, typed
 from epsrt.files import sha256, whole_directory
 from epsrt.sampler import plan_of
 from epsrt.schedule import Schedule
@@ -80,20 +80,25 @@ def export(
     Raises EpsrtError when the network does not fit, ParityError when a rung of the ladder is missed. In both cases,
     and when interrupted, `out` is as it was before.
     """
+    if not isinstance(source, (Source, Checkpoint, str, Path)):
+        raise EpsrtError(f"a {type(source).__name__} is no Source and no path: see families.load, or export_network")
     if not isinstance(source, Source):
         source = own.of(source) if isinstance(source, Checkpoint) else own.load(source)
     if thresholding is not None:
         source = dataclasses.replace(source, thresholding=thresholding)
     tell = on_stage or (lambda what, fraction: None)
     out = Path(out)
-    others = None if sizes is None else Sizes(*sizes)
+    others = None if sizes is None else _sizes(sizes)
     if max_batch is None:
         pixels = math.prod(source.shape[1:]) if others is None else others.largest**2
         max_batch = max(1, min(64, 64**3 // max(1, pixels)))
+    max_batch = typed("max_batch", max_batch, 1)
     _check(source, precisions, max_batch, others)
     if out.exists() and not (out / MANIFEST).is_file():
         raise EpsrtError(f"{out} exists and is not a bundle: choose another name, or remove it")
     network, schedule = _ready(source.network), source.schedule
+    source = dataclasses.replace(source, sha256=source.weights_sha256)
+    plan_of(manifest_of(source, max_batch, (), others))  # its defaults make a plan
     check_network(network, source.shape, source.classes > 0, torch.float32, source.variance is not None)
     if others is not None:
         check_sizes(network, source.shape, source.classes > 0, others, source.variance is not None)
@@ -114,7 +119,6 @@ def export(
             )  # fmt: skip
             tell(f"graph {precision}", 1.0)
         manifest = manifest_of(source, max_batch, graphs, others)
-        plan_of(manifest)  # its defaults make a plan
         kept = golden.record(network, manifest, tell)
         (beside / GOLDEN).write_bytes(safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in kept.items()}))
         for precision in precisions:
@@ -153,8 +157,22 @@ def export_network(
     return export(source, out, sizes=sizes, precisions=precisions, max_batch=max_batch, opset=opset, on_stage=on_stage)
 
 
+def _sizes(given: tuple[int, int]) -> Sizes:
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise EpsrtError(f"sizes = {given!r} is not (multiple, largest), such as (8, 64)")
+    return Sizes(*(typed("sizes", n, 1) for n in given))
+
+
 def _ready(network: nn.Module) -> nn.Module:
-    """In eval mode, float32, on the CPU: itself where it is that, for some have gigabytes, else a copy."""
+    """In eval mode, float32, on the CPU: itself where it is that, for some have gigabytes, else a copy.
+
+    Raises EpsrtError for weights on the meta device.
+    """
+    for name, tensor in network.state_dict().items():
+        if tensor.is_meta:
+            raise EpsrtError(
+                f"{name} of {type(network).__name__} is on the meta device, without values: load its weights"
+            )
     tensors = [t for t in (*network.parameters(), *network.buffers()) if t.is_floating_point()]
     if not any(m.training for m in network.modules()) and all(
         t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors
@@ -228,8 +246,9 @@ def write_graph(
 def _check(source: Source, precisions: Sequence[str], max_batch: int, sizes: Sizes | None) -> None:
     if not 1 <= max_batch <= 65536:
         raise EpsrtError(f"max_batch = {max_batch} is outside 1 … 65536")
-    if not precisions or set(precisions) - set(DTYPES) or len(set(precisions)) != len(precisions):
-        raise EpsrtError(f"precisions = {list(precisions)}: choose from {', '.join(DTYPES)}, each once")
+    words = list(precisions) if isinstance(precisions, Sequence) else [precisions]
+    if not words or any(word not in list(DTYPES) for word in words) or len(set(words)) != len(words):
+        raise EpsrtError(f"precisions = {words}: choose from {', '.join(DTYPES)}, each once")
     if sizes is not None and source.thresholding is not None:
         raise EpsrtError(
             "sizes and thresholding exclude each other: its quantile is found among a number of values that the graph "

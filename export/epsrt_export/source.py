@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+import msgspec
+import torch
 from torch import nn
 
+from epsrt import solvers, spacing
 from epsrt.bundle import LearnedVariance, Sampling
-from epsrt.errors import EpsrtError, typed
+from epsrt.errors import EpsrtError, one_of, typed
 from epsrt.levels import visit
 from epsrt.plan import CLIP_OFF
 from epsrt.schedule import Schedule
-from epsrt_export.stepgraph import DynamicThreshold
+from epsrt_export.stepgraph import LARGEST_SIDE, DynamicThreshold
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,21 +74,35 @@ class Source:
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shape, classes, null_label = tuple(self.shape), self.classes, self.null_label
-        if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-            raise EpsrtError(f"shape = {list(shape)} is not C, H, W")
-        object.__setattr__(self, "value_range", tuple(float(v) for v in self.value_range))
-        if len(self.value_range) != 2 or not self.value_range[0] < self.value_range[1]:
-            raise EpsrtError(f"value_range = {list(self.value_range)} does not ascend")
+        for field_name, kind in (("network", nn.Module), ("schedule", Schedule), ("sampling", Sampling)):
+            value = getattr(self, field_name)
+            if not isinstance(value, kind):
+                raise EpsrtError(f"{field_name} is a {type(value).__name__}, not a {kind.__name__}: give one")
+        shape = _each("shape", self.shape, 1, "three whole numbers, C, H, W")
+        if len(shape) != 3 or not all(0 < n <= LARGEST_SIDE for n in shape):
+            raise EpsrtError(f"shape = {list(shape)} is not C, H, W, each 1 … {LARGEST_SIDE}")
+        try:
+            low_high = tuple(float(v) for v in self.value_range)
+        except (TypeError, ValueError, OverflowError):
+            raise EpsrtError(f"value_range = {self.value_range!r} is not two numbers, such as (-1, 1)") from None
+        if len(low_high) != 2 or not -math.inf < low_high[0] < low_high[1] < math.inf:
+            raise EpsrtError(f"value_range = {list(low_high)} does not ascend, or is not two finite numbers")
+        names = _each("class_names", self.class_names, "", "a list of words")
+        classes = typed("classes", self.classes, 0)
+        null_label = None if self.null_label is None else typed("null_label", self.null_label, 0)
+        settled = {"shape": shape, "value_range": low_high, "class_names": names, "classes": classes}
+        for field_name, value in {**settled, "null_label": null_label}.items():  # a manifest takes no NumPy scalars
+            object.__setattr__(self, field_name, value)
+        self._check_plain()
         if isinstance(self.clip, str) and self.clip != "range":
             raise EpsrtError(f'clip = {self.clip!r} is unknown: use a bound, "range" or None')
         if classes < 0:
             raise EpsrtError(f"classes = {classes} is negative: give 0 for an unconditional network")
-        if len(self.class_names) not in (0, classes):
-            raise EpsrtError(f"{len(self.class_names)} class names for {classes} classes: give one each, or none")
+        if len(names) not in (0, classes):
+            raise EpsrtError(f"{len(names)} class names for {classes} classes: give one each, or none")
         if null_label is not None and not (classes and 0 <= null_label <= classes):
             raise EpsrtError(f"null_label = {null_label} is outside 0 … {classes} (or the network has no classes)")
-        if self.variance is not None and self.variance not in get_args(LearnedVariance):
+        if self.variance is not None and typed("variance", self.variance, "") not in get_args(LearnedVariance):
             known = " or ".join(get_args(LearnedVariance))
             raise EpsrtError(
                 f"variance {self.variance!r} is unknown: use {known} where the network returns one, or None"
@@ -94,6 +111,31 @@ class Source:
             self.threshold.k(math.prod(shape))
         noisiest = [self.schedule.span[1]]
         visit(self.schedule, noisiest, prediction=self.prediction, sigma_data=self.sigma_data, clip=self.bound)
+
+    def _check_plain(self) -> None:
+        """What goes into a manifest as it is: words, plain values, and a Sampling of which nothing would be ignored."""
+        for name in ("family", "name", "version", "sha256", "origin"):
+            typed(name, getattr(self, name), "")
+        for name in ("config", "training"):
+            if not isinstance(getattr(self, name), dict):
+                raise EpsrtError(f"{name} is a {type(getattr(self, name)).__name__}, not a dict of plain values")
+        for name in ("family", "name", "version", "sha256", "origin", "config", "training", "class_names"):
+            try:
+                msgspec.json.encode(getattr(self, name), order="sorted")
+            except (TypeError, ValueError, RecursionError) as error:
+                raise EpsrtError(
+                    f"{name} cannot be written as JSON ({error}): give numbers, words, and lists and dicts of them"
+                ) from None
+        try:
+            by = msgspec.convert(msgspec.to_builtins(self.sampling), Sampling)
+        except (TypeError, msgspec.ValidationError) as error:
+            raise EpsrtError(f"{self.sampling} is none ({error}): give Python's own numbers and words") from None
+        known: dict[str, Any] = dict.fromkeys(spacing.OPTIONS, 0.0)
+        known |= {name: like for method in solvers.METHODS for name, like in solvers.options_of(method).items()}
+        for name, value in by.options.items():
+            if name not in known:
+                raise EpsrtError(f"no method or spacing takes the option {name!r} of sampling: {one_of(name, known)}")
+            typed(f"sampling's {name}", value, known[name])
 
     @property
     def bound(self) -> float | None:
@@ -109,7 +151,7 @@ class Source:
             return None
         try:
             ratio, maximum = map(float, self.thresholding)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise EpsrtError(
                 f"thresholding = {self.thresholding!r} is not (ratio, maximum), such as (0.995, 1.5)"
             ) from None
@@ -130,7 +172,7 @@ class Source:
         hasher = hashlib.sha256()
         for name, tensor in self.network.state_dict().items():
             hasher.update(name.encode())
-            hasher.update(tensor.cpu().contiguous().numpy().tobytes())
+            hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # of any dtype
         return hasher.hexdigest()
 
     @property
@@ -138,3 +180,10 @@ class Source:
         """The network's class."""
         own = type(self.network)
         return self.origin or f"{own.__module__}.{own.__qualname__}"
+
+
+def _each(name: str, values: Any, like: Any, wanted: str) -> tuple[Any, ...]:
+    """Every one of `values` as `typed` has it."""
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise EpsrtError(f"{name} = {values!r} is not {wanted}")
+    return tuple(typed(name, value, like) for value in values)

@@ -102,23 +102,30 @@ class StepGraph(nn.Module):
 def check_network(
     network: nn.Module, shape: tuple[int, int, int], labelled: bool, dtype: torch.dtype, learned: bool = False
 ) -> None:
-    """Run the network once on two images.
+    """Run the network twice on two images.
 
-    Raises EpsrtError unless it returns one tensor of its input's shape, with twice the channels where the variance is
-    learned.
+    Raises EpsrtError unless it returns one tensor of its input's shape and dtype, with twice the channels where the
+    variance is learned, the same each time, and leaves its inputs as they were.
     """
-    x = torch.zeros(2, *shape, dtype=dtype)
-    label = (torch.zeros(2, dtype=torch.int64),) if labelled else ()
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    given = x, torch.zeros(2), *((torch.zeros(2, dtype=torch.int64),) if labelled else ())
+    copies = [value.clone() for value in given]
     name = type(network).__name__
     try:
         with torch.inference_mode():
-            out = network(x, torch.zeros(2), *label)
+            out, again = network(*copies), network(*[value.clone() for value in given])
     except Exception as error:  # somebody else's code: assertions and missing attributes are as likely as a TypeError
         reason = " ".join(str(error).split())
         wants = "forward(x, t, label)" if labelled else "forward(x, t)"
         raise EpsrtError(f"{name} cannot run {wants} on x {[2, *shape]}, t [2] float32: {reason}") from error
     if not isinstance(out, Tensor):
         raise EpsrtError(f"{name} returns a {type(out).__name__}, not one tensor: wrap it so that it returns ε alone")
+    if out.dtype not in (dtype, torch.float32):
+        raise EpsrtError(f"{name} returns {out.dtype} for {dtype}: let its last line be out.to(x.dtype)")
+    if not all(torch.equal(a, b) for a, b in zip(given, copies, strict=True)):
+        raise EpsrtError(f"{name} changes its inputs in place: let it work on a copy, x = x.clone()")
+    if not torch.allclose(out, again, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise EpsrtError(f"{name} returns another tensor each time: switch its dropout or noise off")
     twice = (2, 2 * shape[0], *shape[1:])
     if tuple(out.shape) == (twice if learned else x.shape):
         return

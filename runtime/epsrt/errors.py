@@ -53,4 +53,7 @@ def typed(name: str, value: Any, like: Any) -> Any:
             fits, what = isinstance(value, str) or (like is None and value is None), "a word"
     if not fits:
         raise EpsrtError(f"{name} = {value!r} is not {what}")
-    return type(like)(value) if number else value
+    try:
+        return type(like)(value) if number else value
+    except OverflowError:  # a whole number that no float holds
+        raise EpsrtError(f"{name} is a number of {len(str(value))} digits: give one that a float holds") from None

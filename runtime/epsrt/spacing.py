@@ -83,6 +83,8 @@ def _even(schedule: Schedule, steps: int, spacing: str, steps_offset: int = 0, s
     T, flow = schedule.T, schedule.kind == "flow"
     if steps == 1 and T > 1 and spacing in ("leading", "quadratic") and not flow and not steps_offset:
         raise EpsrtError(f"{spacing} spacing with 1 step visits only t = 0, where nothing is left to do: use trailing")
+    if not abs(steps_offset) <= T:
+        raise EpsrtError(f"steps_offset moves the timesteps outside 0 … {T - 1}: it is 0, or 1 in diffusers' own")
     if shift != 1 and not flow:
         raise EpsrtError(f"shift = {shift} is for flow schedules; this one is {schedule.kind}")
     if not 1e-3 <= shift <= 1e3:

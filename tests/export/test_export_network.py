@@ -374,6 +374,11 @@ except OSError as error:
         assert os.listdir(tmp_path) == ["some"]
 
 
+class InPlace(Tiny):
+    def forward(self, x, t):
+        return super().forward(x.mul_(0.9), t)
+
+
 class Returns(Tiny):
     """Tiny, with what it returns changed."""
 
@@ -428,6 +433,9 @@ class TestNetworksThatDoNotFit:
             (Returns(lambda out: (out,)), "Returns returns a tuple, not one tensor: wrap it"),
             (Returns(lambda out: {"sample": out}), "Returns returns a dict, not one tensor"),
             (Returns(lambda out: None), "Returns returns a NoneType, not one tensor"),
+            (Returns(lambda out: out.double()), r"Returns returns torch.float64 for torch.float32: let its last line"),
+            (Returns(lambda out: out + torch.rand(())), "Returns returns another tensor each time: switch its dropout"),
+            (InPlace(), "InPlace changes its inputs in place: let it work on a copy"),
             (WantsMore(), r"WantsMore cannot run forward\(x, t\) on x \[2, 1, 8, 8\], .*context"),
             (Asserts(), r"Asserts cannot run forward\(x, t\) .*a label is needed"),
             (WantsFields(), r"WantsFields cannot run forward\(x, t\) .*sample"),

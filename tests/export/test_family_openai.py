@@ -216,6 +216,8 @@ class TestNetwork:
         ("changes", "message"),
         [
             ({"num_res_blocks": 0}, "num_res_blocks = 0 makes no network"),
+            ({"num_res_blocks": 10**9}, "num_res_blocks = 1000000000 makes no network: give 1 … 256"),
+            ({"num_channels": 10**9}, "num_channels = 1000000000 makes no network: give 1 … 65536"),
             ({"num_channels": 48}, "levels of [48, 96] channels: the norms need multiples of 32"),
             ({"channel_mult": ()}, "gives levels of [] channels"),
             ({"image_size": 9}, "image_size = 9 cannot be halved 1 times: shorten channel_mult"),
@@ -312,6 +314,8 @@ class TestFlags:
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
+            ({"path": 3}, "guided-diffusion has no flag 'path'"),
+            ({"family": 3}, "guided-diffusion has no flag 'family'"),
             ({"num_chanels": 64}, "guided-diffusion has no flag 'num_chanels': did you mean num_channels"),
             ({"flags": "--num_chanels 64"}, "did you mean num_channels"),
             ({"flags": "--image_size"}, "flags go wrong at '--image_size'"),

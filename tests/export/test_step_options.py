@@ -244,7 +244,7 @@ class TestRefusals:
             (Thrice(), {"variance": "learned_range"}, r"Thrice returns \[2, 6, 8, 8\] .* makes it \[2, 4, 8, 8\]"),
             (Thrice(), {}, r"Thrice returns \[2, 6, 8, 8\] .*: the output must have the input's shape"),
             (None, {"variance": "fixed_small"}, "variance 'fixed_small' is unknown: use learned or learned_range"),
-            (None, {"variance": True}, "variance True is unknown"),
+            (None, {"variance": True}, "variance = True is not a word"),
             (None, {"thresholding": 0.995}, r"thresholding = 0.995 is not \(ratio, maximum\), such as \(0.995, 1.5\)"),
             (None, {"thresholding": (0.9,)}, r"thresholding = \(0.9,\) is not \(ratio, maximum\)"),
             (None, {"thresholding": ("a", 1.5)}, "is not .ratio, maximum"),

@@ -125,6 +125,7 @@ def test_refusals_name_the_value(steps, spacing, message):
         ("karras", {"rho": 1e17}, "rho = 1e.17 is outside 0.1 … 1000"),
         ("leading", {"steps_offset": 0.5}, "steps_offset = 0.5 is not a whole number"),
         ("leading", {"steps_offset": -50}, "steps_offset = -50 moves the timesteps to -50 … 850, outside 0 … 999"),
+        ("leading", {"steps_offset": 10**400}, "steps_offset moves the timesteps outside 0 … 999"),
         ("leading", {"steps_offset": 500}, "steps_offset = 500 moves the timesteps to 500 … 1400"),
         ("ddim25", {"rho": 7}, "ddim25 spacing takes no option 'rho'; its options: none"),
         ("karras", {"sigma_max": 1000.0}, "sigma_max = 1000 is outside .*, the schedule's"),

@@ -23,7 +23,7 @@ FAMILIES = {
 }
 
 
-def load(family: str, path: str | Path, **options: Any) -> Source:
+def load(family: str, path: str | Path, /, **options: Any) -> Source:
     """Read what a family's owner has saved. The options are the loader's own.
 
     Raises EpsrtError for an unknown family or option, a package that is needed and missing, and files that are not

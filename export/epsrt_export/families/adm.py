@@ -14,6 +14,7 @@ from epsrt.errors import EpsrtError
 
 GROUPS = 32
 PERIOD = 10_000  # of the slowest sine of the time features
+MOST = {"image_size": 65536, "in_channels": 65536, "num_channels": 65536, "num_res_blocks": 256}
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ class ADMConfig:
     time_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "in_channels", "num_channels", "num_res_blocks"):
-            if getattr(self, name) < 1:
-                raise EpsrtError(f"{name} = {getattr(self, name)} makes no network: give at least 1")
+        for name, most in MOST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise EpsrtError(f"{name} = {getattr(self, name)} makes no network: give 1 … {most}")
         if not self.channel_mult or self.num_channels % 2 or any(w < 1 or w % GROUPS for w in self.widths):
             raise EpsrtError(
                 f"num_channels = {self.num_channels} times channel_mult = {list(self.channel_mult)} gives levels of "

@@ -25,6 +25,7 @@ MODELS = {"UNet2DModel": diffusers.UNet2DModel, "DiTTransformer2DModel": diffuse
 SCHEDULERS = {"DDPMScheduler": diffusers.DDPMScheduler, "DDIMScheduler": diffusers.DDIMScheduler}
 STEPS = {"DDPMScheduler": 1000, "DDIMScheduler": 50}  # of their pipelines' num_inference_steps
 WEIGHTS, PICKLE = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+DEEPEST, LARGEST = 256, 1 << 20  # of layers; of any other number in config.json
 DEAD = ("tensor_format", "timestep_values")  # early versions wrote them, none reads them
 KINDS = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
 PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
@@ -108,7 +109,7 @@ def _options(root: Path, config: dict[str, Any], twice: bool, dit: bool) -> _Opt
             raise EpsrtError(f"{root}: {name} has no option {key} = {value!r}: {one_of(key, known)}")
     given = {key: config.get(key, default) for key, default in known.items()}
     for key, default in known.items():  # a string "false" is true to Python
-        if isinstance(default, (bool, int, float)):
+        if isinstance(default, (bool, int, float, str)):
             given[key] = typed(f"{root}: {name}'s {key}", given[key], default)
     prediction = given["prediction_type"]
     if prediction not in PREDICTIONS:
@@ -159,14 +160,15 @@ def _variance(root: Path, kind: str, twice: bool) -> LearnedVariance | None:
 
 def _schedule(root: Path, name: str, given: dict[str, Any]) -> Schedule:
     kind, T, zero = given["beta_schedule"], given["num_train_timesteps"], given["rescale_betas_zero_snr"]
-    if given["trained_betas"] is not None:
-        count = len(given["trained_betas"])
-        if count != T:
-            raise EpsrtError(f"{root}: {count} trained_betas and num_train_timesteps = {T} contradict each other")
-        return Schedule.given(given["trained_betas"], zero_snr=zero)
+    if (betas := given["trained_betas"]) is not None:
+        if not isinstance(betas, list):
+            raise EpsrtError(f"{root}: trained_betas = {betas!r} is not a list of numbers")
+        if len(betas) != T:
+            raise EpsrtError(f"{root}: {len(betas)} trained_betas and num_train_timesteps = {T} contradict each other")
+        return Schedule.given([typed(f"{root}: trained_betas", beta, 0.0) for beta in betas], zero_snr=zero)
     if kind == "laplace" and name == "DDPMScheduler":
-        betas: Tensor = vars(SCHEDULERS[name](T, beta_schedule=kind))["betas"]  # type: ignore[no-untyped-call]
-        return Schedule.given(betas.double().numpy(), zero_snr=zero)
+        theirs: Tensor = vars(SCHEDULERS[name](T, beta_schedule=kind))["betas"]  # type: ignore[no-untyped-call]
+        return Schedule.given(theirs.double().numpy(), zero_snr=zero)
     takes = [*KINDS, "laplace"] if name == "DDPMScheduler" else [key for key in KINDS if key != "sigmoid"]
     if kind not in takes:
         raise EpsrtError(f"{root}: {name} has no beta_schedule {kind!r}: {one_of(kind, takes)}, or trained_betas")
@@ -184,7 +186,7 @@ def _scheduler(root: Path, folder: Path) -> dict[str, Any]:
             "pipeline, or put the scheduler's beside config.json (scheduler.save_pretrained)"
         )
     config = _json(found, "the scheduler's")
-    if config.get("_class_name") not in SCHEDULERS:
+    if str(config.get("_class_name")) not in SCHEDULERS:
         raise EpsrtError(
             f"{found}: scheduler class {config.get('_class_name')!r} is not among {', '.join(SCHEDULERS)}: save one of "
             "these, made from_config of it; the sampler is chosen when sampling"
@@ -195,7 +197,7 @@ def _scheduler(root: Path, folder: Path) -> dict[str, Any]:
 def _network(folder: Path, config: dict[str, Any]) -> Any:
     """The model with its weights, eval mode, float32. A weight that is missing would stay random: all must be there."""
     name = config.get("_class_name")
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise EpsrtError(f"{folder}: model class {name!r} is not among {', '.join(MODELS)}: export it from Python")
     if not (folder / WEIGHTS).is_file():
         if list(folder.glob("*.bin")):
@@ -205,10 +207,13 @@ def _network(folder: Path, config: dict[str, Any]) -> Any:
                 f"'{folder}')\""
             )
         raise BundleError(f"{folder} has no {WEIGHTS}: save the model again, in one piece")
-    for key in config:
-        parameters = inspect.signature(MODELS[name].__init__).parameters
+    parameters = inspect.signature(MODELS[name].__init__).parameters
+    for key, value in config.items():
         if not key.startswith("_") and key not in parameters:
             raise EpsrtError(f"{folder}: {name} has no option {key!r}: {one_of(key, parameters)}")
+        most = DEEPEST if key in ("layers_per_block", "num_layers") else LARGEST
+        if isinstance(value, (int, float)) and not value <= most:  # or building it would not end
+            raise EpsrtError(f"{folder}: {key} = {str(value)[:24]} is more than any network's {most}")
     if config.get("class_embed_type") is not None:
         raise EpsrtError(
             f"{folder}: class_embed_type {config['class_embed_type']!r} takes no class numbers: export it from Python"
@@ -255,7 +260,11 @@ def _size(folder: Path, network: Any, size: int | None) -> tuple[int, int]:
     if own is not None and size is not None:
         raise EpsrtError(f"size = {size} was given, and {folder} says its sample_size itself, {own}: leave size out")
     chosen: Any = size if own is None else own
-    return (chosen, chosen) if isinstance(chosen, int) else (chosen[0], chosen[1])
+    sides = list(chosen) if isinstance(chosen, (list, tuple)) else [chosen, chosen]
+    if len(sides) != 2:
+        raise EpsrtError(f"{folder}: sample_size = {chosen} is neither one number nor a height and a width")
+    whose = "size" if own is None else f"{folder}: sample_size"
+    return typed(whose, sides[0], 0), typed(whose, sides[1], 0)
 
 
 def _json(path: Path, whose: str) -> dict[str, Any]:

@@ -61,7 +61,7 @@ SUPER_RESOLUTION = ("large_size", "small_size", "base_samples")
 YES, NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
-def improved(path: str | Path, **flags: Any) -> Source:
+def improved(path: str | Path, /, **flags: Any) -> Source:
     """A network of improved-diffusion, from its state dict at `path`; flags and errors as in `guided`.
 
     Its defaults are its own: rescale_timesteps is on, and channel_mult is known for 32, 64 and 256 pixels.
@@ -69,7 +69,7 @@ def improved(path: str | Path, **flags: Any) -> Source:
     return _load("improved-diffusion", IMPROVED, IMPROVED_MULT, Path(path), flags)
 
 
-def guided(path: str | Path, **flags: Any) -> Source:
+def guided(path: str | Path, /, **flags: Any) -> Source:
     """A network of guided-diffusion, from its state dict at `path` (*.pt, *.pth, *.safetensors).
 
     flags   those of its training, by name, as bool, number or text: image_size=64, class_cond="True". What is left
