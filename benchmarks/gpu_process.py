@@ -36,8 +36,9 @@ def run_case(command: list[str], key: Row, seconds: float, free: Callable[[], in
         out = Path(folder) / "result.json"
         least = most = free() if free else 0  # most: the last case's memory may still be on its way back
         process = subprocess.Popen(
-            [*command, str(out)], stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            [*command, str(out)], stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=_hear_interrupts,
+        )  # fmt: skip
         try:
             assert process.stdin is not None
             with suppress(BrokenPipeError):
@@ -83,6 +84,11 @@ def died(code: int) -> str:
         how = f"its process ended with signal {-code}"
     said = [line.strip() for line in LOG.read_text(errors="replace").splitlines() if line.strip()]
     return f"{how}: {said[-1][:400]}" if said else how
+
+
+def _hear_interrupts() -> None:
+    """What a shell began in the background ignores SIGINT, and its children would too: `end` asks by it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -65,7 +65,7 @@ def load(path: str | Path, *, null_label: int | None = None, size: int | None = 
         prediction=by.prediction, value_range=LATENTS if dit else (-1.0, 1.0), clip=by.clip,
         classes=classes, null_label=null_label, variance=by.variance, thresholding=by.thresholding,
         sampling=Sampling("ddpm" if own == "DDPMScheduler" else "ddim", min(T, STEPS[own]), by.spacing, by.sampling),
-        family="diffusers", name=f"{root.name}/{(folder / WEIGHTS).relative_to(root)}",
+        family="diffusers", name=f"{root.resolve().name}/{(folder / WEIGHTS).relative_to(root)}",
         version=str(config.get("_diffusers_version", "")), sha256=sha256(folder / WEIGHTS),
         origin=f"diffusers.{type(network).__name__}", config={"network": config, "scheduler": scheduler},
     )  # fmt: skip
