@@ -301,17 +301,16 @@ def built(bundle: Bundle, precision: str) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> None:
-    print("| family | network | parameters | step | trajectory, dB | rel. L2 | TensorRT-RTX | export, s | GiB |")
-    print("|---|---|--:|--:|--:|--:|---|--:|--:|")
+    print("| family | network | parameters | step | trajectory, dB | rel. L2 | TensorRT-RTX | GiB |")
+    print("|---|---|--:|--:|--:|--:|---|--:|")
     for row in rows:
         by = [row[p] for p in ("fp32", "fp16") if p in row]
         cells = [
             " / ".join(f"{b['step']:.1e}" for b in by), " / ".join(f"{b['psnr_db']:.1f}" for b in by),
             " / ".join(f"{b['relative_l2']:.0e}" for b in by), " / ".join(b["tensorrt_rtx"] for b in by),
         ]  # fmt: skip
-        numbers = f"{row['export_s']:.0f} | {row['peak_gib']:.1f}"
         size = f"{row['parameters'] / 1e6:.1f} M"
-        print(f"| {row['family']} | {row['network']} | {size} | {' | '.join(cells)} | {numbers} |")
+        print(f"| {row['family']} | {row['network']} | {size} | {' | '.join(cells)} | {row['peak_gib']:.1f} |")
 
 
 def main() -> None:
