@@ -236,7 +236,7 @@ CASES: dict[str, Case] = {
         "denoising-diffusion-pytorch", "Unet(dim=64) of its README, v", lucidrains,
         of("denoising-diffusion-pytorch", "model-70.pt", image_size=32),
     ),
-    # with random weights F misses FP16's limit, 1.3e-3 of 1e-3 at the cleanest level; the score is not tried
+    # with random weights F misses FP16's limit, 1.3e-3 of 1e-3 at the cleanest level; the score's FP16 is not tried
     "edm": Case(
         "EDM", "F, torchcfm's U-Net", partial(make_module, kind="edm"), partial(load_module, kind="edm"), ("fp32",)
     ),
