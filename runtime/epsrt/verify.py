@@ -39,7 +39,7 @@ def verify(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
     batch         equal rows in batches of 1, 2 and the largest
 
     `on_progress(name, fraction)` is told how far it is. Raises BundleError when the golden file lacks what it needs, or
-    its rows are not those of the manifest's schedule, prediction, sigma_data and value range.
+    its rows are not those of the manifest's schedule, prediction, sigma_data and clip.
     """
     tell = on_progress or (lambda name, fraction: None)
     golden = engine.bundle.golden()
@@ -265,8 +265,7 @@ def _trajectory(engine: Engine, name: str, golden: dict[str, NDArray[Any]], tell
     low, high = engine.bundle.manifest.value_range
     if engine.bundle.manifest.clip is None:  # nothing holds images in the range
         low, high = min(low, float(truth.min())), max(high, float(truth.max()))
-    value_range = low, high
-    worst = [worst_psnr(images[i : i + 1], truth[i : i + 1], value_range) for i in range(len(truth))]
+    worst = [worst_psnr(images[i : i + 1], truth[i : i + 1], (low, high)) for i in range(len(truth))]
     where = f"image {int(np.argmin(worst))}, relative L2 {relative_l2(images, truth):.1e}"
     return [_rung(engine, name, min(worst), "dB", limit, where=where, at_least=True)]
 
