@@ -107,7 +107,7 @@ def test_bad_configs(config, change, says):
 
 def test_kinds(config):
     assert config_type(kind_of(config)) is UNetConfig
-    with pytest.raises(EpsrtError, match="'mlp' is unknown: this epsrt knows unet, dit"):
+    with pytest.raises(EpsrtError, match="'mlp' is unknown: this epsrt knows unet, dit, classifier"):
         config_type("mlp")
     with pytest.raises(EpsrtError, match="int configures no known network"):
         build(3)  # type: ignore[arg-type]

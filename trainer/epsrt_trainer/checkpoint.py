@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from epsrt.errors import BundleError, EpsrtError
 from epsrt.files import sha256, whole_file
 from epsrt.schedule import Schedule
+from epsrt_trainer.classifier import ClassifierConfig
 from epsrt_trainer.diffusion import Prediction
-from epsrt_trainer.networks import NetworkConfig, build, config_type, kind_of
+from epsrt_trainer.networks import DiffusionConfig, NetworkConfig, build, config_type, kind_of
 
 VERSION = 1
 KEY = "epsrt"  # one metadata key: safetensors writes several in no fixed order, and the bytes should be a function
@@ -37,15 +38,30 @@ class Training:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint; `network` is in eval mode, on the CPU, in the dtype it was saved in."""
+    """A loaded diffusion network; `network` is in eval mode, on the CPU, in the dtype it was saved in."""
 
     path: Path
     sha256: str
     network: nn.Module
     kind: str
-    config: NetworkConfig
+    config: DiffusionConfig
     schedule: Schedule
     prediction: Prediction
+    value_range: tuple[float, float]
+    class_names: tuple[str, ...] | None
+    training: Training
+
+
+@dataclass(frozen=True)
+class ClassifierCheckpoint:
+    """A loaded classifier of noised images; `network`(x, t) -> logits is as a Checkpoint's, `schedule` its noise's."""
+
+    path: Path
+    sha256: str
+    network: nn.Module
+    kind: str
+    config: ClassifierConfig
+    schedule: Schedule
     value_range: tuple[float, float]
     class_names: tuple[str, ...] | None
     training: Training
@@ -57,7 +73,7 @@ class _Meta:
     kind: str
     network: dict[str, Any]
     schedule: Schedule
-    prediction: Prediction
+    prediction: Prediction | None  # None of a classifier, which predicts no image
     value_range: tuple[float, float]
     class_names: tuple[str, ...] | None
     training: Training
@@ -69,7 +85,7 @@ def save_checkpoint(
     config: NetworkConfig,
     schedule: Schedule,
     *,
-    prediction: Prediction = "epsilon",
+    prediction: Prediction | None = None,
     value_range: tuple[float, float] = (-1.0, 1.0),
     class_names: tuple[str, ...] | None = None,
     training: Training | None = None,
@@ -77,9 +93,11 @@ def save_checkpoint(
     """Write `path` (*.safetensors) whole or not at all, and return it.
 
     network      its state_dict is saved, dtypes as they are
+    prediction   what a diffusion network returns, epsilon unless given; a classifier has none
     value_range  what the pixels of the training images span
     class_names  one a class, or None
-    Raises EpsrtError when the suffix, the range or the number of class names is wrong.
+    Raises EpsrtError when the suffix, the range or the number of class names is wrong, or a classifier's has a
+    prediction.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -88,6 +106,11 @@ def save_checkpoint(
         raise EpsrtError(f"value_range {value_range} is empty: give (low, high)")
     if class_names is not None and len(class_names) != config.classes:
         raise EpsrtError(f"{len(class_names)} class names for a network of {config.classes} classes: give one a class")
+    if isinstance(config, ClassifierConfig):
+        if prediction is not None:
+            raise EpsrtError(f"prediction = {prediction!r} of a classifier, which returns logits: leave it out")
+    else:
+        prediction = prediction or "epsilon"
     plain: dict[str, Any] = msgspec.to_builtins(config)
     training = training or Training()
     meta = _Meta(VERSION, kind_of(config), plain, schedule, prediction, value_range, class_names, training)
@@ -98,12 +121,39 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read and check a checkpoint. Nothing is unpickled; the global random state is left alone.
+    """Read and check a diffusion network. Nothing is unpickled; the global random state is left alone.
 
-    Raises BundleError when the file is missing, not safetensors, not epsrt's, of another version, or when its metadata
-    or tensors are not what its network asks for; the tensor is named.
+    Raises BundleError when the file is missing, not safetensors, not epsrt's, of another version, a classifier, or when
+    its metadata or tensors are not what its network asks for; the tensor is named.
     """
     path = Path(path)
+    meta, config, facts = _load(path)
+    if isinstance(config, ClassifierConfig):
+        raise BundleError(
+            f"{path} holds a classifier, not a diffusion network: export the network that it guides, and give it there "
+            "as --classifier"
+        )
+    if meta.prediction is None:
+        raise BundleError(f"{path} has damaged metadata: a {meta.kind} without a prediction")
+    return Checkpoint(path=path, kind=meta.kind, config=config, prediction=meta.prediction, **facts)
+
+
+def load_classifier(path: str | Path) -> ClassifierCheckpoint:
+    """Read and check a classifier, as load_checkpoint does a diffusion network. Raises BundleError for one of these."""
+    path = Path(path)
+    meta, config, facts = _load(path)
+    if not isinstance(config, ClassifierConfig):
+        raise BundleError(
+            f"{path} holds a diffusion network ({meta.kind}), not a classifier: train one on the same images and "
+            "schedule, as the preset digits-classifier does"
+        )
+    if meta.prediction is not None:
+        raise BundleError(f"{path} has damaged metadata: a classifier with prediction {meta.prediction!r}")
+    return ClassifierCheckpoint(path=path, kind=meta.kind, config=config, **facts)
+
+
+def _load(path: Path) -> tuple[_Meta, NetworkConfig, dict[str, Any]]:
+    """The metadata, the config, and what both kinds of checkpoint have, the network among it."""
     tensors, raw = read_safetensors(path)
     meta = _metadata(path, raw)
     try:
@@ -113,18 +163,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise BundleError(f"{path} describes no network: {error}") from error
     _check_tensors(path, tensors, network.state_dict())
     network.load_state_dict(tensors, assign=True)
-    return Checkpoint(
-        path=path,
-        sha256=sha256(path),
-        network=network.eval().requires_grad_(False),
-        kind=meta.kind,
-        config=config,
-        schedule=meta.schedule,
-        prediction=meta.prediction,
-        value_range=meta.value_range,
-        class_names=meta.class_names,
-        training=meta.training,
-    )
+    return meta, config, {
+        "sha256": sha256(path), "network": network.eval().requires_grad_(False), "schedule": meta.schedule,
+        "value_range": meta.value_range, "class_names": meta.class_names, "training": meta.training,
+    }  # fmt: skip
 
 
 def read_training(path: str | Path) -> Training | None:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from epsrt.files import whole_file
 from epsrt.schedule import Schedule
 from epsrt_trainer.diffusion import Prediction
-from epsrt_trainer.networks import NetworkConfig
+from epsrt_trainer.networks import DiffusionConfig
 from epsrt_trainer.sample import ddim_loop
 
 
 def save_grid(
     path: Path,
     network: nn.Module,
-    config: NetworkConfig,
+    config: DiffusionConfig,
     schedule: Schedule,
     prediction: Prediction,
     seed: int,

@@ -9,13 +9,16 @@ import torch
 from torch import nn
 
 from epsrt.errors import EpsrtError
+from epsrt_trainer.classifier import ClassifierConfig, NoisyClassifier
 from epsrt_trainer.dit import DiT, DiTConfig
 from epsrt_trainer.unet import UNet, UNetConfig
 
-NetworkConfig = UNetConfig | DiTConfig  # each has image_channels, image_size, classes, null_label and time_features
+DiffusionConfig = UNetConfig | DiTConfig  # each has null_label, and what NetworkConfigs have
+NetworkConfig = DiffusionConfig | ClassifierConfig  # each has image_channels, image_size, classes and time_features
 KINDS: dict[str, tuple[type[NetworkConfig], Callable[[Any], nn.Module]]] = {
     "unet": (UNetConfig, UNet),
     "dit": (DiTConfig, DiT),
+    "classifier": (ClassifierConfig, NoisyClassifier),
 }
 
 

@@ -11,6 +11,7 @@ import msgspec
 from epsrt.errors import EpsrtError
 from epsrt.schedule import Schedule
 from epsrt_trainer.checkpoint import read_training
+from epsrt_trainer.classifier import ClassifierConfig
 from epsrt_trainer.data import Images
 from epsrt_trainer.networks import NetworkConfig, kind_of
 from epsrt_trainer.state import read_run
@@ -36,6 +37,9 @@ def identity(data: Images, network: NetworkConfig, schedule: Schedule, config: o
         del rest["schedule"][name]
     if network.time_features == "sinusoidal":
         del rest["network"]["fourier_scale"]
+    if isinstance(network, ClassifierConfig):
+        for name in ("label_drop", "prediction", "weighting"):  # it has none
+            del plain[name]
     whole = {"kind": kind_of(network), "data": data.digest(), **rest, "train": plain}
     found: dict[str, Any] = json.loads(json.dumps(whole))
     return found

@@ -8,85 +8,27 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from epsrt.errors import EpsrtError
 from epsrt.schedule import Schedule
 from epsrt_trainer.checkpoint import Training, save_checkpoint
+from epsrt_trainer.classifier import ClassifierConfig
+from epsrt_trainer.config import TrainConfig, check
 from epsrt_trainer.data import Images
-from epsrt_trainer.diffusion import Prediction, Weighting, loss, loss_weights, q_sample, target
+from epsrt_trainer.diffusion import loss, loss_weights, q_sample, target
 from epsrt_trainer.grid import save_grid
 from epsrt_trainer.log import Log, Progress
 from epsrt_trainer.networks import NetworkConfig, build
 from epsrt_trainer.processes import Group, group
 from epsrt_trainer.runs import beside, identity, steps_done
 from epsrt_trainer.state import State
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train. Raises EpsrtError for a value outside its range.
-
-    steps, batch                     optimiser steps; images a step, over all processes
-    lr, warmup, lr_decay             AdamW's rate: up linearly over `warmup` steps, then constant or a cosine to 0
-    weight_decay, clip_norm          clip_norm = 0: gradients are not clipped
-    ema_decay                        of the weights that are saved
-    label_drop                       chance that a label becomes the null label; needs a network that has one
-    prediction, weighting            see diffusion.target and diffusion.loss_weights
-    flip                             mirror images left to right, half of the time
-    dtype                            bf16: autocast; weights stay float32. auto: bf16 on a CPU that has it, else fp32
-    seed                             of the initial weights and of every draw
-    threads                          CPU threads; 0: as many as torch finds. Small networks want 1: with more, another
-                                     busy process on the machine makes each of their short operations wait
-    log_every, checkpoint_every, sample_every   in steps; 0: never (the last step is always logged and saved)
-    """
-
-    steps: int = 100_000
-    batch: int = 128
-    lr: float = 2e-4
-    warmup: int = 1000
-    lr_decay: Literal["constant", "cosine"] = "constant"
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    ema_decay: float = 0.9999
-    label_drop: float = 0.1
-    prediction: Prediction = "epsilon"
-    weighting: Weighting = "simple"
-    flip: bool = False
-    dtype: Literal["fp32", "bf16", "auto"] = "fp32"
-    seed: int = 0
-    threads: int = 0
-    log_every: int = 100
-    checkpoint_every: int = 1000
-    sample_every: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "threads", "log_every", "checkpoint_every", "sample_every"):
-            low = int(name in ("steps", "batch"))
-            if getattr(self, name) < low:
-                raise EpsrtError(f"{name} = {getattr(self, name)} is below {low}")
-        for name in ("warmup", "weight_decay", "clip_norm", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise EpsrtError(f"{name} = {getattr(self, name)} must be 0 or more")
-        if not 0 < self.lr < math.inf:
-            raise EpsrtError(f"lr = {self.lr} must be above 0")
-        for name in ("ema_decay", "label_drop"):
-            if not 0 <= getattr(self, name) < 1:
-                raise EpsrtError(f"{name} = {getattr(self, name)} is outside [0, 1)")
-        for name, known in {"lr_decay": ("constant", "cosine"), "dtype": ("fp32", "bf16", "auto")}.items():
-            if getattr(self, name) not in known:
-                raise EpsrtError(f"{name} {getattr(self, name)!r} is unknown: use {', '.join(known)}")
-
-    def lr_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        decay = 0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.lr_decay == "cosine" else 1.0
-        return self.lr * rise * decay
 
 
 @dataclass(frozen=True)
@@ -125,7 +67,7 @@ def train(
     device: str | None = None,
     tensorboard: bool = False,
 ) -> Path:
-    """Train a network and write its EMA weights to `out` (*.safetensors), a checkpoint. Returns the path.
+    """Train a network, or a classifier of noised images, and write its EMA weights to the checkpoint `out`; return it.
 
     Beside it: NAME.state.safetensors (the training state), NAME.log.jsonl (the loss), NAME.STEP.png (sample grids).
     resume       go on from the state of the same run, to the same losses bit for bit; a finished run returns at once.
@@ -138,7 +80,7 @@ def train(
     the loss is not finite.
     """
     out = Path(out)
-    _check(data, network_config, schedule, config, out)
+    check(data, network_config, schedule, config, out)
     with group(device) as processes:
         if config.batch % processes.world:
             raise EpsrtError(f"batch = {config.batch} cannot be split over {processes.world} processes evenly")
@@ -179,7 +121,8 @@ def train(
             named = data.class_names is not None and len(data.class_names) == network_config.classes
             save_checkpoint(
                 out, state.ema.network, network_config, schedule,
-                prediction=config.prediction, class_names=data.class_names if named else None, training=summary,
+                prediction=None if isinstance(network_config, ClassifierConfig) else config.prediction,
+                class_names=data.class_names if named else None, training=summary,
             )  # fmt: skip
         processes.share(None)  # nobody returns before the file is there
     return out
@@ -192,10 +135,12 @@ def _loop(
     device, share = processes.device, config.batch // processes.world
     mine = slice(processes.rank * share, (processes.rank + 1) * share)
     bar = schedule.alpha_bar
-    table = np.stack([np.sqrt(bar), np.sqrt(1 - bar), loss_weights(schedule, config.prediction, config.weighting)])
+    model_config: NetworkConfig = state.network.config  # type: ignore[assignment]
+    classifier = isinstance(model_config, ClassifierConfig)
+    weights = np.ones_like(bar) if classifier else loss_weights(schedule, config.prediction, config.weighting)
+    table = np.stack([np.sqrt(bar), np.sqrt(1 - bar), weights])
     half = config.dtype == "bf16" or (config.dtype == "auto" and _has_bf16(device))
     coefficients = torch.from_numpy(table).float()
-    model_config: NetworkConfig = state.network.config  # type: ignore[assignment]
     model: nn.Module = state.network.train()
     if processes.world > 1:
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
@@ -214,8 +159,13 @@ def _loop(
             signal, noise = signal[:, None, None, None], noise[:, None, None, None]
             torch.manual_seed(_seed(config.seed, step, 1 + processes.rank))  # dropout
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                prediction = model(q_sample(x0, eps, signal, noise), t.to(device), label)
-            value = loss(prediction, target(config.prediction, x0, eps, signal, noise), weight)
+                given = q_sample(x0, eps, signal, noise), t.to(device), *(() if classifier else (label,))
+                prediction = model(*given)
+            if classifier:  # arXiv 2105.05233, section 4: −log p(y | x_t)
+                assert label is not None
+                value = F.cross_entropy(prediction.float(), label)
+            else:
+                value = loss(prediction, target(config.prediction, x0, eps, signal, noise), weight)
             state.adam.zero_grad()
             value.backward()  # type: ignore[no-untyped-call]
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf)
@@ -237,7 +187,10 @@ def _loop(
                     progress(report)
             if processes.first and not last and config.checkpoint_every and done % config.checkpoint_every == 0:
                 state.save(beside(out, ".state.safetensors"), run)
-            if processes.first and config.sample_every and done % config.sample_every == 0:
+            if (
+                processes.first and config.sample_every and done % config.sample_every == 0
+                and not isinstance(model_config, ClassifierConfig)
+            ):  # fmt: skip
                 picture = beside(out, f".{done:06d}.png")
                 save_grid(picture, state.ema.network, model_config, schedule, config.prediction, config.seed)
 
@@ -255,25 +208,6 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _check(data: Images, network: NetworkConfig, schedule: Schedule, config: TrainConfig, out: Path) -> None:
-    wanted = (network.image_channels, network.image_size, network.image_size)
-    if data.shape != wanted:
-        shapes = ["×".join(map(str, shape)) for shape in (data.shape, wanted)]
-        raise EpsrtError(f"the images are {shapes[0]} but the network takes {shapes[1]}: set network.image_size")
-    if out.suffix != ".safetensors":
-        raise EpsrtError(f"{out} is no name for a checkpoint: end it in .safetensors")
-    if network.classes and data.classes > network.classes:
-        raise EpsrtError(f"the data have {data.classes} classes but the network {network.classes}: set network.classes")
-    if network.classes and data.labels is None:
-        raise EpsrtError(f"the network has {network.classes} classes but the data no labels: set network.classes = 0")
-    if network.classes and (config.label_drop > 0) != network.null_label:
-        raise EpsrtError(
-            f"label_drop = {config.label_drop} with null_label = {network.null_label}: "
-            "a null label is learned by dropping labels (10–20 %), and dropping needs one"
-        )
-    loss_weights(schedule, config.prediction, config.weighting)  # refuses what cannot be learned
 
 
 def _seed(*numbers: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +13,21 @@ from torch import Tensor, nn
 from epsrt.errors import EpsrtError
 from epsrt_trainer.embeddings import TimeEmbedding, TimeFeatures, check_conditions
 
+M = TypeVar("M", bound=nn.Module)
+
 
 @dataclass(frozen=True)
-class UNetConfig:
-    """The shape of a U-Net. Raises EpsrtError when the numbers do not fit together.
+class EncoderConfig:
+    """The shape of the way down, which UNet and NoisyClassifier share. Raises EpsrtError where its numbers do not fit.
 
     image_channels, image_size  images are [image_channels, image_size, image_size]
     base_channels               width of the first level, a multiple of 4
     channel_multipliers         width of each level over base_channels; each level halves the feature map
-    residual_blocks             per level on the way down; one more on the way up
+    residual_blocks             per level on the way down
     attention_resolutions       feature-map sizes whose blocks are followed by self-attention; the middle always has it
     heads                       attention heads; they divide every attended width
-    classes, null_label         0 classes: unconditional. With null_label, label == classes means "no label"
-    conditioning                how time and label enter a block: scale and shift of the norm, or added to the features
+    dropout                     within each block, of features
+    conditioning                how the condition enters a block: scale and shift of the norm, or added to the features
     groups                      of GroupNorm; fewer where a group would hold under 4 channels
     time_features               how t becomes numbers: sinusoidal, or random Fourier features; see TimeEmbedding
     fourier_scale               standard deviation of the Fourier frequencies, in turns over 1,000 timesteps
@@ -39,8 +41,6 @@ class UNetConfig:
     attention_resolutions: tuple[int, ...] = (16,)
     heads: int = 1
     dropout: float = 0.0
-    classes: int = 0
-    null_label: bool = False
     conditioning: Literal["scale-shift", "additive"] = "scale-shift"
     groups: int = 32
     time_features: TimeFeatures = "sinusoidal"
@@ -59,30 +59,57 @@ class UNetConfig:
             )
         if self.base_channels % 4:
             raise EpsrtError(f"base_channels = {self.base_channels} is not a multiple of 4")
-        sizes = tuple(self.image_size >> level for level in range(halvings + 1))
         for size in self.attention_resolutions:
-            if size not in sizes:
-                raise EpsrtError(f"attention_resolutions names {size} but the feature maps are {sizes} pixels wide")
-        for size, width in zip(sizes, self.widths, strict=True):
-            if (size in self.attention_resolutions or size == sizes[-1]) and width % self.heads:
+            if size not in self.sizes:
+                raise EpsrtError(
+                    f"attention_resolutions names {size} but the feature maps are {self.sizes} pixels wide"
+                )
+        for size, width in zip(self.sizes, self.widths, strict=True):
+            if (size in self.attention_resolutions or size == self.sizes[-1]) and width % self.heads:
                 raise EpsrtError(f"heads = {self.heads} does not divide the width {width} of the {size}-pixel level")
         if not 0 <= self.dropout < 1:
             raise EpsrtError(f"dropout = {self.dropout} is outside [0, 1)")
         if self.conditioning not in ("scale-shift", "additive"):
             raise EpsrtError(f"conditioning {self.conditioning!r} is unknown: use scale-shift or additive")
-        check_conditions(self.classes, self.null_label, self.time_features, self.fourier_scale)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the feature map on each level, in pixels, from the image down."""
+        return tuple(self.image_size >> level for level in range(len(self.channel_multipliers)))
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of each level, from the image down."""
         return tuple(self.base_channels * multiplier for multiplier in self.channel_multipliers)
 
+    @property
+    def attended(self) -> tuple[bool, ...]:
+        """Whether a level's blocks are followed by self-attention."""
+        return tuple(size in self.attention_resolutions for size in self.sizes)
 
-def _norm(channels: int, groups: int) -> nn.GroupNorm:
+
+@dataclass(frozen=True)
+class UNetConfig(EncoderConfig):
+    """The shape of a U-Net: its way down, and one residual block more per level on the way up. See EncoderConfig.
+
+    classes, null_label  0 classes: unconditional. With null_label, label == classes means "no label"
+    """
+
+    classes: int = 0
+    null_label: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_conditions(self.classes, self.null_label, self.time_features, self.fourier_scale)
+
+
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """Of `groups` groups, or as many as hold 4 channels each."""
     return nn.GroupNorm(math.gcd(groups, channels // 4), channels, eps=1e-6)
 
 
-def _zero(module: nn.Conv2d) -> nn.Conv2d:
+def zero(module: M) -> M:
+    """The module, its parameters set to zero."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -94,9 +121,9 @@ class Attention(nn.Module):
     def __init__(self, channels: int, heads: int, groups: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = _norm(channels, groups)
+        self.norm = group_norm(channels, groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = _zero(nn.Conv2d(channels, channels, 1))
+        self.out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         _, c, height, width = x.shape
@@ -110,15 +137,15 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A residual block with the conditioning vector in it, and self-attention after it where asked."""
 
-    def __init__(self, into: int, out: int, config: UNetConfig, attention: bool) -> None:
+    def __init__(self, into: int, out: int, config: EncoderConfig, attention: bool) -> None:
         super().__init__()
         self.scale_shift = config.conditioning == "scale-shift"
-        self.norm1 = _norm(into, config.groups)
+        self.norm1 = group_norm(into, config.groups)
         self.conv1 = nn.Conv2d(into, out, 3, padding=1)
         self.condition = nn.Linear(4 * config.base_channels, 2 * out if self.scale_shift else out)
-        self.norm2 = _norm(out, config.groups)
+        self.norm2 = group_norm(out, config.groups)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = _zero(nn.Conv2d(out, out, 3, padding=1))
+        self.conv2 = zero(nn.Conv2d(out, out, 3, padding=1))
         self.skip = nn.Conv2d(into, out, 1) if into != out else nn.Identity()
         self.attention = Attention(out, config.heads, config.groups) if attention else nn.Identity()
 
@@ -158,41 +185,57 @@ class Up(nn.Module):
         return out
 
 
+def way_down(config: EncoderConfig) -> tuple[nn.ModuleList, list[int]]:
+    """The blocks and Downs after a stem of base_channels, and the widths of what the stem and each of them return."""
+    layers, widths = nn.ModuleList(), [config.base_channels]
+    for level, (out, attended) in enumerate(zip(config.widths, config.attended, strict=True)):
+        for _ in range(config.residual_blocks):
+            layers.append(Block(widths[-1], out, config, attended))
+            widths.append(out)
+        if level < len(config.widths) - 1:
+            layers.append(Down(out))
+            widths.append(out)
+    return layers, widths
+
+
+def middle(config: EncoderConfig) -> nn.ModuleList:
+    """Two blocks on the last level, the first with self-attention."""
+    width = config.widths[-1]
+    return nn.ModuleList([Block(width, width, config, True), Block(width, width, config, False)])
+
+
+def initialise(network: nn.Module) -> None:
+    """Xavier for every convolution and linear layer of `network` but those that start at zero; biases 0."""
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.weight.any():
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+
 class UNet(nn.Module):
     """ε_θ(x_t, t, label), or x0 or v: whatever it was trained to predict. See UNetConfig."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        base, widths, last = config.base_channels, config.widths, len(config.widths) - 1
-        attended = [config.image_size >> level in config.attention_resolutions for level in range(last + 1)]
+        base, widths = config.base_channels, config.widths
         self.time_embed = TimeEmbedding(base, 4 * base, config.time_features, config.fourier_scale)
         rows = config.classes + config.null_label
         self.label_embed = nn.Embedding(rows, 4 * base) if config.classes else None
         self.stem = nn.Conv2d(config.image_channels, base, 3, padding=1)
-        self.down = nn.ModuleList()
-        skips, width = [base], base
-        for level, out in enumerate(widths):
-            for _ in range(config.residual_blocks):
-                self.down.append(Block(width, out, config, attended[level]))
-                skips.append(width := out)
-            if level < last:
-                self.down.append(Down(out))
-                skips.append(out)
-        self.middle = nn.ModuleList([Block(width, width, config, True), Block(width, width, config, False)])
+        self.down, skips = way_down(config)
+        width = skips[-1]
+        self.middle = middle(config)
         self.up = nn.ModuleList()
-        for level in range(last, -1, -1):
+        for level in reversed(range(len(widths))):
             for _ in range(config.residual_blocks + 1):
-                self.up.append(Block(width + skips.pop(), widths[level], config, attended[level]))
+                self.up.append(Block(width + skips.pop(), widths[level], config, config.attended[level]))
                 width = widths[level]
             if level:
                 self.up.append(Up(width))
-        self.norm = _norm(width, config.groups)
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)) and module.weight.any():  # not those that start at zero
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-        self.head = _zero(nn.Conv2d(width, config.image_channels, 3, padding=1))
+        self.norm = group_norm(width, config.groups)
+        initialise(self)
+        self.head = zero(nn.Conv2d(width, config.image_channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """The prediction for x_t.

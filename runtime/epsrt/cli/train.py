@@ -18,6 +18,8 @@ epsrt train --preset digits --out out/digits.safetensors
 
 epsrt train --preset digits-dit --out out/dit.safetensors --set network.depth=6 --set network.time_features=fourier
 
+epsrt train --preset digits-classifier --out out/digits-classifier.safetensors   # of noised digits, to guide others
+
 epsrt train --preset ddpm-cifar10 --data cifar-10-batches-bin --out cifar.safetensors --set train.dtype=bf16
 
 torchrun --nproc-per-node 8 -m epsrt_trainer --preset ddpm-cifar10 --data photos/ --size 32 --out photos.safetensors
@@ -27,7 +29,7 @@ torchrun --nproc-per-node 8 -m epsrt_trainer --preset ddpm-cifar10 --data photos
 def train(
     out: Annotated[Path, Option("--out", "-o", help="The checkpoint to write, *.safetensors.")],
     preset: Annotated[
-        str, Option(help="Network, schedule and settings: digits, digits-dit or ddpm-cifar10.")
+        str, Option(help="Network, schedule and settings: digits, digits-dit, digits-classifier or ddpm-cifar10.")
     ] = "digits",
     data: Annotated[
         str | None,
@@ -45,7 +47,7 @@ def train(
     tensorboard: Annotated[bool, Option("--tensorboard", help="Also write TensorBoard's events.")] = False,
     as_json: show.JsonOption = False,
 ) -> None:
-    """Train a network on images and write a checkpoint. Interrupted, it goes on where it was, to the same weights."""
+    """Train a network, or a classifier to guide one, on images. Interrupted, it goes on, to the same weights."""
     try:
         from epsrt_trainer.checkpoint import read_training
         from epsrt_trainer.data import load

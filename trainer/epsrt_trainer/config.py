@@ -1,0 +1,116 @@
+"""How to train, and what fits together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from epsrt.errors import EpsrtError
+from epsrt.schedule import Schedule
+from epsrt_trainer.classifier import ClassifierConfig
+from epsrt_trainer.data import Images
+from epsrt_trainer.diffusion import Prediction, Weighting, loss_weights
+from epsrt_trainer.networks import NetworkConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Raises EpsrtError for a value outside its range.
+
+    A classifier learns by cross-entropy at every t alike: it is trained with the prediction and weighting of the
+    defaults, which it does not have, label_drop = 0 and sample_every = 0, and other values are refused.
+
+    steps, batch                     optimiser steps; images a step, over all processes
+    lr, warmup, lr_decay             AdamW's rate: up linearly over `warmup` steps, then constant or a cosine to 0
+    weight_decay, clip_norm          clip_norm = 0: gradients are not clipped
+    ema_decay                        of the weights that are saved
+    label_drop                       chance that a label becomes the null label; needs a network that has one
+    prediction, weighting            see diffusion.target and diffusion.loss_weights
+    flip                             mirror images left to right, half of the time
+    dtype                            bf16: autocast; weights stay float32. auto: bf16 on a CPU that has it, else fp32
+    seed                             of the initial weights and of every draw
+    threads                          CPU threads; 0: as many as torch finds. Small networks want 1: with more, another
+                                     busy process on the machine makes each of their short operations wait
+    log_every, checkpoint_every, sample_every   in steps; 0: never (the last step is always logged and saved)
+    """
+
+    steps: int = 100_000
+    batch: int = 128
+    lr: float = 2e-4
+    warmup: int = 1000
+    lr_decay: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    ema_decay: float = 0.9999
+    label_drop: float = 0.1
+    prediction: Prediction = "epsilon"
+    weighting: Weighting = "simple"
+    flip: bool = False
+    dtype: Literal["fp32", "bf16", "auto"] = "fp32"
+    seed: int = 0
+    threads: int = 0
+    log_every: int = 100
+    checkpoint_every: int = 1000
+    sample_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "threads", "log_every", "checkpoint_every", "sample_every"):
+            low = int(name in ("steps", "batch"))
+            if getattr(self, name) < low:
+                raise EpsrtError(f"{name} = {getattr(self, name)} is below {low}")
+        for name in ("warmup", "weight_decay", "clip_norm", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise EpsrtError(f"{name} = {getattr(self, name)} must be 0 or more")
+        if not 0 < self.lr < math.inf:
+            raise EpsrtError(f"lr = {self.lr} must be above 0")
+        for name in ("ema_decay", "label_drop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise EpsrtError(f"{name} = {getattr(self, name)} is outside [0, 1)")
+        for name, known in {"lr_decay": ("constant", "cosine"), "dtype": ("fp32", "bf16", "auto")}.items():
+            if getattr(self, name) not in known:
+                raise EpsrtError(f"{name} {getattr(self, name)!r} is unknown: use {', '.join(known)}")
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        decay = 0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.lr_decay == "cosine" else 1.0
+        return self.lr * rise * decay
+
+
+def check(data: Images, network: NetworkConfig, schedule: Schedule, config: TrainConfig, out: Path) -> None:
+    """Raises EpsrtError where data, network, schedule, settings and the checkpoint's name do not fit together."""
+    wanted = (network.image_channels, network.image_size, network.image_size)
+    if data.shape != wanted:
+        shapes = ["×".join(map(str, shape)) for shape in (data.shape, wanted)]
+        raise EpsrtError(f"the images are {shapes[0]} but the network takes {shapes[1]}: set network.image_size")
+    if out.suffix != ".safetensors":
+        raise EpsrtError(f"{out} is no name for a checkpoint: end it in .safetensors")
+    if network.classes and data.classes > network.classes:
+        raise EpsrtError(f"the data have {data.classes} classes but the network {network.classes}: set network.classes")
+    if isinstance(network, ClassifierConfig) and data.labels is None:
+        raise EpsrtError("the data have no labels: a classifier learns from nothing else, so give labelled images")
+    if network.classes and data.labels is None:
+        raise EpsrtError(f"the network has {network.classes} classes but the data no labels: set network.classes = 0")
+    if isinstance(network, ClassifierConfig):
+        _check_classifier(schedule, config)
+        return
+    if network.classes and (config.label_drop > 0) != network.null_label:
+        raise EpsrtError(
+            f"label_drop = {config.label_drop} with null_label = {network.null_label}: "
+            "a null label is learned by dropping labels (10–20 %), and dropping needs one"
+        )
+    loss_weights(schedule, config.prediction, config.weighting)  # refuses what cannot be learned
+
+
+def _check_classifier(schedule: Schedule, config: TrainConfig) -> None:
+    """Refuse what would be ignored."""
+    if config.label_drop:
+        raise EpsrtError(f"label_drop = {config.label_drop} of a classifier, which learns labels: set label_drop = 0")
+    if config.sample_every:
+        raise EpsrtError(f"sample_every = {config.sample_every}: a classifier draws no samples, set sample_every = 0")
+    for name, default in (("prediction", TrainConfig.prediction), ("weighting", TrainConfig.weighting)):
+        if getattr(config, name) != default:
+            raise EpsrtError(f"{name} = {getattr(config, name)}: a classifier has none, leave it out ({default})")
+    _ = schedule.alpha_bar  # refuses a schedule that has none
