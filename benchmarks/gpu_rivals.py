@@ -17,7 +17,7 @@ from gpu_speed import fitting
 from gpu_timing import median_ratio, rounds, spread
 
 from epsrt import Bundle, EpsrtError, Sampler, open_engine
-from epsrt.verify import worst_psnr
+from epsrt.measure import worst_psnr
 
 Draw = Callable[[int], Any]  # steps -> images
 STEPS = 50

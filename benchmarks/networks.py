@@ -29,9 +29,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from epsrt import EngineError, Schedule
-from epsrt.bundle import Bundle, Sampling
+from epsrt.bundle import Bundle
 from epsrt.engines.trt_build import BuildOptions, build
 from epsrt.engines.trt_library import library
+from epsrt.manifest import Sampling
 from epsrt_export import export, families
 from epsrt_export.families.adm import ADMConfig, ADMUNet
 from epsrt_export.redraw import redraw

@@ -104,6 +104,28 @@ class Learned(Tiny):
         return torch.cat([0.2 * self.head(h) + 0.8 * x, 0.5 * self.spread(h) + self.centre], 1)
 
 
+class Judge(nn.Module):
+    """A classifier of noised images, not ours: strided convolution, norm, pooling; t by a table."""
+
+    def __init__(self, channels: int = 1, classes: int = 10, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        self.time_embed = nn.Embedding(T, width)
+        self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.norm = nn.GroupNorm(4, 2 * width)
+        self.head = nn.Linear(2 * width, classes)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = nn.functional.silu(self.stem(x) + self.time_embed(t.long())[:, :, None, None])
+        return self.head(nn.functional.silu(self.norm(self.down(h))).mean((2, 3)))
+
+
+def judge(seed: int = 0, **more: Any) -> nn.Module:
+    """A redrawn Judge."""
+    torch.manual_seed(seed)
+    return Judge(**more).eval()
+
+
 def tiny(seed: int = 0, **more: Any) -> nn.Module:
     return redraw(Tiny(**more), seed)
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from epsrt import Bundle, Sampler
-from epsrt.verify import worst_psnr
+from epsrt.measure import worst_psnr
 from gpu.stand_in.build import NoCompiler, build, environment  # here: later, benchmarks/gpu.py would hide it
 from helpers import tiny
 

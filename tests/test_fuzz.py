@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from epsrt import Bundle, BundleError
-from epsrt.bundle import MANIFEST
+from epsrt.manifest import MANIFEST
 
 ROUNDS = 500
 

@@ -2,5 +2,6 @@
 
 from epsrt_export.export import export, export_network
 from epsrt_export.parity import ParityError
+from epsrt_export.source import NoisedClassifier, Source
 
-__all__ = ["ParityError", "export", "export_network"]
+__all__ = ["NoisedClassifier", "ParityError", "Source", "export", "export_network"]

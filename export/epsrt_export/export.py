@@ -7,53 +7,49 @@ import dataclasses
 import math
 import platform
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-import onnx
 import safetensors.numpy
 import torch
 from torch import nn
 
 from epsrt import __version__
-from epsrt.bundle import (
+from epsrt.bundle import Bundle
+from epsrt.engines import open_engine
+from epsrt.errors import EpsrtError, one_of, typed
+from epsrt.files import sha256, whole_directory
+from epsrt.manifest import (
     FORMAT,
     GOLDEN,
     MANIFEST,
     PARITY,
-    Bundle,
     FileEntry,
     Graph,
-    LearnedVariance,
     Manifest,
     Provenance,
     Rung,
     Sizes,
     Thresholding,
     render,
-    step_columns,
-    step_features,
 )
-from epsrt.bundle import digest as digest_of
-from epsrt.engines import open_engine
-from epsrt.errors import EpsrtError, one_of, typed
-from epsrt.files import sha256, whole_directory
-from epsrt.sampler import plan_of
+from epsrt.manifest import digest as digest_of
+from epsrt.requests import plan_of
 from epsrt.schedule import Schedule
-from epsrt.verify import verify
+from epsrt.verify import verify_all
 from epsrt_export import golden, parity
 from epsrt_export.families import checkpoint as own
-from epsrt_export.onnx_graph import WeightsFile, to_onnx
-from epsrt_export.precision import half_copy
-from epsrt_export.source import Source
-from epsrt_export.stepgraph import DynamicThreshold, StepGraph, check_network, check_sizes
+from epsrt_export.gradient import log_prob_gradient
+from epsrt_export.graphs import DTYPES, variants_of, write_graphs
+from epsrt_export.source import NoisedClassifier, Source
+from epsrt_export.stepgraph import check_network, check_sizes
 from epsrt_trainer.checkpoint import Checkpoint
 
 OnStage = Callable[[str, float], object]
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def export(
@@ -62,6 +58,8 @@ def export(
     *,
     thresholding: tuple[float, float] | None = None,
     sizes: tuple[int, int] | None = None,
+    masked: bool = False,
+    classifier: NoisedClassifier | str | Path | None = None,
     precisions: Sequence[str] = ("fp32", "fp16"),
     max_batch: int | None = None,
     opset: int = 21,
@@ -72,6 +70,9 @@ def export(
     thresholding  instead of the source's: see Source
     sizes         (multiple, largest): the graphs also take other heights and widths, each a multiple of `multiple`, up
                   to `largest` pixels, where the network does
+    masked        also write step graphs that keep known pixels: inpainting
+    classifier    of noised images, a NoisedClassifier or the path of epsrt's own checkpoint: also write step graphs
+                  that it guides. (Where the network has a null label, those of guidance without one always are.)
     precisions    fp32, and fp16 unless it is left out; parity is proven in each
     max_batch     the largest batch of the step graphs: 64 unless given, fewer where images may exceed 64 × 64 pixels
     on_stage      called as on_stage(what, fraction)
@@ -93,12 +94,15 @@ def export(
         pixels = math.prod(source.shape[1:]) if others is None else others.largest**2
         max_batch = max(1, min(64, 64**3 // max(1, pixels)))
     max_batch = typed("max_batch", max_batch, 1)
-    _check(source, precisions, max_batch, others)
+    _check(source, precisions, max_batch, others, classifier is not None)
     if out.exists() and not (out / MANIFEST).is_file():
         raise EpsrtError(f"{out} exists and is not a bundle: choose another name, or remove it")
     network, schedule = _ready(source.network), source.schedule
+    judge = None if classifier is None else _classifier(classifier, source)
+    gradient = None if judge is None else log_prob_gradient(judge.network, source.shape, judge.classes)
     source = dataclasses.replace(source, sha256=source.weights_sha256)
     plan_of(manifest_of(source, max_batch, (), others))  # its defaults make a plan
+    variants = variants_of(source.null_label is not None, masked, judge is not None)
     check_network(network, source.shape, source.classes > 0, torch.float32, source.variance is not None)
     if others is not None:
         check_sizes(network, source.shape, source.classes > 0, others, source.variance is not None)
@@ -108,18 +112,16 @@ def export(
     ]
     parity.require(rungs)
     with whole_directory(out) as beside:
-        graphs = []
+        graphs: list[Graph] = []
         for precision in precisions:
-            tell(f"graph {precision}", 0.0)
-            graphs.append(
-                write_graph(
-                    network, precision, beside, source.shape, source.classes > 0, opset, source.variance,
-                    source.threshold, others,
-                )
+            tell(f"graphs {precision}", 0.0)
+            graphs += write_graphs(
+                network, precision, beside, source.shape, source.classes > 0, opset, source.variance, source.threshold,
+                others, variants=variants, null_label=source.null_label, gradient=gradient,
+                on_graph=partial(tell, f"graphs {precision}"),
             )  # fmt: skip
-            tell(f"graph {precision}", 1.0)
-        manifest = manifest_of(source, max_batch, graphs, others)
-        kept = golden.record(network, manifest, tell)
+        manifest = manifest_of(source, max_batch, graphs, others, judge)
+        kept = golden.record(network, manifest, tell, None if judge is None else judge.network)
         (beside / GOLDEN).write_bytes(safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in kept.items()}))
         for precision in precisions:
             rungs += _measure(Bundle(beside, manifest), precision, tell)
@@ -139,6 +141,8 @@ def export_network(
     *,
     shape: tuple[int, int, int],
     sizes: tuple[int, int] | None = None,
+    masked: bool = False,
+    classifier: NoisedClassifier | str | Path | None = None,
     precisions: Sequence[str] = ("fp32", "fp16"),
     max_batch: int | None = None,
     opset: int = 21,
@@ -154,7 +158,10 @@ def export_network(
         if name not in known:
             raise EpsrtError(f"export_network takes no {name!r}: {one_of(name, known)}")
     source = Source(network, schedule, shape, **facts)
-    return export(source, out, sizes=sizes, precisions=precisions, max_batch=max_batch, opset=opset, on_stage=on_stage)
+    return export(
+        source, out, sizes=sizes, masked=masked, classifier=classifier, precisions=precisions, max_batch=max_batch,
+        opset=opset, on_stage=on_stage,
+    )  # fmt: skip
 
 
 def _sizes(given: tuple[int, int]) -> Sizes:
@@ -181,7 +188,27 @@ def _ready(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).eval().to("cpu", torch.float32)
 
 
-def manifest_of(source: Source, max_batch: int, graphs: Sequence[Graph], sizes: Sizes | None = None) -> Manifest:
+def _classifier(given: NoisedClassifier | str | Path, source: Source) -> NoisedClassifier:
+    """A classifier that fits the source's images and noise. Raises EpsrtError."""
+    judge = given if isinstance(given, NoisedClassifier) else own.load_classifier(given)
+    if judge.shape is not None and judge.shape != source.shape:
+        shapes = ["×".join(map(str, shape)) for shape in (judge.shape, source.shape)]
+        raise EpsrtError(
+            f"the classifier {judge.name} takes {shapes[0]}, the network {shapes[1]}: train it on the same"
+        )
+    if judge.schedule is not None and judge.schedule != source.schedule:
+        raise EpsrtError(
+            f"the classifier {judge.name} was trained on another noise schedule ({judge.schedule.kind}, "
+            f"T = {judge.schedule.T}) than the network ({source.schedule.kind}, T = {source.schedule.T}): train it on "
+            "the network's"
+        )
+    return dataclasses.replace(judge, network=_ready(judge.network))
+
+
+def manifest_of(
+    source: Source, max_batch: int, graphs: Sequence[Graph], sizes: Sizes | None = None,
+    judge: NoisedClassifier | None = None,
+) -> Manifest:  # fmt: skip
     """What a bundle of this source says of itself, its files aside."""
     by = source.threshold
     provenance = Provenance(
@@ -200,50 +227,21 @@ def manifest_of(source: Source, max_batch: int, graphs: Sequence[Graph], sizes: 
         class_names=tuple(source.class_names), null_label=source.null_label, variance=source.variance,
         thresholding=None if by is None else Thresholding(by.ratio, by.maximum), sigma_data=source.sigma_data,
         sampling=source.sampling, graphs=tuple(graphs), provenance=provenance, files={},
-        sizes=sizes,
+        sizes=sizes, classifier=None if judge is None else judge.described,
     )  # fmt: skip
 
 
 def _measure(bundle: Bundle, precision: str, tell: OnStage) -> list[Rung]:
     engine = open_engine(bundle, "onnxruntime", precision=precision)
     try:
-        rungs = verify(engine, lambda name, fraction: tell(f"parity {precision} {name}", fraction))
+        rungs = verify_all(engine, lambda name, fraction: tell(f"parity {precision} {name}", fraction))
     finally:
         engine.close()
     parity.require(rungs)
     return rungs
 
 
-def write_graph(
-    network: nn.Module,
-    precision: str,
-    directory: Path,
-    shape: tuple[int, int, int],
-    labelled: bool,
-    opset: int = 21,
-    variance: LearnedVariance | None = None,
-    threshold: DynamicThreshold | None = None,
-    sizes: Sizes | None = None,
-) -> Graph:
-    """Write the step graph of a network, and its weights file, into a directory. Arguments as in `export`."""
-    dtype = DTYPES[precision]
-    if dtype == torch.float16:
-        network = half_copy(network)
-        try:
-            check_network(network, shape, labelled, dtype, variance is not None)
-        except EpsrtError as error:
-            raise EpsrtError(f'in half precision, {error}; export with precisions=["fp32"] alone') from error
-    columns = step_columns(variance)
-    weights = WeightsFile(f"weights-{precision}.bin")
-    model = to_onnx(StepGraph(network, columns, labelled, dtype, threshold), shape, opset, weights, sizes)
-    weights.write(directory)
-    name = f"step-{precision}.onnx"
-    (directory / name).write_bytes(model.SerializeToString(deterministic=True))
-    onnx.checker.check_model(directory / name)
-    return Graph(name, weights.name, precision, columns, step_features(variance, threshold))  # type: ignore[arg-type]
-
-
-def _check(source: Source, precisions: Sequence[str], max_batch: int, sizes: Sizes | None) -> None:
+def _check(source: Source, precisions: Sequence[str], max_batch: int, sizes: Sizes | None, classifier: bool) -> None:
     if not 1 <= max_batch <= 65536:
         raise EpsrtError(f"max_batch = {max_batch} is outside 1 … 65536")
     words = list(precisions) if isinstance(precisions, Sequence) else [precisions]
@@ -253,4 +251,8 @@ def _check(source: Source, precisions: Sequence[str], max_batch: int, sizes: Siz
         raise EpsrtError(
             "sizes and thresholding exclude each other: its quantile is found among a number of values that the graph "
             "fixes: leave one of them out"
+        )
+    if sizes is not None and classifier:
+        raise EpsrtError(
+            "sizes and a classifier exclude each other: its gradient is of one size: leave one of them out"
         )

@@ -3,7 +3,10 @@
     network.x, .t, .label, .out                     N(0, I) at timesteps across the schedule, t as the network is told
                                                     it, and its outputs, of 2C channels where its variance is learned
     step.x, .rows, .seed, .index, .label, .x_next   noised images at the same timesteps, and one DDPM step of each
-    trajectory.NAME.rows, .start, .seed, .index, .label, .x[, .init]   a whole run's rows, and the x that it ends with
+    trajectory.NAME.rows, .start, .seed, .index, .label, .x[, .init][, .w]   a whole run's rows, and the x that it ends
+                                                    with; w: its weight of guidance, where the network has a null label
+    guidance.null                                   and the network's outputs for that label at network.x
+    classifier.target, .gradient                    with a classifier: ∇ log p(target | x) at network.x, by autograd
     threshold.x, .x0                                with thresholding: images whose quantiles lie below the bound,
                                                     between it and the maximum, and above, and what becomes of them
     size.HxW.x, .t, .label, .out                    with sizes: as network, for two others, at a few of its timesteps
@@ -24,7 +27,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from epsrt import noise, solvers
-from epsrt.bundle import Manifest, Sizes, step_columns
+from epsrt.manifest import Manifest, Sizes, step_columns
 from epsrt.plan import STEP_COLUMNS, Plan
 from epsrt.schedule import Schedule
 from epsrt.spacing import timesteps
@@ -41,10 +44,14 @@ SEED = 2020
 DEAR = 10**9 // IMAGES  # FLOPs of an image's step, some 3 ms on two cores: above it, fewer images and rows must do
 DEAREST = 10**11  # a second
 CUT = (2, 100), (1, 20)  # images, and last rows of DDPM, of dear networks and of the dearest
+WEIGHT = 2.0  # of the guided trajectory
 
 
-def record(network: nn.Module, manifest: Manifest, tell: OnProgress) -> Arrays:
-    """Run `network` (FP32, eval mode), the one that the manifest speaks of, and keep inputs and outputs."""
+def record(network: nn.Module, manifest: Manifest, tell: OnProgress, classifier: nn.Module | None = None) -> Arrays:
+    """Run `network` (FP32, eval mode), the one that the manifest speaks of, and keep inputs and outputs.
+
+    `classifier` is that of the manifest, if it has one.
+    """
     schedule, shape, classes, null_label = manifest.schedule, manifest.shape, manifest.classes, manifest.null_label
     columns, size = step_columns(manifest.variance), int(np.prod(shape))
     kind: dict[str, Any] = {"prediction": manifest.prediction, "sigma_data": manifest.sigma_data}
@@ -61,7 +68,13 @@ def record(network: nn.Module, manifest: Manifest, tell: OnProgress) -> Arrays:
     label = np.resize(np.array(cycle, np.int64), images)
 
     def run(
-        name: str, loop: Any, ts: list[float], plan: Plan, init: NDArray[np.float32] | None = None, **more: Any
+        name: str,
+        loop: Any,
+        ts: list[float],
+        plan: Plan,
+        init: NDArray[np.float32] | None = None,
+        call: Call = call,
+        **more: Any,
     ) -> Arrays:
         signal, scale = plan.start
         z = noise.normals(SEED, index, noise.START, 0, size).reshape(images, *shape)
@@ -86,6 +99,12 @@ def record(network: nn.Module, manifest: Manifest, tell: OnProgress) -> Arrays:
     ddim = run(f"ddim-{len(ts)}", ddim_loop, ts, solvers.ddim(schedule, ts, **bounds))
     golden = _named(f"trajectory.ddim-{len(ts)}", ddim)
 
+    if null_label is not None:
+        guided = _guided(call, null_label, WEIGHT, shape[0])
+        name = f"guided-ddim-{len(ts)}"
+        kept = run(name, ddim_loop, ts, solvers.ddim(schedule, ts, **bounds), call=guided)
+        golden |= _named(f"trajectory.{name}", {**kept, "w": np.array(WEIGHT, np.float32)})
+
     low, high = schedule.span
     every: list[float] = list(range(high, low - 1, -1))
     whole = solvers.ddpm(schedule, every, **bounds, **learned)
@@ -98,7 +117,13 @@ def record(network: nn.Module, manifest: Manifest, tell: OnProgress) -> Arrays:
 
     across = np.unique(np.linspace(low, high, STATES).round().astype(np.int64))
     labels = np.resize(np.array(cycle, np.int64), len(across))
-    golden |= _named("network", _network(call, _told(schedule, across, **kind), shape, labels))
+    told = _told(schedule, across, **kind)
+    golden |= _named("network", _network(call, told, shape, labels))
+    if null_label is not None:
+        golden["guidance.null"] = _network(call, told, shape, np.full_like(labels, null_label))["out"][:, : shape[0]]
+    if classifier is not None and manifest.classifier is not None:
+        targets = np.arange(len(across)) % manifest.classifier.classes
+        golden |= _named("classifier", _gradient(classifier, golden["network.x"], told, targets))
     rows = whole.rows(columns)[high - across]
     loop = partial(ddpm_loop, call, schedule, thresholding=by_quantile, **bounds, **learned)
     golden |= _named("step", _steps(loop, schedule, across, rows, ddim["x"], labels))
@@ -149,6 +174,29 @@ def _network(network: Call, ts: NDArray[np.float32], shape: tuple[int, int, int]
     with torch.inference_mode():
         outs = [network(*_batch_of_one(i, x, ts, label)) for i in range(len(ts))]
     return {"x": x, "t": ts, "label": label, "out": torch.cat(outs).numpy()}
+
+
+def _guided(network: Call, null_label: int, w: float, channels: int) -> Call:
+    """Classifier-free guidance, two calls: u + w·(c − u) (arXiv 2207.12598, eq. 6); a learned variance is c's."""
+
+    def call(x: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        c, u = network(x, t, label), network(x, t, torch.full_like(label, null_label))
+        return torch.cat([u[:, :channels] + w * (c - u)[:, :channels], c[:, channels:]], 1)
+
+    return call
+
+
+def _gradient(
+    classifier: nn.Module, x: NDArray[np.float32], ts: NDArray[np.float32], target: NDArray[np.int64]
+) -> Arrays:
+    """∇ log p(target | x), a state at a time."""
+    grads = []
+    for i in range(len(ts)):
+        state, t, one = _batch_of_one(i, x, ts, target)
+        state.requires_grad_(True)
+        chosen = classifier(state, t).log_softmax(1).gather(1, one[:, None]).sum()
+        grads.append(torch.autograd.grad(chosen, state)[0])
+    return {"target": target, "gradient": torch.cat(grads).numpy()}
 
 
 def _steps(

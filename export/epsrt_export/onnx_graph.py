@@ -8,7 +8,7 @@ import logging
 import math
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from epsrt.bundle import Sizes
 from epsrt.errors import EpsrtError
+from epsrt.manifest import Sizes
 from epsrt_export import onnx_passes
 from epsrt_export.folding import fold_constants
 from epsrt_export.stepgraph import OUTPUTS, StepGraph
@@ -43,23 +43,25 @@ def to_onnx(
         raise EpsrtError(f"opset {opset} is not supported: use {' or '.join(map(str, OPSETS))}")
     n = 3  # neither 0 nor 1, which torch.export would treat as constants
     height, width = size = shape[1:] if sizes is None else _example(shape, sizes)
-    images = [torch.zeros(n, shape[0], *size) for _ in "xmz"]  # three tensors: one passed thrice becomes one input
-    inputs = [*images, torch.zeros(n, len(step.columns))]
-    if step.labelled:
-        inputs.append(torch.zeros(n, dtype=torch.int64))
+    # a tensor each: one passed twice becomes one input
+    makes = {
+        "image": lambda: torch.zeros(n, shape[0], *size), "rows": lambda: torch.zeros(n, len(step.columns)),
+        "label": lambda: torch.zeros(n, dtype=torch.int64),
+    }  # fmt: skip
+    inputs = {name: makes[kind]() for name, kind in step.inputs.items()}
     # AUTO: code like "if len(x) >= 64: x = x.contiguous()" narrows its range; the parity of the largest batch tells
     batch = torch.export.Dim.AUTO
     image = {0: batch}
     if sizes is not None:
         image |= {2: _pixels("height", height, sizes), 3: _pixels("width", width, sizes)}
-    names = ["x", "m", "z", "rows", *(["label"] if step.labelled else [])]
-    dynamic = tuple(image if name in "xmz" else {0: batch} for name in names)
+    names = list(inputs)
+    dynamic = {name: image if kind == "image" else {0: batch} for name, kind in step.inputs.items()}
     try:
         with _quiet(), torch.no_grad():
             if sizes is None:
-                traced = torch.export.export(step.eval(), tuple(inputs), dynamic_shapes=dynamic)
+                traced = torch.export.export(step.eval(), (), inputs, dynamic_shapes=dynamic)
             else:
-                traced = _trace(step, tuple(inputs), dynamic, sizes)
+                traced = _trace(step, inputs, dynamic, sizes)
             fold_constants(traced)
             program = torch.onnx.export(
                 traced, dynamo=True, opset_version=opset, verbose=False, input_names=names, output_names=list(OUTPUTS)
@@ -73,7 +75,7 @@ def to_onnx(
     if weights is not None:
         weights.take(program.model)
     model: onnx.ModelProto = ir.to_proto(program.model)
-    _check_signature(model, names, sizes is not None)
+    _check_signature(model, step.inputs, sizes is not None)
     onnx_passes.strip(model)
     onnx_passes.group_norm_by_instance_norm(model)
     if step.dtype == torch.float16:
@@ -141,11 +143,11 @@ def _pixels(name: str, example: int, sizes: Sizes) -> torch.export.Dim:
 
 
 def _trace(
-    step: StepGraph, inputs: tuple[torch.Tensor, ...], dynamic: tuple[Any, ...], sizes: Sizes
+    step: StepGraph, inputs: dict[str, torch.Tensor], dynamic: dict[str, Any], sizes: Sizes
 ) -> torch.export.ExportedProgram:
     """Of dynamic sizes, by torch.export itself, which tells for which of them its graph holds."""
     try:
-        program = torch.export.export(step.eval(), inputs, dynamic_shapes=dynamic)
+        program = torch.export.export(step.eval(), (), inputs, dynamic_shapes=dynamic)
     except Exception as error:
         network, reason = type(step.network).__name__, _reason(error)
         if "specialized it to be a constant" in str(error):
@@ -156,7 +158,7 @@ def _trace(
             f"torch cannot export {network} at multiples of {sizes.multiple} pixels ({reason}): give a larger "
             "multiple, or leave sizes out"
         ) from error
-    _check_guards(program, step, inputs[0].shape, sizes)
+    _check_guards(program, step, inputs["x"].shape, sizes)
     return program
 
 
@@ -187,22 +189,24 @@ def _failing(guards: Sequence[str], step: StepGraph, channels: int, sizes: Sizes
     """The first of torch's conditions that some size does not meet, and that size, the smallest."""
     most = sizes.largest // sizes.multiple
     tried = np.unique(np.linspace(2, most, min(most, MOST_TRIED)).astype(int)).tolist()
-    given = {"rows": torch.empty(3, len(step.columns), device="meta"), "label": torch.empty(3, device="meta")}
+    given = {"rows": torch.empty(3, len(step.columns), device="meta")}
+    given |= dict.fromkeys(("label", "target"), torch.empty(3, device="meta"))
+    images = [name for name, kind in step.inputs.items() if kind == "image"]
     code = [compile(guard, "<guard>", "eval") for guard in guards]
     for height in tried:
         for width in tried:
             size = height * sizes.multiple, width * sizes.multiple
             image = torch.empty(3, channels, *size, device="meta")
-            names = {"L": dict.fromkeys("xmz", image) | given, "math": math, "torch": torch}
+            names = {"L": dict.fromkeys(images, image) | given, "math": math, "torch": torch}
             for guard, compiled in zip(guards, code, strict=True):
                 if not eval(compiled, names):
                     return guard, size
     return None
 
 
-def _check_signature(model: onnx.ModelProto, inputs: Sequence[str], sized: bool) -> None:
+def _check_signature(model: onnx.ModelProto, inputs: Mapping[str, str], sized: bool) -> None:
     """torch.export freezes a batch or a size, or merges and drops inputs, without a word."""
-    for kind, want, values in (("input", inputs, model.graph.input), ("output", OUTPUTS, model.graph.output)):
+    for kind, want, values in (("input", tuple(inputs), model.graph.input), ("output", OUTPUTS, model.graph.output)):
         have = [v.name for v in values]
         if have != list(want):
             raise EpsrtError(f"the exported graph has the {kind}s {have}, not {list(want)}: is an argument unused?")
@@ -214,7 +218,7 @@ def _check_signature(model: onnx.ModelProto, inputs: Sequence[str], sized: bool)
                     "size, often by chunk() or a Python int of x.shape[0]; slice [:n] and [n:] instead"
                 )
     if sized:
-        _check_sizes([v for v in (*model.graph.input, *model.graph.output) if v.name not in ("rows", "label")])
+        _check_sizes([v for v in (*model.graph.input, *model.graph.output) if inputs.get(v.name, "image") == "image"])
 
 
 def _check_sizes(images: Sequence[onnx.ValueInfoProto]) -> None:

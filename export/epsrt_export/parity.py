@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from epsrt import solvers
-from epsrt.bundle import Rung
 from epsrt.errors import EpsrtError
+from epsrt.manifest import Rung
 from epsrt.plan import Plan
 from epsrt.schedule import Schedule
 from epsrt.spacing import timesteps

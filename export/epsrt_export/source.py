@@ -13,12 +13,53 @@ import torch
 from torch import nn
 
 from epsrt import solvers, spacing
-from epsrt.bundle import LearnedVariance, Sampling
 from epsrt.errors import EpsrtError, one_of, typed
 from epsrt.levels import visit
+from epsrt.manifest import Classifier, LearnedVariance, Sampling
 from epsrt.plan import CLIP_OFF
 from epsrt.schedule import Schedule
 from epsrt_export.stepgraph import LARGEST_SIDE, DynamicThreshold
+
+
+@dataclass(frozen=True, eq=False)
+class NoisedClassifier:
+    """A classifier of noised images, to guide by (arXiv 2105.05233).
+
+    network      forward(x [B, C, H, W], t [B] float32) -> logits [B, classes], float32; x and t are what the denoising
+                 network is given
+    classes      at least 2; `class_names`: one each, or none
+    name         of the file that it was read from; `sha256`: of that file
+    schedule, shape   that it was trained for, where that is known
+    """
+
+    network: nn.Module
+    classes: int
+    class_names: Sequence[str] = ()
+    name: str = "module"
+    sha256: str = ""
+    schedule: Schedule | None = None
+    shape: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.network, nn.Module):
+            raise EpsrtError(f"the classifier is a {type(self.network).__name__}, not a Module: give one")
+        if typed("classes", self.classes, 0) < 2:
+            raise EpsrtError(f"classes = {self.classes}: a classifier tells at least 2 apart")
+        names = _each("class_names", self.class_names, "", "a list of words")
+        if len(names) not in (0, self.classes):
+            raise EpsrtError(f"{len(names)} class names for {self.classes} classes: give one each, or none")
+        object.__setattr__(self, "class_names", names)
+
+    @property
+    def described(self) -> Classifier:
+        """What a manifest says of it."""
+        own = type(self.network)
+        return Classifier(
+            classes=int(self.classes), class_names=tuple(self.class_names),
+            network=f"{own.__module__}.{own.__qualname__}",
+            parameters=sum(p.numel() for p in self.network.parameters()), source=self.name,
+            source_sha256=self.sha256 or _weights_sha256(self.network),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +171,8 @@ class Source:
             by = msgspec.convert(msgspec.to_builtins(self.sampling), Sampling)
         except (TypeError, msgspec.ValidationError) as error:
             raise EpsrtError(f"{self.sampling} is none ({error}): give Python's own numbers and words") from None
+        if not math.isfinite(by.guidance):
+            raise EpsrtError(f"sampling's guidance = {by.guidance} is not finite: 1 is none")
         known: dict[str, Any] = dict.fromkeys(spacing.OPTIONS, 0.0)
         known |= {name: like for method in solvers.METHODS for name, like in solvers.options_of(method).items()}
         for name, value in by.options.items():
@@ -167,19 +210,21 @@ class Source:
     @property
     def weights_sha256(self) -> str:
         """sha256, or where there is no file that of the module's weights, names included."""
-        if self.sha256:
-            return self.sha256
-        hasher = hashlib.sha256()
-        for name, tensor in self.network.state_dict().items():
-            hasher.update(name.encode())
-            hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # of any dtype
-        return hasher.hexdigest()
+        return self.sha256 or _weights_sha256(self.network)
 
     @property
     def kind(self) -> str:
         """The network's class."""
         own = type(self.network)
         return self.origin or f"{own.__module__}.{own.__qualname__}"
+
+
+def _weights_sha256(network: nn.Module) -> str:
+    hasher = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        hasher.update(name.encode())
+        hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # of any dtype
+    return hasher.hexdigest()
 
 
 def _each(name: str, values: Any, like: Any, wanted: str) -> tuple[Any, ...]:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from epsrt.bundle import Sizes
 from epsrt.errors import EpsrtError
+from epsrt.manifest import Sizes
 
 Network = Callable[..., Tensor]
 OUTPUTS = ("x_next", "m_next", "x0")
@@ -58,10 +58,18 @@ class DynamicThreshold:
 
 
 class StepGraph(nn.Module):
-    """x', m', x0 from x, m, z [B, C, H, W], rows [B, len(columns)] and label [B] int64 for a conditional network.
+    """x', m', x0 from x, m, z [B, C, H, W], rows [B, len(columns)] and what else its features take.
 
-    With the column `r` the network returns [B, 2C, H, W], its second half v the learned variance (arXiv 2102.09672,
-    eq. 15), and the noise is d·exp(r·v)·z. Everything but the network is float32, whatever the network computes in.
+    columns   of epsrt.plan.FEATURES: what they name is what the graph has
+    labelled  the network takes label [B] int64
+    dtype     that the network computes in; everything else is float32
+    guided    with w: the network sees 2B rows, B with their labels, B with `null_label`, and what it returns is
+              u + w·(c − u) (arXiv 2207.12598, eq. 6, with w = 1 + theirs), then scaled towards c's deviation by phi
+              (arXiv 2305.08891, section 3.4)
+    learned   with r: the network returns [B, 2C, H, W], its second half v the learned variance (arXiv 2102.09672,
+              eq. 15), and the noise is d·exp(r·v)·z; a guided one takes c's v
+    gradient  with s: module of (x, t, target [B] int64), a classifier's ∇ log p(target | x), float32 (arXiv 2105.05233)
+    masked    with ka: known, mask, z2 [B, C, H, W]; where mask is 1, x' is known at the next row's level
     """
 
     def __init__(
@@ -71,6 +79,8 @@ class StepGraph(nn.Module):
         labelled: bool,
         dtype: torch.dtype,
         threshold: DynamicThreshold | None = None,
+        null_label: int | None = None,
+        gradient: nn.Module | None = None,
     ):
         super().__init__()
         self.network = network
@@ -78,17 +88,40 @@ class StepGraph(nn.Module):
         self.labelled = labelled
         self.dtype = dtype
         self.threshold = threshold
+        self.null_label = null_label
+        self.gradient = gradient
 
-    def forward(self, x: Tensor, m: Tensor, z: Tensor, rows: Tensor, label: Tensor | None = None) -> tuple[Tensor, ...]:
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Names of what forward takes, in order, and the kind of each: image, rows or label."""
+        found = dict.fromkeys("xmz", "image") | {"rows": "rows"}
+        if self.labelled:
+            found["label"] = "label"
+        if "s" in self.columns:
+            found["target"] = "label"
+        return found | (dict.fromkeys(("known", "mask", "z2"), "image") if "ka" in self.columns else {})
+
+    def forward(
+        self,
+        x: Tensor,
+        m: Tensor,
+        z: Tensor,
+        rows: Tensor,
+        label: Tensor | None = None,
+        target: Tensor | None = None,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
+        z2: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         # one reshape and one split: [B, 1, 1, 1] a column, so that each broadcasts over the image
         parts = torch.split(rows[:, :, None, None], 1, dim=1)
         k = dict(zip(self.columns, parts, strict=True))
-        scaled, t = (k["in_scale"] * x).to(self.dtype), k["t"].flatten()
-        out = self.network(scaled, t, label) if self.labelled else self.network(scaled, t)
-        out = out.float()
+        scaled, t = k["in_scale"] * x, k["t"].flatten()
+        out, v = self._predict(scaled.to(self.dtype), t, label, k)
+        if self.gradient is not None:
+            out = out + k["s"] * k["j"] * self.gradient(scaled, t, target)
         noise = k["d"] * z
-        if "r" in k:
-            out, v = out[:, : x.shape[1]], out[:, x.shape[1] :]
+        if v is not None:
             noise = torch.exp(k["r"] * v) * noise  # rows without it have r = 0: their noise times 1
         x0 = k["p"] * x + k["q"] * out
         if self.threshold is not None:
@@ -96,7 +129,36 @@ class StepGraph(nn.Module):
         x0 = torch.minimum(torch.maximum(x0, -k["clip"]), k["clip"])
         x_next = k["a"] * x + k["b"] * x0 + k["h"] * out + k["c"] * m + noise
         m_next = k["e"] * x + k["f"] * x0 + k["o"] * out + k["g"] * m
+        if mask is not None and known is not None and z2 is not None:
+            x_next = mask * (k["ka"] * known + k["kb"] * z2) + (1 - mask) * x_next
         return x_next, m_next, x0
+
+    def _predict(
+        self, x: Tensor, t: Tensor, label: Tensor | None, k: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The network's output, float32, guided where the graph is, and the learned variance."""
+        n, channels = x.shape[0], x.shape[1]
+        if "w" not in k:
+            out = self.network(x, t, label) if self.labelled else self.network(x, t)
+            return self._halves(out.float(), channels)
+        assert label is not None
+        assert self.null_label is not None
+        labels = torch.cat([label, torch.full_like(label, self.null_label)])
+        both = self.network(torch.cat([x, x]), torch.cat([t, t]), labels).float()
+        c, v = self._halves(both[:n], channels)  # slices: chunk would freeze the batch
+        u, _ = self._halves(both[n:], channels)
+        out = u + k["w"] * (c - u)
+        ratio = _deviation(c) / _deviation(out).clamp_min(1e-12)
+        return out * (1 + k["phi"] * (ratio - 1)), v
+
+    def _halves(self, out: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+        return (out[:, :channels], out[:, channels:]) if "r" in self.columns else (out, None)
+
+
+def _deviation(x: Tensor) -> Tensor:
+    """Of each image of [B, C, H, W], [B, 1, 1, 1]."""
+    over = (1, 2, 3)
+    return (x - x.mean(over, keepdim=True)).square().mean(over, keepdim=True).sqrt()
 
 
 def check_network(

@@ -6,11 +6,14 @@
 """
 
 from epsrt import noise, solvers, spacing
-from epsrt.bundle import Bundle, Manifest, Rung
+from epsrt.bundle import Bundle
+from epsrt.editing import canvas, resampled, slerp
 from epsrt.engines import Engine, Lanes, Sample, open_engine
 from epsrt.errors import BundleError, EngineError, EpsrtError, NotFiniteError, OutOfMemoryError
+from epsrt.images import from_images, to_images
+from epsrt.manifest import Manifest, Rung
 from epsrt.plan import COLUMNS, Plan, idle_row
-from epsrt.sampler import Sampler, to_images
+from epsrt.sampler import Sampler
 from epsrt.schedule import Schedule
 from epsrt.verify import verify
 
@@ -18,6 +21,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "COLUMNS", "Bundle", "BundleError", "Engine", "EngineError", "EpsrtError", "Lanes", "Manifest", "NotFiniteError",
-    "OutOfMemoryError", "Plan", "Rung", "Sample", "Sampler", "Schedule", "idle_row", "noise", "open_engine", "solvers",
-    "spacing", "to_images", "verify",
+    "OutOfMemoryError", "Plan", "Rung", "Sample", "Sampler", "Schedule", "canvas", "from_images", "idle_row",
+    "noise", "open_engine", "resampled", "slerp", "solvers", "spacing", "to_images", "verify",
 ]  # fmt: skip

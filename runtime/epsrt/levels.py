@@ -115,13 +115,19 @@ class Levels:
         return bool(np.any((self.output()[2] == 0) | ((self.alpha == 0) & (self.prediction == "edm"))))
 
     def columns(self) -> dict[str, Array]:
-        """The network's part of a plan: t, in_scale, p, q, clip."""
+        """The network's part of a plan: t, in_scale, p, q, clip, and how far a classifier moves its output, j.
+
+        g = ∇ log p(y | x) makes ε̂ = ε − σ·g (arXiv 2105.05233, algorithm 2); x held, the output u·x0 + w·ε changes by
+        det/α for one of ε. A classifier's gradient is of its own input, in_scale·x. At α = 0, x says nothing of y.
+        """
         t, in_scale = self.t, 1 / self.scale
         if self.prediction == "edm":
             s = self.sigma / self.alpha
             t, in_scale = np.log(s) / 4, 1 / np.sqrt(s**2 + self.sigma_data**2) / self.alpha
         p, q = self.x0
-        return {"t": t, "in_scale": in_scale, "p": p, "q": q, "clip": np.full_like(t, self.clip)}
+        told, alpha = self.alpha > 0, np.where(self.alpha > 0, self.alpha, 1.0)
+        j = np.where(told, -self.sigma * self.output()[2] / alpha * in_scale * self.scale, 0.0)
+        return {"t": t, "in_scale": in_scale, "p": p, "q": q, "clip": np.full_like(t, self.clip), "j": j}
 
     def take(self, rows: slice | NDArray[np.integer[Any]]) -> Levels:
         """Some of the rows."""

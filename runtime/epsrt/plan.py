@@ -6,6 +6,12 @@
     m'  = e*x + f*x0 + o*out + g*m
 
 x is the noisy image, m one memory register (0 at first). The step runs inside the exported graph; an engine gets rows.
+Where the graph has the feature:
+
+    guidance    out = u + w*(c - u), u and c the network's outputs for the null label and for the label; then
+                out *= 1 + phi*(std(c)/std(out) - 1)
+    classifier  out += s*j*grad log p(target | in_scale*x)
+    mask        x' = mask*(ka*known + kb*z2) + (1 - mask)*x'
 """
 
 from __future__ import annotations
@@ -26,11 +32,17 @@ DEFAULTS: dict[str, float] = {
     "p": 0.0, "q": 0.0, "clip": CLIP_OFF,
     "a": 0.0, "b": 0.0, "h": 0.0, "c": 0.0, "d": 0.0,
     "e": 0.0, "f": 0.0, "o": 0.0, "g": 0.0,
-    "n": 0.0, "w": 1.0, "r": 0.0, "ka": 1.0, "kb": 0.0,
+    "n": 0.0, "r": 0.0, "w": 1.0, "phi": 0.0, "s": 0.0, "j": 0.0, "ka": 1.0, "kb": 0.0,
 }  # fmt: skip
 COLUMNS = tuple(DEFAULTS)
 STEP_COLUMNS = COLUMNS[: COLUMNS.index("n") + 1]  # what the plainest step graph takes
-NEEDS_FEATURE = {"w": "guidance", "r": "learned variance"}  # a graph without the column cannot run another value
+# what a step graph may have beyond the plain step, and the columns that it then takes too
+FEATURES: dict[str, tuple[str, ...]] = {
+    "learned variance": ("r",), "thresholding": (), "guidance": ("w", "phi"), "classifier": ("s", "j"),
+    "mask": ("ka", "kb"),
+}  # fmt: skip
+# a graph without the feature cannot run another value of the column than its default
+NEEDS_FEATURE = {"r": "learned variance", "w": "guidance", "s": "classifier"}
 MAX_N = 1 << 24  # n travels as float32
 
 
@@ -38,6 +50,7 @@ MAX_N = 1 << 24  # n travels as float32
 class Plan:
     """A sampler: `table` float64 [steps, len(COLUMNS)], and `start`: x begins as start[0]·init + start[1]·z.
 
+    `level` is (α, σ) of x = α·x0 + σ·ε as the first row reads it; ka and kb say the same of what each row leaves.
     `name` is for people; nothing downstream depends on it. Raises EpsrtError when the table is empty, of another
     width, not finite in float32, or has a noise index n that is not an integer in [0, 2^24).
     """
@@ -45,6 +58,7 @@ class Plan:
     table: NDArray[np.float64]
     start: tuple[float, float] = (0.0, 1.0)
     name: str = "plan"
+    level: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         table = np.array(self.table, dtype=np.float64)  # a copy: nobody else holds it
@@ -58,14 +72,18 @@ class Plan:
         n = table[:, COLUMNS.index("n")]
         if np.any((n != np.floor(n)) | (n < 0) | (n >= MAX_N)):
             raise EpsrtError(f"plan {self.name!r}: noise indices n must be integers in 0 … {MAX_N - 1}")
-        start = tuple(typed(f"plan {self.name!r}: start", value, 0.0) for value in self.start)
-        if len(start) != 2 or not np.isfinite(start).all():
-            raise EpsrtError(f"plan {self.name!r}: start = {self.start} is not (signal, noise), two finite numbers")
+        for field, pair in (("start", self.start), ("level", self.level)):
+            two = tuple(typed(f"plan {self.name!r}: {field}", value, 0.0) for value in pair)
+            if len(two) != 2 or not np.isfinite(two).all():
+                raise EpsrtError(f"plan {self.name!r}: {field} = {pair} is not (signal, noise), two finite numbers")
         table.flags.writeable = False
         object.__setattr__(self, "table", table)
 
     @classmethod
-    def of(cls, name: str, start: tuple[float, float] = (0.0, 1.0), **columns: ArrayLike) -> Plan:
+    def of(
+        cls, name: str, start: tuple[float, float] = (0.0, 1.0), level: tuple[float, float] = (0.0, 1.0),
+        **columns: ArrayLike,
+    ) -> Plan:  # fmt: skip
         """A plan from named columns, each a number or a list [steps]; n counts 0, 1, … unless given.
 
         >>> Plan.of("euler", t=[2, 1], p=1.0, a=1.0, h=[-0.5, -0.5])
@@ -83,7 +101,7 @@ class Plan:
         table[:, COLUMNS.index("n")] = np.arange(steps)
         for key, value in arrays.items():
             table[:, COLUMNS.index(key)] = value
-        return cls(table, start, name)
+        return cls(table, start, name, level)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -96,7 +114,46 @@ class Plan:
 
     def cut(self, first: int, last: int | None = None, start: tuple[float, float] | None = None) -> Plan:
         """Rows first … last−1; each keeps its noise index."""
-        return replace(self, table=self.table[first:last], start=self.start if start is None else start)
+        begin = slice(first, last).indices(len(self))[0]
+        level = self._level_at(min(begin, len(self)))
+        table = self.table[first:last]
+        return replace(self, table=table, start=self.start if start is None else start, level=level)
+
+    def begun(self, first: int) -> Plan:
+        """Rows first …, to begin from images that are noised to the level at which row `first` reads x (img2img).
+
+        Each row keeps its noise index. A row that would read the x0 before it from m takes its own instead, as the
+        first step of a multistep method does; where it would read anything else, as Heun's second row, the plan begins
+        a row earlier.
+        """
+        if not 0 <= first < len(self):
+            raise EpsrtError(f"row {first} is outside 0 … {len(self) - 1}, the rows of plan {self.name!r}")
+        at = {name: i for i, name in enumerate(COLUMNS)}
+        table = self.table[first:].copy()
+        row = table[0]
+        if first and (row[at["c"]] or row[at["g"]]):
+            before = self.table[first - 1]
+            if any(before[at[name]] for name in "eog"):
+                return self.begun(first - 1)
+            for own, read in (("b", "c"), ("f", "g")):
+                row[at[own]] += row[at[read]] * before[at["f"]]
+                row[at[read]] = 0.0
+        level = self._level_at(first)
+        return replace(self, table=table, start=level, level=level)
+
+    def _level_at(self, row: int) -> tuple[float, float]:
+        alpha, sigma = self.levels[row]
+        return float(alpha), float(sigma)
+
+    @property
+    def levels(self) -> NDArray[np.float64]:
+        """(α, σ) of x before each row and after the last, float64 [steps + 1, 2]."""
+        return np.vstack([self.level, np.column_stack([self["ka"], self["kb"]])])
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What the plan needs of a step graph beyond the plain step: see FEATURES."""
+        return tuple(f for name, f in NEEDS_FEATURE.items() if np.any(self[name] != DEFAULTS[name]))
 
     @property
     def stochastic(self) -> bool:
@@ -109,12 +166,15 @@ class Plan:
         Raises EpsrtError when the plan uses a column that a graph of these columns has no place for.
         """
         for name, feature in NEEDS_FEATURE.items():
-            if name not in columns and np.any(self[name] != DEFAULTS[name]):
+            if name not in columns and feature in self.features:
                 raise EpsrtError(f"plan {self.name!r} uses {feature} (column {name!r}), which this step graph lacks")
         chosen = self.table[:, [COLUMNS.index(name) for name in columns]]
         return np.ascontiguousarray(chosen, dtype=np.float32)
 
 
 def idle_row(columns: Sequence[str]) -> NDArray[np.float32]:
-    """The identity row, float32 [len(columns)]: x' = x, m' = m; for lanes without work."""
+    """The identity row, float32 [len(columns)]: x' = x, m' = m; for lanes without work.
+
+    In a lane with a mask x' is known there, clean: what has yet to run is better not written.
+    """
     return np.array([{**DEFAULTS, "a": 1.0, "g": 1.0}[name] for name in columns], dtype=np.float32)

@@ -96,7 +96,7 @@ def ddim_inversion(
         eps = replace(to, alpha=alpha, sigma=sigma).epsilon  # theirs reads v as if the network knew where x is
     read = {**to.columns(), "p": (1 - sigma * eps.p) / alpha, "q": -sigma * eps.q / alpha}
     step = {"a": to.sigma * eps.p, "b": to.alpha, "h": to.sigma * eps.q, "ka": to.alpha, "kb": to.sigma}
-    return Plan.of("ddim-inversion", (1.0, 0.0), **read, **step)
+    return Plan.of("ddim-inversion", (1.0, 0.0), (1.0, 0.0), **read, **step)
 
 
 def euler_ancestral(schedule: Schedule, timesteps: Times, *, eta: float = 1.0, **network: Unpack[Network]) -> Plan:
@@ -224,7 +224,12 @@ def langevin(
 
 def _plan(name: str, at: Levels, start: float | None = None, **columns: Array | float) -> Plan:
     begin = (0.0, at.start if start is None else start)
-    return Plan.of(name, begin, **at.columns(), ka=at.alpha_next, kb=at.sigma_next, **columns)
+    after = {"ka": np.append(at.alpha[1:], 1.0), "kb": np.append(at.sigma[1:], 0.0)}  # as the next row reads x
+    return Plan.of(name, begin, _level(at), **at.columns(), **after, **columns)
+
+
+def _level(at: Levels) -> tuple[float, float]:
+    return float(at.alpha[0]), float(at.sigma[0])
 
 
 def _first_order(name: str, at: Levels, eta: float, rederive: bool) -> Plan:
@@ -252,12 +257,12 @@ def _heun(name: str, hat: Levels, at: Levels, noise: Array, start: float) -> Pla
 
 def _two_rows(name: str, at: Levels, start: float, first: Columns, then: Levels, second: Columns) -> Plan:
     """Two rows a step, `first` read at `at`, `second` at `then`; the last step is its first row alone."""
-    one = {**at.columns(), **first, "ka": at.alpha_next, "kb": at.sigma_next}
-    two = {**then.columns(), **second, "ka": at.alpha_next[:-1], "kb": at.sigma_next[:-1]}
+    one = {**at.columns(), **first, "ka": np.append(then.alpha, 1.0), "kb": np.append(then.sigma, 0.0)}
+    two = {**then.columns(), **second, "ka": at.alpha[1:], "kb": at.sigma[1:]}
     rows = {key: np.zeros(2 * len(at.t) - 1) for key in one.keys() | two.keys()}
     for key, column in rows.items():
         column[::2], column[1::2] = one.get(key, 0.0), two.get(key, 0.0)
-    return Plan.of(name, (0.0, start), **rows)
+    return Plan.of(name, (0.0, start), _level(at), **rows)
 
 
 def _churned(at: Levels, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> tuple[Levels, Array, float]:

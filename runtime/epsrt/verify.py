@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -9,21 +10,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from epsrt.bundle import Rung, step_columns
+from epsrt import verify_features
 from epsrt.engines import Engine, Sample
 from epsrt.errors import BundleError, EpsrtError, NotFiniteError
 from epsrt.levels import visit
-from epsrt.plan import DEFAULTS, STEP_COLUMNS, idle_row
+from epsrt.manifest import Rung
+from epsrt.measure import (
+    Float,
+    by_timestep,
+    limits,
+    network_outputs,
+    one_step,
+    relative_l2,
+    rows_for,
+    rung,
+    timesteps,
+    worst_psnr,
+)
+from epsrt.plan import STEP_COLUMNS
 
-Float = NDArray[np.float32]
 OnProgress = Callable[[str, float], object]
-
-# (largest relative L2 of a step, least PSNR of a trajectory in dB)
-LIMITS = {
-    ("cpu", "fp32"): (2e-6, 100.0), ("cpu", "fp16"): (1e-3, 55.0),
-    ("cuda", "fp32"): (1e-5, 90.0), ("cuda", "fp16"): (3e-3, 45.0),
-}  # fmt: skip
-PSNR_CEILING = 300.0  # identical images; infinity has no JSON
 
 
 def verify(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
@@ -33,89 +39,60 @@ def verify(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
     variance      where it is learned: relative L2 of noise that it has scaled, at the same timesteps
     threshold     with dynamic thresholding: relative L2 of images whose quantiles lie below, in and above its range
     sizes         where the bundle has other sizes: relative L2 of the network's output at each of two
+    guidance, classifier, mask   what those features of the engine's step graph do: epsrt.verify_features
     step          relative L2 of one DDPM step from PyTorch's states, at the same timesteps
     trajectory    PSNR of the worst image and relative L2 of all, same noise, same rows, free-running; its peak is the
-                  value range, or where x0 is not clipped what the recorded images span, if that is more
+                  value range, or where x0 is not clipped what the recorded images span, if that is more. A guided graph
+                  runs the guided one, whose limit allows for what guidance magnifies; only the plainest runs the others
     batch         equal rows in batches of 1, 2 and the largest
 
     `on_progress(name, fraction)` is told how far it is. Raises BundleError when the golden file lacks what it needs, or
     its rows are not those of the manifest's schedule, prediction, sigma_data and clip.
     """
     tell = on_progress or (lambda name, fraction: None)
-    golden = engine.bundle.golden()
-    names = sorted({key.split(".")[1] for key in golden if key.startswith("trajectory.")})
+    golden, features = engine.bundle.golden(), engine.graph.features
+    every = sorted({key.split(".")[1] for key in golden if key.startswith("trajectory.")})
     wanted = [f"network.{key}" for key in ("x", "t", "label", "out")]
     wanted += [f"step.{key}" for key in ("x", "rows", "seed", "index", "label", "x_next")]
     m = engine.bundle.manifest
     wanted += [f"threshold.{key}" for key in ("x", "x0") if m.thresholding]
     if m.sizes:
         wanted += [f"size.{size}.{key}" for size in _sizes_in(golden) or ["HxW"] for key in ("x", "t", "label", "out")]
-    wanted += [f"trajectory.{n}.{key}" for n in names for key in ("rows", "start", "seed", "index", "label", "x")]
-    if not names or not set(wanted) <= set(golden):
+    wanted += [f"trajectory.{n}.{key}" for n in every for key in ("rows", "start", "seed", "index", "label", "x")]
+    wanted += [key for feature in features for key in verify_features.NEEDS.get(feature, ())]
+    guided = [name for name in every if f"trajectory.{name}.w" in golden]
+    names = {"": [name for name in every if name not in guided], "guidance": guided}.get(engine.graph.stem, [])
+    if not every or not set(wanted) <= set(golden) or ("guidance" in features and not guided):
         raise BundleError(f"{engine.bundle.path}: the golden file lacks some of its arrays: export again")
     _check_rows(engine, golden["step.rows"])
     rungs = []
-    for name, rung, there in (
+    for name, measure, there in (
         ("network", _network, True), ("variance", _variance, m.variance), ("threshold", _threshold, m.thresholding),
-        ("sizes", _sizes, m.sizes), ("step", _step, True),
+        ("sizes", _sizes, m.sizes), ("guidance", verify_features.guidance, "guidance" in features),
+        ("classifier", verify_features.classifier, "classifier" in features),
+        ("mask", verify_features.mask, "mask" in features), ("step", _step, True),
     ):  # fmt: skip
         if there:
-            rungs.append(rung(engine, golden))
+            rungs.append(measure(engine, golden))
             tell(name, 1.0)
     for name in names:
-        rungs += _trajectory(engine, name, golden, tell)
+        rungs.append(_trajectory(engine, name, golden, tell))
     rungs.append(_batches(engine, golden))
     tell("batch", 1.0)
     return rungs
 
 
-def relative_l2(value: NDArray[Any], truth: NDArray[Any]) -> float:
-    """‖value − truth‖ / ‖truth‖ in float64."""
-    v, t = np.asarray(value, np.float64), np.asarray(truth, np.float64)
-    return float(np.linalg.norm(v - t)) / max(float(np.linalg.norm(t)), 1e-30)
-
-
-def worst_psnr(images: Float, truth: Float, value_range: tuple[float, float]) -> float:
-    """PSNR in dB of the worst of [n, C, H, W], peak = the width of the value range; at most PSNR_CEILING."""
-    error = np.square(images.astype(np.float64) - truth).reshape(len(images), -1).mean(axis=1).max()
-    peak = value_range[1] - value_range[0]
-    return float(min(10 * np.log10(peak**2 / max(error, 1e-300)), PSNR_CEILING))
-
-
-def network_outputs(engine: Engine, x: Float, t: Float, label: NDArray[np.int64], batch: int) -> Float:
-    """The network's prediction for states x [n, C, H, W] at t [n], through the step graph: h = 1 gives x' = out."""
-    return one_step(engine, x, t, label, batch, h=1.0)
-
-
-def one_step(
-    engine: Engine, x: Float, t: Float, label: NDArray[np.int64], batch: int, **columns: np.float32 | float
-) -> Float:
-    """x' of states x [n, C, H, W] at t [n], by a row of these columns and zeros; z is the same in all."""
-    out = np.empty_like(x)
-    at = {name: i for i, name in enumerate(engine.columns)}
-    row = idle_row(engine.columns)
-    for name, value in {"a": 0.0, **columns}.items():
-        row[at[name]] = value
-    with engine.lanes(batch, x.shape[2:]) as lanes:
-        for first in range(0, len(x), batch):
-            part = range(first, min(first + batch, len(x)))
-            rows = np.tile(row, (1, batch, 1))
-            for lane, i in enumerate(part):
-                lanes.write(lane, Sample(start=(1.0, 0.0), init=x[i], label=int(label[i])))
-                rows[0, lane, at["t"]] = t[i]
-            lanes.advance(rows)
-            for lane, i in enumerate(part):
-                out[i] = lanes.read(lane)
-    return out
-
-
-def _rung(engine: Engine, name: str, figure: float | None, unit: str, limit: float, **more: Any) -> Rung:
-    finite = figure is not None and np.isfinite(figure)
-    return Rung(name, engine.name, engine.precision, figure if finite else None, limit, unit, **more)  # type: ignore[arg-type]
-
-
-def _limits(engine: Engine) -> tuple[float, float]:
-    return LIMITS[engine.device, engine.precision]
+def verify_all(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
+    """`verify` of every step graph of the engine's precision that its bundle has, each opened by engine.on."""
+    tell, rungs = on_progress or (lambda name, fraction: None), []
+    for graph in (g for g in engine.bundle.manifest.graphs if g.precision == engine.precision):
+        running = engine if graph == engine.graph else engine.on(graph)
+        try:
+            rungs += verify(running, lambda name, share, stem=graph.stem: tell(f"{stem} {name}".strip(), share))  # type: ignore[misc]
+        finally:
+            if running is not engine:
+                running.close()
+    return rungs
 
 
 def _network(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
@@ -123,8 +100,8 @@ def _network(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
     try:
         out = network_outputs(engine, x, t, label, min(engine.max_batch, 8))
     except NotFiniteError as error:
-        return _rung(engine, "network", None, "relative L2", _limits(engine)[0], where=str(error))
-    return _by_timestep(engine, "network", out, truth[:, : x.shape[1]], t)
+        return rung(engine, "network", None, "relative L2", limits(engine)[0], where=str(error))
+    return by_timestep(engine, "network", out, truth[:, : x.shape[1]], t)
 
 
 def _variance(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
@@ -139,23 +116,23 @@ def _variance(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
         z = one_step(engine, x, t, label, batch, d=1.0)
         scaled = one_step(engine, x, t, label, batch, d=1.0, r=r)
     except NotFiniteError as error:
-        return _rung(engine, "variance", None, "relative L2", _limits(engine)[0], where=str(error))
-    return _by_timestep(engine, "variance", scaled, np.exp(np.float64(r) * v) * z, t)
+        return rung(engine, "variance", None, "relative L2", limits(engine)[0], where=str(error))
+    return by_timestep(engine, "variance", scaled, np.exp(np.float64(r) * v) * z, t)
 
 
 def _threshold(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
     """x0 as the step graph bounds it, of images that p = 1 passes around the network."""
     x, truth = golden["threshold.x"], golden["threshold.x0"]
     label = np.zeros(len(x), np.int64)
-    limit = _limits(engine)[0]
+    limit = limits(engine)[0]
     try:
         t = np.repeat(golden["network.t"][:1], len(x))  # any that the network knows: a flow has no t = 0
         x0 = one_step(engine, x, t, label, min(engine.max_batch, len(x)), p=1.0, b=1.0)
     except NotFiniteError as error:
-        return _rung(engine, "threshold", None, "relative L2", limit, where=str(error))
+        return rung(engine, "threshold", None, "relative L2", limit, where=str(error))
     errors = [relative_l2(a, b) for a, b in zip(x0, truth, strict=True)]
     worst = int(np.argmax(errors))
-    return _rung(engine, "threshold", errors[worst], "relative L2", limit, where=f"image {worst}")
+    return rung(engine, "threshold", errors[worst], "relative L2", limit, where=f"image {worst}")
 
 
 def _sizes_in(golden: dict[str, NDArray[Any]]) -> list[str]:
@@ -165,23 +142,23 @@ def _sizes_in(golden: dict[str, NDArray[Any]]) -> list[str]:
 def _sizes(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
     """The network at other heights and widths; each size's states together, for the smallest have few numbers."""
     errors: dict[str, float] = {}
-    limit = _limits(engine)[0]
+    limit = limits(engine)[0]
     for size in _sizes_in(golden):
         x, t, label, truth = (golden[f"size.{size}.{key}"] for key in ("x", "t", "label", "out"))
         where = size.replace("x", " × ")
         try:
             out = network_outputs(engine, x, t, label, min(engine.max_batch, len(x)))
         except NotFiniteError as error:
-            return _rung(engine, "sizes", None, "relative L2", limit, where=f"{where}: {error}")
+            return rung(engine, "sizes", None, "relative L2", limit, where=f"{where}: {error}")
         errors[where] = relative_l2(out, truth[:, : x.shape[1]])
     worst = max(errors, key=lambda size: errors[size])
-    return _rung(engine, "sizes", errors[worst], "relative L2", limit, where=worst)
+    return rung(engine, "sizes", errors[worst], "relative L2", limit, where=worst)
 
 
 def _step(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
     """Teacher-forced: each state is PyTorch's, so that errors do not add up."""
     kept, truth, states = golden["step.rows"], golden["step.x_next"], golden["step.x"]
-    rows, out = _rows_for(engine, kept), np.empty_like(truth)
+    rows, out = rows_for(engine, kept), np.empty_like(truth)
     with engine.lanes(1) as lanes:
         for i, x in enumerate(states):
             seed, index, label = (int(golden[f"step.{key}"][i]) for key in ("seed", "index", "label"))
@@ -190,29 +167,14 @@ def _step(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
             try:
                 out[i] = lanes.read(0)
             except NotFiniteError as error:
-                return _rung(engine, "step", None, "relative L2", _limits(engine)[0], where=str(error))
-    return _by_timestep(engine, "step", out, truth, kept[:, STEP_COLUMNS.index("t")])
-
-
-def _by_timestep(engine: Engine, name: str, out: Float, truth: Float, t: Float) -> Rung:
-    errors = [relative_l2(a, b) for a, b in zip(out, truth, strict=True)]
-    worst = int(np.argmax(errors))
-    ts = _timesteps(engine, t)
-    by_timestep = tuple((int(s), e) for s, e in zip(ts, errors, strict=True))
-    limit = _limits(engine)[0]
-    return _rung(engine, name, errors[worst], "relative L2", limit, where=f"t = {ts[worst]:g}", by_timestep=by_timestep)
-
-
-def _timesteps(engine: Engine, told: Float) -> NDArray[np.float64]:
-    """The schedule's whole timesteps, of t as the network is told it: ¼ ln(σ/α) by edm."""
-    m = engine.bundle.manifest
-    return np.round(m.schedule.t_at(-4.0 * told.astype(np.float64)) if m.prediction == "edm" else told)
+                return rung(engine, "step", None, "relative L2", limits(engine)[0], where=str(error))
+    return by_timestep(engine, "step", out, truth, kept[:, STEP_COLUMNS.index("t")])
 
 
 def _check_rows(engine: Engine, rows: Float) -> None:
     """The golden rows must read the network as the manifest says, which is what samples are made by."""
-    m, rows = engine.bundle.manifest, _rows_for(engine, rows)[::-1]  # descending t
-    ts = _timesteps(engine, rows[:, engine.columns.index("t")])
+    m, rows = engine.bundle.manifest, rows_for(engine, rows)[::-1]  # descending t
+    ts = timesteps(engine, rows[:, engine.columns.index("t")])
     try:
         wanted = visit(m.schedule, ts, prediction=m.prediction, sigma_data=m.sigma_data, clip=m.clip).columns()
     except EpsrtError:
@@ -226,21 +188,15 @@ def _check_rows(engine: Engine, rows: Float) -> None:
             )
 
 
-def _rows_for(engine: Engine, kept: Float) -> Float:
-    """Recorded rows [steps, step_columns] in the engine's columns; those that it has beyond hold their defaults."""
-    columns = step_columns(engine.bundle.manifest.variance)
-    if kept.shape[1] != len(columns):
-        raise BundleError(f"{engine.bundle.path}: the golden file's rows have other columns: export again")
-    rows = np.tile(np.array([DEFAULTS[c] for c in engine.columns], np.float32), (len(kept), 1))
-    rows[:, [engine.columns.index(c) for c in columns]] = kept
-    return rows
-
-
-def _trajectory(engine: Engine, name: str, golden: dict[str, NDArray[Any]], tell: OnProgress) -> list[Rung]:
+def _trajectory(engine: Engine, name: str, golden: dict[str, NDArray[Any]], tell: OnProgress) -> Rung:
     """One recorded trajectory, free-running."""
-    limit = _limits(engine)[1]
+    limit = limits(engine)[1]
     golden = {key.removeprefix(f"trajectory.{name}."): value for key, value in golden.items()}
-    rows, truth = _rows_for(engine, golden["rows"]), golden["x"]
+    rows, truth = rows_for(engine, golden["rows"]), golden["x"]
+    if "w" in golden:
+        w = float(golden["w"].item())
+        rows[:, engine.columns.index("w")] = w
+        limit = round(limit - 20 * math.log10(abs(w) + abs(1 - w)), 1)  # u + w·(c − u) magnifies errors by that at most
     batch = min(engine.max_batch, len(truth))
     signal, scale = (float(v) for v in golden["start"])
     images = np.empty_like(truth)
@@ -261,27 +217,27 @@ def _trajectory(engine: Engine, name: str, golden: dict[str, NDArray[Any]], tell
                 for lane, i in enumerate(part):
                     images[i] = lanes.read(lane)
             except NotFiniteError as error:
-                return [_rung(engine, name, None, "dB", limit, where=str(error), at_least=True)]
+                return rung(engine, name, None, "dB", limit, where=str(error), at_least=True)
     low, high = engine.bundle.manifest.value_range
     if engine.bundle.manifest.clip is None:  # nothing holds images in the range
         low, high = min(low, float(truth.min())), max(high, float(truth.max()))
     worst = [worst_psnr(images[i : i + 1], truth[i : i + 1], (low, high)) for i in range(len(truth))]
     where = f"image {int(np.argmin(worst))}, relative L2 {relative_l2(images, truth):.1e}"
-    return [_rung(engine, name, min(worst), "dB", limit, where=where, at_least=True)]
+    return rung(engine, name, min(worst), "dB", limit, where=where, at_least=True)
 
 
 def _batches(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
     """Rung 6: the middle state, repeated in batches of 1, 2 and the largest."""
     i = len(golden["network.x"]) // 2
     one = {key: golden[f"network.{key}"][i : i + 1] for key in ("x", "t", "label")}
-    limit = _limits(engine)[0]
+    limit = limits(engine)[0]
     outs: dict[int, Float] = {}
     try:
         for batch in sorted({1, min(2, engine.max_batch), engine.max_batch}):
             repeated = {key: np.repeat(value, batch, axis=0) for key, value in one.items()}
             outs[batch] = network_outputs(engine, **repeated, batch=batch)
     except NotFiniteError as error:
-        return _rung(engine, "batch", None, "relative L2", limit, where=str(error))
+        return rung(engine, "batch", None, "relative L2", limit, where=str(error))
     errors = {batch: max(relative_l2(lane, outs[1][0]) for lane in out) for batch, out in outs.items()}
     worst = max(errors, key=lambda batch: errors[batch])
-    return _rung(engine, "batch", errors[worst], "relative L2", limit, where=f"batches {', '.join(map(str, errors))}")
+    return rung(engine, "batch", errors[worst], "relative L2", limit, where=f"batches {', '.join(map(str, errors))}")

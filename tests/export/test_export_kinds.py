@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from epsrt import Bundle, BundleError, EpsrtError, Sampler, Schedule, noise, open_engine, verify
-from epsrt.verify import relative_l2, worst_psnr
+from epsrt.measure import relative_l2, worst_psnr
 from epsrt_export import ParityError, export_network, golden, parity
 from epsrt_trainer.sample import ddim_loop, ddpm_loop
 from helpers import damaged, forge

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from epsrt import Bundle, BundleError, EpsrtError, Sampler, Schedule, noise, verify
-from epsrt.bundle import GOLDEN, MANIFEST, PARITY
+from epsrt.manifest import GOLDEN, MANIFEST, PARITY
 from epsrt.spacing import timesteps
 from epsrt_export import ParityError, export_network, families, golden
 from epsrt_export import export as export_function

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from epsrt import Sampler, Schedule, noise, verify
+from epsrt.measure import worst_psnr
 from epsrt.spacing import timesteps
-from epsrt.verify import worst_psnr
 from epsrt_export import export
 from epsrt_export.redraw import redraw
 from epsrt_trainer.checkpoint import save_checkpoint

@@ -17,9 +17,9 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from epsrt import BundleError, EpsrtError, Sampler, Schedule, noise
-from epsrt.bundle import Sampling
 from epsrt.files import sha256
-from epsrt.verify import worst_psnr
+from epsrt.manifest import Sampling
+from epsrt.measure import worst_psnr
 from epsrt_export import export, families
 from epsrt_export.families.diffusers import WEIGHTS, Denoiser
 from epsrt_export.redraw import redraw
@@ -129,11 +129,13 @@ class TestThroughTheGate:
         source = families.load("diffusers", put_dit(tmp_path / "theirs"))
         assert (source.shape, source.classes, source.null_label, source.variance) == ((4, 8, 8), 5, 5, "learned_range")
         assert (source.clip, source.sampling.method, source.sampling.steps) == (None, "ddim", 50)
+        assert source.sampling.guidance == 4.0
         bundle = export(source, tmp_path / "some.epsrt", max_batch=4)
         model, labels = dit(), [0, 5, 2]
 
         def network(x, t):
-            return model(x, t.expand(len(x)), torch.tensor(labels)).sample[:, :4]
+            c, u = (model(x, t.expand(len(x)), torch.tensor(each)).sample[:, :4] for each in (labels, [5, 5, 5]))
+            return u + 4.0 * (c - u)
 
         theirs = pipeline(DDIMScheduler(**MILD), network, 50, (4, 8, 8), monkeypatch)
         with Sampler.open(bundle.path, threads=1) as sampler:

@@ -12,7 +12,7 @@ from torch import nn
 
 from epsrt import EpsrtError, Sampler, Schedule, noise, open_engine, solvers, spacing
 from epsrt.errors import BundleError
-from epsrt.verify import worst_psnr
+from epsrt.measure import worst_psnr
 from epsrt_export import export, families
 from epsrt_export.families import lucidrains, lucidrains_unet
 from epsrt_export.precision import half_copy

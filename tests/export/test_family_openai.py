@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from epsrt import BundleError, EpsrtError, Schedule
-from epsrt.bundle import Sampling
 from epsrt.files import sha256
+from epsrt.manifest import Sampling
 from epsrt.spacing import timesteps
 from epsrt_export.families import load, openai, statedict
 from epsrt_export.families.adm import ADMConfig, ADMUNet

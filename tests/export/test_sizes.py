@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from epsrt import Bundle, BundleError, EpsrtError, Sampler, Schedule, noise, open_engine, verify
-from epsrt.bundle import GOLDEN, Sizes
+from epsrt.manifest import GOLDEN, Sizes
+from epsrt.measure import relative_l2, worst_psnr
 from epsrt.plan import STEP_COLUMNS
 from epsrt.spacing import timesteps
-from epsrt.verify import relative_l2, worst_psnr
 from epsrt_export import export, export_network
 from epsrt_export.golden import _other_sizes
 from epsrt_export.onnx_graph import _example, to_onnx

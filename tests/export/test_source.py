@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from epsrt import EpsrtError, Sampler, Schedule
-from epsrt.bundle import Sampling
+from epsrt.manifest import Sampling
 from epsrt_export import export, export_network
 from epsrt_export.source import Source
 from helpers import tiny

@@ -12,7 +12,7 @@ from test_onnx_graph import session_of
 from torch import nn
 
 from epsrt import Bundle, EpsrtError, Sample, Schedule, idle_row, noise, open_engine, solvers
-from epsrt.bundle import Thresholding, step_columns
+from epsrt.manifest import Thresholding, step_columns
 from epsrt.plan import STEP_COLUMNS
 from epsrt_export import ParityError, export, export_network
 from epsrt_export.onnx_graph import to_onnx

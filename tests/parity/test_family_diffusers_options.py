@@ -7,7 +7,7 @@ from diffusers import DDPMPipeline
 from theirs import DDIMScheduler, DDPMScheduler, trajectory
 from toy import Toy, draw, run_plan
 
-from epsrt.sampler import plan_of
+from epsrt.requests import plan_of
 from epsrt_export import families
 from epsrt_export.export import manifest_of
 from helpers import diffusers_unet

@@ -82,13 +82,13 @@ def begin(plan, x):
     return (noise or signal) * x
 
 
-def run_plan(plan, network, x, z, dtype=np.float64, threshold=None):
+def run_plan(plan, network, x, z, dtype=np.float64, threshold=None, known=None, mask=0.0, z2=None):
     """The affine step of the design, row by row; the coefficients are rounded to `dtype` first. `threshold` as the
-    step graph has it: of [B, C, H, W]."""
+    step graph has it: of [B, C, H, W]. `known` is kept where `mask` is 1, noised by z2[i]."""
     x = begin(plan, x)
     m = torch.zeros_like(x)
     for i in range(len(plan)):
-        k = {name: float(dtype(plan[name][i])) for name in ("in_scale", "clip", "r", *"pqabhcdefog")}
+        k = {name: float(dtype(plan[name][i])) for name in ("in_scale", "clip", "r", "ka", "kb", *"pqabhcdefog")}
         both = network(k["in_scale"] * x, torch.full((len(x),), plan["t"][i], dtype=torch.float64))
         out, v = both[:, :12], both[:, 12:]
         noise = k["d"] * z[i] * (torch.exp(k["r"] * v) if v.numel() else 1.0)
@@ -100,4 +100,6 @@ def run_plan(plan, network, x, z, dtype=np.float64, threshold=None):
             k["a"] * x + k["b"] * x0 + k["h"] * out + k["c"] * m + noise,
             k["e"] * x + k["f"] * x0 + k["o"] * out + k["g"] * m,
         )
+        if known is not None:
+            x = mask * (k["ka"] * known + k["kb"] * z2[i]) + (1 - mask) * x
     return x

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from epsrt import Bundle, BundleError, EngineError, open_engine
-from epsrt.bundle import FORMAT, GOLDEN, PARITY, Thresholding, digest, render, step_columns
+from epsrt.manifest import FORMAT, GOLDEN, PARITY, Thresholding, digest, render, step_columns
 from epsrt.plan import STEP_COLUMNS
 from helpers import MANIFEST, edit_graph, forge, move_weights, opens_of, tree
 
@@ -142,7 +142,7 @@ def test_changed_digest(bundle):
         lambda raw: raw.rstrip(),
         lambda raw: raw + b"\n",
         lambda raw: raw.replace(b"1.0", b"1.00"),
-        lambda raw: raw.replace(b'"format": 3,', b'"format": 3,\n  "format": 3,'),
+        lambda raw: raw.replace(b'"format": 4,', b'"format": 4,\n  "format": 4,'),
     ],
     ids=["indent 4", "one line", "no newline", "two newlines", "1.00", "field twice"],
 )
@@ -155,7 +155,7 @@ def test_rewritten_manifest_of_the_same_meaning(bundle, rewrite):
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b'{"format": 3}', b"[" * 100_000, b"1e999"]
+    "raw", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b'{"format": 4}', b"[" * 100_000, b"1e999"]
 )
 def test_manifest_that_is_none(bundle, raw):
     (bundle / MANIFEST).write_bytes(raw)
@@ -180,6 +180,11 @@ def entry(name, **fields):
     return lambda manifest: manifest["files"][name].update(fields)
 
 
+JUDGE = {
+    "classes": 2, "class_names": [], "network": "Judge", "parameters": 1, "source": "module", "source_sha256": "",
+}  # fmt: skip
+
+
 def rename(old, new):
     def edit(manifest):
         manifest["files"][new] = manifest["files"].pop(old)
@@ -192,8 +197,8 @@ def rename(old, new):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (change(format=4), "has format 4, this epsrt reads 3: update epsrt or export again"),
-        (change(format=1), "has format 1, this epsrt reads 3"),
+        (change(format=5), "has format 5, this epsrt reads 4: update epsrt or export again"),
+        (change(format=1), "has format 1, this epsrt reads 4"),
         (change(format="1"), "is not a manifest .*format"),
         (change(max_batch="8"), r"is not a manifest \(Expected `int`, got `str` - at `\$.max_batch`"),
         (change(shape=[1, 8]), "is not a manifest .*shape"),
@@ -227,11 +232,19 @@ def rename(old, new):
         (change(sigma_data=-1.0), "sigma_data = -1.0 is not positive"),
         (graph(features=["learned variance"]), "step-fp32.onnx has learned variance, unlike its bundle"),
         (graph(features=["thresholding"]), "step-fp32.onnx has thresholding, unlike its bundle"),
-        (lambda m: m["graphs"][0]["columns"].append("r"), "takes the column r, and its bundle has no learned variance"),
+        (lambda m: m["graphs"][0]["columns"].append("r"), "takes other columns than its features: .*, n, r"),
+        (graph(features=["mask"]), "takes other columns than its features: t, .*, n"),
+        (graph(features=["swirls"]), "step-fp32.onnx has features that are no step's: swirls"),
+        (graph(features=["mask", "mask"]), "has features that are no step's: mask, mask"),
+        (graph(features=["guidance"]), "step-fp32.onnx guides without a null label"),
+        (graph(features=["classifier"]), "step-fp32.onnx lacks its classifier"),
+        (change(classifier={"classes": 2}), "is not a manifest .*missing required field"),
+        (change(classifier=JUDGE | {"classes": 1}), "classifier.classes = 1 is below 2"),
+        (change(classifier=JUDGE | {"class_names": ["a"]}), "1 class names for 2 classes"),
         (change(graphs=[]), "it lists no step graph"),
-        (graph(columns=["t", "x"]), "takes columns that are no step's: t, x"),
-        (lambda m: m["graphs"][0]["columns"].append("t"), "takes columns that are no step's"),
-        (lambda m: m["graphs"][0]["columns"].append("zz"), "takes columns that are no step's"),
+        (graph(columns=["t", "x"]), "takes other columns than its features: t, x"),
+        (lambda m: m["graphs"][0]["columns"].append("t"), "takes other columns than its features: .*, n, t"),
+        (lambda m: m["graphs"][0]["columns"].append("zz"), "takes other columns than its features: .*, n, zz"),
         (lambda m: m["files"].pop(GOLDEN), "golden.safetensors is used but not listed under files"),
         (graph(file="other.onnx"), "other.onnx is used but not listed under files"),
         (graph(weights="other.bin"), "other.bin is used but not listed under files"),
@@ -310,7 +323,14 @@ def test_any_field_of_any_value_is_opened_or_refused(bundle, small_bundle_path):
     ("precision", "features", "message"),
     [
         ("fp16", (), "small.epsrt has no fp16 step graph, only fp32: export it again"),
-        ("fp32", ("guidance",), "has no fp32 guidance step graph, only fp32"),
+        (
+            "fp32",
+            ("guidance",),
+            r"small.epsrt has no null label, .*: export a network .*\(null_label=\), or guide it by a",
+        ),
+        ("fp32", ("mask",), r"small.epsrt has no step graph with mask: export it again with --masked \(masked=True\)"),
+        ("fp32", ("classifier", "mask"), "classifier and mask: export it again with --masked .* and --classifier"),
+        ("fp32", ("learned variance",), "small.epsrt has no learned variance: its network was not exported with one"),
     ],
 )
 def test_graphs_that_a_bundle_lacks_are_named(small_bundle_path, precision, features, message):
@@ -321,14 +341,31 @@ def test_graphs_that_a_bundle_lacks_are_named(small_bundle_path, precision, feat
 def test_the_smallest_graph_that_fits_is_taken(bundle):
     def more(manifest):
         plain = manifest["graphs"][0]
-        both = {**plain, "features": ["guidance", "mask"], "columns": [*plain["columns"], "w", "ka", "kb"]}
-        manifest["graphs"] = [both, {**plain, "features": ["guidance"], "columns": [*plain["columns"], "w"]}, plain]
+        guided = {**plain, "features": ["guidance"], "columns": [*plain["columns"], "w", "phi"]}
+        both = {**plain, "features": ["guidance", "mask"], "columns": [*guided["columns"], "ka", "kb"]}
+        manifest |= {"graphs": [both, guided, plain], "classes": 2, "null_label": 2}
 
     forge(bundle, more)
     opened = Bundle.open(bundle)
     assert opened.graph("fp32").features == ()
     assert opened.graph("fp32", ["guidance"]).features == ("guidance",)
     assert opened.graph("fp32", ["mask"]).features == ("guidance", "mask")
+    assert [opened.has(feature) for feature in ("guidance", "mask", "classifier")] == [True, True, False]
+    assert [graph.stem for graph in opened.manifest.graphs] == ["guidance-mask", "guidance", ""]
+
+
+def test_graphs_that_are_only_apart_are_named(edited_bundle_path):
+    with pytest.raises(BundleError, match="no step graph with guidance and classifier at once: leave one of them out"):
+        Bundle.open(edited_bundle_path).graph("fp32", ["guidance", "classifier"])
+
+
+def test_what_each_graph_takes(edited_bundle_path):
+    opened = Bundle.open(edited_bundle_path)
+    plain = {"x": "image", "m": "image", "z": "image", "rows": "rows", "label": "label"}
+    masked = {"known": "image", "mask": "image", "z2": "image"}
+    assert opened.inputs(opened.graph("fp32")) == plain
+    assert opened.inputs(opened.graph("fp32", ["guidance", "mask"])) == plain | masked
+    assert opened.inputs(opened.graph("fp16", ["classifier", "mask"])) == plain | {"target": "label"} | masked
 
 
 def test_graphs_of_a_bundle_with_options_are_found_unasked(learned_bundle_path):
@@ -338,14 +375,14 @@ def test_graphs_of_a_bundle_with_options_are_found_unasked(learned_bundle_path):
     assert plain.features == ("learned variance", "thresholding")
     assert plain == opened.graph("fp32", ["thresholding"]) == opened.graph("fp32", ["learned variance"])
     assert plain.columns == step_columns(m.variance) == (*STEP_COLUMNS, "r")
-    with pytest.raises(BundleError, match="no fp32 guidance step graph, only fp32 learned variance thresholding"):
+    with pytest.raises(BundleError, match="learned.epsrt has no null label"):
         opened.graph("fp32", ["guidance"])
 
 
 def test_a_learned_variance_needs_its_column(copy_of, learned_bundle_path):
     path = copy_of(learned_bundle_path)
     forge(path, lambda manifest: manifest["graphs"][0]["columns"].remove("r"))
-    refused(path, "graph step-fp32.onnx lacks the column r, and its bundle has a learned variance")
+    refused(path, "graph step-fp32.onnx takes other columns than its features: .*, n")
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +408,15 @@ class TestLabels:
 
     def test_none_needs_a_null_label(self, copy_of, bundle_path):
         path = copy_of(bundle_path)
-        forge(path, change(null_label=None))
+        guided = ("step-guidance-fp32.onnx", "step-guidance-fp16.onnx")
+        for name in guided:
+            (path / name).unlink()
+
+        def forget(manifest):
+            manifest["null_label"] = None
+            manifest["graphs"] = [item for item in manifest["graphs"] if item["file"] not in guided]
+
+        forge(path, forget)
         without = Bundle.open(path)
         with pytest.raises(BundleError, match="tiny.epsrt needs labels, 0 … 9, and knows no null label"):
             without.label_of(None)

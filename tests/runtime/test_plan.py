@@ -10,7 +10,7 @@ from epsrt.plan import CLIP_OFF, DEFAULTS, MAX_N, STEP_COLUMNS
 
 
 def test_columns_are_the_designs():
-    assert " ".join(COLUMNS) == "t in_scale p q clip a b h c d e f o g n w r ka kb"
+    assert " ".join(COLUMNS) == "t in_scale p q clip a b h c d e f o g n r w phi s j ka kb"
     assert " ".join(STEP_COLUMNS) == "t in_scale p q clip a b h c d e f o g n"
 
 
@@ -53,7 +53,7 @@ def test_other_lengths_are_refused(columns):
 
 @pytest.mark.parametrize("shape", [(0, len(COLUMNS)), (3, len(COLUMNS) - 1), (len(COLUMNS),), (1, 2, len(COLUMNS))])
 def test_tables_of_another_shape_are_refused(shape):
-    with pytest.raises(EpsrtError, match=r"a plan is a table \[steps ≥ 1, 19\], not \["):
+    with pytest.raises(EpsrtError, match=r"a plan is a table \[steps ≥ 1, 22\], not \["):
         Plan(np.zeros(shape))
 
 
@@ -88,7 +88,7 @@ def test_rows_select_columns_in_their_order_as_contiguous_float32():
     assert rows.dtype == np.float32
     assert rows.flags.c_contiguous
     np.testing.assert_array_equal(rows, np.array([[1 / 3, 3, 0.1], [1 / 3, 2, 0.2]], np.float32))
-    assert plan.rows(COLUMNS).shape == (2, 19)
+    assert plan.rows(COLUMNS).shape == (2, 22)
 
 
 def test_noise_indices_survive_float32():

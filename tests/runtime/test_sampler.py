@@ -217,15 +217,15 @@ def test_two_threads_at_once_equal_serial_results_bitwise(sampler):
 
 def test_lanes_are_kept_for_the_next_call(sampler):
     sampler.sample(3, steps=2)
-    (kept,) = sampler._free[3, (8, 8)]
+    (kept,) = sampler._free["step-fp32.onnx", 3, (8, 8)]
     sampler.sample(3, steps=2, seed=1)
-    assert sampler._free[3, (8, 8)] == [kept]
+    assert sampler._free["step-fp32.onnx", 3, (8, 8)] == [kept]
 
 
 def test_closing_closes_the_lanes_and_the_engine(plain_bundle_path):
     with Sampler.open(plain_bundle_path, threads=1) as opened:
         opened.sample(2, steps=2)
-        (lanes,) = opened._free[2, (8, 8)]
+        (lanes,) = opened._free["step-fp32.onnx", 2, (8, 8)]
     assert not opened._free
     assert not lanes._bindings
 
@@ -279,9 +279,11 @@ def test_options_beside_a_plan_are_refused(sampler):
         sampler.sample(1, plan=sampler.plan(), eta=0.5)
 
 
-def test_plans_that_need_another_graph_are_refused(sampler):
-    with pytest.raises(EpsrtError, match=r"plan 'guided' uses guidance \(column 'w'\)"):
-        sampler.sample(1, plan=Plan.of("guided", t=0.0, a=1.0, w=3.0))
+def test_plans_that_need_another_graph_find_it_or_are_refused(sampler, plain_sampler):
+    plan = Plan.of("guided", t=0.0, a=1.0, h=[-0.1, -0.1], w=3.0)
+    assert np.abs(sampler.sample(1, plan=plan, labels=3) - sampler.sample(1, plan=plan)).max() > 0.01
+    with pytest.raises(EpsrtError, match="plain.epsrt has no null label"):
+        plain_sampler.sample(1, plan=plan)
 
 
 def test_labels_of_an_unconditional_bundle_are_refused(plain_sampler):
@@ -345,14 +347,14 @@ class TestSizes:
     def test_lanes_are_kept_by_size(self, sized):
         for size in ((8, 8), (8, 12), (12, 8)):
             sized.sample(3, steps=2, size=size)
-        kept = {key: list(lanes) for key, lanes in sized._free.items()}
+        kept = {key[1:]: list(lanes) for key, lanes in sized._free.items()}
         assert [kept[3, size][0].shape for size in ((8, 8), (8, 12), (12, 8))] == [(1, 8, 8), (1, 8, 12), (1, 12, 8)]
         sized.sample(3, steps=2, size=(12, 8))
-        assert sized._free[3, (12, 8)] == kept[3, (12, 8)]
+        assert sized._free["step-fp32.onnx", 3, (12, 8)] == kept[3, (12, 8)]
         for batch in (1, 2, 3, 4):
             for size in ((4, 4), (4, 8), (8, 8)):
                 sized.sample(batch, steps=1, size=size)
-        left = {key for key, lanes in sized._free.items() if lanes}
+        left = {key[1:] for key, lanes in sized._free.items() if lanes}
         assert (sum(map(len, sized._free.values())), (3, (12, 8)) in left, (4, (8, 8)) in left) == (8, False, True)
 
     def test_init_decides_the_size(self, sized):
@@ -362,7 +364,7 @@ class TestSizes:
         np.testing.assert_array_equal(
             sized.sample(method="ddim-inversion", steps=STEPS, init=images, size=(4, 16)), latents
         )
-        with pytest.raises(EpsrtError, match=r"init is float32 \[2, 1, 4, 16\], not float \[n, 1, 8, 8\]"):
+        with pytest.raises(EpsrtError, match=r"init is float32 \[2, 1, 4, 16\], not float \[2, 1, 8, 8\]"):
             sized.sample(method="ddim-inversion", steps=STEPS, init=images, size=(8, 8))
         with pytest.raises(EpsrtError, match="a size of 4 × 15 is none of sized.epsrt"):
             sized.sample(method="ddim-inversion", steps=STEPS, init=images[..., :15])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from epsrt import EpsrtError, noise
-from epsrt.sampler import plan_of
+from epsrt.requests import plan_of
 from epsrt.solvers import METHODS
 
 STEPS = 6
@@ -67,7 +67,8 @@ def test_inversion_begins_from_images_and_ddim_leads_back(sampler, network):
     truth = walk(sampler.plan("ddim-inversion", 50), network, 0, label, images)
     np.testing.assert_allclose(latents, truth, rtol=0, atol=1e-3)
     back = sampler.plan("ddim", 50, clip=None)
-    again = sampler.sample(plan=back.cut(0, start=(1.0, 0.0)), labels=label, init=latents)
+    again = sampler.sample(plan=back, labels=label, x=latents)
+    np.testing.assert_array_equal(sampler.sample(plan=back.cut(0, start=(1.0, 0.0)), labels=label, init=latents), again)
     assert np.abs(again - images).mean() < 0.05
     assert np.abs(latents).std() > 0.5
 
@@ -83,8 +84,12 @@ def test_the_count_may_come_from_the_images(sampler):
     ("method", "init", "message"),
     [
         ("ddim-inversion", None, "plan 'ddim-inversion' begins from images: give them as init"),
-        ("ddim", np.zeros((2, 1, 8, 8)), "plan 'ddim' begins from noise alone: leave init out"),
-        ("ddim-inversion", np.zeros((1, 8, 8)), r"init is float64 \[1, 8, 8\], not float \[n, 1, 8, 8\]"),
+        (
+            "ddim",
+            np.zeros((2, 1, 8, 8)),
+            "plan 'ddim' begins from noise: give strength, 0 to 1, to begin from init noised",
+        ),
+        ("ddim-inversion", np.zeros((1, 8, 8)), r"init is float64 \[1, 8, 8\], not float \[2, 1, 8, 8\]"),
         ("ddim-inversion", np.zeros((2, 8, 8, 1)), r"init is float64 \[2, 8, 8, 1\], not float"),
         ("ddim-inversion", np.zeros((2, 1, 8, 8), np.uint8), r"init is uint8 .*, not float"),
         ("ddim-inversion", np.full((2, 1, 8, 8), np.nan), "init image 0 holds NaN or infinity"),
@@ -120,5 +125,5 @@ def test_ddpm_of_a_learned_variance_uses_it(learned_bundle_path):
 
 
 def test_a_graph_without_learned_variance_refuses_it(sampler):
-    with pytest.raises(EpsrtError, match=r"uses learned variance \(column 'r'\), which this step graph lacks"):
+    with pytest.raises(EpsrtError, match="tiny.epsrt has no learned variance"):
         sampler.sample(1, method="ddpm", steps=4, variance="learned_range")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from epsrt import Bundle, BundleError, open_engine, verify
-from epsrt.bundle import GOLDEN
-from epsrt.verify import LIMITS, network_outputs, relative_l2, worst_psnr
+from epsrt.manifest import GOLDEN
+from epsrt.measure import LIMITS, network_outputs, relative_l2, worst_psnr
 from helpers import edit_graph, forge, weights
 
 NAMES = ["network", "step", "ddim-50", "ddpm-100", "batch"]
@@ -49,7 +49,7 @@ def test_errors_are_given_by_timestep_across_the_schedule(bundle_path, name):
 
 
 def test_what_it_measures_is_what_the_export_stored(bundle_path):
-    stored = {(r.name, r.precision): r for r in Bundle.open(bundle_path).parity()}
+    stored = {(r.name, r.precision): r for r in Bundle.open(bundle_path).parity() if r.graph == ""}
     for precision in ("fp32", "fp16"):
         for name, rung in measured(bundle_path, precision).items():
             assert rung.figure == pytest.approx(stored[name, precision].figure, rel=0.2)

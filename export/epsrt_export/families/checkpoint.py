@@ -7,12 +7,13 @@ from pathlib import Path
 
 import msgspec
 
-from epsrt_export.source import Source
+from epsrt_export.source import NoisedClassifier, Source
+from epsrt_trainer import checkpoint as trained
 from epsrt_trainer.checkpoint import Checkpoint, load_checkpoint
 
 
 def load(path: str | Path) -> Source:
-    """The source at `path` (*.safetensors). Raises BundleError where it is not a whole checkpoint."""
+    """The source at `path` (*.safetensors). Raises BundleError where it is no whole checkpoint, or a classifier's."""
     return of(load_checkpoint(path))
 
 
@@ -25,4 +26,14 @@ def of(checkpoint: Checkpoint) -> Source:
         null_label=config.classes if config.null_label else None,
         family="epsrt", name=Path(c.path).name, sha256=c.sha256,
         config=dataclasses.asdict(config), training=msgspec.to_builtins(c.training),
+    )  # fmt: skip
+
+
+def load_classifier(path: str | Path) -> NoisedClassifier:
+    """The classifier at `path`, to guide with. Raises BundleError where it is no whole classifier's checkpoint."""
+    c = trained.load_classifier(path)
+    config = c.config
+    return NoisedClassifier(
+        c.network, config.classes, class_names=c.class_names or (), name=c.path.name, sha256=c.sha256,
+        schedule=c.schedule, shape=(config.image_channels, config.image_size, config.image_size),
     )  # fmt: skip

@@ -15,12 +15,13 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from epsrt.bundle import LearnedVariance, Sampling
 from epsrt.errors import BundleError, EpsrtError, one_of, typed
 from epsrt.files import sha256
+from epsrt.manifest import LearnedVariance, Sampling
 from epsrt.schedule import Schedule
 from epsrt_export.source import Source
 
+DIT_GUIDANCE = 4.0  # DiTPipeline's guidance_scale, unless told
 MODELS = {"UNet2DModel": diffusers.UNet2DModel, "DiTTransformer2DModel": diffusers.DiTTransformer2DModel}
 SCHEDULERS = {"DDPMScheduler": diffusers.DDPMScheduler, "DDIMScheduler": diffusers.DDIMScheduler}
 STEPS = {"DDPMScheduler": 1000, "DDIMScheduler": 50}  # of their pipelines' num_inference_steps
@@ -39,8 +40,8 @@ def load(path: str | Path, *, null_label: int | None = None, size: int | None = 
     null_label  of a UNet2DModel: which of its num_class_embeds means "none", the last one; a DiT says it itself
     size        height and width, where the model's sample_size is null
 
-    Samples of the bundle are by default those of the pipeline, noise aside (compatible="diffusers"); a DiTPipeline
-    guides by 4 unless told otherwise, and these are without guidance, latents that its autoencoder would decode.
+    Samples of the bundle are by default those of the pipeline, noise aside (compatible="diffusers"), a DiTPipeline's
+    guidance by 4 too; a DiT's are latents, which its autoencoder would decode.
 
     Raises EpsrtError for a class or option of theirs that has no equal here: none is ignored. BundleError where files
     are missing, damaged, of another width, or hold pickled weights alone.
@@ -64,7 +65,10 @@ def load(path: str | Path, *, null_label: int | None = None, size: int | None = 
         denoiser, by.schedule, (channels, *_size(folder, network, size)),
         prediction=by.prediction, value_range=LATENTS if dit else (-1.0, 1.0), clip=by.clip,
         classes=classes, null_label=null_label, variance=by.variance, thresholding=by.thresholding,
-        sampling=Sampling("ddpm" if own == "DDPMScheduler" else "ddim", min(T, STEPS[own]), by.spacing, by.sampling),
+        sampling=Sampling(
+            "ddpm" if own == "DDPMScheduler" else "ddim", min(T, STEPS[own]), by.spacing, by.sampling,
+            guidance=DIT_GUIDANCE if dit else 1.0,
+        ),
         family="diffusers", name=f"{root.resolve().name}/{(folder / WEIGHTS).relative_to(root)}",
         version=str(config.get("_diffusers_version", "")), sha256=sha256(folder / WEIGHTS),
         origin=f"diffusers.{type(network).__name__}", config={"network": config, "scheduler": scheduler},

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epsrt.bundle import Sampling
 from epsrt.errors import BundleError, EpsrtError, one_of, typed
 from epsrt.files import sha256
+from epsrt.manifest import Sampling
 from epsrt.schedule import Array, Schedule
 from epsrt_export.families import statedict
 from epsrt_export.families.lucidrains_unet import PACKAGE, adapt, theirs

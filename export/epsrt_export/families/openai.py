@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from epsrt.bundle import Sampling
 from epsrt.errors import EpsrtError, one_of, typed
 from epsrt.files import sha256
+from epsrt.manifest import Sampling
 from epsrt.schedule import Schedule
 from epsrt.spacing import respaced, timesteps
 from epsrt_export.families import statedict

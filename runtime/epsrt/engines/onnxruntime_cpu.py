@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epsrt import noise
-from epsrt.bundle import Bundle, Graph
+from epsrt.bundle import Bundle
 from epsrt.engines.ort_library import check_signature, ort, refuse_both_packages
 from epsrt.engines.protocol import (
     Closing,
@@ -25,6 +25,7 @@ from epsrt.engines.protocol import (
     not_finite,
 )
 from epsrt.errors import EngineError, NotFiniteError
+from epsrt.manifest import Graph
 from epsrt.plan import idle_row
 
 NOISE_BLOCK = 1 << 16  # normals drawn at once: enough to hide NumPy's call overhead, small enough for a cache
@@ -52,7 +53,7 @@ class OnnxRuntimeCpu:
         except Exception as error:  # onnxruntime's exceptions share no public base class
             reason = " ".join(str(error).split())
             raise EngineError(f"onnxruntime refuses {file}: {reason}; export the bundle again") from None
-        self.bundle = bundle
+        self.bundle, self.graph, self._threads = bundle, graph, threads
         self.precision: str = graph.precision
         self.columns = graph.columns
         self.max_batch = bundle.manifest.max_batch
@@ -62,6 +63,10 @@ class OnnxRuntimeCpu:
         """See protocol.Engine."""
         check_batch(batch, self)
         return OnnxRuntimeLanes(self, batch, image_shape(self.bundle, size))
+
+    def on(self, graph: Graph) -> OnnxRuntimeCpu:
+        """See protocol.Engine."""
+        return OnnxRuntimeCpu(self.bundle, graph, self._threads)
 
     def close(self) -> None:
         """Nothing to release before the object goes."""
@@ -78,9 +83,13 @@ class OnnxRuntimeLanes(Closing):
         self._x = [np.zeros(shape, np.float32) for _ in range(2)]
         self._m = [np.zeros(shape, np.float32) for _ in range(2)]
         self._x0 = np.zeros(shape, np.float32)
-        self._z = np.zeros((batch, self._x0[0].size), np.float32)
+        self._size = self._x0[0].size
         self._row = np.tile(idle_row(engine.columns), (batch, 1))
-        self._label = np.zeros(batch, np.int64)
+        self._fixed: dict[str, NDArray[Any]] = {  # what else the graph takes: z, label, target, known, mask, z2
+            name: np.zeros(shape, np.float32) if kind == "image" else np.zeros(batch, np.int64)
+            for name, kind in engine.bundle.inputs(engine.graph).items()
+            if name not in ("x", "m", "rows")
+        }
         self._now = 0  # which of the two x holds the state
         self._bindings = [self._bind(0), self._bind(1)]
         self._samples = [Sample() for _ in range(batch)]
@@ -91,9 +100,7 @@ class OnnxRuntimeLanes(Closing):
 
     def _bind(self, now: int) -> Any:
         binding = self._engine.session.io_binding()
-        inputs = {"x": self._x[now], "m": self._m[now], "z": self._z.reshape(self._x0.shape), "rows": self._row}
-        if self._engine.bundle.labelled:
-            inputs["label"] = self._label
+        inputs = {"x": self._x[now], "m": self._m[now], "rows": self._row, **self._fixed}
         for name, array in inputs.items():
             binding.bind_input(name, "cpu", 0, array.dtype.type, list(array.shape), array.ctypes.data)
         for name, array in (("x_next", self._x[1 - now]), ("m_next", self._m[1 - now]), ("x0", self._x0)):
@@ -103,30 +110,36 @@ class OnnxRuntimeLanes(Closing):
     def write(self, index: int, sample: Sample) -> None:
         check_lane(index, self.batch)
         x, (signal, scale) = self._x[self._now][index], sample.start
-        check_sample(sample, x.shape)
+        check_sample(sample, x.shape, self._engine.graph)
         x.fill(0)
         if scale:
-            x += np.float32(scale) * noise.normals(sample.seed, sample.index, noise.START, 0, x.size).reshape(x.shape)
+            x += np.float32(scale) * noise.normals(sample.seed, sample.index, sample.stream, 0, x.size).reshape(x.shape)
         if sample.init is not None and signal:
             x += np.float32(signal) * sample.init
         self._m[self._now][index] = 0
         self._x0[index] = 0
-        self._label[index] = sample.label
+        for name in ("label", "target", "known", "mask"):
+            if name in self._fixed:
+                given = getattr(sample, name)
+                self._fixed[name][index] = 0 if given is None else given
         self._samples[index] = sample
         self._seeds[index], self._indices[index], self._steps[index] = sample.seed, sample.index, 0
         self._broken.pop(index, None)
 
     def advance(self, rows: Rows) -> None:
         check_rows(rows, *self._row.shape)
-        block = max(1, NOISE_BLOCK // self._z.size)
+        block = max(1, NOISE_BLOCK // (self.batch * self._size))
         run, session = self._engine.session.run_with_iobinding, self._engine.bundle.path
         for first in range(0, len(rows), block):
             part = rows[first : first + block]
-            z = self._draw(part)
+            drawn = {"z": self._draw(part, noise.STEP, "d")}
+            if "mask" in self._fixed:
+                drawn["z2"] = self._draw(part, noise.KNOWN, "kb", self._masked)
             for i, row in enumerate(part):
                 np.copyto(self._row, row)
-                if z is not None:
-                    np.copyto(self._z, z[i])
+                for name, z in drawn.items():
+                    if z is not None:
+                        np.copyto(self._fixed[name], z[i])
                 try:
                     run(self._bindings[self._now])
                 except Exception as error:
@@ -147,19 +160,28 @@ class OnnxRuntimeLanes(Closing):
         source: Images = self._x[self._now] if what == "x" else self._x0
         return source[index].copy()  # type: ignore[no-any-return]
 
-    def _draw(self, rows: Rows) -> NDArray[np.float32] | None:
-        """z for rows [steps, batch, columns], as [steps, batch, elements]; None where no row adds noise."""
-        noisy = rows[:, :, self._columns["d"]] != 0
+    @property
+    def _masked(self) -> NDArray[np.bool_]:
+        return np.array([sample.mask is not None for sample in self._samples])
+
+    def _draw(
+        self, rows: Rows, stream: int, column: str, lanes: NDArray[np.bool_] | bool = True
+    ) -> NDArray[np.float32] | None:
+        """Noise for rows [steps, batch, columns], as [steps, batch, C, H, W]: where a column is not 0, in some lanes.
+
+        None where that is nowhere.
+        """
+        noisy = (rows[:, :, self._columns[column]] != 0) & lanes
         if not noisy.any():
             return None
         n = rows[:, :, self._columns["n"]].astype(np.int64)
-        size = self._z.shape[1]
+        shape = (*noisy.shape, *self.shape)
         if noisy.all():
-            return noise.normals(self._seeds, self._indices, noise.STEP, n, size)
-        z = np.zeros((*noisy.shape, size), np.float32)
+            return noise.normals(self._seeds, self._indices, stream, n, self._size).reshape(shape)
+        z = np.zeros((*noisy.shape, self._size), np.float32)
         step, lane = np.nonzero(noisy)
-        z[step, lane] = noise.normals(self._seeds[lane], self._indices[lane], noise.STEP, n[step, lane], size)
-        return z
+        z[step, lane] = noise.normals(self._seeds[lane], self._indices[lane], stream, n[step, lane], self._size)
+        return z.reshape(shape)
 
     def _note_broken(self) -> None:
         for lane, x in enumerate(self._x[self._now]):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from epsrt.bundle import Bundle, Graph
+from epsrt.bundle import Bundle
 from epsrt.engines.probe import both_onnxruntimes
 from epsrt.errors import EngineError
+from epsrt.manifest import Graph
 
 try:
     import onnxruntime as ort
@@ -34,11 +35,12 @@ def check_signature(
     m = bundle.manifest
     own: tuple[int | None, ...] = m.shape if m.sizes is None else (m.shape[0], None, None)
     image = [batch, *(own if shape is None else shape)]
-    want: dict[str, tuple[str, list[int | None]]] = dict.fromkeys("xmz", ("tensor(float)", image))
-    want["rows"] = ("tensor(float)", [batch, len(graph.columns)])
-    if bundle.labelled:
-        want["label"] = ("tensor(int64)", [batch])
-    want |= dict.fromkeys(("x_next", "m_next", "x0"), ("tensor(float)", image))
+    kinds = {
+        "image": ("tensor(float)", image), "rows": ("tensor(float)", [batch, len(graph.columns)]),
+        "label": ("tensor(int64)", [batch]),
+    }  # fmt: skip
+    want = {name: kinds[kind] for name, kind in bundle.inputs(graph).items()}
+    want |= dict.fromkeys(("x_next", "m_next", "x0"), kinds["image"])
     have = {
         v.name: (v.type, [d if isinstance(d, int) else None for d in v.shape])
         for v in [*session.get_inputs(), *session.get_outputs()]

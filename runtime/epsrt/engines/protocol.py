@@ -10,8 +10,10 @@ from typing import Literal, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from epsrt import noise
 from epsrt.bundle import Bundle
 from epsrt.errors import EngineError
+from epsrt.manifest import Graph
 
 Rows = NDArray[np.float32]
 Images = NDArray[np.float32]
@@ -35,9 +37,13 @@ class Closing(ABC):
 
 @dataclass(frozen=True)
 class Sample:
-    """What a lane begins with: x = start[0]·init + start[1]·z, z drawn from (seed, index), m = 0.
+    """What a lane begins with: x = start[0]·init + start[1]·z, z drawn from (seed, index, stream), m = 0.
 
-    `init` is float32 [C, H, W] or None for zeros; `label` is the network's own number, as Bundle.label_of gives it.
+    init         float32 [C, H, W], or None for zeros
+    label        the network's own number, as Bundle.label_of gives it
+    stream       of z: noise.START, or noise.FORWARD where init is noised
+    target       the classifier's class, for step graphs that have one
+    known, mask  float32 [C, H, W] both, for step graphs with a mask: where mask is 1, x follows known; None: nowhere
     """
 
     seed: int = 0
@@ -45,6 +51,10 @@ class Sample:
     start: tuple[float, float] = (0.0, 1.0)
     init: Images | None = None
     label: int = 0
+    stream: int = noise.START
+    target: int = 0
+    known: Images | None = None
+    mask: Images | None = None
 
 
 class Lanes(Protocol):
@@ -86,6 +96,7 @@ class Engine(Protocol):
     name: str
     device: str  # "cpu" or "cuda": which limits of the parity ladder hold
     bundle: Bundle
+    graph: Graph  # the step graph that it runs
     precision: str
     columns: tuple[str, ...]
     max_batch: int
@@ -96,6 +107,9 @@ class Engine(Protocol):
 
         Raises EngineError for a batch or a size that the engine does not take.
         """
+
+    def on(self, graph: Graph) -> Engine:
+        """Another step graph of the bundle, in the same way on the same device; to be closed by itself."""
 
     def close(self) -> None: ...
 
@@ -137,10 +151,16 @@ def check_lane(index: int, batch: int) -> None:
         raise EngineError(f"lane {index} is outside 0 … {batch - 1}")
 
 
-def check_sample(sample: Sample, shape: tuple[int, ...]) -> None:
-    """Raise EngineError unless a sample's init, if it has one, is an image of `shape`."""
-    if sample.init is not None and sample.init.shape != shape:
-        raise EngineError(f"init has shape {list(sample.init.shape)}, the network wants {list(shape)}")
+def check_sample(sample: Sample, shape: tuple[int, ...], graph: Graph) -> None:
+    """Raise EngineError unless a sample's images, where it has any, are of `shape`, and the graph takes them."""
+    for name in ("init", "known", "mask"):
+        image = getattr(sample, name)
+        if image is not None and image.shape != shape:
+            raise EngineError(f"{name} has shape {list(image.shape)}, the network wants {list(shape)}")
+    if (sample.known is None) != (sample.mask is None):
+        raise EngineError("known and mask go together: give both, or neither")
+    if sample.mask is not None and "mask" not in graph.features:
+        raise EngineError(f"{graph.file} takes no mask: open the engine with features=['mask']")
 
 
 def check_rows(rows: Rows, batch: int, columns: int) -> None:

@@ -19,6 +19,7 @@ from epsrt import (
     solvers,
 )
 from epsrt.engines import ENGINES, onnxruntime_cpu, probe
+from epsrt.plan import STEP_COLUMNS
 from epsrt.spacing import timesteps
 from helpers import edit_graph, forge, run_python, weights
 
@@ -76,7 +77,7 @@ class TestOpening:
             ({"name": "tensorflow"}, EngineError, "engine 'tensorflow' is unknown: use auto or one of tensorrt, "),
             ({"precision": "int8"}, EngineError, "precision 'int8' is unknown: use fp32 or fp16"),
             ({"precision": "fp16"}, BundleError, "small.epsrt has no fp16 step graph, only fp32"),
-            ({"features": ["guidance"]}, BundleError, "has no fp32 guidance step graph"),
+            ({"features": ["guidance"]}, BundleError, "small.epsrt has no null label"),
             ({"threads": 0}, EngineError, "threads = 0 is outside"),
         ],
     )
@@ -148,8 +149,10 @@ except EngineError as error:
 
     def test_a_manifest_of_other_columns_is_refused(self, copy_of, small_bundle_path):
         path = copy_of(small_bundle_path)
-        forge(path, lambda manifest: manifest["graphs"][0]["columns"].append("w"))
-        with pytest.raises(EngineError, match="rows is .*15.*, the manifest implies .*16"):
+        forge(
+            path, lambda manifest: manifest["graphs"][0].update(columns=[*STEP_COLUMNS, "ka", "kb"], features=["mask"])
+        )
+        with pytest.raises(EngineError, match="rows is .*15.*, the manifest implies .*17"):
             open_engine(Bundle.open(path), "onnxruntime")
 
     def test_a_graph_with_another_output_is_refused(self, copy_of, small_bundle_path):
@@ -239,7 +242,8 @@ class TestLanes:
     def test_buffers_are_reused(self, engine, rows_of):
         def pointers():
             return [
-                [a.ctypes.data for a in buffers] for buffers in (lanes._x, lanes._m, [lanes._x0, lanes._z, lanes._row])
+                [a.ctypes.data for a in buffers]
+                for buffers in (lanes._x, lanes._m, [lanes._x0, lanes._fixed["z"], lanes._row])
             ]
 
         with engine.lanes(2) as lanes:

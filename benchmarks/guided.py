@@ -1,0 +1,115 @@
+"""What guidance and masks cost a step: python benchmarks/guided.py
+
+ddpm-cifar10 by class with a null label, FP32 on onnxruntime. A guided step runs the network on twice the rows, so it
+is held against a plain step at twice the batch (limit 1.05); a masked step against a plain one (limit 1.03). Rivals in
+turn. The weights are random and no gate is run: the time of a step does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import torch
+from common import CACHE, median_ratio, write
+
+from epsrt import Bundle, Lanes, Plan, Sample, open_engine
+from epsrt.files import whole_directory
+from epsrt.manifest import Manifest
+from epsrt.requests import plan_of
+
+PRESET, BATCH, STEPS = "ddpm-cifar10", 8, 4
+FOLDER = CACHE / "guided"
+# name, features, batch, method, weight of guidance
+RUNS = (
+    ("plain", (), BATCH, "ddim"), ("plain, twice the batch", (), 2 * BATCH, "ddim"),
+    ("guided", ("guidance",), BATCH, "ddim"), ("masked", ("mask",), BATCH, "ddim"),
+    ("plain, ddpm", (), BATCH, "ddpm"), ("masked, ddpm", ("mask",), BATCH, "ddpm"),
+)  # fmt: skip
+PAIRS = (
+    ("guided", "plain, twice the batch", 1.05), ("masked", "plain", 1.03), ("masked, ddpm", "plain, ddpm", 1.03),
+)  # fmt: skip
+
+
+def graphs() -> Bundle:
+    """The three step graphs, written once."""
+    from epsrt_export import Source
+    from epsrt_export.export import manifest_of
+    from epsrt_export.graphs import write_graphs
+    from epsrt_trainer.networks import build
+    from epsrt_trainer.presets import PRESETS
+
+    config = replace(PRESETS[PRESET].network, classes=10, null_label=True)
+    shape = (config.image_channels, config.image_size, config.image_size)
+    network = build(config).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if not parameter.any():  # what starts at zero
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    source = Source(network, PRESETS[PRESET].schedule, shape, classes=10, null_label=10)
+    variants = ((), ("guidance",), ("mask",))
+    if not FOLDER.exists():
+        print(f"writing step graphs to {FOLDER} (once)", flush=True)
+        with whole_directory(FOLDER) as beside:
+            made = write_graphs(network, "fp32", beside, shape, True, variants=variants, null_label=10)
+            (beside / "graphs.json").write_bytes(msgspec.json.encode(manifest_of(source, 64, made)))
+    return Bundle(FOLDER, msgspec.json.decode((FOLDER / "graphs.json").read_bytes(), type=Manifest))
+
+
+def begin(lanes: Lanes, masked: bool, shape: tuple[int, ...]) -> None:
+    known = np.zeros(shape, np.float32)
+    half = np.zeros(shape, np.float32)
+    half[:, : shape[1] // 2] = 1
+    for i in range(lanes.batch):
+        more = {"known": known, "mask": half} if masked else {}
+        lanes.write(i, Sample(seed=0, index=i, label=i % 10, **more))
+
+
+def rows_of(plan: Plan, columns: tuple[str, ...], batch: int) -> np.ndarray:
+    rows = np.repeat(plan.rows(columns)[:, None], batch, 1)
+    if "w" in columns:
+        rows[:, :, columns.index("w")] = 2.0
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    rounds = parser.parse_args().rounds
+    bundle = graphs()
+    seconds: dict[str, list[float]] = {name: [] for name, *_ in RUNS}
+    with ExitStack() as stack:
+        plain = open_engine(bundle, "onnxruntime")
+        engines = {features: plain.on(bundle.graph("fp32", features)) for _, features, *_ in RUNS}
+        work = {}
+        for name, features, batch, method in RUNS:
+            engine = engines[features]
+            lanes = stack.enter_context(engine.lanes(batch))
+            begin(lanes, "mask" in features, bundle.manifest.shape)
+            work[name] = lanes, rows_of(plan_of(bundle.manifest, method, STEPS), engine.columns, batch)
+        for round_ in range(rounds + 1):  # the first warms up
+            for name, (lanes, rows) in work.items():
+                start = time.perf_counter()
+                lanes.advance(rows)
+                lanes.wait()
+                if round_:
+                    seconds[name].append(time.perf_counter() - start)
+    results = [
+        {"run": name, "batch": batch, "ms_per_step": round(1e3 * statistics.median(seconds[name]) / STEPS, 2)}
+        for name, _, batch, _ in RUNS
+    ]
+    for name, rival, limit in PAIRS:
+        ratio = median_ratio(seconds[name], seconds[rival])
+        results.append({"ratio": f"{name} / {rival}", "median": round(ratio, 4), "limit": limit})
+    for row in results:
+        print(", ".join(f"{key} {value}" for key, value in row.items()))
+    print(write("guided", results))
+
+
+if __name__ == "__main__":
+    main()

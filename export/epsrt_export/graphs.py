@@ -1,0 +1,77 @@
+"""A network's step graphs as files: one for each set of features, all on the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnx
+import torch
+from torch import nn
+
+from epsrt.errors import EpsrtError
+from epsrt.manifest import Graph, LearnedVariance, Sizes, step_columns, step_features
+from epsrt_export.onnx_graph import WeightsFile, to_onnx
+from epsrt_export.precision import half_copy
+from epsrt_export.stepgraph import DynamicThreshold, StepGraph, check_network
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+def variants_of(null_label: bool, masked: bool, classifier: bool) -> tuple[tuple[str, ...], ...]:
+    """The features of each step graph that a bundle has, beside those of all its graphs."""
+    guides: list[tuple[str, ...]] = [(), *([("guidance",)] if null_label else [])]
+    guides += [("classifier",)] if classifier else []
+    return (*guides, *((*features, "mask") for features in guides if masked))
+
+
+def write_graphs(
+    network: nn.Module,
+    precision: str,
+    directory: Path,
+    shape: tuple[int, int, int],
+    labelled: bool,
+    opset: int = 21,
+    variance: LearnedVariance | None = None,
+    threshold: DynamicThreshold | None = None,
+    sizes: Sizes | None = None,
+    *,
+    variants: Sequence[tuple[str, ...]] = ((),),
+    null_label: int | None = None,
+    gradient: nn.Module | None = None,
+    on_graph: Callable[[float], object] = lambda share: None,
+) -> list[Graph]:
+    """Write step graphs of a network, and the one weights file that they share, into a directory.
+
+    `variants` are the features of each, of guidance, classifier and mask; `gradient` is the classifier's. The rest is
+    as in `export`.
+    """
+    dtype = DTYPES[precision]
+    if dtype == torch.float16:
+        network = half_copy(network)
+        try:
+            check_network(network, shape, labelled, dtype, variance is not None)
+        except EpsrtError as error:
+            raise EpsrtError(f'in half precision, {error}; export with precisions=["fp32"] alone') from error
+    weights, made = WeightsFile(f"weights-{precision}.bin"), []
+    for features in variants:
+        columns = step_columns(variance, features)
+        guide = gradient if "classifier" in features else None
+        step = StepGraph(network, columns, labelled, dtype, threshold, null_label, guide)
+        graph = Graph("", weights.name, precision, columns, (*step_features(variance, threshold), *features))  # type: ignore[arg-type]
+        graph = msgspec.structs.replace(graph, file="-".join(filter(None, ("step", graph.stem, precision))) + ".onnx")
+        model = to_onnx(step, shape, opset, weights, sizes)
+        (directory / graph.file).write_bytes(model.SerializeToString(deterministic=True))
+        made.append(graph)
+        on_graph(len(made) / len(variants))
+    weights.write(directory)
+    for graph in made:
+        onnx.checker.check_model(directory / graph.file)
+    return made
+
+
+def write_graph(*given: Any, **more: Any) -> Graph:
+    """The plainest of `write_graphs`, alone."""
+    return write_graphs(*given, **more)[0]

@@ -1,0 +1,139 @@
+"""Editing: what plans and noise need for more than drawing at random. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epsrt.errors import EpsrtError, typed
+from epsrt.plan import COLUMNS, DEFAULTS, Plan
+
+Images = NDArray[np.float32]
+
+MOST_ROWS = 1 << 20  # of a plan with jumps
+
+
+def resampled(plan: Plan, times: int, jump: int = 10) -> Plan:
+    """RePaint's plan (arXiv 2201.09865, section 4.2 and figure 7): after every `jump` rows, back by as many.
+
+    times  how often each stretch of rows is run, r in the paper: 1 is the plan itself
+    jump   how many rows a stretch has, j in the paper
+
+    Going back is forward diffusion, x = s·x + n·z, from the level that a row leaves to the one before the stretch. It
+    is part of that row, whose own noise it joins (equal in law), and costs no evaluation of the network; only a row
+    with a learned variance is followed by one of its own. Noise indices count the new rows. Raises EpsrtError where the
+    numbers are not whole and at least 1, and for plans with memory, whose rows cannot be run out of order.
+    """
+    times, jump = typed("resample", times, 1), typed("jump", jump, 1)
+    for name, value in (("resample", times), ("jump", jump)):
+        if not 1 <= value <= 1000:
+            raise EpsrtError(f"{name} = {value} is outside 1 … 1000")
+    if times == 1:
+        return plan
+    if np.any(plan["c"]) or np.any(plan["g"]):
+        raise EpsrtError(f"{plan.name} remembers what came before, and resampling goes back: use ddpm, ddim or euler")
+    rows: list[NDArray[np.float64]] = []
+    for row, back in _walk(len(plan), times, jump):
+        rows += _rows(plan, row, back)
+        if len(rows) > MOST_ROWS:
+            raise EpsrtError(f"{len(plan)} steps, resampled {times} times, are over a million rows: give fewer")
+    table = np.array(rows)
+    table[:, COLUMNS.index("n")] = np.arange(len(table))
+    return replace(plan, table=table, name=f"{plan.name}-resampled")
+
+
+def _walk(count: int, times: int, jump: int) -> list[tuple[int, int | None]]:
+    """The rows in the order in which they run, and to which row each then goes back, if it does."""
+    left = {count - 1 - k: times - 1 for k in range(0, count - jump, jump)}
+    walk: list[tuple[int, int | None]] = []
+    row = 0
+    while row < count:
+        after = row + 1
+        if left.get(after, 0):
+            left[after] -= 1
+            walk.append((row, after - jump))
+            row = after - jump
+        else:
+            walk.append((row, None))
+            row = after
+    return walk
+
+
+def _rows(plan: Plan, row: int, back: int | None) -> list[NDArray[np.float64]]:
+    """A row, and the way back to the level of row `back`."""
+    table, at = plan.table[row].copy(), {name: i for i, name in enumerate(COLUMNS)}
+    if back is None:
+        return [table]
+    (alpha, sigma), (to_alpha, to_sigma) = plan.levels[row + 1], plan.levels[back]
+    s = to_alpha / alpha
+    n = np.sqrt(max(to_sigma**2 - (s * sigma) ** 2, 0.0))
+    noised = {"d": n, "ka": to_alpha, "kb": to_sigma}
+    if table[at["r"]]:  # exp(r·v)·z joins no other noise
+        forward = plan.table[back].copy()  # what it tells the network is of no account
+        for name in "bhcefogrs":
+            forward[at[name]] = 0.0
+        for name, value in {"a": s, **noised}.items():
+            forward[at[name]] = value
+        forward[at["w"]] = DEFAULTS["w"]
+        return [table, forward]
+    for name in "abh":
+        table[at[name]] *= s
+    for name, value in {**noised, "d": np.hypot(s * table[at["d"]], n)}.items():
+        table[at[name]] = value
+    return [table]
+
+
+def slerp(a: Images, b: Images, fractions: Sequence[float] | NDArray[np.floating]) -> Images:
+    """Spherical interpolation between two latents (DDIM, arXiv 2010.02502, eq. 67): float32 [len(fractions), C, H, W].
+
+    a, b       float32 [C, H, W] each
+    fractions  0 is a, 1 is b; beyond, the great circle goes on
+
+    A normal latent's norm is nearly the same everywhere, and a straight line between two cuts inside: the sphere does
+    not. Raises EpsrtError for latents of two shapes, NaN, or latents that point in opposite directions.
+    """
+    a, b = np.asarray(a), np.asarray(b)
+    if a.shape != b.shape or a.dtype.kind != "f" or b.dtype.kind != "f":
+        raise EpsrtError(
+            f"slerp takes two latents of one shape, float, not {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
+        )
+    f = np.asarray(fractions, np.float64).reshape(-1, *[1] * a.ndim)
+    one, two = a.astype(np.float64), b.astype(np.float64)
+    if not (np.isfinite(one).all() and np.isfinite(two).all() and np.isfinite(f).all()):
+        raise EpsrtError("slerp was given NaN or infinity")
+    lengths = np.linalg.norm(one), np.linalg.norm(two)
+    cosine = float((one * two).sum() / max(lengths[0] * lengths[1], 1e-300))
+    angle = np.arccos(np.clip(cosine, -1, 1))
+    if np.sin(angle) < 1e-6:
+        if cosine < 0:
+            raise EpsrtError("slerp has no one way between latents that point in opposite directions: choose others")
+        between = (1 - f) * one + f * two  # the sphere is flat between neighbours
+    else:
+        between = (np.sin((1 - f) * angle) * one + np.sin(f * angle) * two) / np.sin(angle)
+    return np.asarray(between, np.float32)
+
+
+def canvas(images: Images, size: tuple[int, int], at: tuple[int, int] | None = None) -> tuple[Images, Images]:
+    """Images on a larger canvas, and the mask that is 1 where they lie: `known` and `mask` of outpainting.
+
+    images  float32 [n, C, h, w]
+    size    height and width of the canvas
+    at      top and left of the images on it; None: in its middle
+
+    Returns float32 [n, C, H, W] and [n, 1, H, W]. Raises EpsrtError where the images do not fit.
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or images.dtype.kind != "f":
+        raise EpsrtError(f"canvas takes images float [n, C, h, w], not {images.dtype} {list(images.shape)}")
+    (n, channels, h, w), (height, width) = images.shape, (typed("size", side, 1) for side in size)
+    top, left = ((height - h) // 2, (width - w) // 2) if at is None else (typed("at", side, 1) for side in at)
+    if not (0 <= top <= height - h and 0 <= left <= width - w):
+        raise EpsrtError(f"images of {h} × {w} at ({top}, {left}) do not fit a canvas of {height} × {width}")
+    known = np.zeros((n, channels, height, width), np.float32)
+    mask = np.zeros((n, 1, height, width), np.float32)
+    known[..., top : top + h, left : left + w] = images
+    mask[..., top : top + h, left : left + w] = 1
+    return known, mask

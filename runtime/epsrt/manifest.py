@@ -1,0 +1,225 @@
+"""Manifest: what a bundle says of itself, as manifest.json has it, and what must be true of it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from epsrt.errors import BundleError
+from epsrt.levels import Prediction
+from epsrt.plan import FEATURES, STEP_COLUMNS
+from epsrt.schedule import Schedule
+
+FORMAT = 4
+MANIFEST, GOLDEN, PARITY = "manifest.json", "golden.safetensors", "parity.json"
+FEATURES_OF_ALL = ("learned variance", "thresholding")  # what all graphs of a bundle have, or none
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Precision = Literal["fp32", "fp16"]
+# what the second half of a network's output says of the variance: log σ², or where between log β̃ (−1) and log β (1)
+LearnedVariance = Literal["learned", "learned_range"]
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    sha256: str
+    size: int  # bytes
+
+
+class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A step graph: inputs x, m, z [batch, C, H, W], rows [batch, len(columns)] and what Bundle.inputs lists besides.
+
+    Its outputs are x', m', x0. `features` are among epsrt.plan.FEATURES.
+    """
+
+    file: str
+    weights: str
+    precision: Precision
+    columns: tuple[str, ...]
+    features: tuple[str, ...] = ()
+
+    @property
+    def stem(self) -> str:
+        """Its features in a word, "" for the plainest graph."""
+        return "-".join(f for f in self.features if f not in FEATURES_OF_ALL)
+
+
+class Thresholding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Dynamic thresholding of x0 (arXiv 2205.11487, section 2.3), in units of the value range's bound."""
+
+    ratio: float  # which quantile of |x0| is scaled to the bound, (0, 1]
+    maximum: float  # the largest that it is taken for, at least 1
+
+
+class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the network's owner samples: what a plan takes where the caller says nothing."""
+
+    method: str = "ddim"
+    steps: int | None = None  # None: 50, or what a respacing string says
+    spacing: str = "trailing"
+    options: dict[str, bool | int | float | str | None] = {}  # of methods and spacings: each for those that take it
+    guidance: float = 1.0  # weight of classifier-free guidance, where there is a label; 1: none
+
+
+class Sizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Other heights and widths that the graphs take: multiples of `multiple`, `multiple` … `largest` pixels."""
+
+    multiple: int
+    largest: int
+
+
+class Classifier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of noised images: what the step graphs with the feature "classifier" take the gradient of."""
+
+    classes: int
+    class_names: tuple[str, ...]
+    network: str  # class
+    parameters: int
+    source: str  # file that it was read from, or "module"
+    source_sha256: str
+
+
+class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the network came from."""
+
+    network: str  # class
+    parameters: int
+    family: str  # whose format it was in: epsrt, diffusers, …, or "module"
+    source: str  # file or folder that it was read from, or "module"
+    version: str  # of the program that wrote it, as the file says; "" where it does not
+    source_sha256: str
+    config: dict[str, Any]
+    training: dict[str, Any]
+    versions: dict[str, str]
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    format: int
+    shape: tuple[int, int, int]  # C, H, W
+    max_batch: int
+    schedule: Schedule
+    prediction: Prediction
+    value_range: tuple[float, float]
+    clip: float | None  # x0 is bounded to [−clip, clip] where the caller says nothing; None: it is not
+    classes: int  # 0: unconditional
+    class_names: tuple[str, ...]
+    null_label: int | None  # the label that means "no label", where the network knows one
+    variance: LearnedVariance | None  # where the network returns 2C channels
+    thresholding: Thresholding | None
+    graphs: tuple[Graph, ...]
+    provenance: Provenance
+    files: dict[str, FileEntry]
+    sigma_data: float = 0.5  # the data's standard deviation, for EDM's preconditioning (arXiv 2206.00364, table 1)
+    sampling: Sampling = Sampling()
+    sizes: Sizes | None = None  # None: images are of `shape` alone
+    classifier: Classifier | None = None
+    digest: str = ""
+
+    @property
+    def bound(self) -> float:
+        """What --clip clips to: `clip`, or where that is off the bound of |x0| that the value range implies."""
+        return max(abs(v) for v in self.value_range) if self.clip is None else self.clip
+
+    def timesteps(self, told: NDArray[Any]) -> NDArray[np.float64]:
+        """The schedule's timesteps, of t as the network is told it: ¼ ln(σ/α) by edm."""
+        t = np.asarray(told, np.float64)
+        return self.schedule.t_at(-4.0 * t) if self.prediction == "edm" else t
+
+
+def step_columns(variance: str | None, features: Iterable[str] = ()) -> tuple[str, ...]:
+    """The columns of a step graph with some features; without, those of the rows in a bundle's golden file."""
+    learned = () if variance is None else ("learned variance",)
+    return (*STEP_COLUMNS, *(name for f in dict.fromkeys((*learned, *features)) for name in FEATURES[f]))
+
+
+def step_features(variance: str | None, thresholding: object | None) -> tuple[str, ...]:
+    """The features of a bundle's plainest step graphs: every graph of the bundle has them."""
+    return tuple(f for f, there in zip(FEATURES_OF_ALL, (variance, thresholding), strict=True) if there is not None)
+
+
+class Rung(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One measurement of the parity ladder. `figure` must be ≤ `limit`, or ≥ it where `at_least`."""
+
+    name: str
+    engine: str
+    precision: Literal["fp64", "fp32", "fp16"]
+    figure: float | None  # None: not finite
+    limit: float
+    unit: str
+    where: str = ""
+    at_least: bool = False
+    by_timestep: tuple[tuple[int, float | None], ...] = ()
+    graph: str = ""  # which step graph: Graph.stem
+
+    @property
+    def passed(self) -> bool:
+        if self.figure is None:
+            return False
+        return self.figure >= self.limit if self.at_least else self.figure <= self.limit
+
+
+def digest(manifest: Manifest) -> str:
+    """SHA-256 of the manifest's canonical JSON (sorted keys, no spaces) without the field `digest`."""
+    fields = msgspec.to_builtins(manifest)
+    del fields["digest"]
+    return hashlib.sha256(msgspec.json.encode(fields, order="sorted")).hexdigest()
+
+
+def render(manifest: Manifest) -> bytes:
+    """The bytes of manifest.json; a file that differs from them in one byte is refused."""
+    return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=2) + b"\n"
+
+
+def check_fields(path: Path, m: Manifest) -> None:
+    """What the types do not say. A digest proves only that the writer meant it."""
+
+    def demand(truth: bool, what: str) -> None:
+        if not truth:
+            raise BundleError(f"{path / MANIFEST}: {what}: export it again")
+
+    demand(all(0 < n <= 65536 for n in m.shape), f"shape {list(m.shape)} is not C, H, W ≥ 1")
+    demand(0 < m.max_batch <= 65536, f"max_batch = {m.max_batch} is outside 1 … 65536")
+    demand(m.value_range[0] < m.value_range[1], f"value_range {list(m.value_range)} does not ascend")
+    demand(m.clip is None or 0 < m.clip < math.inf, f"clip = {m.clip} is no bound")
+    demand(m.classes >= 0, f"classes = {m.classes} is negative")
+    demand(len(m.class_names) in (0, m.classes), f"{len(m.class_names)} class names for {m.classes} classes")
+    demand(m.null_label is None or 0 <= m.null_label <= m.classes, f"null_label = {m.null_label} is no label")
+    demand(0 < m.sigma_data < math.inf, f"sigma_data = {m.sigma_data} is not positive and finite")
+    if m.thresholding is not None:
+        ratio, maximum = m.thresholding.ratio, m.thresholding.maximum
+        demand(0 < ratio <= 1 <= maximum < math.inf, f"thresholding at {ratio} up to {maximum} is none")
+        demand(m.clip is not None, "thresholding has no clip to scale to")
+    if m.sizes is not None:
+        fits = m.sizes.multiple > 0 and all(n % m.sizes.multiple == 0 and n <= m.sizes.largest for n in m.shape[1:])
+        demand(fits, f"sizes {m.sizes.multiple} … {m.sizes.largest} do not hold {m.shape[1]} × {m.shape[2]}")
+    demand(bool(m.graphs), "it lists no step graph")
+    for name, entry in m.files.items():
+        plain = bool(_PLAIN_NAME.fullmatch(name)) and name != MANIFEST
+        demand(plain, f"file name {name!r} is not a plain name inside the bundle")
+        demand(bool(_SHA256.fullmatch(entry.sha256)) and entry.size >= 0, f"the entry of {name} is no hash and size")
+    named = [GOLDEN, PARITY, *(g.file for g in m.graphs), *(g.weights for g in m.graphs)]
+    for name in named:
+        demand(name in m.files, f"{name} is used but not listed under files")
+    if m.classifier is not None:
+        demand(m.classifier.classes > 1, f"classifier.classes = {m.classifier.classes} is below 2")
+        named_all = len(m.classifier.class_names) in (0, m.classifier.classes)
+        demand(named_all, f"{len(m.classifier.class_names)} class names for {m.classifier.classes} classes")
+    demand(0 <= abs(m.sampling.guidance) < math.inf, f"sampling.guidance = {m.sampling.guidance} is not finite")
+    for g in m.graphs:
+        known = set(g.features) <= set(FEATURES) and len(set(g.features)) == len(g.features)
+        demand(known, f"graph {g.file} has features that are no step's: {', '.join(g.features)}")
+        demand("guidance" not in g.features or m.null_label is not None, f"graph {g.file} guides without a null label")
+        demand("classifier" not in g.features or m.classifier is not None, f"graph {g.file} lacks its classifier")
+        for feature in FEATURES_OF_ALL:
+            here, there = feature in g.features, feature in step_features(m.variance, m.thresholding)
+            demand(here == there, f"graph {g.file} {'has' if here else 'lacks'} {feature}, unlike its bundle")
+        takes = g.columns == step_columns(m.variance, g.features)
+        demand(takes, f"graph {g.file} takes other columns than its features: {', '.join(g.columns)}")

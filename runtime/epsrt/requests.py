@@ -1,0 +1,298 @@
+"""Requests: what a caller wants drawn, checked, and made into lanes' samples and rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from epsrt import editing, noise, solvers
+from epsrt import spacing as spacings
+from epsrt.bundle import Bundle
+from epsrt.engines.protocol import Sample, image_shape
+from epsrt.errors import EpsrtError
+from epsrt.images import images_of, mask_of
+from epsrt.manifest import Manifest
+from epsrt.plan import FEATURES, Plan
+
+Samples = NDArray[np.float32]
+
+REQUEST_BYTES = 512  # a request's own, about
+MOST_BYTES = 64 << 30
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """The arguments of Sampler.sample that say what to draw; see there."""
+
+    n: int | None = None
+    method: str | None = None
+    steps: int | None = None
+    plan: Plan | None = None
+    seed: int = 0
+    seeds: Sequence[int] | None = None
+    first: int = 0
+    labels: int | Sequence[int] | None = None
+    guidance: float | Sequence[float] | None = None
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] | None = None
+    classifier: float | Sequence[float] = 0.0
+    targets: int | Sequence[int] | None = None
+    init: ArrayLike | None = None
+    strength: float | None = None
+    x: ArrayLike | None = None
+    known: ArrayLike | None = None
+    mask: ArrayLike | None = None
+    resample: int = 1
+    jump: int = 10
+    size: tuple[int, int] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """A request that has been checked: samples of one shape C, H, W, their plan, and the columns that differ by sample.
+
+    `own` has float64 [steps, n] for each such column; `features` are what the step graph must have.
+    """
+
+    plan: Plan
+    samples: list[Sample]
+    shape: tuple[int, int, int]
+    features: tuple[str, ...]
+    own: dict[str, NDArray[np.float64]]
+
+    def rows(self, columns: Sequence[str], steps: slice, samples: slice) -> Samples:
+        """float32 [steps, batch, len(columns)] for some steps of some samples."""
+        shared = self.plan.rows(columns)[steps]
+        batch = len(self.samples[samples])
+        rows = np.broadcast_to(shared[:, None], (len(shared), batch, len(columns)))
+        if self.own:
+            rows = rows.copy()
+            for name, values in self.own.items():
+                rows[:, :, columns.index(name)] = values[steps, samples]
+        return rows
+
+
+def plan_of(manifest: Manifest, method: str | None = None, steps: int | None = None, **options: Any) -> Plan:
+    """The plan of a method for a bundle's network; arguments and errors as in epsrt.solvers.make.
+
+    What the manifest says is the default: prediction, sigma_data, how its owner samples, ddpm's variance where the
+    network learned one, and x0 clipped (not for methods that would not be themselves with it).
+    """
+    by = manifest.sampling
+    method = by.method if method is None else method
+    chosen, owners = solvers.options_of(method), solvers.method_of(method) is solvers.method_of(by.method)
+    known: dict[str, Any] = {"prediction": manifest.prediction, "sigma_data": manifest.sigma_data}
+    if solvers.method_of(method).clips:
+        known["clip"] = manifest.clip
+    if manifest.variance is not None and "variance" in chosen:
+        known["variance"] = manifest.variance
+    known |= {name: value for name, value in by.options.items() if name in chosen}
+    if "timesteps" not in options and "spacing" not in options:
+        counted = spacings.respaced(by.spacing)  # says itself how many steps there are
+        spacing = by.spacing if not counted or (owners and steps is None) else "trailing"
+        steps = by.steps if owners and steps is None else steps
+        known |= {"spacing": spacing}
+        known |= {name: value for name, value in by.options.items() if name in spacings.SPACINGS.get(spacing, ())}
+    return solvers.make(method, manifest.schedule, steps=steps, **{**known, **options})
+
+
+def prepare(bundle: Bundle, request: Request) -> Work:
+    """Check a request against a bundle. Raises EpsrtError, or BundleError where the bundle cannot do it."""
+    r, m = request, bundle.manifest
+    plan = _plan(m, r)
+    given = {
+        name: None if getattr(r, name) is None else np.asarray(getattr(r, name)) for name in ("init", "x", "known")
+    }
+    _check_begin(plan, r)
+    extent = next((a.shape[2:] for a in given.values() if a is not None and a.ndim == 4), None)
+    shape = image_shape(bundle, extent if r.size is None and m.sizes is not None else r.size)
+    count = _count(r, given)
+    need = count * (4 * math.prod(shape) + REQUEST_BYTES)
+    if need > MOST_BYTES:
+        raise EpsrtError(f"n = {count} samples at once take {need >> 30} GiB: draw them in several runs, with first=")
+    within = None if m.clip is None else m.value_range  # what is not clipped has no bounds
+    noisy = r.strength is None and plan.level != (1.0, 0.0)  # a plan that begins from states, not images
+    init = images_of("init", given["init"], count, shape, None if noisy else within)
+    known = images_of("known", given["known"], count, shape, within)
+    latents = images_of("x", given["x"], count, shape, None)
+    mask = mask_of(r.mask, count, shape)
+    if (known is None) != (mask is None):
+        raise EpsrtError("known and mask go together: mask is 1 where known is kept, 0 where it is redrawn")
+    plan = _edited(plan, m, r, known is not None)
+    labels, targets = _classes(bundle, r, count)
+    own = _weights(m, plan, r, count)
+    begin = latents if init is None else init
+    stream = noise.START if r.strength is None else noise.FORWARD
+    samples = [
+        Sample(
+            seed=s, index=i, start=plan.start, init=None if begin is None else begin[k], label=labels[k], stream=stream,
+            target=targets[k], known=None if known is None else known[k], mask=None if mask is None else mask[k],
+        )
+        for k, (s, i) in enumerate(seeds_of(r, count))
+    ]  # fmt: skip
+    wanted = {*plan.features, *(f for f, names in FEATURES.items() if set(names) & set(own))}
+    wanted |= set() if mask is None else {"mask"}
+    return Work(plan, samples, shape, tuple(f for f in FEATURES if f in wanted), own)
+
+
+def own_scale(manifest: Manifest, plan: Plan) -> float:
+    """How many times the network's own x a plan's first row reads: some methods keep x in other units."""
+    if plan.level == (0.0, 1.0):
+        return 1.0
+    _, sigma = manifest.schedule.at(manifest.timesteps(plan["t"][:1]))
+    return float(plan.level[1] / sigma[0])
+
+
+def _plan(manifest: Manifest, r: Request) -> Plan:
+    if r.plan is None:
+        fitting: dict[str, Any] = {} if r.x is None else {"clip": None}  # a clipped step does not undo an inverted one
+        chosen = manifest.sampling.method if r.method is None else r.method
+        if _judged(r) and "rederive" in solvers.options_of(chosen):
+            fitting["rederive"] = (
+                True  # or the clip swallows what the gradient adds to x0, and ε keeps the reverse of it
+            )
+        return plan_of(manifest, r.method, r.steps, **{**fitting, **r.options})
+    if r.options or r.steps is not None or r.method is not None:
+        first = next(iter(r.options), "steps" if r.steps is not None else "method")
+        raise EpsrtError(f"{first} was given beside a plan, which has settled it: give one of them")
+    return r.plan
+
+
+def _check_begin(plan: Plan, r: Request) -> None:
+    """Of noise, init and x, a plan begins from one."""
+    if r.init is not None and r.x is not None:
+        raise EpsrtError("init and x were both given: init is noised, or inverted; x is where the plan begins as it is")
+    if plan.start[0]:
+        if r.init is None:
+            raise EpsrtError(f"plan {plan.name!r} begins from images: give them as init")
+        if r.strength is not None:
+            raise EpsrtError(f"plan {plan.name!r} begins from images as they are: leave strength out")
+    elif r.init is not None and r.strength is None:
+        raise EpsrtError(f"plan {plan.name!r} begins from noise: give strength, 0 to 1, to begin from init noised")
+    if r.strength is not None:
+        if r.init is None:
+            raise EpsrtError("strength says how far init is noised: give init")
+        number = isinstance(r.strength, (int, float, np.number)) and not isinstance(r.strength, bool)
+        if not number or not 0 < r.strength <= 1:
+            raise EpsrtError(f"strength = {r.strength} is outside (0, 1]: 0.6 runs the last 60 % of the steps")
+
+
+def _edited(plan: Plan, manifest: Manifest, r: Request, masked: bool) -> Plan:
+    """The plan, begun where the request begins and resampled as it asks."""
+    if masked and not np.allclose(plan.levels[-1], (1.0, 0.0)):
+        raise EpsrtError(f"plan {plan.name!r} does not end with clean images, so known pixels could not come back")
+    if r.strength is not None:
+        plan = plan.begun(len(plan) - max(1, round(len(plan) * float(r.strength))))
+    if r.x is not None:
+        plan = replace(plan, start=(own_scale(manifest, plan), 0.0))
+    if r.resample != 1:
+        if not masked:
+            raise EpsrtError(f"resample = {r.resample} is for masked samples: give known and mask")
+        plan = editing.resampled(plan, r.resample, r.jump)
+    return plan
+
+
+def _count(r: Request, given: dict[str, NDArray[Any] | None]) -> int:
+    lists = {name: getattr(r, name) for name in ("seeds", "labels", "targets", "guidance", "classifier")}
+    lengths = {name: len(v) for name, v in lists.items() if v is not None and np.ndim(v)}
+    of_images = {f"{name} images": len(a) for name, a in given.items() if a is not None and a.ndim}
+    n = r.n
+    if n is None:
+        n = next(iter([*lengths.values(), *of_images.values()]), 1)
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+        raise EpsrtError(f"n = {n!r}: ask for at least 1 sample")
+    for name, length in (lengths | {name: k for name, k in of_images.items() if k != 1}).items():
+        if length != n:
+            raise EpsrtError(f"{length} {name} for {n} samples: give one each")
+    return int(n)
+
+
+def seeds_of(r: Request, count: int) -> list[tuple[int, int]]:
+    """(seed, index) of each sample."""
+    ends = ((r.seed, r.first), (r.seed, r.first + count - 1)) if r.seeds is None else [(s, r.first) for s in r.seeds]
+    for s, index in ends:
+        for name, value in (("seed", s), ("sample index", index)):
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+                raise EpsrtError(f"{name} {value!r} is not an integer")
+        if not 0 <= s < 1 << 64:
+            raise EpsrtError(f"seed {s} is outside 0 … 2^64 − 1")
+        if not 0 <= index < 1 << 32:
+            raise EpsrtError(f"sample index {index} is outside 0 … 2^32 − 1: lower first, or take another seed")
+    return [(r.seed, r.first + i) for i in range(count)] if r.seeds is None else [(s, r.first) for s in r.seeds]
+
+
+def _classes(bundle: Bundle, r: Request, count: int) -> tuple[list[int], list[int]]:
+    """Each sample's label for the network, and its class for the classifier."""
+
+    def each(values: Any) -> list[Any]:
+        return [values] * count if np.ndim(values) == 0 else list(values)
+
+    judged, labels, targets = _judged(r), r.labels, r.targets
+    if targets is not None and not judged:
+        raise EpsrtError("targets are what the classifier guides to: give its weight, classifier=, or labels instead")
+    if judged and targets is None:
+        if labels is None:
+            raise EpsrtError("a classifier guides to a class: give targets, or labels for it and the network both")
+        targets, labels = labels, labels if bundle.labelled else None
+    chosen = [bundle.label_of(label) for label in each(labels)]
+    return chosen, [bundle.target_of(t) for t in each(targets)] if judged else [0] * count
+
+
+def _judged(r: Request) -> bool:
+    """Whether a classifier guides any of the samples."""
+    return bool(np.any(_numbers("classifier", r.classifier)))
+
+
+def _weights(m: Manifest, plan: Plan, r: Request, count: int) -> dict[str, NDArray[np.float64]]:
+    """The columns w, phi and s of each sample, [steps, n], where they are not the plan's own."""
+    asked = m.sampling.guidance if r.guidance is None and r.labels is not None and m.null_label is not None else 1.0
+    each = {"guidance": asked if r.guidance is None else r.guidance, "classifier": r.classifier}
+    each["guidance_rescale"] = r.guidance_rescale
+    w, s, phi = (np.broadcast_to(_numbers(name, value), (count,)) for name, value in each.items())
+    if not np.all((phi >= 0) & (phi <= 1)):
+        raise EpsrtError(f"guidance_rescale = {r.guidance_rescale} is outside [0, 1]: 0.7 is usual")
+    guided = bool(np.any(w != 1))
+    if guided and r.labels is None and m.null_label is not None:  # without one no step graph guides, which says so
+        raise EpsrtError("guidance weighs a label against none: give labels")
+    if np.any(s) and not np.any(plan["j"]):
+        raise EpsrtError(f"plan {plan.name!r} has no column j, what a classifier's gradient adds: take one of a method")
+    for name, used in (("guidance_interval", guided or np.any(s)), ("guidance_rescale", guided)):
+        if getattr(r, name) not in (None, 0, 0.0) and not used:
+            raise EpsrtError(f"{name} is for guided samples: give guidance")
+    on = _interval(m, plan, r.guidance_interval)[:, None]
+    found = {"w": np.where(on, w, 1.0), "phi": np.where(on, phi, 0.0)} if guided else {}
+    return found | ({"s": np.where(on, s, 0.0)} if np.any(s) else {})
+
+
+def _numbers(name: str, values: Any) -> NDArray[np.float64]:
+    try:
+        found = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        found = np.array(np.nan)
+    if found.ndim > 1 or not np.isfinite(found).all() or np.any(np.abs(found) > 1e6):
+        raise EpsrtError(f"{name} = {values!r} is not a finite number, or one a sample")
+    return found
+
+
+def _interval(m: Manifest, plan: Plan, interval: tuple[float, float] | None) -> NDArray[np.bool_]:
+    """The rows at whose timesteps there is guidance (arXiv 2404.07724, section 3)."""
+    if interval is None:
+        return np.ones(len(plan), bool)
+    try:
+        low, high = (float(v) for v in interval)
+    except (TypeError, ValueError):
+        low, high = np.nan, np.nan
+    if not low <= high:
+        raise EpsrtError(f"guidance_interval = {interval!r} is not (low, high), two timesteps that ascend")
+    t = m.timesteps(plan["t"])
+    on = (t >= low) & (t <= high)
+    if not on.any():
+        have = f"{t.min():g} … {t.max():g}"
+        raise EpsrtError(f"guidance_interval = ({low:g}, {high:g}) holds none of the plan's timesteps, {have}")
+    return np.asarray(on)

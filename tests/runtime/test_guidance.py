@@ -1,0 +1,195 @@
+"""Guidance: classifier-free and by a classifier, against plain PyTorch loops, a sample at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from epsrt import Bundle, BundleError, EpsrtError, Plan, Sampler, noise
+from helpers import judge
+
+STEPS = 8
+TOLERANCE = {"rtol": 0, "atol": 2e-4}
+
+
+@pytest.fixture(scope="module")
+def sampler(edited_bundle_path):
+    with Sampler.open(edited_bundle_path, threads=1) as opened:
+        yield opened
+
+
+def rescaled(guided, c, phi):
+    """arXiv 2305.08891, eq. 15 and 16."""
+    pulled = guided * c.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
+    return phi * pulled + (1 - phi) * guided
+
+
+def ddim(sampler, network, seed, index, label, w=1.0, interval=(0, 1000), phi=0.0, guide=None, s=0.0, target=0):
+    """One sample, DDIM eq. 12 with ε of arXiv 2207.12598 eq. 6, or arXiv 2105.05233 algorithm 2."""
+    m = sampler.bundle.manifest
+    ts = sampler.plan("ddim", STEPS)["t"]
+    bars = [*m.schedule.alpha_bar[ts.astype(int)], 1.0]
+    x = torch.from_numpy(noise.normals(seed, index, noise.START, 0, 64).reshape(1, 1, 8, 8))
+    for i, t in enumerate(ts):
+        A, B = bars[i], bars[i + 1]
+        told, one = torch.full((1,), float(t)), torch.tensor([label])
+        with torch.no_grad():
+            c, u = network(x, told, one), network(x, told, torch.tensor([10]))
+        inside = interval[0] <= t <= interval[1]
+        eps = rescaled(u + w * (c - u), c, phi) if inside else c
+        if guide is not None and inside:
+            state = x.clone().requires_grad_(True)
+            chosen = guide(state, told).log_softmax(1)[0, target]
+            eps = eps - s * np.sqrt(1 - A) * torch.autograd.grad(chosen, state)[0]
+        x0 = ((x - np.sqrt(1 - A) * eps) / np.sqrt(A)).clamp(-1, 1)
+        if guide is not None:
+            eps = (x - np.sqrt(A) * x0) / np.sqrt(1 - A)
+        x = np.sqrt(B) * x0 + np.sqrt(1 - B) * eps
+    return x.float().numpy()[0]
+
+
+class TestClassifierFree:
+    def test_weight_and_label_are_each_samples_own(self, sampler, network):
+        weights, labels = [1.0, 4.0, 0.0, 2.5], [3, 3, 7, 8]
+        mine = sampler.sample(seed=5, steps=STEPS, labels=labels, guidance=weights)
+        for i, (w, label) in enumerate(zip(weights, labels, strict=True)):
+            np.testing.assert_allclose(mine[i], ddim(sampler, network, 5, i, label, w), **TOLERANCE)
+
+    def test_one_is_the_plain_graph_and_zero_the_unconditional_network(self, sampler):
+        labels = [1, 2, 3, 4]
+        plain = sampler.sample(seed=6, steps=STEPS, labels=labels)
+        without = sampler.sample(4, seed=6, steps=STEPS)
+        mixed = sampler.sample(seed=6, steps=STEPS, labels=labels, guidance=[1.0, 0.0, 1.0, 3.0])
+        for i in (0, 2):
+            np.testing.assert_allclose(mixed[i], plain[i], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(mixed[1], without[1], rtol=0, atol=1e-5)
+        assert np.abs(mixed[3] - plain[3]).max() > 0.1
+        assert np.abs(plain[1] - without[1]).max() > 0.1
+
+    def test_an_interval_guides_some_rows_alone(self, sampler, network):
+        mine = sampler.sample(seed=7, steps=STEPS, labels=[5, 6], guidance=3.0, guidance_interval=(30, 70))
+        for i, label in enumerate([5, 6]):
+            truth = ddim(sampler, network, 7, i, label, 3.0, (30, 70))
+            np.testing.assert_allclose(mine[i], truth, **TOLERANCE)
+        whole = sampler.sample(seed=7, steps=STEPS, labels=[5, 6], guidance=3.0)
+        assert np.abs(whole - mine).max() > 0.05
+
+    def test_rescale_is_the_papers(self, sampler, network):
+        mine = sampler.sample(seed=8, steps=STEPS, labels=[5, 6], guidance=4.0, guidance_rescale=0.7)
+        for i, label in enumerate([5, 6]):
+            np.testing.assert_allclose(mine[i], ddim(sampler, network, 8, i, label, 4.0, phi=0.7), **TOLERANCE)
+
+    def test_batches_and_streams_do_not_matter(self, sampler):
+        options = {"seed": 9, "steps": STEPS, "labels": [1, 2, 3, 4, 5], "guidance": [1.0, 2.0, 3.0, 4.0, 0.0]}
+        whole = sampler.sample(**options)
+        np.testing.assert_allclose(sampler.sample(batch=2, **options), whole, rtol=0, atol=1e-5)
+        *_, last = sampler.stream(every=3, batch=2, **options)
+        np.testing.assert_allclose(last, whole, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("method", ["ddpm", "heun", "dpmpp-2m"])
+    def test_every_method_is_guided(self, sampler, method):
+        options = {"seed": 3, "steps": STEPS, "labels": [1, 2], "method": method}
+        plain, guided = sampler.sample(**options), sampler.sample(guidance=[1.0, 3.0], **options)
+        np.testing.assert_allclose(guided[0], plain[0], rtol=0, atol=1e-5)
+        assert np.abs(guided[1] - plain[1]).max() > 0.1
+
+    def test_the_owners_weight_is_the_default(self, sampler, monkeypatch):
+        import msgspec
+
+        manifest = sampler.bundle.manifest
+        owners = msgspec.structs.replace(manifest.sampling, guidance=2.0)
+        guided = sampler.sample(seed=1, steps=STEPS, labels=[1, 2], guidance=2.0)
+        bundle = Bundle(sampler.bundle.path, msgspec.structs.replace(manifest, sampling=owners))
+        monkeypatch.setattr(sampler, "bundle", bundle)
+        np.testing.assert_array_equal(sampler.sample(seed=1, steps=STEPS, labels=[1, 2]), guided)
+        np.testing.assert_array_equal(sampler.sample(2, seed=1, steps=STEPS), sampler.sample(2, seed=1, steps=STEPS))
+
+
+class TestClassifier:
+    def test_it_is_the_papers_gradient(self, sampler, network):
+        guide, weights, targets = judge(seed=6), [0.0, 2.0, 6.0], [1, 2, 9]
+        mine = sampler.sample(seed=5, steps=STEPS, labels=3, classifier=weights, targets=targets)
+        for i, (s, target) in enumerate(zip(weights, targets, strict=True)):
+            truth = ddim(sampler, network, 5, i, 3, guide=guide, s=s, target=target)
+            np.testing.assert_allclose(mine[i], truth, **TOLERANCE)
+        assert np.abs(mine[2] - sampler.sample(3, seed=5, steps=STEPS, labels=3, rederive=True)[2]).max() > 0.02
+
+    def test_labels_are_its_targets_unless_told(self, sampler):
+        both = sampler.sample(seed=5, steps=STEPS, labels=[3, 4], classifier=4.0)
+        np.testing.assert_array_equal(
+            sampler.sample(seed=5, steps=STEPS, labels=[3, 4], classifier=4.0, targets=[3, 4]), both
+        )
+        alone = sampler.sample(seed=5, steps=STEPS, classifier=4.0, targets=[3, 4])
+        assert np.abs(alone - both).max() > 0.05
+
+    def test_an_interval_holds_for_it_too(self, sampler, network):
+        mine = sampler.sample(1, seed=5, steps=STEPS, labels=3, classifier=5.0, guidance_interval=(0, 50))
+        truth = ddim(sampler, network, 5, 0, 3, interval=(0, 50), guide=judge(seed=6), s=5.0, target=3)
+        np.testing.assert_allclose(mine[0], truth, **TOLERANCE)
+
+    @pytest.mark.parametrize("prediction", ["x0", "v", "score", "edm", "velocity"])
+    def test_column_j_moves_every_prediction_as_epsilon(self, prediction):
+        """ε̂ = ε − σ·g, said in each prediction's own output: x0 and ε that are read from it move alike."""
+        from epsrt import Schedule
+        from epsrt.levels import visit
+
+        schedule = Schedule(T=100, beta_start=1e-3, beta_end=0.2)
+        at = visit(schedule, [90, 40, 3], prediction=prediction, sigma_data=0.4)
+        columns, input_scale = at.columns(), 1.0
+        if prediction == "edm":  # the gradient is of in_scale·x
+            input_scale = columns["in_scale"]
+        moved = columns["j"] / input_scale
+        np.testing.assert_allclose(at.epsilon.q * moved, -at.sigma, rtol=1e-12)
+        np.testing.assert_allclose(columns["q"] * moved, at.sigma**2 / at.alpha, rtol=1e-12)
+
+
+BAD = [
+    ({"guidance": 2.0}, "guidance weighs a label against none: give labels"),
+    ({"guidance": "2", "labels": 1}, None),
+    ({"guidance": "strong", "labels": 1}, "guidance = 'strong' is not a finite number, or one a sample"),
+    ({"guidance": float("nan"), "labels": 1}, "guidance = nan is not a finite number"),
+    ({"guidance": [1.0, 2.0, 3.0], "labels": 1}, "3 guidance for 2 samples: give one each"),
+    ({"guidance": 2.0, "labels": [1, 2, 3]}, "3 labels for 2 samples: give one each"),
+    ({"guidance": 2.0, "labels": 1, "guidance_rescale": 1.5}, r"guidance_rescale = 1.5 is outside \[0, 1\]"),
+    ({"labels": 1, "guidance_rescale": 0.5}, "guidance_rescale is for guided samples: give guidance"),
+    ({"labels": 1, "guidance_interval": (10, 50)}, "guidance_interval is for guided samples: give guidance"),
+    ({"guidance": 2.0, "labels": 1, "guidance_interval": (50, 10)}, r"\(50, 10\) is not \(low, high\)"),
+    ({"guidance": 2.0, "labels": 1, "guidance_interval": 7}, r"guidance_interval = 7 is not \(low, high\)"),
+    ({"guidance": 2.0, "labels": 1, "guidance_interval": (101, 900)}, "holds none of the plan's timesteps, 11 … 99"),
+    ({"classifier": 2.0}, "a classifier guides to a class: give targets, or labels"),
+    ({"classifier": 2.0, "targets": [1, 2, 3]}, "3 targets for 2 samples: give one each"),
+    ({"classifier": 2.0, "targets": 10}, "target 10 is outside 0 … 9, the classes of edited.epsrt"),
+    ({"targets": 1}, "targets are what the classifier guides to: give its weight"),
+    ({"classifier": float("inf"), "targets": 1}, "classifier = inf is not a finite number"),
+    (
+        {"classifier": 2.0, "guidance": 2.0, "labels": 1},
+        "no step graph with guidance and classifier at once: leave one",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [b for b in BAD if b[1]])
+def test_what_does_not_fit_is_refused(sampler, arguments, message):
+    for function in (sampler.sample, sampler.stream):
+        with pytest.raises(EpsrtError, match=message):
+            function(2, steps=STEPS, **arguments)
+
+
+def test_a_plan_without_levels_takes_no_classifier(sampler):
+    plan = Plan.of("bare", t=5.0, a=1.0, h=-0.1)
+    with pytest.raises(EpsrtError, match="plan 'bare' has no column j, what a classifier's gradient adds"):
+        sampler.sample(1, plan=plan, labels=1, classifier=1.0)
+
+
+def test_bundles_without_a_null_label_or_a_classifier_say_so(plain_bundle_path, bundle_path):
+    with Sampler.open(plain_bundle_path, threads=1) as plain:
+        with pytest.raises(BundleError, match="label 1 was given, but plain.epsrt is unconditional"):
+            plain.sample(1, steps=2, labels=1, guidance=2.0)
+        with pytest.raises(BundleError, match=r"plain.epsrt has no classifier: export it again with --classifier"):
+            plain.sample(1, steps=2, targets=1, classifier=2.0)
+    with (
+        Sampler.open(bundle_path, threads=1) as without,
+        pytest.raises(BundleError, match=r"tiny.epsrt has no classifier: export it again with --classifier"),
+    ):
+        without.sample(1, steps=2, labels=1, classifier=2.0)
