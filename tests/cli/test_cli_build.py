@@ -75,6 +75,11 @@ def test_ship_puts_the_plan_beside_the_bundle(run: Run, small_bundle_path: Path,
         (("--target", "sm89", "--batch", "1:2:99"), "batch profile 1:2:99 exceeds 4, the largest batch of small.epsrt"),
         (("--target", "sm89", "--batch", "3:2:4"), "batch profile 3:2:4 does not ascend"),
         (("--target", "sm89", "--precision", "fp16"), "has no fp16 step graph, only fp32"),
+        (("--target", "sm89", "--features", "masks"), "--features 'masks' is no feature of a step: did you mean mask"),
+        (("--target", "sm89", "--features", "mask,,"), "'' is no feature of a step: use one of guidance, classifier, "),
+        (("--target", "sm89", "--features", "thresholding"), "'thresholding' is no feature of a step: use one of guid"),
+        (("--target", "sm89", "--features", "mask"), "small.epsrt has no step graph with mask: export it again with"),
+        (("--target", "sm89", "--features", "guidance"), "small.epsrt has no null label, so guidance has nothing to"),
         (("--target", "sm89", "--level", "7"), "optimisation level 7 is outside 0 … 5"),
         (("--target", "sm89", "--workspace", "0"), "workspace = 0 MiB: give at least 1"),
         (("--target", "sm89", "--hardware-compatible", "all"), "use none, ampere+, same-capability"),
@@ -105,3 +110,19 @@ def test_sizes_are_those_of_the_profiles(run: Run, sized_bundle_path: Path, smal
     facts = json.loads(run("build", sized_bundle_path, "--target", "sm89", "--json").stdout)
     assert (facts["sizes"], facts["batches"]) == ("4x4:8x8:24x24", "1:4:4")
     assert "sizes" not in json.loads(run("build", small_bundle_path, "--target", "sm89", "--json").stdout)
+
+
+def test_features_choose_the_graph(run: Run, edited_bundle_path: Path) -> None:
+    arguments = ("build", edited_bundle_path, "--target", "sm89", "--precision", "fp32")
+    for given, graph in (
+        ((), "step-fp32.onnx"),
+        (("--features", "guidance"), "step-guidance-fp32.onnx"),
+        (("--features", "mask, guidance"), "step-guidance-mask-fp32.onnx"),
+        (("--features", "guidance", "--features", "mask"), "step-guidance-mask-fp32.onnx"),
+        (("--features", "classifier"), "step-classifier-fp32.onnx"),
+    ):
+        assert json.loads(run(*arguments, *given, "--json").stdout)["graph"] == graph
+    assert len(json.loads(run("cache", "--json").stdout)["plans"]) == 4
+    layers = json.loads(run(*arguments, "--features", "mask", "--inspect").stdout)["Network"]
+    plain = json.loads(run(*arguments, "--inspect").stdout)["Network"]
+    assert len(layers) > len(plain)

@@ -51,9 +51,9 @@ def refused(function, *arguments, **options):
         return str(error)
     raise AssertionError("this was not refused")
 
-def built(bundle, precision="fp32", engine="tensorrt", **options):
-    lib = library(engine)
-    return plans.make_plan(lib, bundle, bundle.graph(precision), BuildOptions(**options), say=lambda s: None)
+def built(bundle, precision="fp32", engine="tensorrt", features=(), **options):
+    lib, graph = library(engine), bundle.graph(precision, features)
+    return plans.make_plan(lib, bundle, graph, BuildOptions(**options), say=lambda s: None)
 
 def close(a, b):  # the network magnifies what the noises differ by, 4e-6 at most
     assert a.shape == b.shape and np.abs(a - b).max() < 1e-4, np.abs(a - b).max()

@@ -246,8 +246,10 @@ class Binding:
 def _step(session: Any, addresses: dict[str, int], shapes: dict[str, list[int]], seconds: float) -> Any:
     """What a stream calls; it does not hold the GpuSession."""
 
+    whole = {v.name for v in session.get_inputs() if v.type == "tensor(int64)"}
+
     def array(name: str) -> np.ndarray:
-        kind = ctypes.c_int64 if name == "label" else ctypes.c_float
+        kind = ctypes.c_int64 if name in whole else ctypes.c_float
         size = int(np.prod(shapes[name]))
         return np.ctypeslib.as_array((kind * size).from_address(addresses[name])).reshape(shapes[name])
 

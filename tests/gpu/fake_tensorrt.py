@@ -382,8 +382,10 @@ class IExecutionContext:
         assert {t.name for t in self.engine._tensors} == set(addresses), "an address is missing"
         shapes = dict.fromkeys(("x_next", "m_next", "x0"), self._shapes["x"]) | self._shapes
 
+        whole = {t.name for t in self.engine._tensors if t.dtype is DataType.INT64}
+
         def array(name: str) -> np.ndarray:
-            kind = ctypes.c_int64 if name == "label" else ctypes.c_float
+            kind = ctypes.c_int64 if name in whole else ctypes.c_float
             size = int(np.prod(shapes[name]))
             return np.ctypeslib.as_array((kind * size).from_address(addresses[name])).reshape(shapes[name])
 

@@ -74,7 +74,7 @@ assert [hex(w) for w in got[1]] == ["0x408f276d", "0x41c83b0e", "0xa20bc7c6", "0
 
 
 def test_normals_are_numpys(on_stand_in) -> None:
-    """Within 4e-6 (DESIGN section 3), for sizes that four does not divide too, and only where a row adds noise."""
+    """Within 4e-6 (DESIGN section 3), for sizes that four does not divide too, and only where a row wants noise."""
     on_stand_in(
         HELPERS
         + """
@@ -86,36 +86,58 @@ for size in (1, 3, 4, 147, 3 * 32 * 32, 100_003):
     indices = np.array([0, 1, 2, (1 << 32) - 1, 9], np.uint32)
     z = cuda.Memory(4 * lanes * size, "test")
     stream.zero(z.pointer, z.size)
-    launch("noise", lanes, size, (z.pointer, up(rows), up(seeds), up(indices)), size, columns, 2, 5)
-    got, want = down(z.pointer, (lanes, size)), noise.normals(seeds, indices, noise.STEP, rows[:, 5].astype(int), size)
-    assert not got[1].any()
-    some = [0, 2, 3, 4]
-    assert np.abs(got[some] - want[some]).max() <= 4e-6, (size, np.abs(got - want).max())
+    for stream_number in (noise.STEP, noise.KNOWN):
+        addresses = z.pointer, up(rows), up(seeds), up(indices)
+        launch("noise", lanes, size, addresses, size, columns, 2, 5, stream_number)
+        got, n = down(z.pointer, (lanes, size)), rows[:, 5].astype(int)
+        want = noise.normals(seeds, indices, stream_number, n, size)
+        assert not got[1].any()
+        some = [0, 2, 3, 4]
+        assert np.abs(got[some] - want[some]).max() <= 4e-6, (size, np.abs(got - want).max())
 """
     )
+
+
+BEGUN = """
+from epsrt.engines.buffers import BEGIN, pack
+lanes, shape = 4, (2, 5, 5)
+size = 50
+x, m, x0, known, mask = images = [cuda.Memory(4 * lanes * size, "test") for _ in range(5)]
+seeds, indices, broken, labels, targets = words = [cuda.Memory(8 * lanes, "test") for _ in range(5)]
+for memory in images:
+    stream.upload(memory.pointer, np.full(lanes * size, 5, np.float32))
+for memory in words:
+    stream.upload(memory.pointer, np.full(lanes, 1 << 33 | 5, np.uint64))
+
+def begin(samples, *takes):
+    begins, inits = pack(samples)
+    assert len(begins.tobytes()) == len(samples) * 56  # sizeof(Begin)
+    own = (x, m, x0, seeds, indices, broken)
+    at = cuda.Table(stream, "test").upload(begins, *inits)
+    more = [memory.pointer if memory in takes else 0 for memory in (labels, targets, known, mask)]
+    addresses = (*(memory.pointer for memory in own), *more, at, at + begins.nbytes)
+    launch("begin", len(begins), size, addresses, size)
+    return len(inits)
+
+a, b, c, d = rng.standard_normal((4, *shape)).astype(np.float32)
+"""
 
 
 def test_begin_fills_lanes_and_leaves_the_others(on_stand_in) -> None:
     on_stand_in(
         HELPERS
+        + BEGUN
         + """
-from epsrt.engines.lanes import BEGIN
-lanes, size = 4, 50
-image = 4 * lanes * size
-x, m, x0 = (cuda.Memory(image, "test") for _ in range(3))
-seeds, indices, labels, broken = (cuda.Memory(8 * lanes, "test") for _ in range(4))
-for memory in (x, m, x0):
-    stream.upload(memory.pointer, np.full(lanes * size, 5, np.float32))
-inits = rng.standard_normal((2, size)).astype(np.float32)
-drawn, mixed, given = (11, 3, 21, 2, 0.0, 1.0, -1, 0), (12, 1, 22, 0, 0.5, 2.0, 1, 0), (13, 2, 23, 3, 1.0, 0.0, 0, 0)
-begins = np.array([drawn, mixed, given], BEGIN)
-addresses = (x.pointer, m.pointer, x0.pointer, seeds.pointer, indices.pointer, labels.pointer, broken.pointer)
-launch("begin", len(begins), size, (*addresses, up(begins), up(inits)), size)
+uploaded = begin({
+    2: Sample(11, 21, label=3, target=7),
+    0: Sample(12, 22, start=(0.5, 2.0), init=b, label=1, stream=noise.FORWARD),
+    3: Sample(13, 23, start=(1.0, 0.0), init=a, label=2, target=1 << 40),
+}, labels, targets)
+assert uploaded == 2
 got = down(x.pointer, (lanes, size))
-z = noise.normals([11, 12], [21, 22], noise.START, 0, size)
-assert np.abs(got[2] - z[0]).max() <= 4e-6
-assert np.abs(got[0] - (2 * z[1] + 0.5 * inits[1])).max() <= 1e-5
-assert (got[3] == inits[0]).all()  # exactly: what comes in comes out
+assert np.abs(got[2] - noise.normals(11, 21, noise.START, 0, size)).max() <= 4e-6
+assert np.abs(got[0] - (2 * noise.normals(12, 22, noise.FORWARD, 0, size) + 0.5 * b.ravel())).max() <= 1e-5
+assert (got[3] == a.ravel()).all()  # exactly: what comes in comes out
 assert (got[1] == 5).all()
 for memory in (m, x0):
     rest = down(memory.pointer, (lanes, size))
@@ -123,8 +145,31 @@ for memory in (m, x0):
 kept = [0, 2, 3]
 assert down(seeds.pointer, lanes, np.uint64)[kept].tolist() == [12, 11, 13]
 assert down(indices.pointer, 2 * lanes, np.uint32)[:lanes][kept].tolist() == [22, 21, 23]
-assert down(labels.pointer, lanes, np.int64)[kept].tolist() == [1, 3, 2]
+assert down(labels.pointer, lanes, np.int64).tolist() == [1, 1 << 33 | 5, 3, 2]
+assert down(targets.pointer, lanes, np.int64).tolist() == [0, 1 << 33 | 5, 7, 1 << 40]
 assert down(broken.pointer, 2 * lanes, np.int32)[:lanes][kept].tolist() == [0, 0, 0]
+for memory in (known, mask):  # which this graph does not take
+    assert (down(memory.pointer, (lanes, size)) == 5).all()
+"""
+    )
+
+
+def test_begin_fills_and_clears_masks(on_stand_in) -> None:
+    on_stand_in(
+        HELPERS
+        + BEGUN
+        + """
+mixed = Sample(3, init=d, start=(1.0, 0.0), known=a, mask=b)
+begin({1: Sample(1), 3: mixed, 0: Sample(0, known=c, mask=d)}, known, mask)
+assert (down(x.pointer, (lanes, size))[3] == d.ravel()).all()
+for memory, first, last in ((known, c, a), (mask, d, b)):
+    got = down(memory.pointer, (lanes, *shape))
+    assert (got[0] == first).all() and not got[1].any() and (got[2] == 5).all() and (got[3] == last).all()
+begin({3: Sample(4), 1: Sample(5, known=d, mask=a)}, known, mask)  # a masked lane is taken again, without a mask
+for memory, first, second in ((known, c, d), (mask, d, a)):
+    got = down(memory.pointer, (lanes, *shape))
+    assert (got[0] == first).all() and (got[1] == second).all() and (got[2] == 5).all() and not got[3].any()
+assert (down(labels.pointer, lanes, np.int64) == (1 << 33 | 5)).all()  # which this graph does not take
 """
     )
 

@@ -297,3 +297,85 @@ assert gpu.engine.get_tensor_profile_shape("m", 0)[2] == (4, 1, 48, 48)
     )
     assert "built with sizes 4:24, asked for 4:48" in sentence
     on_stand_in('assert "sizes" not in built(bundle).entry.record.key.options', small_bundle_path)
+
+
+def test_each_step_graph_has_plans_of_its_own(on_stand_in, edited_bundle_path, copy_of) -> None:
+    """Named by the command that builds it, in each sentence; `on` asks as the engine was opened."""
+    bundle = copy_of(edited_bundle_path)
+    on_stand_in(
+        """
+import shlex
+cache = EngineCache()
+def command(*features, precision="fp32"):
+    return f"epsrt build {shlex.quote(str(bundle.path))} --engine tensorrt --precision {precision}" + "".join(features)
+def refuse(*features, **options):
+    return refused(open_engine, bundle, "tensorrt", precision="fp32", features=features, **options)
+built(bundle)
+plain = open_engine(bundle, "tensorrt", precision="fp32", may_build=False)
+for features, ending in (
+    (["guidance"], " --features guidance"), (["mask"], " --features mask"), (["classifier"], " --features classifier"),
+    (["mask", "guidance"], " --features guidance,mask"),
+):
+    graph = bundle.graph("fp32", features)
+    want = f'built from step-fp32.onnx, asked for {graph.file}: run "{command(ending)}"'
+    assert refuse(*features, may_build=False).endswith(want), want
+    assert refused(plain.on, graph).endswith(want)  # it may not build either
+built(bundle, precision="fp16", features=["mask"])
+cache.remove(built(bundle).entry)
+assert refuse(may_build=False).endswith(
+    f'built in fp16, asked for fp32; built from step-mask-fp16.onnx, asked for step-fp32.onnx: run "{command()}"')
+
+told = []
+other = open_engine(bundle, "tensorrt", precision="fp16", features=["mask"]).on(bundle.graph("fp32"))
+assert other.graph.file == "step-fp32.onnx" and len(cache.entries()) == 2  # it may
+eager = open_engine(bundle, "tensorrt", precision="fp32", on_progress=lambda name, share: told.append(share))
+assert not told and eager.on(bundle.graph("fp32", ["guidance"])).graph.features == ("guidance",) and told[-1] == 1.0
+
+entry = built(bundle, features=["guidance", "mask"]).entry
+assert entry.record.key.graph == "step-guidance-mask-fp32.onnx"
+cache.ship(entry, bundle.path)
+cache.remove(entry)
+guided = bundle.graph("fp32", ["guidance", "mask"])
+for sentence in (refuse("guidance", "mask"), refused(eager.on, guided)):
+    assert f'run "{command(" --features guidance,mask")}" to build your own' in sentence, sentence
+trusting = open_engine(bundle, "tensorrt", precision="fp32", trust_engines=True, may_build=False)
+assert trusting.on(guided).on(bundle.graph("fp32")).on(guided).graph == guided
+
+kept = cache.store(entry.record.key, b"not a plan", bundle_name="tiny.epsrt")
+assert f'run "{command(" --features guidance,mask")}"' in refuse("guidance", "mask")
+other = built(bundle, features=["mask"]).entry
+cache.store(entry.record.key, cache.read(other), bundle_name="tiny.epsrt")
+sentence = refuse("guidance", "mask")  # the wrong graph's plan under its name
+assert "has rows as ((-1, 17), <DataType.FLOAT: 0>), the manifest implies ((-1, 19), " in sentence, sentence
+assert sentence.endswith(f'run "{command(" --features guidance,mask")}"')
+""",
+        bundle,
+    )
+
+
+def test_a_plan_that_lacks_an_input_is_refused(on_stand_in, edited_bundle_path) -> None:
+    """A masked graph's plan for a classifier's graph: as many columns, other inputs."""
+    on_stand_in(
+        """
+mask, judged = (built(bundle, features=[f]).entry for f in ("mask", "classifier"))
+EngineCache().store(judged.record.key, EngineCache().read(mask), bundle_name="tiny.epsrt")
+sentence = refused(open_engine, bundle, "tensorrt", precision="fp32", features=["classifier"])
+assert "has target as None, the manifest implies ((-1,), <DataType.INT64: 5>): run " in sentence, sentence
+""",
+        edited_bundle_path,
+    )
+
+
+def test_profiles_of_every_input(on_stand_in, edited_bundle_path) -> None:
+    on_stand_in(
+        """
+built(bundle, features=["mask", "guidance"], profiles=((1, 2, 4), (5, 8, 8)))
+gpu = open_engine(bundle, "tensorrt", precision="fp32", features=["mask", "guidance"])
+shapes = lambda name, i: gpu.engine.get_tensor_profile_shape(name, i)
+for i, batches in enumerate(((1, 2, 4), (5, 8, 8))):
+    for name, kind in bundle.inputs(gpu.graph).items():
+        rest = {"image": (1, 8, 8), "rows": (len(gpu.columns),), "label": ()}[kind]
+        assert shapes(name, i) == [(n, *rest) for n in batches], name
+""",
+        edited_bundle_path,
+    )

@@ -10,7 +10,7 @@ import pytest
 
 from epsrt import Bundle, EngineError, NotFiniteError, Sample, Sampler, idle_row, noise, open_engine, verify
 from epsrt.engines import Engine, nvidia, probe
-from epsrt.verify import worst_psnr
+from epsrt.measure import worst_psnr
 
 PROBLEM = nvidia.driver().problem
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(PROBLEM), reason=PROBLEM)]
@@ -154,3 +154,70 @@ def test_other_sizes_are_the_cpus(name: str, sized_bundle_path) -> None:
         for size in ((24, 24), (4, 20), (20, 4), (8, 8)):
             options = {"method": "ddpm", "steps": 25, "seed": 4, "size": size}
             assert worst_psnr(gpu.sample(3, **options), cpu.sample(3, **options), (-1.0, 1.0)) >= 90
+
+
+@pytest.fixture(scope="module", params=[(e, p) for e in GPU_ENGINES for p in ("fp32", "fp16")], ids="-".join)
+def edited(request: pytest.FixtureRequest, edited_bundle_path) -> Iterator[Engine]:
+    """The plain step of a bundle that has every kind: the others are asked for by `on`."""
+    name, precision = request.param
+    if not probe.state(name).available:
+        pytest.skip(f"{name}: {probe.state(name).reason}")
+    if (name, precision) == ("onnxruntime-tensorrt", "fp32"):
+        pytest.skip("onnxruntime lets TensorRT compute FP32 in TF32")
+    engine = open_engine(Bundle.open(edited_bundle_path), name, precision=precision)
+    yield engine
+    engine.close()
+
+
+KINDS = [("guidance",), ("classifier",), ("mask",), ("guidance", "mask"), ("classifier", "mask")]
+
+
+def edits(engine: Engine, method: str = "ddpm", steps: int = 50) -> np.ndarray:
+    """Four lanes of a kind of step; the first two are masked where it masks, then the last two."""
+    rows, rng = rows_of(engine, 4, method, steps), np.random.default_rng(8)
+    own = {"w": [1, 2, 0.5, 1.5], "phi": [0, 0.5, 0, 1], "s": [0, 1, 2, -0.5]}
+    for column in own.keys() & set(engine.columns):
+        rows[:, :, engine.columns.index(column)] = own[column]
+    known = rng.uniform(-1, 1, (4, 1, 8, 8)).astype(np.float32)
+    mask = (rng.uniform(size=(4, 1, 8, 8)) < 0.5).astype(np.float32)
+    seen = []
+    with engine.lanes(4) as lanes:
+        for masked in ((0, 1), (2, 3)):
+            for i in range(4):
+                more = {"known": known[i], "mask": mask[i]} if "mask" in engine.graph.features and i in masked else {}
+                lanes.write(i, Sample(seed=6, index=i, label=i, target=9 - i, **more))
+            lanes.advance(rows)
+            seen += [lanes.read(i) for i in range(4)]
+            if "mask" in engine.graph.features:
+                for i in masked:
+                    assert (seen[i - 4][mask[i] == 1] == known[i][mask[i] == 1]).all()
+    return np.stack(seen)
+
+
+@pytest.mark.parametrize("features", KINDS, ids="-".join)
+def test_each_kind_of_step_is_the_cpus(edited: Engine, edited_bundle_path, features: tuple[str, ...]) -> None:
+    engine = edited.on(edited.bundle.graph(edited.precision, features))
+    assert (engine.name, engine.graph.features) == (edited.name, features)
+    cpu = open_engine(Bundle.open(edited_bundle_path), "onnxruntime", features=features)
+    try:
+        assert worst_psnr(edits(engine), edits(cpu), (-1.0, 1.0)) >= (90 if edited.precision == "fp32" else 45)
+        assert (edits(engine) == edits(engine)).all()
+    finally:
+        engine.close()
+
+
+def test_known_pixels_get_numpys_noise(edited: Engine) -> None:
+    engine = edited.on(edited.bundle.graph(edited.precision, ["mask"]))
+    row = idle_row(engine.columns)
+    for column, value in (("ka", 0.0), ("kb", 1.0), ("n", 123_456.0)):
+        row[engine.columns.index(column)] = value
+    ones, n = np.ones((1, 8, 8), np.float32), 123_456
+    with engine.lanes(2) as lanes:
+        lanes.write(0, Sample(seed=3, index=1, known=ones, mask=ones))
+        lanes.write(1, Sample(seed=4, index=2, start=(1.0, 0.5), init=ones, stream=noise.FORWARD))
+        forward = 1 + 0.5 * noise.normals(4, 2, noise.FORWARD, 0, 64)
+        assert np.abs(lanes.read(1).ravel() - forward).max() <= 4e-6
+        lanes.advance(np.tile(row, (1, 2, 1)))
+        assert np.abs(lanes.read(0).ravel() - noise.normals(3, 1, noise.KNOWN, n, 64)).max() <= 4e-6
+        assert np.abs(lanes.read(1).ravel() - forward).max() <= 4e-6  # nothing is known there
+    engine.close()

@@ -11,6 +11,7 @@ from epsrt import Bundle
 from epsrt.engines.trt_build import BuildOptions, build, describe
 from epsrt.engines.trt_library import library
 from epsrt.errors import EngineError
+from epsrt.manifest import Graph
 from helpers import diffusers_unet, tiny, unet
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx_cu13")
@@ -18,22 +19,51 @@ pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx_cu13")
 TARGETS = ("sm_86", "sm_89", "sm_120")
 
 
+FEATURES = [(), ("guidance",), ("mask",), ("guidance", "mask")]  # of the presets' step graphs
+
+
 @pytest.fixture(scope="session", params=["digits", "ddpm-cifar10"])
 def graphs(request, tmp_path_factory, small_bundle_path) -> Bundle:
     """The preset's step graphs, FP32 and FP16, with fresh weights: what a builder sees of a bundle."""
-    from epsrt_export.export import write_graph
+    from epsrt_export.graphs import write_graphs
     from epsrt_trainer.networks import build as make
     from epsrt_trainer.presets import PRESETS
 
     network = PRESETS[request.param].network
     shape = (network.image_channels, network.image_size, network.image_size)
     folder = tmp_path_factory.mktemp(request.param)
+    classes, null = network.classes, network.classes if network.null_label else None
+    variants = FEATURES if null is not None else [f for f in FEATURES if "guidance" not in f]
     made = [
-        write_graph(make(network).eval(), precision, folder, shape, network.classes > 0)
+        graph
         for precision in ("fp32", "fp16")
+        for graph in write_graphs(
+            make(network).eval(), precision, folder, shape, classes > 0, variants=variants, null_label=null
+        )
     ]
-    manifest = Bundle.open(small_bundle_path).manifest
-    return Bundle(folder, msgspec.structs.replace(manifest, shape=shape, max_batch=256, graphs=tuple(made)))
+    manifest = msgspec.structs.replace(
+        Bundle.open(small_bundle_path).manifest, shape=shape, max_batch=256, graphs=tuple(made), classes=classes,
+        null_label=null,
+    )  # fmt: skip
+    return Bundle(folder, manifest)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    "features", [("guidance",), ("mask",), ("guidance", "mask"), ("classifier",), ("classifier", "mask")], ids="-".join
+)
+def test_each_kind_of_step_builds(edited_bundle_path, precision: str, features: tuple[str, ...]) -> None:
+    bundle, lib = Bundle.open(edited_bundle_path), library("tensorrt-rtx")
+    graph = bundle.graph(precision, features)
+    assert graph.features == features
+    for target in TARGETS if len(features) == 2 else ("sm_89",):
+        made = build(lib, bundle, graph, BuildOptions(((1, 2, 8),), targets=(target,)))
+        assert made.layers > 300 + 200 * ("classifier" in features)
+    layers = describe(lib, bundle, graph)
+    halves = {t["type"] for layer in layers if layer["type"] == "CONVOLUTION" for t in layer["outputs"]}
+    # a classifier stays in float, whatever the network computes in
+    assert halves == {"fp32": {"FLOAT"}, "fp16": {"HALF", *(["FLOAT"] if "classifier" in features else [])}}[precision]
+    assert {"name": "x_next", "type": "FLOAT", "shape": [-1, 1, 8, 8]} in [t for la in layers for t in la["outputs"]]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -49,7 +79,7 @@ def test_a_learned_variance_and_thresholding_build(learned_bundle_path, precisio
 
 @pytest.mark.parametrize(("size", "ratio"), [(64, 0.995), (64, 0.6876), (256, 0.995)])
 def test_thresholding_builds_up_to_the_largest_topk(tmp_path, small_bundle_path, size: int, ratio: float) -> None:
-    from epsrt_export.export import write_graph
+    from epsrt_export.graphs import write_graph
     from epsrt_export.stepgraph import DynamicThreshold
 
     shape, threshold = (3, size, size), DynamicThreshold(ratio, 1.5)
@@ -94,7 +124,7 @@ def of_family(name: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dit", "diffusers-dit", "diffusers-unet", "guided-diffusion", "lucidrains"])
 def test_each_family_builds(tmp_path, small_bundle_path, name: str) -> None:
-    from epsrt_export.export import write_graph
+    from epsrt_export.graphs import write_graph
 
     package = {"lucidrains": "denoising_diffusion_pytorch"}.get(name, "diffusers")
     if find_spec(package) is None:
@@ -112,13 +142,30 @@ def test_each_family_builds(tmp_path, small_bundle_path, name: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_builds_for_each_target(graphs: Bundle, precision: str) -> None:
     lib, graph, told = library("tensorrt-rtx"), graphs.graph(precision), []
-    weights = (graphs.path / graph.weights).stat().st_size
     for target in TARGETS:
         options = BuildOptions(((1, 8, 256),), targets=(target,))
         made = build(lib, graphs, graph, options, on_progress=lambda name, share: told.append(share))
         assert made.layers > 500
-        assert 0.5 * weights < len(made.plan) < 10 * weights + (16 << 20)  # it holds the weights
+        assert holds_the_weights(made.plan, graphs, graph)
     assert (told[0], max(told), len(told) > 500) == (0.0, 1.0, True)
+
+
+def holds_the_weights(plan: bytes, bundle: Bundle, graph: Graph) -> bool:
+    weights = (bundle.path / graph.weights).stat().st_size
+    return 0.5 * weights < len(plan) < 10 * weights + (16 << 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_presets_other_steps_build(graphs: Bundle, precision: str) -> None:
+    lib = library("tensorrt-rtx")
+    others = [g for g in graphs.manifest.graphs if g.precision == precision and g.features]
+    assert ("mask",) in [g.features for g in others]
+    assert len(others) == (1 if graphs.manifest.null_label is None else 3)
+    for graph in others:
+        made = build(lib, graphs, graph, BuildOptions(((1, 8, 256),), targets=("sm_89",)))
+        assert made.layers > 500
+        assert holds_the_weights(made.plan, graphs, graph)
 
 
 @pytest.mark.slow
@@ -155,15 +202,18 @@ def test_an_exception_from_the_progress_ends_the_build(small_bundle_path) -> Non
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_dynamic_sizes_build(tmp_path, small_bundle_path, precision: str) -> None:
+@pytest.mark.parametrize("features", [(), ("guidance", "mask")], ids=["plain", "guidance-mask"])
+def test_dynamic_sizes_build(tmp_path, small_bundle_path, precision: str, features: tuple[str, ...]) -> None:
     """A U-Net with attention, whose reshapes are by shapes that the graph computes."""
-    from epsrt.bundle import Sizes
-    from epsrt_export.export import write_graph
+    from epsrt.manifest import Sizes
+    from epsrt_export.graphs import write_graph
 
     sizes = Sizes(2, 24)
-    graph = write_graph(unet(channels=3), precision, tmp_path, (3, 8, 8), False, sizes=sizes)
+    network = unet(channels=3, classes=3)
+    options = {"sizes": sizes, "variants": (features,), "null_label": 3}
+    graph = write_graph(network, precision, tmp_path, (3, 8, 8), True, **options)
     manifest = Bundle.open(small_bundle_path).manifest
-    manifest = msgspec.structs.replace(manifest, shape=(3, 8, 8), graphs=(graph,), sizes=sizes)
+    manifest = msgspec.structs.replace(manifest, shape=(3, 8, 8), graphs=(graph,), sizes=sizes, classes=3, null_label=3)
     bundle, lib = Bundle(tmp_path, manifest), library("tensorrt-rtx")
     assert build(lib, bundle, graph, BuildOptions(targets=("sm_89",))).layers > 500
     tensors = [t for layer in describe(lib, bundle, graph) for t in layer["outputs"]]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from typer import Option
 
-from epsrt.bundle import Bundle, Sizes
+from epsrt.bundle import Bundle
 from epsrt.cli import show
-from epsrt.errors import EpsrtError
+from epsrt.errors import EpsrtError, one_of
+from epsrt.manifest import FEATURES_OF_ALL, Graph, Sizes
+from epsrt.plan import FEATURES
+
+CHOICES = tuple(f for f in FEATURES if f not in FEATURES_OF_ALL)  # the others come by themselves
 
 EXAMPLES = """\
 [bold]Examples[/]
@@ -17,6 +22,8 @@ EXAMPLES = """\
 epsrt build out/digits.epsrt
 
 epsrt build cifar.epsrt --batch 1:1:1 --batch 2:8:64 --precision fp16 --level 5
+
+epsrt build out/digits.epsrt --features guidance
 
 epsrt build cifar.epsrt --engine tensorrt-rtx --target sm89,sm120 --ship
 """
@@ -28,6 +35,10 @@ def build(
         str | None, Option(help="tensorrt or tensorrt-rtx; by default the first installed, with --target tensorrt-rtx.")
     ] = None,
     precision: Annotated[str | None, Option(help="fp16 or fp32; by default fp16 where the bundle has it.")] = None,
+    features: Annotated[
+        list[str] | None,
+        Option(metavar=",".join(CHOICES), help="What the step must have besides; may be repeated. By default nothing."),
+    ] = None,
     batch: Annotated[
         list[str] | None,
         Option(metavar="MIN:OPT:MAX", help="A batch profile, e.g. 1:8:64; may be repeated. By default the bundle's."),
@@ -61,7 +72,7 @@ def build(
     name = engine or _default(target)
     if name not in ("tensorrt", "tensorrt-rtx"):
         raise EpsrtError(f"engine {name} is not built ahead: use tensorrt or tensorrt-rtx")
-    graph = opened.graph(precision or best_precision(opened, name))
+    graph = opened.graph(precision or best_precision(opened, name), _features(features or ()))
     profiles = tuple(map(_profile, batch or ()))
     lib = library(name)
     options = BuildOptions(
@@ -78,7 +89,7 @@ def build(
         if nvidia.driver().problem or target:
             print(json.dumps({"Network": describe(lib, opened, graph)}, indent=1))
         else:
-            print(_information(opened, name, graph.precision))
+            print(_information(opened, name, graph))
         return
     facts: dict[str, Any] = {
         "plan": str(entry.path),
@@ -114,6 +125,14 @@ def _default(target: str | None) -> str:
     return next((name for name in ("tensorrt", "tensorrt-rtx") if probe.state(name).library), "tensorrt")
 
 
+def _features(given: Iterable[str]) -> list[str]:
+    names = [name.strip() for words in given for name in words.split(",")]
+    for name in names:
+        if name not in CHOICES:
+            raise EpsrtError(f"--features {name!r} is no feature of a step: {one_of(name, CHOICES)}")
+    return names
+
+
 def _profile(text: str) -> tuple[int, int, int]:
     parts = text.split(":")
     if len(parts) != 3 or not all(part.isdecimal() for part in parts):
@@ -128,12 +147,13 @@ def _sizes(shape: tuple[int, int, int], sizes: Sizes) -> str:
     return f"{least}x{least}:{shape[1]}x{shape[2]}:{largest}x{largest}"
 
 
-def _information(bundle: Bundle, name: str, precision: str) -> str:
+def _information(bundle: Bundle, name: str, graph: Graph) -> str:
     from contextlib import closing
 
     from epsrt.engines import open_engine
     from epsrt.engines.tensorrt import TensorRt
 
-    with closing(open_engine(bundle, name, precision=precision, may_build=False)) as running:
+    opened = open_engine(bundle, name, precision=graph.precision, features=graph.features, may_build=False)
+    with closing(opened) as running:
         assert isinstance(running, TensorRt)
         return running.information()

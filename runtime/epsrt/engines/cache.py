@@ -28,10 +28,10 @@ from typing import Any
 import msgspec
 from filelock import FileLock, Timeout
 
-from epsrt.bundle import FileEntry
 from epsrt.engines import private
 from epsrt.engines.key import Key, Record, Wanted, differences
 from epsrt.errors import EngineError
+from epsrt.manifest import FileEntry
 
 ENGINES, TIMING, LIBRARIES = "engines", "timing", "libraries"
 LOCK = ".lock"
@@ -71,10 +71,13 @@ def shipped(bundle: Path) -> list[Entry]:
     return _entries(bundle / ENGINES, shipped=True)
 
 
-def refusal(entry: Entry) -> EngineError:
-    """What to raise instead of loading a plan that came with a bundle, where nobody said that it is trusted."""
+def refusal(entry: Entry, command: str = "") -> EngineError:
+    """What to raise instead of loading a plan that came with a bundle, where nobody said that it is trusted.
+
+    `command` is what builds one's own; "" for that of the bundle's plainest graph.
+    """
     bundle, engine = shlex.quote(str(entry.path.parents[1])), entry.record.key.engine if entry.record else "auto"
-    command = f"epsrt build {bundle} --engine {engine}"
+    command = command or f"epsrt build {bundle} --engine {engine}"
     return EngineError(
         f"{entry.path} came with the bundle: a plan is native code that runs unchecked, and hashes only detect damage: "
         f'pass --trust-engines if you trust who sent it, or run "{command}" to build your own'

@@ -169,7 +169,8 @@ class Stream:
     def launch(self, kernel: str, lanes: int, elements: int, *arguments: Any) -> None:
         """Run a kernel of kernels.cu for `lanes` × `elements`; arguments are ctypes values."""
         blocks = min(-(-elements // (THREADS * PER_THREAD)), 65535)
-        values, kinds = tuple(a.value for a in arguments), tuple(type(a) for a in arguments)
+        values = tuple(a.value or 0 for a in arguments)  # of a null pointer it is None
+        kinds = tuple(type(a) for a in arguments)
         function = self._device.kernels[kernel]
         call(cu.cuLaunchKernel(function, lanes, blocks, 1, THREADS, 1, 1, 0, self._stream, (values, kinds), 0))
 

@@ -7,8 +7,6 @@
 typedef unsigned int uint32;
 typedef unsigned long long uint64;
 
-#define START 0u  // streams, as in epsrt.noise
-#define STEP 1u
 #define THREADS 256
 
 struct Four {
@@ -48,56 +46,64 @@ __device__ void normals(uint32 counter, uint32 n, uint32 stream, uint32 index, u
     box_muller(words.r[2], words.r[3], &z[2], &z[3]);
 }
 
-// z [lanes, size] for the lanes whose row adds noise (d != 0); the others keep finite numbers that d = 0 drops.
+// z [lanes, size] of a stream (epsrt.noise) for the lanes whose row has a coefficient of it that is not 0 in `column`;
+// the others keep finite numbers, which a 0 drops.
 extern "C" __global__ void __launch_bounds__(THREADS)
-noise(float* z, const float* rows, const uint64* seeds, const uint32* indices, int size, int columns, int column_d,
-      int column_n) {
+noise(float* z, const float* rows, const uint64* seeds, const uint32* indices, int size, int columns, int column,
+      int column_n, uint32 stream) {
     int lane = blockIdx.x;
     uint32 counter = blockIdx.y * THREADS + threadIdx.x;
     const float* row = rows + (long long)lane * columns;
-    if (row[column_d] == 0.0f || 4ll * counter >= size) return;
+    if (row[column] == 0.0f || 4ll * counter >= size) return;
     float drawn[4];
-    normals(counter, (uint32)row[column_n], STEP, indices[lane], seeds[lane], drawn);
+    normals(counter, (uint32)row[column_n], stream, indices[lane], seeds[lane], drawn);
     float* to = z + (long long)lane * size + 4ll * counter;
     for (int i = 0; i < 4; ++i)
         if (4ll * counter + i < size) to[i] = drawn[i];
 }
 
-// A sample that a lane begins with; epsrt.engines.lanes fills it.
+// A sample that a lane begins with; epsrt.engines.buffers fills it.
 struct Begin {
     uint64 seed;
-    long long label;
-    uint32 index;
+    long long label, target;
+    uint32 index, stream;
     int lane;
     float signal, scale;  // x = signal * init + scale * z
-    int init;             // which of inits, or -1 for zeros
+    int init;             // which of images, or -1 for zeros
+    int known;            // likewise; the mask follows it
     int unused;
 };
 
-// begins[blockIdx.x] into its lane: x, m = 0, x0 = 0, and what noise and check need to know of it.
+// begins[blockIdx.x] into its lane: x, m = 0, x0 = 0, what else the graph takes, and what noise and check need to know.
+// labels, targets, and known and mask together, are null where the graph takes none.
 extern "C" __global__ void __launch_bounds__(THREADS)
-begin(float* x, float* m, float* x0, uint64* seeds, uint32* indices, long long* labels, int* broken_step,
-      const Begin* begins, const float* inits, int size) {
+begin(float* x, float* m, float* x0, uint64* seeds, uint32* indices, int* broken_step, long long* labels,
+      long long* targets, float* known, float* mask, const Begin* begins, const float* images, int size) {
     Begin b = begins[blockIdx.x];
     uint32 counter = blockIdx.y * THREADS + threadIdx.x;
     if (counter == 0) {
         seeds[b.lane] = b.seed;
         indices[b.lane] = b.index;
-        labels[b.lane] = b.label;
         broken_step[b.lane] = 0;
+        if (labels) labels[b.lane] = b.label;
+        if (targets) targets[b.lane] = b.target;
     }
     if (4ll * counter >= size) return;
     float drawn[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (b.scale != 0.0f) normals(counter, 0, START, b.index, b.seed, drawn);
+    if (b.scale != 0.0f) normals(counter, 0, b.stream, b.index, b.seed, drawn);
     for (int i = 0; i < 4; ++i) {
         long long element = 4ll * counter + i;
         if (element >= size) return;
         float value = b.scale * drawn[i];
-        if (b.init >= 0 && b.signal != 0.0f) value += b.signal * inits[(long long)b.init * size + element];
+        if (b.init >= 0 && b.signal != 0.0f) value += b.signal * images[(long long)b.init * size + element];
         long long at = (long long)b.lane * size + element;
         x[at] = value;
         m[at] = 0.0f;
         x0[at] = 0.0f;
+        if (mask) {
+            known[at] = b.known >= 0 ? images[(long long)b.known * size + element] : 0.0f;
+            mask[at] = b.known >= 0 ? images[(b.known + 1ll) * size + element] : 0.0f;
+        }
     }
 }
 

@@ -78,7 +78,7 @@ def differences(key: Key, wanted: Wanted) -> list[str]:
         parts.append(f"built for {', '.join(key.capabilities)}, this is {wanted.capability}")
     if key.precision != wanted.precision:
         parts.append(f"built in {key.precision}, asked for {wanted.precision}")
-    elif key.graph != wanted.graph:  # each precision has graphs of its own
+    if key.graph.replace(key.precision, wanted.precision) != wanted.graph:  # each precision has graphs of its own
         parts.append(f"built from {key.graph}, asked for {wanted.graph}")
     if wanted.profiles is not None and key.profiles != wanted.profiles:
         parts.append(f"built for batches {batches(key.profiles)}, asked for {batches(wanted.profiles)}")

@@ -10,14 +10,18 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from epsrt import noise
+from epsrt.bundle import Bundle
 from epsrt.engines import cuda
+from epsrt.engines.buffers import MOVING, Buffers, Kind, pack
 from epsrt.engines.protocol import Closing, Images, Rows, Sample, check_lane, check_rows, check_sample, not_finite
 from epsrt.errors import EngineError, NotFiniteError
+from epsrt.manifest import Graph
 from epsrt.plan import idle_row
 
 log = logging.getLogger("epsrt")
@@ -27,26 +31,10 @@ KEPT_GRAPHS = 8  # of a lanes object: one for each length and kind of chunk that
 TABLE_BYTES = 32 << 20  # of rows uploaded at once: a thousand steps of a batch of 256 fit
 ALIGNMENT = 256  # what TensorRT wants of every address
 
-BEGIN = np.dtype(
-    [("seed", "u8"), ("label", "i8"), ("index", "u4"), ("lane", "i4"), ("signal", "f4"), ("scale", "f4"),
-     ("init", "i4"), ("unused", "i4")]
-)  # fmt: skip  # struct Begin of kernels.cu
+# input -> its stream, and the column that it is multiplied by
+NOISES = {"z": (noise.STEP, "d"), "z2": (noise.KNOWN, "kb")}
 
 _i32, _pointer = ctypes.c_int32, ctypes.c_void_p
-
-
-@dataclass(frozen=True)
-class Buffers:
-    """Device addresses that a step reads and writes, for `width` lanes of images of `shape`. Two x and m alternate; z,
-    label, x0 do not."""
-
-    width: int
-    shape: tuple[int, int, int]  # C, H, W
-    x: tuple[int, int]
-    m: tuple[int, int]
-    z: int
-    label: int
-    x0: int
 
 
 class Runner(Protocol):
@@ -74,21 +62,21 @@ class DeviceLanes(Closing):
     """
 
     def __init__(
-        self, device: cuda.Device, shape: tuple[int, int, int], columns: tuple[str, ...], batch: int, width: int,
+        self, device: cuda.Device, bundle: Bundle, graph: Graph, shape: tuple[int, int, int], batch: int, width: int,
         make: MakeRunner, chunk: int = CHUNK,
     ):  # fmt: skip
-        self.batch, self.shape = batch, shape
+        self.batch, self.shape, self.graph = batch, shape, graph
         self.capturing = True  # until a capture fails
         self._whole = True  # False while steps are given to the stream, and for good where that failed
-        self._device, self._columns, self._width, self._chunk = device, columns, width, chunk
-        self._at = {name: i for i, name in enumerate(columns)}
+        self._device, self._columns, self._width, self._chunk = device, graph.columns, width, chunk
+        self._at = {name: i for i, name in enumerate(graph.columns)}
         self._size = int(np.prod(shape))
         device.use()
         with ExitStack() as stack:
-            self._allocate(stack, make)
+            self._allocate(stack, bundle, make)
             self._open = stack.pop_all()
 
-    def _allocate(self, stack: ExitStack, make: MakeRunner) -> None:
+    def _allocate(self, stack: ExitStack, bundle: Bundle, make: MakeRunner) -> None:
         width, image = self._width, 4 * self._width * self._size
 
         self._stream = cuda.Stream(self._device)
@@ -100,10 +88,14 @@ class DeviceLanes(Closing):
             self._stream.zero(made.pointer, size)
             return made.pointer
 
+        inputs = bundle.inputs(self.graph)
+        sizes: dict[Kind, int] = {"image": image, "label": 8 * width}
+        fixed = {name: memory(sizes[kind]) for name, kind in inputs.items() if name not in MOVING}
         self._state = Buffers(
-            width, self.shape, (memory(image), memory(image)), (memory(image), memory(image)), memory(image),
-            memory(8 * width), memory(image),
+            width, self.shape, len(self._columns), inputs, (memory(image), memory(image)),
+            (memory(image), memory(image)), memory(image), fixed,
         )  # fmt: skip
+        self._noises = {name: made for name, made in NOISES.items() if name in inputs}
         self._seeds, self._indices = memory(8 * width), memory(4 * width)
         self._broken = memory(8 * width)  # step [width] int32, then t [width] float32
         self._row_bytes = -(-4 * width * (len(self._columns) + 1) // ALIGNMENT) * ALIGNMENT  # a step's rows and numbers
@@ -113,10 +105,11 @@ class DeviceLanes(Closing):
         self._images: dict[str, Images] = {}  # what was read since the state last changed
         self._landing = cuda.Pinned(image + 8 * width)
         stack.callback(self._landing.close)
-        self._graphs: OrderedDict[tuple[int, bool], cuda.Graph] = OrderedDict()
+        self._graphs: OrderedDict[tuple[int, ...], cuda.Graph] = OrderedDict()
         stack.callback(self._drop_graphs)
         self._pending: dict[int, Sample] = {}  # written, not yet on the device
         self._samples = [Sample() for _ in range(width)]
+        self._masked = np.zeros(self.batch, np.bool_)
         self._steps = np.zeros(width, np.int32)
         self._runner = make(self._state, self._stream)
         stack.callback(self._runner.close)
@@ -129,9 +122,11 @@ class DeviceLanes(Closing):
 
     def write(self, index: int, sample: Sample) -> None:
         check_lane(index, self.batch)
-        check_sample(sample, self.shape)
-        init = None if sample.init is None else np.array(sample.init, np.float32)  # the caller's may change
-        self._pending[index] = Sample(sample.seed, sample.index, sample.start, init, sample.label)
+        check_sample(sample, self.shape, self.graph)
+        given = ((name, getattr(sample, name)) for name in ("init", "known", "mask"))
+        kept: dict[str, Any] = {name: np.array(image, np.float32) for name, image in given if image is not None}
+        self._pending[index] = replace(sample, **kept)  # the caller's may change
+        self._masked[index] = sample.mask is not None
         self._samples[index] = sample
         self._steps[index] = 0
         self._images.clear()
@@ -146,11 +141,12 @@ class DeviceLanes(Closing):
         most = max(1, TABLE_BYTES // self._row_bytes)
         for first in range(0, len(rows), most):
             part = rows[first : first + most]
-            table = self._table.upload(self._table_of(part))
-            noisy = (part[:, :, self._at["d"]] != 0).any(axis=1)
+            table = self._table_of(part)
+            cells, at = self._cells(table), self._table.upload(table)
+            noisy = [(cells[:, :, self._at[column]] != 0).any(axis=1) for _, column in self._noises.values()]
             for i in range(0, len(part), self._chunk):
                 count = min(self._chunk, len(part) - i)
-                self._run(table + i * self._row_bytes, count, bool(noisy[i : i + count].any()))
+                self._run(at + i * self._row_bytes, count, *(bool(steps[i : i + count].any()) for steps in noisy))
         self._whole = True
 
     def wait(self) -> None:
@@ -170,7 +166,10 @@ class DeviceLanes(Closing):
         return self._images[what][index].copy()  # type: ignore[no-any-return]
 
     def time_steps(self, steps: int) -> float:
-        """Milliseconds a step of the engine alone, idle rows, on the device's clock; what the lanes hold is kept."""
+        """Milliseconds a step of the engine alone, idle rows, on the device's clock.
+
+        What the lanes hold is kept, but where a mask is 1, x becomes what is known: idle rows do that.
+        """
         self._device.use()
         self._begin()
         table = self._table.upload(self._idle(1))
@@ -206,52 +205,51 @@ class DeviceLanes(Closing):
         """Put what was written into its lanes, all in one launch."""
         if not self._pending:
             return
-        samples = self._pending
-        begins = np.zeros(len(samples), BEGIN)
-        inits: list[Images] = []
-        for i, (lane, sample) in enumerate(samples.items()):
-            place = -1
-            if sample.init is not None and sample.start[0] != 0:
-                place = len(inits)
-                inits.append(sample.init.ravel())
-            begins[i] = (sample.seed, sample.label, sample.index, lane, *sample.start, place, 0)
-        at = self._table.upload(begins, *inits)
-        s = self._state
-        addresses = (s.x[0], s.m[0], s.x0, self._seeds, self._indices, s.label, self._broken, at, at + begins.nbytes)
+        begins, images = pack(self._pending)
+        at, s = self._table.upload(begins, *images), self._state
+        own = s.x[0], s.m[0], s.x0, self._seeds, self._indices, self._broken
+        addresses = (*own, *s.optional("label", "target", "known", "mask"), at, at + begins.nbytes)
         self._stream.launch("begin", len(begins), self._size, *map(_pointer, addresses), _i32(self._size))
         self._pending = {}
 
     def _table_of(self, rows: Rows) -> Rows:
         """Rows for the device, float32 [steps, row_bytes / 4]: each step's rows [width, columns], then its numbers."""
-        table = self._idle(len(rows))
-        wide = len(self._columns)
-        table[:, : self._width * wide].reshape(len(rows), self._width, wide)[:, : self.batch] = rows
+        table, wide = self._idle(len(rows)), len(self._columns)
+        own = self._cells(table)[:, : self.batch]
+        own[...] = rows
+        if "kb" in self._at:  # where nothing is known, no noise need be drawn for it
+            own[:, ~self._masked, self._at["kb"]] = 0
         numbers = table[:, self._width * wide : self._width * (wide + 1)].view(np.int32)
         numbers[...] = self._steps + np.arange(1, len(rows) + 1, dtype=np.int32)[:, None]
         self._steps += len(rows)
         return table
+
+    def _cells(self, table: Rows) -> Rows:
+        """The rows of a table, float32 [steps, width, columns], a view."""
+        wide = len(self._columns)
+        return table[:, : self._width * wide].reshape(len(table), self._width, wide)
 
     def _idle(self, steps: int) -> Rows:
         table = np.zeros((steps, self._row_bytes // 4), np.float32)
         table[:, : self._width * len(self._columns)] = np.tile(idle_row(self._columns), self._width)
         return table
 
-    def _run(self, rows: int, count: int, noisy: bool) -> None:
-        graph = self._graph(count, noisy) if self.capturing and self._runner.capturable else None
+    def _run(self, rows: int, count: int, *noisy: bool) -> None:
+        graph = self._graph(count, *noisy) if self.capturing and self._runner.capturable else None
         if graph is None:
-            self._enqueue(rows, count, noisy)
+            self._enqueue(rows, count, *noisy)
             return
         self._stream.copy(self._slots, rows, count * self._row_bytes)
         self._stream.replay(graph)
 
-    def _graph(self, count: int, noisy: bool) -> cuda.Graph | None:
+    def _graph(self, count: int, *noisy: bool) -> cuda.Graph | None:
         """The captured graph of `count` steps on the rows in the slots; None once a capture has failed."""
-        key = count, noisy
+        key = count, *noisy
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
         try:
-            graph = self._stream.capture(lambda: self._enqueue(self._slots, count, noisy))
+            graph = self._stream.capture(lambda: self._enqueue(self._slots, count, *noisy))
         except EngineError as error:
             self.capturing = False
             log.warning("steps are enqueued one by one, which is slower: CUDA cannot capture them (%s)", error)
@@ -262,15 +260,16 @@ class DeviceLanes(Closing):
         self._graphs[key] = graph
         return graph
 
-    def _enqueue(self, rows: int, count: int, noisy: bool) -> None:
-        """Give `count` steps to the stream, from x[0] to x[0]."""
+    def _enqueue(self, rows: int, count: int, *noisy: bool) -> None:
+        """Give `count` steps to the stream, from x[0] to x[0]; `noisy` says which of the noises are drawn."""
         s, wide = self._state, len(self._columns)
         size, columns = _i32(self._size), _i32(wide)
+        drawn = [(name, *made) for (name, made), wanted in zip(self._noises.items(), noisy, strict=False) if wanted]
         for i in range(count):
             now, row = i % 2, rows + i * self._row_bytes
-            if noisy:
-                addresses = (s.z, row, self._seeds, self._indices)
-                places = (_i32(self._at["d"]), _i32(self._at["n"]))
+            for name, number, column in drawn:
+                addresses = (s.fixed[name], row, self._seeds, self._indices)
+                places = (_i32(self._at[column]), _i32(self._at["n"]), ctypes.c_uint32(number))
                 self._stream.launch("noise", s.width, self._size, *map(_pointer, addresses), size, columns, *places)
             self._runner.enqueue(now, row)
             checked = (s.x[1 - now], row, row + 4 * s.width * wide, self._broken, self._broken + 4 * s.width)

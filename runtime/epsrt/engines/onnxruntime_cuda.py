@@ -19,15 +19,15 @@ import threading
 from contextlib import nullcontext, redirect_stdout, suppress
 from typing import Any
 
-import numpy as np
-
-from epsrt.bundle import Bundle, Graph
+from epsrt.bundle import Bundle
 from epsrt.engines import cuda
+from epsrt.engines.buffers import DTYPES, Buffers
 from epsrt.engines.cache import EngineCache
-from epsrt.engines.lanes import CHUNK, Buffers, DeviceLanes
+from epsrt.engines.lanes import CHUNK, DeviceLanes
 from epsrt.engines.ort_library import check_signature, ort, refuse_both_packages
 from epsrt.engines.protocol import Size, check_batch, image_shape
 from epsrt.errors import EngineError, OutOfMemoryError
+from epsrt.manifest import Graph
 
 log = logging.getLogger("epsrt")
 
@@ -78,6 +78,10 @@ class OnnxRuntimeCuda:
         shape = image_shape(self.bundle, size)
         return self._lanes(batch, shape, self._nhwc(batch, shape))
 
+    def on(self, graph: Graph) -> OnnxRuntimeCuda:
+        """See protocol.Engine."""
+        return OnnxRuntimeCuda(self.bundle, graph, self.name)
+
     def close(self) -> None:
         """Nothing to release: sessions belong to the lanes."""
 
@@ -89,7 +93,7 @@ class OnnxRuntimeCuda:
 
     def _lanes(self, batch: int, shape: Shape, nhwc: bool) -> DeviceLanes:
         make = lambda buffers, stream: _Session(self, buffers, stream, nhwc)  # noqa: E731
-        return DeviceLanes(self._device, shape, self.columns, batch, batch, make, self.chunk)
+        return DeviceLanes(self._device, self.bundle, self.graph, shape, batch, batch, make, self.chunk)
 
     def _nhwc(self, batch: int, shape: Shape) -> bool:
         """Whether convolutions run faster in NHWC, with the transpositions that it takes: measured once, remembered."""
@@ -138,7 +142,7 @@ class _Session:
         self._row = cuda.Memory(self._row_bytes, f"a batch of {buffers.width}")
         try:
             self._session = self._open(engine, buffers, stream, nhwc)
-            self._bindings = [self._bind(engine, buffers, now) for now in (0, 1)]
+            self._bindings = [self._bind(buffers, now) for now in (0, 1)]
         except BaseException:
             self.close()
             raise
@@ -198,16 +202,14 @@ class _Session:
         needs = f'; {engine.name} needs {LIBRARIES[engine.name]}: pip install "epsrt[gpu]", and see "epsrt doctor"'
         raise self._failure("cannot run", reason if MEMORY.search(reason) else reason + needs)
 
-    def _bind(self, engine: OnnxRuntimeCuda, b: Buffers, now: int) -> Any:
-        image = [b.width, *b.shape]
+    def _bind(self, buffers: Buffers, now: int) -> Any:
         binding = self._session.io_binding()
-        for name, address in {"x": b.x[now], "m": b.m[now], "z": b.z}.items():
-            binding.bind_input(name, "cuda", 0, np.float32, image, address)
-        binding.bind_input("rows", "cuda", 0, np.float32, [b.width, len(engine.columns)], self._row.pointer)
-        if engine.bundle.labelled:
-            binding.bind_input("label", "cuda", 0, np.int64, [b.width], b.label)
-        for name, address in {"x_next": b.x[1 - now], "m_next": b.m[1 - now], "x0": b.x0}.items():
-            binding.bind_output(name, "cuda", 0, np.float32, image, address)
+        addresses = {**buffers.fixed, **buffers.sources(now, self._row.pointer)}
+        for name, kind in buffers.inputs.items():
+            extents = list(buffers.extents(kind))
+            binding.bind_input(name, "cuda", 0, DTYPES[kind], extents, addresses[name])
+        for name, address in buffers.results(now).items():
+            binding.bind_output(name, "cuda", 0, DTYPES["image"], list(buffers.extents("image")), address)
         return binding
 
     def close(self) -> None:

@@ -6,14 +6,15 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 
-from epsrt.bundle import Bundle, Graph
+from epsrt.bundle import Bundle
 from epsrt.engines import nvidia
 from epsrt.engines.cache import EngineCache, Entry, pick, refusal, shipped
 from epsrt.engines.key import Key, Wanted
 from epsrt.engines.protocol import Engine
-from epsrt.engines.trt_build import BuildOptions, Built, OnProgress, build
+from epsrt.engines.trt_build import BuildOptions, Built, OnProgress, build, build_command
 from epsrt.engines.trt_library import Library, library
 from epsrt.errors import EngineError
+from epsrt.manifest import Graph
 
 log = logging.getLogger("epsrt")
 Say = Callable[[str], object]
@@ -72,20 +73,24 @@ def open_plan(
     entry = cache.find(wanted)
     if entry is None and (brought := pick(shipped(bundle.path), wanted)):
         if not trust_engines:
-            raise refusal(brought)
+            raise refusal(brought, build_command(bundle.path, engine, graph))
         entry = brought
     if entry is None:
         if not may_build:
-            command = f"epsrt build {bundle.path} --engine {engine} --precision {graph.precision}"
-            raise EngineError(f'{cache.why_rebuild(wanted)}: run "{command}"')
+            raise EngineError(f'{cache.why_rebuild(wanted)}: run "{build_command(bundle.path, engine, graph)}"')
         entry = make_plan(lib, bundle, graph, BuildOptions(), cache=cache, say=say, on_progress=on_progress).entry
     from epsrt.engines.tensorrt import TensorRt  # imports CUDA
+
+    def others(graph: Graph) -> Engine:
+        return open_plan(
+            engine, bundle, graph, trust_engines=trust_engines, may_build=may_build, say=say, on_progress=on_progress
+        )
 
     assert entry.record is not None
     flags = entry.record.key.options
     kept = f"{entry.path.stem}-{gpu.name}-{gpu.arch}.compiled".replace(" ", "-")
     return TensorRt(
-        lib, bundle, graph, cache.load(entry), stripped=flags.get("stripped") is True,
+        lib, bundle, graph, cache.load(entry), others=others, stripped=flags.get("stripped") is True,
         version_compatible=flags.get("version_compatible") is True,
         compiled=(cache.blob(kept) or b"") if lib.compiles else b"",
         on_compiled=lambda data: cache.keep_blob(kept, data),

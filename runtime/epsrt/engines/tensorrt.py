@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from epsrt.bundle import Bundle, Graph
+from epsrt.bundle import Bundle
 from epsrt.engines import cuda
-from epsrt.engines.lanes import CHUNK, Buffers, DeviceLanes
-from epsrt.engines.protocol import Size, check_batch, image_shape
+from epsrt.engines.buffers import Buffers, Kind
+from epsrt.engines.lanes import CHUNK, DeviceLanes
+from epsrt.engines.protocol import Engine, Size, check_batch, image_shape
+from epsrt.engines.trt_build import build_command
 from epsrt.engines.trt_library import Library, make_logger
 from epsrt.errors import EngineError
+from epsrt.manifest import Graph
 
 log = logging.getLogger("epsrt")
 
@@ -21,21 +24,22 @@ class TensorRt:
     """See protocol.Engine. `plan` is what `library` built from `graph` of the bundle, and is trusted: native code.
 
     `stripped`: the plan has no weights and takes the bundle's. `version_compatible`: it brings code of the version that
-    built it. `compiled` are kernels that an earlier engine compiled
-    at run time, and `on_compiled(bytes)` is given this one's, where the library compiles any.
+    built it. `compiled` are kernels that an earlier engine compiled at run time, and `on_compiled(bytes)` is given this
+    one's, where the library compiles any. `others(graph)` opens another step graph of the bundle as this one was.
     Raises EngineError when the plan is not for this library, version or GPU, or memory does not suffice.
     """
 
     device = "cuda"
 
     def __init__(
-        self, library: Library, bundle: Bundle, graph: Graph, plan: bytes, *, stripped: bool = False,
-        version_compatible: bool = False, compiled: bytes = b"", on_compiled: Callable[[bytes], object] | None = None,
+        self, library: Library, bundle: Bundle, graph: Graph, plan: bytes, *, others: Callable[[Graph], Engine],
+        stripped: bool = False, version_compatible: bool = False, compiled: bytes = b"",
+        on_compiled: Callable[[bytes], object] | None = None,
     ):  # fmt: skip
-        self.name, self.bundle, self.columns = library.engine, bundle, graph.columns
+        self.name, self.bundle, self.graph = library.engine, bundle, graph
+        self.columns, self.chunk = graph.columns, CHUNK
         self.precision: str = graph.precision
-        self.chunk = CHUNK
-        self._library, self._on_compiled = library, on_compiled
+        self._library, self._on_compiled, self._others = library, on_compiled, others
         self._device = cuda.device()
         self._device.use()
         self._lock = threading.Lock()  # contexts are made one at a time: TensorRT says only enqueues may be concurrent
@@ -47,11 +51,10 @@ class TensorRt:
             size, free = len(plan) >> 20, self._device.memory()[0] >> 20
             raise EngineError(
                 f"{library} refuses the plan of {bundle.path.name} (it has {size} MiB, {free} of the GPU's are free): "
-                f'{self._logger.told()}; run "epsrt build {bundle.path.name} --engine {self.name} --precision '
-                f'{self.precision}"'
+                f'{self._logger.told()}; run "{build_command(bundle.path, self.name, graph)}"'
             )
         if stripped:
-            self._take_weights(graph)
+            self._take_weights()
         self._check_signature()
         profiles = range(self.engine.num_optimization_profiles)
         self.profiles = [tuple(shape[0] for shape in self.engine.get_tensor_profile_shape("x", i)) for i in profiles]
@@ -66,9 +69,13 @@ class TensorRt:
         shape = image_shape(self.bundle, size)
         profile, width = choose_profile(self.profiles, batch)
         make = lambda buffers, stream: _Context(self, profile, buffers, stream)  # noqa: E731
-        made = DeviceLanes(self._device, shape, self.columns, batch, width, make, self.chunk)
+        made = DeviceLanes(self._device, self.bundle, self.graph, shape, batch, width, make, self.chunk)
         self._keep_compiled()
         return made
+
+    def on(self, graph: Graph) -> Engine:
+        """See protocol.Engine."""
+        return self._others(graph)
 
     def information(self) -> str:
         """What the library says of the engine's layers, as JSON text."""
@@ -104,8 +111,8 @@ class TensorRt:
         """What the library said, as an error to raise."""
         return EngineError(f"{self._library} {what} of {self.bundle.path.name}: {self._logger.told()}")
 
-    def _take_weights(self, graph: Graph) -> None:
-        trt, file = self._library.module, self.bundle.path / graph.file
+    def _take_weights(self) -> None:
+        trt, file = self._library.module, self.bundle.path / self.graph.file
         refitter = trt.Refitter(self.engine, self._logger)
         weights = trt.OnnxParserRefitter(refitter, self._logger)
         if not weights.refit_from_file(str(file)) or not refitter.refit_cuda_engine():
@@ -116,11 +123,13 @@ class TensorRt:
         trt, engine = self._library.module, self.engine
         m = self.bundle.manifest
         image = (-1, *m.shape) if m.sizes is None else (-1, m.shape[0], -1, -1)
-        want: dict[str, tuple[tuple[int, ...], Any]]
-        want = dict.fromkeys(("x", "m", "z", "x_next", "m_next", "x0"), (image, trt.DataType.FLOAT))
-        want["rows"] = ((-1, len(self.columns)), trt.DataType.FLOAT)
-        if self.bundle.labelled:
-            want["label"] = ((-1,), trt.DataType.INT64)
+        kinds: dict[Kind, tuple[tuple[int, ...], Any]]
+        kinds = {
+            "image": (image, trt.DataType.FLOAT), "rows": ((-1, len(self.columns)), trt.DataType.FLOAT),
+            "label": ((-1,), trt.DataType.INT64),
+        }  # fmt: skip
+        want = {name: kinds[kind] for name, kind in self.bundle.inputs(self.graph).items()}
+        want |= dict.fromkeys(("x_next", "m_next", "x0"), kinds["image"])
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         have = {name: (tuple(engine.get_tensor_shape(name)), engine.get_tensor_dtype(name)) for name in names}
         # an engine whose profile has one batch alone may have made it static
@@ -129,7 +138,7 @@ class TensorRt:
             name = next(k for k in [*want, *free] if free.get(k) != want.get(k))
             raise EngineError(
                 f"the plan of {self.bundle.path.name} has {name} as {have.get(name)}, the manifest implies "
-                f'{want.get(name)}: run "epsrt build {self.bundle.path.name}"'
+                f'{want.get(name)}: run "{build_command(self.bundle.path, self.name, self.graph)}"'
             )
 
     def _runtime_cache(self, compiled: bytes) -> Any:
@@ -156,30 +165,20 @@ class _Context:
 
     def __init__(self, engine: TensorRt, profile: int, buffers: Buffers, stream: cuda.Stream):
         self._engine, self._buffers, self._handle = engine, buffers, stream.handle
-        width, image = buffers.width, (buffers.width, *buffers.shape)
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("x", "m", "z"), image)
-        shapes["rows"] = (width, len(engine.columns))
-        fixed = {"z": buffers.z, "x0": buffers.x0}
-        if engine.bundle.labelled:
-            shapes["label"] = (width,)
-            fixed["label"] = buffers.label
+        shapes = {name: buffers.extents(kind) for name, kind in buffers.inputs.items()}
         self._context, self._memory = engine.context(profile, stream, shapes)
-        for name, address in fixed.items():
-            self._bind(name, address)
+        self._bind(buffers.fixed)
 
     def enqueue(self, now: int, rows: int) -> None:
-        b = self._buffers
-        self._bind("x", b.x[now])
-        self._bind("m", b.m[now])
-        self._bind("x_next", b.x[1 - now])
-        self._bind("m_next", b.m[1 - now])
-        self._bind("rows", rows)
+        self._bind(self._buffers.sources(now, rows))
+        self._bind(self._buffers.results(now))
         if not self._context.execute_async_v3(self._handle):
             raise self._engine.failure("refuses to enqueue a step")
 
-    def _bind(self, name: str, address: int) -> None:
-        if not self._context.set_tensor_address(name, address):
-            raise self._engine.failure(f"refuses the address of {name}")
+    def _bind(self, addresses: Mapping[str, int]) -> None:
+        for name, address in addresses.items():
+            if not self._context.set_tensor_address(name, address):
+                raise self._engine.failure(f"refuses the address of {name}")
 
     def close(self) -> None:
         self._context = None

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import resource
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from epsrt.bundle import Bundle, Graph
+from epsrt.bundle import Bundle
 from epsrt.engines.trt_library import Library, make_logger
 from epsrt.errors import EngineError
+from epsrt.manifest import Graph
 
 Profile = tuple[int, int, int]  # least, most likely and largest batch
 OnProgress = Callable[[str, float], object]
@@ -65,6 +68,12 @@ class BuildOptions:
                     f"export the bundle with --max-batch {profile[2]}"
                 )
         return self.profiles or ((1, min(8, most), most),)
+
+
+def build_command(bundle: Path, engine: str, graph: Graph) -> str:
+    """What to type to have a graph of the bundle at a path built."""
+    features = ["--features", graph.stem.replace("-", ",")] if graph.stem else []
+    return shlex.join(["epsrt", "build", str(bundle), "--engine", engine, "--precision", graph.precision, *features])
 
 
 @dataclass(frozen=True)
