@@ -66,10 +66,9 @@ class Work:
     features: tuple[str, ...]
     own: dict[str, NDArray[np.float64]]
 
-    def rows(self, columns: Sequence[str], steps: slice, samples: slice) -> Samples:
-        """float32 [steps, batch, len(columns)] for some steps of some samples."""
-        shared = self.plan.rows(columns)[steps]
-        batch = len(self.samples[samples])
+    def rows(self, columns: Sequence[str], table: Samples, steps: slice, samples: slice) -> Samples:
+        """float32 [steps, batch, len(columns)] for some steps of some samples; `table` is plan.rows(columns)."""
+        shared, batch = table[steps], len(self.samples[samples])
         rows = np.broadcast_to(shared[:, None], (len(shared), batch, len(columns)))
         if self.own:
             rows = rows.copy()

@@ -141,7 +141,7 @@ class Sampler(Closing):
         engine = self._engine(work.features)
         most = self._batch(engine, batch, len(work.samples))
         groups = [slice(i, i + most) for i in range(0, len(work.samples), most)]
-        rows = len(work.plan)
+        table, rows = work.plan.rows(engine.columns), len(work.plan)
         chunk = rows if on_step is None else _at_least_one("every", every)
         out = np.empty((len(work.samples), *work.shape), np.float32)
         total, done, filled = rows * len(groups), 0, 0
@@ -150,7 +150,7 @@ class Sampler(Closing):
                 going = True
                 for start in range(0, rows, chunk):
                     steps_now = slice(start, min(start + chunk, rows))
-                    lanes.advance(work.rows(engine.columns, steps_now, group))
+                    lanes.advance(work.rows(engine.columns, table, steps_now, group))
                     done += steps_now.stop - start
                     if on_step is None:
                         continue
@@ -184,9 +184,10 @@ class Sampler(Closing):
         with ExitStack() as stack:
             groups = [slice(i, i + most) for i in range(0, len(work.samples), most)]
             running = [stack.enter_context(self._lanes(engine, work, group)) for group in groups]
+            table = work.plan.rows(engine.columns)
             for start in range(0, len(work.plan), every):
                 for lanes, group in zip(running, groups, strict=True):
-                    lanes.advance(work.rows(engine.columns, slice(start, start + every), group))
+                    lanes.advance(work.rows(engine.columns, table, slice(start, start + every), group))
                 what = "x" if start + every >= len(work.plan) else "x0"
                 yield np.stack([lanes.read(i, what) for lanes in running for i in range(lanes.batch)])  # type: ignore[arg-type]
 

@@ -19,16 +19,18 @@ EPSRT = str(Path(sys.executable).with_name("epsrt"))
 LABELS = "0,1,2,3,4,5,6,7,8,9"
 
 
-def run(*arguments: object, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "200"}
+def run(
+    *arguments: object, code: int = 0, cwd: Path | None = None, columns: int = 200
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": str(columns)}
     done = subprocess.run([EPSRT, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=cwd)
     assert done.returncode == code, done.stderr
     return done
 
 
-def refusal(*arguments: object) -> str:
+def refusal(*arguments: object, cwd: Path | None = None) -> str:
     """The sentence: one line on stderr behind the progress, exit 1, nothing on stdout, no traceback."""
-    done = run(*arguments, code=1)
+    done = run(*arguments, code=1, cwd=cwd)
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
@@ -37,7 +39,21 @@ def refusal(*arguments: object) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "export", "build", "verify", "sample", "plan", "bound", "inspect", "doctor", "cache"]
+    "command",
+    [
+        "train",
+        "export",
+        "build",
+        "verify",
+        "sample",
+        "invert",
+        "interpolate",
+        "plan",
+        "bound",
+        "inspect",
+        "doctor",
+        "cache",
+    ],
 )
 def test_each_command_has_help_with_examples(command: str) -> None:
     text = run(command, "--help").stdout
@@ -157,10 +173,22 @@ def test_inspect_tells_what_it_holds(bundle_path: Path) -> None:
 
 
 def test_verify_passes_and_says_so(bundle_path: Path) -> None:
-    assert "verified on onnxruntime" in run("verify", bundle_path, "--engine", "onnxruntime").stdout
+    """Every step graph; by timestep the plainest's, and the guided one's where the terminal has room."""
+    text = run("verify", bundle_path, "--engine", "onnxruntime").stdout
+    assert "verified on onnxruntime" in text
+    (head,) = [line for line in text.splitlines() if line.split()[:2] == ["t", "network"]]
+    assert head.split("  ")[-1].strip() == "guidance step fp16"
+    ladder = [line.split()[:3] for line in text.splitlines()]
+    for row in (["guidance", "guidance", "fp16"], ["network", "plain", "fp32"], ["network", "guidance", "fp32"]):
+        assert ladder.count(row) == 1
+    narrow = run("verify", bundle_path, columns=80).stdout
+    (head,) = [line for line in narrow.splitlines() if line.split()[:1] == ["t"]]
+    assert head.split("  ")[-1].strip() == "step fp16"
+    assert "guidance" not in head
     report = json.loads(run("verify", bundle_path, "--precision", "fp32", "--json").stdout)
     assert report["passed"] is True
-    assert {r["name"] for r in report["rungs"]} >= {"network", "batch"}
+    assert {r["name"] for r in report["rungs"]} >= {"network", "batch", "guidance"}
+    assert {r["graph"] for r in report["rungs"]} == {"", "guidance"}
 
 
 def test_train_export_sample(tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from epsrt import Bundle
-from epsrt.bundle import Sizes, Thresholding
+from epsrt.manifest import Sizes, Thresholding
+from helpers import forge, unet
 
 EPSRT = str(Path(sys.executable).with_name("epsrt"))
 
@@ -60,7 +63,6 @@ def test_sizes(tmp_path: Path) -> None:
     """Exported, shown, sampled at another size, verified; and what is refused."""
     from epsrt import Schedule
     from epsrt_trainer.checkpoint import save_checkpoint
-    from helpers import unet
 
     network, out, images = unet(channels=3), tmp_path / "some.epsrt", tmp_path / "wide.npz"
     checkpoint = save_checkpoint(tmp_path / "some.safetensors", network, network.config, Schedule(T=20, beta_end=0.2))
@@ -84,3 +86,57 @@ def test_sizes(tmp_path: Path) -> None:
     done = run("export", checkpoint, tmp_path / "other.epsrt", "--sizes", "1:24", "--max-batch", 2, code=1)
     assert "epsrt: UNet does not take multiples of 1 pixels, but of 2" in done.stderr
     assert not (tmp_path / "other.epsrt").exists()
+
+
+def test_masked_and_by_a_classifier(tmp_path: Path) -> None:
+    """Exported from the two checkpoints, shown, and sampled by both."""
+    from epsrt import Schedule
+    from epsrt_trainer.checkpoint import save_checkpoint
+    from epsrt_trainer.classifier import ClassifierConfig, NoisyClassifier
+
+    small = {"channel_multipliers": (1,), "attention_resolutions": ()}
+    schedule, out = Schedule(T=20, beta_end=0.2), tmp_path / "some.epsrt"
+    size = {"image_channels": 1, "image_size": 8, "base_channels": 16, "groups": 8, "residual_blocks": 1}
+    network, judge = unet(seed=8, **small), NoisyClassifier(ClassifierConfig(classes=3, **size, **small))
+    torch.nn.init.normal_(judge.head.weight)  # zero at first: no gradient at all
+    checkpoint = save_checkpoint(tmp_path / "network.safetensors", network, network.config, schedule)
+    path = save_checkpoint(tmp_path / "judge.safetensors", judge, judge.config, schedule, class_names=("a", "b", "c"))
+    options = ("--precision", "fp32", "--max-batch", 2)
+    run("export", checkpoint, out, "--masked", "--classifier", path, *options)
+    m = Bundle.open(out).manifest
+    assert [g.stem for g in m.graphs] == ["", "classifier", "mask", "classifier-mask"]
+    assert m.classifier is not None
+    text = run("inspect", out).stdout
+    for words in (
+        f"NoisyClassifier, 3 classes (a, b, c), {sum(p.numel() for p in judge.parameters()):,} parameters",
+        "judge.safetensors", m.classifier.source_sha256, "classifier, mask", "… s j ka kb", "step-mask-fp32.onnx",
+    ):  # fmt: skip
+        assert words in text
+    np.savez(tmp_path / "known.npz", samples=np.zeros((1, 1, 8, 8), np.float32))
+    ask = ("--steps", 4, "--known", tmp_path / "known.npz", "--mask", ":4,:", "--classifier", 50)
+    found = {}
+    for option, name in (("--labels", "b"), ("--targets", "b"), ("--targets", "c")):  # of such a network the same
+        run("sample", out, *ask, option, name, "--out", tmp_path / "a.npz")
+        with np.load(tmp_path / "a.npz") as kept:
+            assert not kept["samples"][:, :, :4].any()
+            assert kept["target"].tolist() == ["abc".index(name)]
+            found[option, name] = kept["samples"]
+    np.testing.assert_array_equal(found["--labels", "b"], found["--targets", "b"])
+    assert np.abs(found["--targets", "b"] - found["--targets", "c"]).max() > 1e-3
+    done = run("export", checkpoint, tmp_path / "b.epsrt", "--classifier", checkpoint, *options, code=1)
+    assert "not a classifier" in done.stderr
+    assert not (tmp_path / "b.epsrt").exists()
+
+
+def test_inspect_shows_the_owners_guidance(bundle_path: Path, copy_of: Callable[[Path], Path], tmp_path: Path) -> None:
+    """And a label is guided by it, unless the caller says otherwise."""
+    path = copy_of(bundle_path)
+    forge(path, lambda manifest: manifest["sampling"].update(guidance=3.5))
+    assert "guidance 3.5 where there is a label" in run("inspect", path).stdout
+    assert "where there is a label" not in run("inspect", bundle_path).stdout
+    for options, weight in (((), 1.0), (("--labels", 1), 3.5), (("--labels", 1, "--guidance", 1), 1.0)):
+        done = run("sample", path, "--steps", 3, "-n", 2, *options, "--out", tmp_path / "a.png", "--json")
+        assert json.loads(done.stdout)["guidance"] == weight
+    np.savez(tmp_path / "init.npz", samples=np.zeros((1, 1, 8, 8), np.float32))
+    ask = ("invert", path, "--init", tmp_path / "init.npz", "--labels", 1, "--out", tmp_path / "a.npz")
+    assert "--steps 50 --guidance 1" in run(*ask).stdout  # to draw them as they were inverted

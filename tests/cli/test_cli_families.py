@@ -10,7 +10,7 @@ from diffusers import DDIMPipeline, DDIMScheduler
 from test_cli import refusal, run
 
 from epsrt import Bundle
-from epsrt.bundle import Sampling
+from epsrt.manifest import Sampling
 from epsrt_export.families import FAMILIES
 from helpers import diffusers_unet
 

@@ -147,8 +147,11 @@ def test_inversion_takes_the_images_that_sample_wrote(bundle_path: Path, tmp_pat
     np.save(tmp_path / "array.npy", np.zeros((1, 1, 8, 8), np.float32))
     np.savez(tmp_path / "other.npz", images=np.zeros(3))
     np.savez(tmp_path / "pickle.npz", samples=np.array([{}], object))
-    for name in ("bad.npz", "array.npy", "other.npz", "pickle.npz"):
-        assert "holds no samples" in refusal(*ask, "--init", tmp_path / name, "--out", latents)
+    for name, words in (
+        ("bad.npz", "is no .npz that can be read"), ("array.npy", "is no picture that can be read"),
+        ("other.npz", "holds no samples"), ("pickle.npz", "is no .npz that can be read"),
+    ):  # fmt: skip
+        assert f"{name} {words}" in refusal(*ask, "--init", tmp_path / name, "--out", latents)
     np.savez(tmp_path / "none.npz", samples=np.zeros((0, 1, 8, 8), np.float32))
     assert "holds samples [0, 1, 8, 8], not" in refusal(*ask, "--init", tmp_path / "none.npz", "--out", latents)
     assert not latents.exists()

@@ -15,7 +15,7 @@ from epsrt_export import ParityError, export_network, golden, parity
 from epsrt_trainer.sample import ddim_loop, ddpm_loop
 from helpers import damaged, forge
 
-export_module = sys.modules["epsrt_export.export"]
+graphs_module = sys.modules["epsrt_export.graphs"]
 SHAPE = (2, 8, 8)
 SIGMA_DATA = 0.4
 MEAN, WIDTH = 0.2, 0.5  # of the data
@@ -127,7 +127,7 @@ def bundles(tmp_path_factory):
 
 @pytest.fixture
 def no_export(monkeypatch):
-    monkeypatch.setattr(export_module, "to_onnx", lambda *args: pytest.fail("the export began"))
+    monkeypatch.setattr(graphs_module, "to_onnx", lambda *args: pytest.fail("the export began"))
 
 
 def drawn(stream, n):
@@ -298,7 +298,7 @@ def refused(bundle):
 class TestDamage:
     @pytest.mark.parametrize("kind", ["edm-ve", "velocity-flow"])
     def test_a_weight(self, tmp_path, monkeypatch, kind):
-        monkeypatch.setattr(export_module, "to_onnx", damaged(export_module.to_onnx, "middle.weight", 0.05))
+        monkeypatch.setattr(graphs_module, "to_onnx", damaged(graphs_module.to_onnx, "middle.weight", 0.05))
         with pytest.raises(ParityError, match=r"parity missed: network in fp32 on onnxruntime is .* at t = \d+; no"):
             put(tmp_path / "some.epsrt", kind)
         assert os.listdir(tmp_path) == []

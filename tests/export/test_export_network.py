@@ -25,7 +25,7 @@ from epsrt_trainer.checkpoint import load_checkpoint, save_checkpoint
 from epsrt_trainer.sample import ddim_loop
 from helpers import Tiny, damaged, externals, redraw, run_python, tiny, tree, unet
 
-export_module = sys.modules["epsrt_export.export"]
+graphs_module = sys.modules["epsrt_export.graphs"]
 TINY = {"shape": (1, 8, 8), "precisions": ("fp32",), "max_batch": 2}
 
 
@@ -40,7 +40,7 @@ def no_export(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("the export began")
 
-    monkeypatch.setattr(export_module, "to_onnx", fail)
+    monkeypatch.setattr(graphs_module, "to_onnx", fail)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def graphs(bundle_path, plain_bundle_path):
 class TestBundlesOfUNets:
     def test_rungs_of_both_precisions_are_stored(self, bundle_path):
         rungs = Bundle.open(bundle_path).parity()
-        names = [(r.name, r.precision) for r in rungs]
+        names = [(r.name, r.precision) for r in rungs if r.graph == ""]
         measured = ["network", "step", "ddim-50", "ddpm-100", "batch"]
         plans = [("schedule", "fp64"), ("plan ddim-50", "fp64"), ("plan ddpm-100", "fp64")]
         assert names == [*plans, *((n, p) for p in ("fp32", "fp16") for n in measured)]
@@ -68,12 +68,13 @@ class TestBundlesOfUNets:
         assert m.provenance.network == "epsrt_trainer.unet.UNet"
         assert m.provenance.config["base_channels"] == 16
         assert {"epsrt", "torch", "onnx", "python"} <= set(m.provenance.versions)
-        files = {"step-fp32.onnx", "step-fp16.onnx", "weights-fp32.bin", "weights-fp16.bin", GOLDEN, PARITY}
+        files = {"weights-fp32.bin", "weights-fp16.bin", GOLDEN, PARITY}
+        files |= {f"step-{kind}.onnx" for kind in ("fp32", "fp16", "guidance-fp32", "guidance-fp16")}
         assert set(m.files) == files
         assert {*files, MANIFEST} == set(os.listdir(bundle_path))
 
     def test_graphs_are_valid_and_every_batch_is_symbolic(self, graphs):
-        assert len(graphs) == 3
+        assert len(graphs) == 5
         for path in graphs:
             onnx.checker.check_model(str(path), full_check=True)
             model = onnx.load(path, load_external_data=False)
@@ -92,11 +93,12 @@ class TestBundlesOfUNets:
             model = onnx.load(path, load_external_data=False)
             outside, end = externals(model), 0
             assert len(outside) > 20
-            size = os.path.getsize(path.with_name(path.name.replace("step", "weights")).with_suffix(".bin"))
+            weights = path.with_name(f"weights-{path.stem[-4:]}.bin")
+            size = os.path.getsize(weights)
             for tensor in model.graph.initializer:
                 if tensor.name in outside:
                     place = outside[tensor.name]
-                    assert place["location"] == path.name.replace("step", "weights").replace(".onnx", ".bin")
+                    assert place["location"] == weights.name
                     assert int(place["offset"]) % 4096 == 0
                     assert int(place["length"]) >= 1024
                     assert not tensor.raw_data
@@ -207,7 +209,7 @@ class TestPlainModules:
         told = []
         put(tmp_path / "some.epsrt", on_stage=lambda what, fraction: told.append((what, fraction)))
         stages = list(dict.fromkeys(what for what, _ in told))
-        assert stages[:3] == ["graph fp32", "ddim-20", "ddpm-20"]
+        assert stages[:3] == ["graphs fp32", "ddim-20", "ddpm-20"]
         assert stages[3:] == [f"parity fp32 {name}" for name in ("network", "step", "ddim-20", "ddpm-20", "batch")]
         assert all(dict(told)[stage] == 1.0 for stage in stages)
 
@@ -255,7 +257,7 @@ class TestReproducible:
 class TestTheGate:
     @pytest.mark.parametrize("precision", ["fp32", "fp16"])
     def test_one_damaged_weight_is_a_parity_error_and_no_bundle(self, tmp_path, monkeypatch, precision):
-        monkeypatch.setattr(export_module, "to_onnx", damaged(export_module.to_onnx, "middle.weight", 0.3, precision))
+        monkeypatch.setattr(graphs_module, "to_onnx", damaged(graphs_module.to_onnx, "middle.weight", 0.3, precision))
         limit = {"fp32": "2e-06", "fp16": "0.001"}[precision]
         message = (
             rf"parity missed: network in {precision} on onnxruntime is \d\S+ relative L2 \(at most {limit} allowed\) "
@@ -267,7 +269,7 @@ class TestTheGate:
 
     def test_the_old_bundle_survives(self, tmp_path, monkeypatch, small_bundle_path):
         out = shutil.copytree(small_bundle_path, tmp_path / "some.epsrt")
-        monkeypatch.setattr(export_module, "to_onnx", damaged(export_module.to_onnx, "middle.weight", 0.3))
+        monkeypatch.setattr(graphs_module, "to_onnx", damaged(graphs_module.to_onnx, "middle.weight", 0.3))
         with pytest.raises(ParityError):
             put(out)
         assert tree(out) == tree(small_bundle_path)

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from epsrt import idle_row
-from epsrt.plan import COLUMNS, STEP_COLUMNS, Plan
+from epsrt.plan import COLUMNS, FEATURES, STEP_COLUMNS
 from epsrt_export.onnx_graph import ALIGNMENT, EXTERNAL_FROM, WeightsFile, to_onnx
 from epsrt_export.precision import half_copy
 from epsrt_export.stepgraph import StepGraph
@@ -93,21 +93,10 @@ class TestTheStep:
             many = session.run(None, {name: np.repeat(value, batch, 0) for name, value in one.items()})[0]
             np.testing.assert_allclose(many, np.repeat(alone, batch, 0), rtol=0, atol=1e-5)
 
-    def test_a_column_that_is_unknown_to_the_step_changes_nothing(self):
-        """A graph may take every column; those of other features it ignores."""
-        assert set(STEP_COLUMNS) < set(COLUMNS)
-        network, given = tiny(), feeds()
-        args = [torch.from_numpy(given[name]) for name in "xmz"]
-        rows = torch.from_numpy(given["rows"])
-        other = [
-            *STEP_COLUMNS,
-            *(c for c in COLUMNS if c not in (*STEP_COLUMNS, "r")),
-        ]  # r says what the network returns
-        wide = torch.cat([rows, torch.full((3, len(other) - len(STEP_COLUMNS)), 3.0)], 1)
-        with torch.no_grad():
-            a = StepGraph(network, STEP_COLUMNS, False, torch.float32)(*args, rows)
-            b = StepGraph(network, other, False, torch.float32)(*args, wide)
-        assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+    def test_each_column_is_the_plain_steps_or_one_features(self):
+        of_features = [name for names in FEATURES.values() for name in names]
+        assert [*STEP_COLUMNS, *of_features] == [name for name in COLUMNS if name in {*STEP_COLUMNS, *of_features}]
+        assert len(COLUMNS) == len(STEP_COLUMNS) + len(of_features)
 
 
 def model_of(**tensors):
@@ -159,11 +148,12 @@ class TestWeightsFile:
         assert set(externals(model)) == {"at"}
 
     def test_two_graphs_of_one_network_share_every_weight(self, tmp_path):
-        """What plain and guided graphs will do."""
-        network, file = tiny(), WeightsFile("weights.bin")
-        one = to_onnx(StepGraph(network, STEP_COLUMNS, False, torch.float32), SHAPE, weights=file)
+        """What plain and guided graphs do."""
+        network, file = tiny(classes=3), WeightsFile("weights.bin")
+        one = to_onnx(StepGraph(network, STEP_COLUMNS, True, torch.float32), SHAPE, weights=file)
         end = file._end
-        two = to_onnx(StepGraph(network, (*STEP_COLUMNS, "w"), False, torch.float32), SHAPE, weights=file)
+        guided = StepGraph(network, (*STEP_COLUMNS, "w", "phi"), True, torch.float32, null_label=2)
+        two = to_onnx(guided, SHAPE, weights=file)
         assert file._end == end
         assert externals(one) == externals(two) != {}
 

@@ -43,9 +43,11 @@ class TestABundle:
         assert bundle.manifest.sizes == Sizes(2, 24)
         assert bundle.manifest.shape == (1, 8, 8)
         rungs = [r for r in bundle.parity() if r.name == "sizes"]
-        assert [(r.precision, r.unit, r.limit) for r in rungs] == [
-            ("fp32", "relative L2", 2e-6), ("fp16", "relative L2", 1e-3),
-        ]  # fmt: skip
+        assert [(r.graph, r.precision, r.unit, r.limit) for r in rungs] == [
+            (kind, precision, "relative L2", limit)
+            for precision, limit in (("fp32", 2e-6), ("fp16", 1e-3))
+            for kind in ("", "guidance")
+        ]
         assert all(0 < r.figure <= r.limit and r.where in ("4 × 4", "10 × 12") for r in rungs)
         golden = bundle.golden()
         assert golden["size.4x4.x"].shape == (5, 1, 4, 4)

@@ -21,6 +21,7 @@ from epsrt_trainer.sample import threshold
 from helpers import damaged, learned, tiny
 
 export_module = sys.modules["epsrt_export.export"]
+graphs_module = sys.modules["epsrt_export.graphs"]
 SHAPE = (2, 8, 8)
 LEARNED = (*STEP_COLUMNS, "r")
 SCHEDULE = Schedule(T=20, beta_start=5e-3, beta_end=0.4)
@@ -34,7 +35,7 @@ def put(path, network=None, **more):
 
 @pytest.fixture
 def no_export(monkeypatch):
-    monkeypatch.setattr(export_module, "to_onnx", lambda *args: pytest.fail("the export began"))
+    monkeypatch.setattr(graphs_module, "to_onnx", lambda *args: pytest.fail("the export began"))
 
 
 class TestFormulas:
@@ -186,7 +187,7 @@ class TestManifestAndGolden:
     def test_a_checkpoint_is_thresholded_too(self, tmp_path, monkeypatch, checkpoint_path):
         seen = []
         monkeypatch.setattr(export_module, "manifest_of", lambda source, *more: seen.append(source.threshold) or exit())
-        monkeypatch.setattr(export_module, "write_graph", lambda *args: None)
+        monkeypatch.setattr(export_module, "write_graphs", lambda *args, **more: [])
         with pytest.raises(SystemExit):
             export(checkpoint_path, tmp_path / "some.epsrt", thresholding=(0.995, 1.5))
         assert seen == [DynamicThreshold(0.995, 1.5, 1.0)]
@@ -195,8 +196,8 @@ class TestManifestAndGolden:
 class TestTheGate:
     @pytest.mark.parametrize("precision", ["fp32", "fp16"])
     def test_a_damaged_weight_of_the_variance(self, tmp_path, monkeypatch, precision):
-        hurt = damaged(export_module.to_onnx, "spread.weight", 0.1, precision)
-        monkeypatch.setattr(export_module, "to_onnx", hurt)
+        hurt = damaged(graphs_module.to_onnx, "spread.weight", 0.1, precision)
+        monkeypatch.setattr(graphs_module, "to_onnx", hurt)
         with pytest.raises(
             ParityError, match=rf"parity missed: variance in {precision} on onnxruntime is .* at t = \d+"
         ):
@@ -205,9 +206,11 @@ class TestTheGate:
 
     @pytest.mark.parametrize("wrong", [(0.91, 1.5), (0.9, 1.51)])
     def test_another_quantile_or_maximum(self, tmp_path, monkeypatch, wrong):
-        make = export_module.StepGraph
+        make = graphs_module.StepGraph
         monkeypatch.setattr(
-            export_module, "StepGraph", lambda *args: make(*args[:-1], DynamicThreshold(*wrong, args[-1].bound))
+            graphs_module,
+            "StepGraph",
+            lambda *args: make(*args[:4], DynamicThreshold(*wrong, args[4].bound), *args[5:]),
         )
         with pytest.raises(ParityError, match=r"parity missed: threshold in fp32 on onnxruntime is .* at image [12]"):
             put(tmp_path / "some.epsrt", tiny(3, channels=2), thresholding=(0.9, 1.5))

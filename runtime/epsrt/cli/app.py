@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from epsrt.cli import bound, build, cache, doctor, export, inspect, plan, sample, train, verify
+from epsrt.cli import bound, build, cache, doctor, export, inspect, interpolate, invert, plan, sample, train, verify
 
 app = typer.Typer(
     name="epsrt",
@@ -35,5 +35,5 @@ def root(
     pass
 
 
-for module in (train, export, build, verify, sample, plan, bound, inspect, doctor, cache):
+for module in (train, export, build, verify, sample, invert, interpolate, plan, bound, inspect, doctor, cache):
     app.command(epilog=module.EXAMPLES)(getattr(module, module.__name__.rsplit(".", 1)[1]))

@@ -22,6 +22,8 @@ epsrt export cifar.safetensors cifar.epsrt --threshold-ratio 0.995 --threshold-m
 
 epsrt export cifar.safetensors cifar.epsrt --sizes 8:64
 
+epsrt export out/digits.safetensors out/edit.epsrt --masked --classifier out/judge.safetensors
+
 epsrt export --from diffusers path/to/ddpm-cifar10-32 cifar.epsrt
 
 epsrt export --from guided-diffusion 64x64_diffusion.pt imagenet.epsrt --set flags="--class_cond True --image_size 64 …"
@@ -63,6 +65,13 @@ def export(
             help="Other heights and widths too: multiples of the first number up to the second, in pixels, e.g. 8:64.",
         ),
     ] = None,
+    masked: Annotated[
+        bool, typer.Option("--masked", help="Also step graphs that keep known pixels: epsrt sample --known, --mask.")
+    ] = False,
+    classifier: Annotated[
+        Path | None,
+        typer.Option(help="Also step graphs that a classifier of noised images guides, *.safetensors of epsrt train."),
+    ] = None,
     threshold_ratio: Annotated[
         float | None, typer.Option(help="Dynamic thresholding of x0: which quantile of |x0|, such as 0.995.")
     ] = None,
@@ -87,6 +96,8 @@ def export(
             bundle,
             thresholding=None if threshold_ratio is None or threshold_max is None else (threshold_ratio, threshold_max),
             sizes=None if sizes is None else _sizes(sizes),
+            masked=masked,
+            classifier=classifier,
             precisions=precision or ("fp32", "fp16"),
             max_batch=max_batch,
             opset=opset,

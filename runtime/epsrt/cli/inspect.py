@@ -30,9 +30,7 @@ def inspect(bundle: show.BundleArgument, as_json: show.JsonOption = False) -> No
     facts = show.table(f"{bundle}", "", "")
     alpha, sigma = s.at(s.span)
     span = f", β {s.beta_start:g} … {s.beta_end:g}" if s.kind in ("linear", "scaled-linear", "sigmoid") else ""
-    classes = f"{m.classes}" if m.classes else "none: unconditional"
-    if m.class_names:
-        classes += f" ({', '.join(m.class_names[:12])}{', …' if m.classes > 12 else ''})"
+    classes = f"{m.classes}{_some(m.class_names)}" if m.classes else "none: unconditional"
     if m.null_label is not None:
         classes += f", null label {m.null_label}"
     facts.add_row(
@@ -53,13 +51,18 @@ def inspect(bundle: show.BundleArgument, as_json: show.JsonOption = False) -> No
     own = m.sampling
     how = ", ".join(f"{key} {value}" for key, value in {"spacing": own.spacing, **own.options}.items())
     bounded = "x0 not clipped" if m.clip is None else f"x0 in ±{m.clip:g}"
-    facts.add_row("samples by", f"{own.method}, {own.steps or 'any'} steps, {how}, {bounded}")
+    guided = f", guidance {own.guidance:g} where there is a label" if own.guidance != 1 else ""
+    facts.add_row("samples by", f"{own.method}, {own.steps or 'any'} steps, {how}, {bounded}{guided}")
     if m.prediction == "edm":
         facts.add_row("σ_data", f"{m.sigma_data:g}")
     facts.add_row("batch", f"1 … {m.max_batch}")
     facts.add_row("network", f"{p.network}, {p.parameters:,} parameters")
     whose = f", {p.family}{f' {p.version}' if p.version else ''}" if p.family != "module" else ""
     facts.add_row("from", f"{p.source}{whose}, sha256 {p.source_sha256}")
+    if (judge := m.classifier) is not None:
+        told = f"{judge.classes} classes{_some(judge.class_names)}"
+        facts.add_row("classifier", f"{judge.network}, {told}, {judge.parameters:,} parameters")
+        facts.add_row("", f"from {judge.source}, sha256 {judge.source_sha256}")
     facts.add_row("made with", ", ".join(f"{name} {version}" for name, version in p.versions.items()))
     for title, values in (("config", p.config), ("training", p.training)):
         for name, part in _parts(title, values):
@@ -67,14 +70,22 @@ def inspect(bundle: show.BundleArgument, as_json: show.JsonOption = False) -> No
     facts.add_row("digest", m.digest)
     console.print(facts, "")
     graphs = show.table("Step graphs", "file", "precision", "features", "weights", "columns")
+    graphs.columns[0].no_wrap = True
+    plain = m.graphs[0].columns
     for g in m.graphs:
-        graphs.add_row(g.file, g.precision, ", ".join(g.features) or "plain", g.weights, " ".join(g.columns))
+        more = ["…", *g.columns[len(plain) :]] if g.columns[: len(plain)] == plain != g.columns else g.columns
+        graphs.add_row(g.file, g.precision, ", ".join(g.features) or "plain", g.weights, " ".join(more))
     console.print(graphs, "")
     files = show.table("Files", "file", "size", "sha256", right=("size",))
     for name, entry in m.files.items():
         files.add_row(name, show.size(entry.size), entry.sha256[:16] + "…")
     console.print(files, "")
     console.print(show.rung_table(rungs))
+
+
+def _some(names: tuple[str, ...]) -> str:
+    """The first class names, in brackets."""
+    return f" ({', '.join(names[:12])}{', …' if len(names) > 12 else ''})" if names else ""
 
 
 def _parts(title: str, values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

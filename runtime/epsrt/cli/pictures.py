@@ -1,10 +1,10 @@
-"""Samples as files: a PNG grid, a folder of PNGs, or .npz."""
+"""Samples as files: a PNG grid, a folder of PNGs, an animated GIF, or .npz."""
 
 from __future__ import annotations
 
 import math
 import os
-import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +15,35 @@ from PIL import Image
 from epsrt.errors import EpsrtError
 from epsrt.files import whole_directory, whole_file
 
+KINDS = {".png": ".png (a grid)", ".npz": ".npz", "": "none (a folder of PNGs)", ".gif": ".gif (animated)"}
+FRAME = 0.1  # seconds
 SMALL = 64  # pixels; smaller images are magnified to about this in pictures, by whole factors
 
 
-def check_target(path: Path, channels: int) -> None:
+def check_target(
+    path: Path, channels: int, option: str = "--out", kinds: tuple[str, ...] = (".png", ".npz", "")
+) -> None:
     """Refuse, before any work is done, what could not be written after it."""
-    if path.suffix.lower() not in ("", ".png", ".npz"):
-        raise EpsrtError(f"--out {path}: the suffix must be .png (a grid), .npz, or none (a folder of PNGs)")
+    if path.suffix.lower() not in kinds:
+        known = " or ".join(", ".join(KINDS[kind] for kind in kinds).rsplit(", ", 1))
+        raise EpsrtError(f"{option} {path}: the suffix must be {known}")
     if path.suffix.lower() != ".npz" and channels not in (1, 3, 4):
-        raise EpsrtError(f"--out {path}: {channels} channels make no picture; write .npz")
+        way = "; write .npz" if ".npz" in kinds else ""
+        raise EpsrtError(f"{option} {path}: {channels} channels make no picture{way}")
     if path.suffix == "" and path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise EpsrtError(f"--out {path} exists and is not an empty folder: choose another name")
+        raise EpsrtError(f"{option} {path} exists and is not an empty folder: choose another name")
     if path.resolve() == Path.cwd():
-        raise EpsrtError(f"--out {path} is the folder you are in: choose another name")
-    check_writable(path)
+        raise EpsrtError(f"{option} {path} is the folder you are in: choose another name")
+    check_writable(path, option)
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, option: str = "--out") -> None:
     """Refuse a file where a directory is, and a place that cannot be written to."""
     if path.suffix and path.is_dir():
-        raise EpsrtError(f"--out {path} is a directory: choose another name")
+        raise EpsrtError(f"{option} {path} is a directory: choose another name")
     there = next(p for p in path.resolve().parents if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise EpsrtError(f"--out {path}: {there} cannot be written to")
+        raise EpsrtError(f"{option} {path}: {there} cannot be written to")
 
 
 def save(path: Path, samples: NDArray[np.float32], images: NDArray[np.uint8], **more: Any) -> None:
@@ -47,26 +53,34 @@ def save(path: Path, samples: NDArray[np.float32], images: NDArray[np.uint8], **
             with whole_file(path) as beside, beside.open("wb") as file:  # given a name, savez may add to it
                 np.savez(file, samples=samples, images=images, **more)
         case ".png":
-            with whole_file(path) as beside:
-                grid(images).save(beside)
+            save_grid(path, images)
         case _:
             with whole_directory(path) as beside:
                 for i, image in enumerate(images):
                     picture(image).save(beside / f"{i:0{len(str(len(images) - 1))}d}.png")
 
 
-def read_samples(path: Path) -> NDArray[Any]:
-    """The samples of an .npz that `save` wrote. Raises EpsrtError when it is another file."""
-    if not path.exists():
-        raise EpsrtError(f"{path} does not exist: give the .npz that epsrt sample --out wrote")
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("samples.npy") as file:
-            found = np.lib.format.read_array(file, allow_pickle=False)
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise EpsrtError(f"{path} holds no samples ({error}): give the .npz that epsrt sample --out wrote") from None
-    if found.ndim != 4 or not len(found):
-        raise EpsrtError(f"{path} holds samples {list(found.shape)}, not [n, C, H, W]: give epsrt sample's own")
-    return found
+def save_grid(path: Path, images: NDArray[np.uint8], columns: int | None = None) -> None:
+    """Write a grid of images as a PNG."""
+    with whole_file(path) as beside:
+        grid(images, columns).save(beside)
+
+
+def animate(path: Path, frames: Sequence[Image.Image], hold: float = FRAME) -> None:
+    """An animated GIF that loops, its last frame shown for `hold` seconds."""
+    flat = [frame if frame.mode == "L" else _flat(frame).quantize() for frame in frames]
+    seconds = [FRAME] * (len(frames) - 1) + [hold]
+    with whole_file(path) as beside:
+        flat[0].save(
+            beside, format="GIF", save_all=True, append_images=flat[1:], duration=[1000 * s for s in seconds], loop=0
+        )
+
+
+def _flat(frame: Image.Image) -> Image.Image:
+    """RGB, what is transparent on white: a GIF has no more than whole pixels of it."""
+    if frame.mode != "RGBA":
+        return frame
+    return Image.alpha_composite(Image.new("RGBA", frame.size, "white"), frame).convert("RGB")
 
 
 def picture(image: NDArray[np.uint8]) -> Image.Image:

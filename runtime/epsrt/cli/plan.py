@@ -64,7 +64,7 @@ def plan(
         if schedule is not None or prediction is not None:
             raise EpsrtError("--bundle says which schedule and prediction: leave --schedule and --prediction out")
         from epsrt.bundle import Bundle
-        from epsrt.sampler import plan_of
+        from epsrt.requests import plan_of
 
         m = Bundle.open(bundle).manifest
         given = planning.options(steps, spacing, timesteps, eta, variance, clip, m.bound, more)
@@ -101,7 +101,7 @@ def _table(made: Plan, log_snr: NDArray[np.float64]) -> list[list[str]]:
     used = [name for name in COLUMNS if name == "t" or np.any(made[name] != DEFAULTS[name])]
     if np.array_equal(made["n"], np.arange(len(made))):
         used.remove("n")
-    used = [name for name in used if name not in ("ka", "kb")]  # of masked graphs alone
+    used = [name for name in used if name not in ("j", "ka", "kb")]  # of other graphs than the plain
     table = [["row", "λ", *used]]
     for i in range(len(made)):
         cells = ["off" if n == "clip" and made[n][i] == CLIP_OFF else f"{made[n][i] + 0.0:.5g}" for n in used]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import numpy as np
 import typer
 from typer import Option
 
-from epsrt.cli import planning, show
+from epsrt.cli import options, planning, show
 from epsrt.errors import EpsrtError
 
 EXAMPLES = """\
@@ -25,29 +23,59 @@ epsrt sample out/digits.epsrt --method dpmpp-2m --steps 10 --spacing karras --se
 
 epsrt sample out/digits.epsrt -n 500 --eta 0.5 --out folder/ --json
 
-epsrt sample cifar.epsrt --size 32x64 --out wide.png     (of a bundle exported with --sizes)
-"""
+epsrt sample out/digits.epsrt --labels 3,5 --guidance 2 --trajectory forming.gif
 
-ON_GPU = 10  # steps between two looks at a GPU, at least: it takes them in chunks
+epsrt sample out/digits.epsrt --init sevens.npz --strength 0.6 --labels 1 --out ones.png
+
+epsrt sample out/digits.epsrt --latents latents.npz --method ddim --steps 50     (of epsrt invert)
+
+epsrt sample masked.epsrt --known photo.png --mask 0:16,: -n 8 --resample 10     (exported with --masked)
+
+epsrt sample masked.epsrt --known photo.png --size 64x64 --at 0,16 --out wide.png     (and with --sizes)
+
+epsrt sample guided.epsrt --classifier 2 --labels 3 -n 8     (exported with --classifier)
+"""
 
 
 def sample(
     bundle: show.BundleArgument,
     method: planning.MethodOption = None,
     steps: planning.StepsOption = None,
-    n: Annotated[int | None, Option("-n", help="How many images; by default one a label, or 10.")] = None,
-    labels: Annotated[
-        str | None, Option(help="Classes, by number or name: one for all, or one an image, with commas.")
+    n: Annotated[
+        int | None, Option("-n", help="How many images; by default one a label or given image, or 10.")
     ] = None,
+    labels: options.LabelsOption = None,
     seed: Annotated[int, Option(help="0 to 2^64 − 1. The same seed gives the same images, everywhere.")] = 0,
     first: Annotated[int, Option(help="Index of the first image: continues an earlier run of this seed.")] = 0,
-    init: Annotated[
-        Path | None, Option(help="Images to begin from, .npz as this command writes it: for ddim-inversion.")
+    guidance: options.GuidanceOption = None,
+    guidance_rescale: options.RescaleOption = 0.0,
+    guidance_interval: options.IntervalOption = None,
+    classifier: Annotated[
+        str | None, Option(metavar="W", help="Weight of the bundle's classifier; one an image with commas.")
     ] = None,
-    size: Annotated[
+    targets: Annotated[str | None, Option(help="Classes that the classifier guides to; by default --labels.")] = None,
+    init: Annotated[Path | None, Option(help=f"Images to begin from: {options.FILES}. With --strength.")] = None,
+    strength: Annotated[
+        float | None, Option(help="How much of --init is drawn anew: above 0 to 1, the share of the steps that run.")
+    ] = None,
+    latents: Annotated[
+        Path | None,
+        Option(help="Latents to begin from, .npz of epsrt invert; with its labels, and --no-clip, unless given."),
+    ] = None,
+    known: Annotated[Path | None, Option(help="Images of which a part is kept, files as for --init.")] = None,
+    mask: Annotated[
         str | None,
-        Option(metavar="HxW", help="Height and width, e.g. 16x24, of a bundle with sizes; by default its own."),
+        Option(
+            metavar="FILE|T:B,L:R",
+            help="What is kept of --known: a picture (white kept, black redrawn), .npz, or TOP:BOTTOM,LEFT:RIGHT.",
+        ),
     ] = None,
+    at: Annotated[
+        str | None, Option(metavar="TOP,LEFT", help="Where a smaller --known lies on the image, all around it drawn.")
+    ] = None,
+    resample: Annotated[int, Option(help="RePaint's: how often each stretch of steps is run, with --known.")] = 1,
+    jump: Annotated[int | None, Option(help="How many steps such a stretch has; by default 10.")] = None,
+    size: options.SizeOption = None,
     spacing: planning.SpacingOption = None,
     timesteps: planning.TimestepsOption = None,
     eta: planning.EtaOption = None,
@@ -57,82 +85,98 @@ def sample(
     out: Annotated[Path, Option("--out", "-o", help=".png: a grid; .npz; no suffix: a folder of PNGs.")] = Path(
         "samples.png"
     ),
+    trajectory: Annotated[
+        Path | None, Option(help="Also how the images form: .png (a strip, a row an image) or .gif.")
+    ] = None,
     engine: show.EngineOption = "auto",
-    precision: Annotated[str | None, Option(help="fp32 or fp16; by default the engine's best.")] = None,
-    batch: Annotated[int | None, Option(help="Images at once, at most; by default the bundle's largest.")] = None,
-    threads: Annotated[int | None, Option(help="Of a CPU engine; by default all cores.")] = None,
+    precision: options.PrecisionOption = None,
+    batch: options.BatchOption = None,
+    threads: options.ThreadsOption = None,
     trust_engines: show.TrustOption = False,
     as_json: show.JsonOption = False,
 ) -> None:
-    """Draw images from a bundle."""
+    """Draw images from a bundle: from noise, from latents, from other images, or around what is known."""
     from epsrt.bundle import Bundle
-    from epsrt.cli import pictures
-    from epsrt.engines import open_engine
-    from epsrt.sampler import Sampler, plan_of
+    from epsrt.cli import drawing, inputs, pictures
+    from epsrt.cli.trajectory import Trajectory
+    from epsrt.requests import plan_of
 
     opened = Bundle.open(bundle)
-    extent = None if size is None else _size(size)
-    classes = _labels(labels, opened.manifest.class_names)
-    images_of = None if init is None else pictures.read_samples(init)
-    if n is None and images_of is not None:
-        n = len(images_of)
+    m, extent = opened.manifest, options.size_of(size)
+    pictures.check_target(out, m.shape[0])
+    options.check_apart(out=out, trajectory=trajectory)
+    _check_together(init=init, latents=latents, strength=strength, jump=jump, resample=resample)
+    names, judged = options.names_in(opened)
+    classes, goals = options.classes_of("label", labels, names), options.classes_of("target", targets, judged)
+    w = None if guidance is None else options.numbers("--guidance", guidance)
+    s = [0.0] if classifier is None else options.numbers("--classifier", classifier)
+    between, place = options.interval_of(guidance_interval), options.place_of(at)
+    given = planning.options(steps, spacing, timesteps, eta, variance, clip, m.bound, more)
+    plan_of(m, method, **given)  # refuses what is no option of the method: --set seed=3
+    begin = None if init is None else inputs.images(init, opened, extent)
+    x, kept = (None, None) if latents is None else inputs.latents(latents, opened, extent)
+    classes = kept if classes is None else classes
+    pixels, part = inputs.masked(known, mask, place, extent, opened)
     if n is None:
-        n = len(classes) if classes is not None and len(classes) > 1 else 10
-    pictures.check_target(out, opened.manifest.shape[0])
-    bound = opened.manifest.bound
-    given = planning.options(steps, spacing, timesteps, eta, variance, clip, bound, more)
-    plan = plan_of(opened.manifest, method, **given)
-    with show.progress() as tell:
-        running = open_engine(
-            opened, engine, precision=precision, threads=threads, trust_engines=trust_engines, on_progress=tell
-        )
-    with Sampler(running) as sampler:
-        chosen = classes[0] if classes is not None and len(classes) == 1 else classes
-        begin = time.perf_counter()
-        with show.progress() as tell:
-            samples = sampler.sample(
-                n, plan=plan, seed=seed, first=first, labels=chosen, init=images_of, size=extent, batch=batch,
-                on_step=lambda done, total: tell(f"{plan.name}-{len(plan)}", done / total),
-                every=max(1 if running.device == "cpu" else ON_GPU, len(plan) // 50),
-            )  # fmt: skip
-        seconds = time.perf_counter() - begin
+        counts = [len(v) for v in (classes, goals, w, s) if v is not None and len(v) > 1]
+        n = (counts or [len(a) for a in (begin, x, pixels) if a is not None] or [10])[0]
+    asked: dict[str, Any] = {
+        "n": n, "method": method, **given, "seed": seed, "first": first, "size": extent,
+        "labels": options.one_or_each(classes),
+        "guidance": options.one_or_each(w), "guidance_rescale": guidance_rescale, "guidance_interval": between,
+        "classifier": options.one_or_each(s), "targets": options.one_or_each(goals), "init": begin,
+        "strength": strength, "x": x, "known": pixels, "mask": part, "resample": resample,
+        "jump": 10 if jump is None else jump,
+    }  # fmt: skip
+    work = drawing.checked(opened, asked)
+    name = work.plan.name.removesuffix("-resampled")
+    film = None if trajectory is None else Trajectory(trajectory, len(work.plan), n, m.shape[0])
+    with drawing.sampler_of(opened, work, engine, precision, threads, trust_engines) as sampler:
+        started = time.perf_counter()
+        samples = drawing.draw(sampler, asked, work, batch, film)
+        seconds = time.perf_counter() - started
         images = sampler.to_images(samples)
-        report = {
-            "out": str(out), "n": n, "size": list(samples.shape[2:]), "method": plan.name, "steps": len(plan),
-            "seed": seed, "first": first, "labels": classes, "engine": sampler.engine.name,
-            "precision": sampler.engine.precision, "seconds": round(seconds, 4),
-            "images_per_second": round(n / seconds, 2), "bundle": opened.manifest.digest,
-        }  # fmt: skip
-    indices = list(range(first, first + n))
-    null = opened.manifest.null_label
-    each = [null] * n if classes is None and null is not None else (classes or []) * (n if chosen != classes else 1)
-    pictures.save(out, samples, images, seed=np.full(n, seed, np.uint64), index=indices, label=each)
+        runs = sampler.engine
+    pictures.save(out, samples, images, **drawing.kept_of(opened, work))
+    if film is not None:
+        film.save()
+    weight, pull = drawing.weights_of(work, "w", 1.0), drawing.weights_of(work, "s", 0.0)
     if as_json:
-        show.print_json(report)
-    else:
-        typer.echo(
-            f"{out}: {n} images, {plan.name} in {len(plan)} steps on {report['engine']} {report['precision']}, "
-            f"{seconds:.2f} s, {n / seconds:.1f} images/s"
-        )
+        show.print_json({
+            "out": str(out), "n": n, "size": list(samples.shape[2:]), "method": name, "steps": len(work.plan),
+            "seed": seed, "first": first, "labels": classes, "guidance": weight,
+            "guidance_rescale": guidance_rescale, "guidance_interval": guidance_interval, "classifier": pull,
+            "targets": goals, "init": _text(init), "strength": strength, "latents": _text(latents),
+            "known": _text(known), "mask": mask, "at": at, "resample": resample,
+            "jump": asked["jump"] if resample > 1 else None, "trajectory": _text(trajectory), "engine": runs.name,
+            "precision": runs.precision, "seconds": round(seconds, 4), "images_per_second": round(n / seconds, 2),
+            "bundle": m.digest,
+        })  # fmt: skip
+        return
+    asides = {
+        f"guidance {drawing.weight_words(weight)}": weight != 1, f"classifier {drawing.weight_words(pull)}": pull != 0,
+        f"from {init}": init is not None, f"strength {strength}": strength is not None,
+        f"from {latents}": latents is not None, f"known pixels of {known}": known is not None,
+        f"resampled {resample} times": resample > 1,
+    }  # fmt: skip
+    typer.echo(
+        f"{out}: {n} images, {name} in {len(work.plan)} steps"
+        f"{''.join(f', {words}' for words, there in asides.items() if there)} on {runs.name} {runs.precision}, "
+        f"{seconds:.2f} s, {n / seconds:.1f} images/s{'' if trajectory is None else f'; {trajectory}'}"
+    )
 
 
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text.strip().lower())
-    if match is None:
-        raise EpsrtError(f"--size {text!r} is not HEIGHTxWIDTH, such as 16x24")
-    return int(match[1]), int(match[2])
+def _check_together(
+    init: Path | None, latents: Path | None, strength: float | None, jump: int | None, resample: int
+) -> None:
+    """What Sampler.sample would say in other names than those of the options."""
+    if init is not None and latents is not None:
+        raise EpsrtError("--init and --latents were both given: begin from images, noised, or from latents as they are")
+    if strength is not None and init is None:
+        raise EpsrtError("--strength says how far images are noised: give --init, which they are")
+    if jump is not None and resample == 1:
+        raise EpsrtError("--jump is how far --resample goes back: give that too, e.g. 10")
 
 
-def _labels(text: str | None, names: tuple[str, ...]) -> list[int] | None:
-    if text is None:
-        return None
-    found = []
-    for word in (w.strip() for w in text.split(",")):
-        if word in names:
-            found.append(names.index(word))
-        elif re.fullmatch(r"-?[0-9]{1,18}", word):
-            found.append(int(word))
-        else:
-            known = f"; the classes are {', '.join(names)}" if names else ""
-            raise EpsrtError(f"label {word!r} is neither a number nor a class name{known}")
-    return found
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 from rich.text import Text
 
-from epsrt.bundle import Rung
 from epsrt.engines import ENGINES
+from epsrt.manifest import Rung
 
 BundleArgument = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="A bundle: the directory that epsrt export wrote.")
@@ -76,13 +76,22 @@ def lines(rows: Sequence[Sequence[str]], right: bool = False) -> Iterator[str]:
 
 
 def rung_table(rungs: Sequence[Rung]) -> Table:
-    """The parity ladder as a person reads it."""
-    made = table("Parity", "rung", "engine", "precision", "figure", "limit", "where", "", right=("figure", "limit"))
+    """The parity ladder as a person reads it. An engine or a graph that all share has no column."""
+    engines = list(dict.fromkeys(r.engine for r in rungs if r.precision != "fp64"))
+    several, graphs = len(engines) > 1, any(r.graph for r in rungs)
+    head = ["rung", *(["graph"] if graphs else []), *(["engine"] if several else [])]
+    head += ["precision", "figure", "limit", "where", ""]
+    title = f"Parity on {' and '.join(engines)}; relative L2 where no unit stands" if engines else "Parity"
+    made = table(title, *head, right=("figure", "limit"))
+    for column in made.columns[: 1 + graphs]:
+        column.no_wrap = True
     for r in rungs:
         figure = "not finite" if r.figure is None else f"{r.figure:.1f}" if r.unit == "dB" else f"{r.figure:.1e}"
-        limit = f"{'≥' if r.at_least else '≤'} {r.limit:g} {r.unit}"
+        limit = f"{'≥' if r.at_least else '≤'} {r.limit:g} {'' if r.unit == 'relative L2' else r.unit}".strip()
         verdict = Text("pass", "green") if r.passed else Text("FAIL", "red")
-        made.add_row(r.name, r.engine, r.precision, figure, limit, r.where, verdict)
+        graph = [r.graph or ("" if r.precision == "fp64" else "plain")] if graphs else []
+        cells = [r.name, *graph, *([r.engine] if several else []), r.precision, figure, limit, r.where]
+        made.add_row(*cells, verdict)
     return made
 
 
