@@ -14,6 +14,7 @@ from torch import nn
 from epsrt.errors import EpsrtError
 from epsrt.manifest import Graph, LearnedVariance, Sizes, step_columns, step_features
 from epsrt_export.onnx_graph import WeightsFile, to_onnx
+from epsrt_export.onnx_passes import masked
 from epsrt_export.precision import half_copy
 from epsrt_export.stepgraph import DynamicThreshold, StepGraph, check_network
 
@@ -56,13 +57,18 @@ def write_graphs(
         except EpsrtError as error:
             raise EpsrtError(f'in half precision, {error}; export with precisions=["fp32"] alone') from error
     weights, made = WeightsFile(f"weights-{precision}.bin"), []
+    models: dict[tuple[str, ...], onnx.ModelProto] = {}  # without a mask, which is put on at the end
     for features in variants:
-        columns = step_columns(variance, features)
-        guide = gradient if "classifier" in features else None
-        step = StepGraph(network, columns, labelled, dtype, threshold, null_label, guide)
-        graph = Graph("", weights.name, precision, columns, (*step_features(variance, threshold), *features))  # type: ignore[arg-type]
+        bare = tuple(f for f in features if f != "mask")
+        columns = step_columns(variance, bare)
+        if bare not in models:
+            guide = gradient if "classifier" in bare else None
+            step = StepGraph(network, columns, labelled, dtype, threshold, null_label, guide)
+            models[bare] = to_onnx(step, shape, opset, weights, sizes)
+        model = masked(models[bare], len(columns)) if "mask" in features else models[bare]
+        all_features = (*step_features(variance, threshold), *features)
+        graph = Graph("", weights.name, precision, step_columns(variance, features), all_features)  # type: ignore[arg-type]
         graph = msgspec.structs.replace(graph, file="-".join(filter(None, ("step", graph.stem, precision))) + ".onnx")
-        model = to_onnx(step, shape, opset, weights, sizes)
         (directory / graph.file).write_bytes(model.SerializeToString(deterministic=True))
         made.append(graph)
         on_graph(len(made) / len(variants))

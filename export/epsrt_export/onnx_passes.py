@@ -1,4 +1,4 @@
-"""Rewrites of an exported graph, in place. Each keeps its meaning; each says what it is for."""
+"""Rewrites of an exported graph, in place but for `masked`. Each keeps its meaning; each says what it is for."""
 
 from __future__ import annotations
 
@@ -93,6 +93,50 @@ def group_norm_by_instance_norm(model: onnx.ModelProto) -> None:
 
     _replace(model, "GroupNormalization", expand)
     graph.initializer.extend(made.values())
+
+
+def masked(model: onnx.ModelProto, columns: int) -> onnx.ModelProto:
+    """A step graph of so many columns, with ka and kb behind them, that keeps known pixels (RePaint, arXiv 2201.09865).
+
+    x' = mask·(ka·known + kb·z2) + (1 − mask)·x', known, mask and z2 inputs like x. The model that is given stays as it
+    is; both read the same weights.
+    """
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    graph = made.graph
+    (rows,) = (v for v in graph.input if v.name == "rows")
+    (x,) = (v for v in graph.input if v.name == "x")
+    rows.type.tensor_type.shape.dim[1].dim_value = columns + 2
+    for name in ("known", "mask", "z2"):
+        value = graph.input.add()
+        value.CopyFrom(x)
+        value.name = name
+    for node in graph.node:
+        for names in (node.input, node.output):
+            renamed = [{"rows": "rows.step", "x_next": "x_next.step"}.get(name, name) for name in names]
+            del names[:]
+            names.extend(renamed)
+    numbers = {"mask.0": [0], "mask.axis": [1], "mask.pixels": [2, 3]}
+    numbers |= {f"mask.{columns + i}": [columns + i] for i in range(3)}
+    graph.initializer.extend(numpy_helper.from_array(np.array(v, np.int64), name) for name, v in numbers.items())
+    graph.initializer.append(numpy_helper.from_array(np.array(1, np.float32), "mask.one"))
+
+    def column(name: str, first: int, last: int) -> list[onnx.NodeProto]:
+        cut = helper.make_node("Slice", ["rows", f"mask.{first}", f"mask.{last}", "mask.axis"], [f"mask.{name}.column"])
+        return [cut, helper.make_node("Unsqueeze", [f"mask.{name}.column", "mask.pixels"], [f"mask.{name}"])]
+
+    steps = [
+        ("Mul", ["mask.ka", "known"], "mask.signal"), ("Mul", ["mask.kb", "z2"], "mask.noise"),
+        ("Add", ["mask.signal", "mask.noise"], "mask.noised"), ("Mul", ["mask", "mask.noised"], "mask.kept"),
+        ("Sub", ["mask.one", "mask"], "mask.rest"), ("Mul", ["mask.rest", "x_next.step"], "mask.redrawn"),
+        ("Add", ["mask.kept", "mask.redrawn"], "x_next"),
+    ]  # fmt: skip
+    first = helper.make_node("Slice", ["rows", "mask.0", f"mask.{columns}", "mask.axis"], ["rows.step"])
+    nodes = [first, *graph.node, *column("ka", columns, columns + 1), *column("kb", columns + 1, columns + 2)]
+    nodes += [helper.make_node(op, names, [out]) for op, names, out in steps]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return made
 
 
 def name_dimensions(model: onnx.ModelProto, sized: bool) -> None:

@@ -60,7 +60,7 @@ class DynamicThreshold:
 class StepGraph(nn.Module):
     """x', m', x0 from x, m, z [B, C, H, W], rows [B, len(columns)] and what else its features take.
 
-    columns   of epsrt.plan.FEATURES: what they name is what the graph has
+    columns   of epsrt.plan.FEATURES: what they name is what the graph has; a mask is put on later, by onnx_passes
     labelled  the network takes label [B] int64
     dtype     that the network computes in; everything else is float32
     guided    with w: the network sees 2B rows, B with their labels, B with `null_label`, and what it returns is
@@ -69,7 +69,6 @@ class StepGraph(nn.Module):
     learned   with r: the network returns [B, 2C, H, W], its second half v the learned variance (arXiv 2102.09672,
               eq. 15), and the noise is d·exp(r·v)·z; a guided one takes c's v
     gradient  with s: module of (x, t, target [B] int64), a classifier's ∇ log p(target | x), float32 (arXiv 2105.05233)
-    masked    with ka: known, mask, z2 [B, C, H, W]; where mask is 1, x' is known at the next row's level
     """
 
     def __init__(
@@ -97,9 +96,7 @@ class StepGraph(nn.Module):
         found = dict.fromkeys("xmz", "image") | {"rows": "rows"}
         if self.labelled:
             found["label"] = "label"
-        if "s" in self.columns:
-            found["target"] = "label"
-        return found | (dict.fromkeys(("known", "mask", "z2"), "image") if "ka" in self.columns else {})
+        return found | ({"target": "label"} if "s" in self.columns else {})
 
     def forward(
         self,
@@ -109,9 +106,6 @@ class StepGraph(nn.Module):
         rows: Tensor,
         label: Tensor | None = None,
         target: Tensor | None = None,
-        known: Tensor | None = None,
-        mask: Tensor | None = None,
-        z2: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         # one reshape and one split: [B, 1, 1, 1] a column, so that each broadcasts over the image
         parts = torch.split(rows[:, :, None, None], 1, dim=1)
@@ -129,8 +123,6 @@ class StepGraph(nn.Module):
         x0 = torch.minimum(torch.maximum(x0, -k["clip"]), k["clip"])
         x_next = k["a"] * x + k["b"] * x0 + k["h"] * out + k["c"] * m + noise
         m_next = k["e"] * x + k["f"] * x0 + k["o"] * out + k["g"] * m
-        if mask is not None and known is not None and z2 is not None:
-            x_next = mask * (k["ka"] * known + k["kb"] * z2) + (1 - mask) * x_next
         return x_next, m_next, x0
 
     def _predict(

@@ -15,6 +15,7 @@ from epsrt import spacing as spacings
 from epsrt.bundle import Bundle
 from epsrt.engines.protocol import Sample, image_shape
 from epsrt.errors import EpsrtError
+from epsrt.guidance import columns_of, judged
 from epsrt.images import images_of, mask_of
 from epsrt.manifest import Manifest
 from epsrt.plan import FEATURES, Plan
@@ -123,9 +124,10 @@ def prepare(bundle: Bundle, request: Request) -> Work:
     mask = mask_of(r.mask, count, shape)
     if (known is None) != (mask is None):
         raise EpsrtError("known and mask go together: mask is 1 where known is kept, 0 where it is redrawn")
-    plan = _edited(plan, m, r, known is not None)
+    rederived = _rederived(m, r)
+    plan, *others = (_edited(p, m, r, known is not None) for p in (plan, rederived) if p is not None)
     labels, targets = _classes(bundle, r, count)
-    own = _weights(m, plan, r, count)
+    own = columns_of(m, plan, next(iter(others), None), r, count)
     begin = latents if init is None else init
     stream = noise.START if r.strength is None else noise.FORWARD
     samples = [
@@ -148,19 +150,26 @@ def own_scale(manifest: Manifest, plan: Plan) -> float:
     return float(plan.level[1] / sigma[0])
 
 
-def _plan(manifest: Manifest, r: Request) -> Plan:
+def _plan(manifest: Manifest, r: Request, **fitting: Any) -> Plan:
     if r.plan is None:
-        fitting: dict[str, Any] = {} if r.x is None else {"clip": None}  # a clipped step does not undo an inverted one
-        chosen = manifest.sampling.method if r.method is None else r.method
-        if _judged(r) and "rederive" in solvers.options_of(chosen):
-            fitting["rederive"] = (
-                True  # or the clip swallows what the gradient adds to x0, and ε keeps the reverse of it
-            )
+        if r.x is not None:
+            fitting["clip"] = None  # a clipped step does not undo an inverted one
         return plan_of(manifest, r.method, r.steps, **{**fitting, **r.options})
     if r.options or r.steps is not None or r.method is not None:
         first = next(iter(r.options), "steps" if r.steps is not None else "method")
         raise EpsrtError(f"{first} was given beside a plan, which has settled it: give one of them")
     return r.plan
+
+
+def _rederived(manifest: Manifest, r: Request) -> Plan | None:
+    """DDIM's plan for guided samples, unless somebody says of ε what it is to be; None for other methods.
+
+    Guidance drives x0 beyond the bounds. The clip takes that back, and where ε keeps it, images turn grey.
+    """
+    if r.plan is not None or "rederive" in {**manifest.sampling.options, **r.options}:
+        return None
+    method = manifest.sampling.method if r.method is None else r.method
+    return _plan(manifest, r, rederive=True) if "rederive" in solvers.options_of(method) else None
 
 
 def _check_begin(plan: Plan, r: Request) -> None:
@@ -232,66 +241,12 @@ def _classes(bundle: Bundle, r: Request, count: int) -> tuple[list[int], list[in
     def each(values: Any) -> list[Any]:
         return [values] * count if np.ndim(values) == 0 else list(values)
 
-    judged, labels, targets = _judged(r), r.labels, r.targets
-    if targets is not None and not judged:
+    guided, labels, targets = judged(r), r.labels, r.targets
+    if targets is not None and not guided:
         raise EpsrtError("targets are what the classifier guides to: give its weight, classifier=, or labels instead")
-    if judged and targets is None:
+    if guided and targets is None:
         if labels is None:
             raise EpsrtError("a classifier guides to a class: give targets, or labels for it and the network both")
         targets, labels = labels, labels if bundle.labelled else None
     chosen = [bundle.label_of(label) for label in each(labels)]
-    return chosen, [bundle.target_of(t) for t in each(targets)] if judged else [0] * count
-
-
-def _judged(r: Request) -> bool:
-    """Whether a classifier guides any of the samples."""
-    return bool(np.any(_numbers("classifier", r.classifier)))
-
-
-def _weights(m: Manifest, plan: Plan, r: Request, count: int) -> dict[str, NDArray[np.float64]]:
-    """The columns w, phi and s of each sample, [steps, n], where they are not the plan's own."""
-    asked = m.sampling.guidance if r.guidance is None and r.labels is not None and m.null_label is not None else 1.0
-    each = {"guidance": asked if r.guidance is None else r.guidance, "classifier": r.classifier}
-    each["guidance_rescale"] = r.guidance_rescale
-    w, s, phi = (np.broadcast_to(_numbers(name, value), (count,)) for name, value in each.items())
-    if not np.all((phi >= 0) & (phi <= 1)):
-        raise EpsrtError(f"guidance_rescale = {r.guidance_rescale} is outside [0, 1]: 0.7 is usual")
-    guided = bool(np.any(w != 1))
-    if guided and r.labels is None and m.null_label is not None:  # without one no step graph guides, which says so
-        raise EpsrtError("guidance weighs a label against none: give labels")
-    if np.any(s) and not np.any(plan["j"]):
-        raise EpsrtError(f"plan {plan.name!r} has no column j, what a classifier's gradient adds: take one of a method")
-    for name, used in (("guidance_interval", guided or np.any(s)), ("guidance_rescale", guided)):
-        if getattr(r, name) not in (None, 0, 0.0) and not used:
-            raise EpsrtError(f"{name} is for guided samples: give guidance")
-    on = _interval(m, plan, r.guidance_interval)[:, None]
-    found = {"w": np.where(on, w, 1.0), "phi": np.where(on, phi, 0.0)} if guided else {}
-    return found | ({"s": np.where(on, s, 0.0)} if np.any(s) else {})
-
-
-def _numbers(name: str, values: Any) -> NDArray[np.float64]:
-    try:
-        found = np.asarray(values, np.float64)
-    except (TypeError, ValueError):
-        found = np.array(np.nan)
-    if found.ndim > 1 or not np.isfinite(found).all() or np.any(np.abs(found) > 1e6):
-        raise EpsrtError(f"{name} = {values!r} is not a finite number, or one a sample")
-    return found
-
-
-def _interval(m: Manifest, plan: Plan, interval: tuple[float, float] | None) -> NDArray[np.bool_]:
-    """The rows at whose timesteps there is guidance (arXiv 2404.07724, section 3)."""
-    if interval is None:
-        return np.ones(len(plan), bool)
-    try:
-        low, high = (float(v) for v in interval)
-    except (TypeError, ValueError):
-        low, high = np.nan, np.nan
-    if not low <= high:
-        raise EpsrtError(f"guidance_interval = {interval!r} is not (low, high), two timesteps that ascend")
-    t = m.timesteps(plan["t"])
-    on = (t >= low) & (t <= high)
-    if not on.any():
-        have = f"{t.min():g} … {t.max():g}"
-        raise EpsrtError(f"guidance_interval = ({low:g}, {high:g}) holds none of the plan's timesteps, {have}")
-    return np.asarray(on)
+    return chosen, [bundle.target_of(t) for t in each(targets)] if guided else [0] * count

@@ -104,12 +104,12 @@ class Sampler(Closing):
 
         guidance        weight w of classifier-free guidance, u + w·(c − u), one for all or one a sample: 1 is none, 0
                         ignores the label; by default the bundle's (arXiv 2207.12598). It takes one engine call a step,
-                        at twice the batch
+                        at twice the batch. Of guided samples, here and by a classifier, ddim derives ε anew from the
+                        clipped x0 (rederive) unless told otherwise
         guidance_rescale    φ in [0, 1], towards the deviation of c (arXiv 2305.08891, section 3.4)
         guidance_interval   (low, high): guided where low ≤ t ≤ high alone, in timesteps (arXiv 2404.07724)
         classifier      weight of a classifier's gradient, one for all or one a sample (arXiv 2105.05233), of a bundle
-                        exported with one; it guides to `targets`, by default the labels. ddim then derives ε anew
-                        from the clipped x0 (rederive) unless told otherwise
+                        exported with one; it guides to `targets`, by default the labels
 
         init, strength  images to begin from (img2img): noised to where the last `strength` of the steps begins, in
                         (0, 1]. Without strength for plans that begin from images: ddim-inversion

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from epsrt import idle_row
-from epsrt.plan import COLUMNS, FEATURES, STEP_COLUMNS
+from epsrt.plan import COLUMNS, FEATURES, STEP_COLUMNS, Plan
 from epsrt_export.onnx_graph import ALIGNMENT, EXTERNAL_FROM, WeightsFile, to_onnx
 from epsrt_export.precision import half_copy
 from epsrt_export.stepgraph import StepGraph

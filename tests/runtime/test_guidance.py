@@ -25,7 +25,9 @@ def rescaled(guided, c, phi):
     return phi * pulled + (1 - phi) * guided
 
 
-def ddim(sampler, network, seed, index, label, w=1.0, interval=(0, 1000), phi=0.0, guide=None, s=0.0, target=0):
+def ddim(
+    sampler, network, seed, index, label, w=1.0, interval=(0, 1000), phi=0.0, guide=None, s=0.0, target=0, rederive=True
+):
     """One sample, DDIM eq. 12 with ε of arXiv 2207.12598 eq. 6, or arXiv 2105.05233 algorithm 2."""
     m = sampler.bundle.manifest
     ts = sampler.plan("ddim", STEPS)["t"]
@@ -43,7 +45,7 @@ def ddim(sampler, network, seed, index, label, w=1.0, interval=(0, 1000), phi=0.
             chosen = guide(state, told).log_softmax(1)[0, target]
             eps = eps - s * np.sqrt(1 - A) * torch.autograd.grad(chosen, state)[0]
         x0 = ((x - np.sqrt(1 - A) * eps) / np.sqrt(A)).clamp(-1, 1)
-        if guide is not None:
+        if rederive and (not 0 <= w <= 1 or s):
             eps = (x - np.sqrt(A) * x0) / np.sqrt(1 - A)
         x = np.sqrt(B) * x0 + np.sqrt(1 - B) * eps
     return x.float().numpy()[0]
@@ -56,11 +58,20 @@ class TestClassifierFree:
         for i, (w, label) in enumerate(zip(weights, labels, strict=True)):
             np.testing.assert_allclose(mine[i], ddim(sampler, network, 5, i, label, w), **TOLERANCE)
 
+    def test_epsilon_is_the_networks_own_where_that_is_asked_for(self, sampler, network):
+        mine = sampler.sample(seed=5, steps=STEPS, labels=[3, 4], guidance=[4.0, 1.0], rederive=False)
+        for i, (w, label) in enumerate([(4.0, 3), (1.0, 4)]):
+            truth = ddim(sampler, network, 5, i, label, w, rederive=False)
+            np.testing.assert_allclose(mine[i], truth, **TOLERANCE)
+        other = sampler.sample(seed=5, steps=STEPS, labels=[3, 4], guidance=[4.0, 1.0])
+        assert np.abs(mine[0] - other[0]).max() > 0.01
+        np.testing.assert_array_equal(mine[1], other[1])
+
     def test_one_is_the_plain_graph_and_zero_the_unconditional_network(self, sampler):
         labels = [1, 2, 3, 4]
         plain = sampler.sample(seed=6, steps=STEPS, labels=labels)
-        without = sampler.sample(4, seed=6, steps=STEPS)
         mixed = sampler.sample(seed=6, steps=STEPS, labels=labels, guidance=[1.0, 0.0, 1.0, 3.0])
+        without = sampler.sample(4, seed=6, steps=STEPS)
         for i in (0, 2):
             np.testing.assert_allclose(mixed[i], plain[i], rtol=0, atol=1e-5)
         np.testing.assert_allclose(mixed[1], without[1], rtol=0, atol=1e-5)
@@ -113,6 +124,7 @@ class TestClassifier:
         for i, (s, target) in enumerate(zip(weights, targets, strict=True)):
             truth = ddim(sampler, network, 5, i, 3, guide=guide, s=s, target=target)
             np.testing.assert_allclose(mine[i], truth, **TOLERANCE)
+        np.testing.assert_allclose(mine[0], sampler.sample(1, seed=5, steps=STEPS, labels=3)[0], rtol=0, atol=1e-5)
         assert np.abs(mine[2] - sampler.sample(3, seed=5, steps=STEPS, labels=3, rederive=True)[2]).max() > 0.02
 
     def test_labels_are_its_targets_unless_told(self, sampler):

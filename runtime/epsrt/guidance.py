@@ -1,0 +1,84 @@
+"""Guidance as columns of the rows: weights of a label against none, and of a classifier, a sample each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epsrt.errors import EpsrtError
+from epsrt.manifest import Manifest
+from epsrt.plan import COLUMNS, Plan
+
+if TYPE_CHECKING:
+    from epsrt.requests import Request
+
+Columns = dict[str, NDArray[np.float64]]
+
+
+def judged(r: Request) -> bool:
+    """Whether a classifier guides any of the samples."""
+    return bool(np.any(_numbers("classifier", r.classifier)))
+
+
+def columns_of(m: Manifest, plan: Plan, rederived: Plan | None, r: Request, count: int) -> Columns:
+    """The columns of each sample, float64 [steps, n], where they are not the plan's own: w, phi, s.
+
+    rederived  the plan for samples that are guided, where that is another: the columns in which it differs are theirs
+    Raises EpsrtError for weights, interval or rescale that are none, or that nothing takes.
+    """
+    asked = m.sampling.guidance if r.guidance is None and r.labels is not None and m.null_label is not None else 1.0
+    each = {"guidance": asked if r.guidance is None else r.guidance, "classifier": r.classifier}
+    each["guidance_rescale"] = r.guidance_rescale
+    w, s, phi = (np.broadcast_to(_numbers(name, value), (count,)) for name, value in each.items())
+    if not np.all((phi >= 0) & (phi <= 1)):
+        raise EpsrtError(f"guidance_rescale = {r.guidance_rescale} is outside [0, 1]: 0.7 is usual")
+    weighed, classified = bool(np.any(w != 1)), bool(np.any(s))
+    if weighed and r.labels is None and m.null_label is not None:  # without one no step graph guides, which says so
+        raise EpsrtError("guidance weighs a label against none: give labels")
+    if classified and not np.any(plan["j"]):
+        raise EpsrtError(f"plan {plan.name!r} has no column j, what a classifier's gradient adds: take one of a method")
+    for name, used in (("guidance_interval", weighed or classified), ("guidance_rescale", weighed)):
+        if getattr(r, name) not in (None, 0, 0.0) and not used:
+            raise EpsrtError(f"{name} is for guided samples: give guidance")
+    on = _interval(m, plan, r.guidance_interval)[:, None]
+    found: Columns = {}
+    if weighed:
+        found |= {"w": np.where(on, w, 1.0), "phi": np.where(on, phi, 0.0)}
+    if classified:
+        found["s"] = np.where(on, s, 0.0)
+    if found and rederived is not None:
+        guided = (w < 0) | (w > 1) | (s != 0)  # between 0 and 1 there is nothing that clips more than without
+        for name in COLUMNS:
+            if not np.array_equal(plan[name], rederived[name]):
+                found[name] = np.where(guided, rederived[name][:, None], plan[name][:, None])
+    return found
+
+
+def _numbers(name: str, values: Any) -> NDArray[np.float64]:
+    try:
+        found = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        found = np.array(np.nan)
+    if found.ndim > 1 or not np.isfinite(found).all() or np.any(np.abs(found) > 1e6):
+        raise EpsrtError(f"{name} = {values!r} is not a finite number, or one a sample")
+    return found
+
+
+def _interval(m: Manifest, plan: Plan, interval: tuple[float, float] | None) -> NDArray[np.bool_]:
+    """The rows at whose timesteps there is guidance (arXiv 2404.07724, section 3)."""
+    if interval is None:
+        return np.ones(len(plan), bool)
+    try:
+        low, high = (float(v) for v in interval)
+    except (TypeError, ValueError):
+        low, high = np.nan, np.nan
+    if not low <= high:
+        raise EpsrtError(f"guidance_interval = {interval!r} is not (low, high), two timesteps that ascend")
+    t = m.timesteps(plan["t"])
+    on = (t >= low) & (t <= high)
+    if not on.any():
+        have = f"{t.min():g} … {t.max():g}"
+        raise EpsrtError(f"guidance_interval = ({low:g}, {high:g}) holds none of the plan's timesteps, {have}")
+    return np.asarray(on)
