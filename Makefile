@@ -5,13 +5,16 @@ EXTRAS := cpu,export,train,cli,charts,tensorrt-rtx,dev
 # Their own requirements hold a torchvision that no CPU torch loads, and a hundred packages that no test needs.
 FOREIGN := denoising-diffusion-pytorch torchcfm
 
-.PHONY: demo samplers test lint bench gpu clean
+.PHONY: demo samplers gallery test lint bench gpu clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
 
 samplers: .venv/installed
 	$(BIN)/python examples/samplers.py
+
+gallery: .venv/installed
+	$(BIN)/python examples/gallery.py
 
 # A file's tests stay in one process, and each process on one core: they would only wait for each other's threads.
 test: lint

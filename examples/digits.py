@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,24 +50,27 @@ class Run:
         return len(self.images) / self.seconds
 
 
-def trained() -> Path:
-    preset = PRESETS["digits"]
+def trained(name: str = "digits", out: Path = CHECKPOINT) -> Path:
+    """The checkpoint of a preset; one that is finished is kept."""
+    preset = PRESETS[name]
     with show.progress() as tell:
         return train(
-            load("digits"), preset.network, preset.schedule, preset.train, CHECKPOINT,
-            progress=lambda p: tell(f"train digits, {p.steps} steps", p.step / p.steps),
+            load("digits"), preset.network, preset.schedule, preset.train, out,
+            progress=lambda p: tell(f"train {name}, {p.steps} steps", p.step / p.steps),
         )  # fmt: skip
 
 
-def exported(checkpoint: Path) -> Bundle:
+def exported(checkpoint: Path, out: Path = BUNDLE, classifier: Path | None = None, **options: Any) -> Bundle:
+    """The bundle of a checkpoint; one that was made of the same weights is kept. `options` are export's."""
     try:
-        bundle = Bundle.open(BUNDLE)
-        if bundle.manifest.provenance.source_sha256 == sha256(checkpoint):
+        bundle = Bundle.open(out)
+        made_of = bundle.manifest.provenance.source_sha256, getattr(bundle.manifest.classifier, "source_sha256", None)
+        if made_of == (sha256(checkpoint), classifier and sha256(classifier)):
             return bundle
     except BundleError:
         pass
     with show.progress() as tell:
-        return export(checkpoint, BUNDLE, on_stage=tell)
+        return export(checkpoint, out, classifier=classifier, on_stage=tell, **options)
 
 
 def verified(bundle: Bundle) -> None:

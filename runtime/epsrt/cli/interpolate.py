@@ -75,8 +75,8 @@ def interpolate(
         raise EpsrtError(f"--labels gives {len(classes)} classes: all frames have one, the way leads through the noise")
     w = None if guidance is None else options.numbers("--guidance", guidance)
     given = planning.options(steps, spacing, timesteps, eta, None, clip, m.bound, more)
-    if latents is not None:
-        given.setdefault("clip", None)  # a clipped step does not undo an inverted one
+    # seeds' own samples are at the ends of the way; a clipped step does not undo an inverted one
+    given.setdefault("clip", m.clip if latents is None else None)
     plan = plan_of(m, method, **given)
     if plan.start[0]:
         raise EpsrtError(f"{plan.name} begins from images: walk between latents with a sampler, such as ddim")
@@ -92,7 +92,7 @@ def interpolate(
     count = len(numbers or []) if ends is None else len(ends)
     total = _count(count, frames)
     asked: dict[str, Any] = {
-        "plan": plan, "labels": options.one_or_each(classes), "guidance": options.one_or_each(w),
+        "method": method, **given, "labels": options.one_or_each(classes), "guidance": options.one_or_each(w),
         "guidance_rescale": guidance_rescale, "guidance_interval": options.interval_of(guidance_interval),
     }  # fmt: skip
     if ends is None:
