@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,8 @@ from epsrt.plan import COLUMNS, DEFAULTS, Plan
 
 Images = NDArray[np.float32]
 
-MOST_ROWS = 1 << 20  # of a plan with jumps
+MOST_PIXELS = 65536  # of a side
+MOST_ROWS = 100_000  # of a plan with jumps
 
 
 def resampled(plan: Plan, times: int, jump: int = 10) -> Plan:
@@ -33,13 +35,19 @@ def resampled(plan: Plan, times: int, jump: int = 10) -> Plan:
             raise EpsrtError(f"{name} = {value} is outside 1 … 1000")
     if times == 1:
         return plan
+    if jump >= len(plan):
+        raise EpsrtError(f"jump = {jump} of {len(plan)} steps leaves nothing to run again: give less than {len(plan)}")
+    total = len(plan) + (times - 1) * jump * len(range(0, len(plan) - jump, jump))
+    if total > MOST_ROWS:
+        raise EpsrtError(
+            f"{len(plan)} steps, resampled {times} times, are {total} rows: give fewer, {MOST_ROWS} at most"
+        )
     if np.any(plan["c"]) or np.any(plan["g"]):
         raise EpsrtError(f"{plan.name} remembers what came before, and resampling goes back: use ddpm, ddim or euler")
     rows: list[NDArray[np.float64]] = []
+    levels = plan.levels
     for row, back in _walk(len(plan), times, jump):
-        rows += _rows(plan, row, back)
-        if len(rows) > MOST_ROWS:
-            raise EpsrtError(f"{len(plan)} steps, resampled {times} times, are over a million rows: give fewer")
+        rows += _rows(plan, levels, row, back)
     table = np.array(rows)
     table[:, COLUMNS.index("n")] = np.arange(len(table))
     return replace(plan, table=table, name=f"{plan.name}-resampled")
@@ -62,12 +70,12 @@ def _walk(count: int, times: int, jump: int) -> list[tuple[int, int | None]]:
     return walk
 
 
-def _rows(plan: Plan, row: int, back: int | None) -> list[NDArray[np.float64]]:
+def _rows(plan: Plan, levels: NDArray[np.float64], row: int, back: int | None) -> list[NDArray[np.float64]]:
     """A row, and the way back to the level of row `back`."""
     table, at = plan.table[row].copy(), {name: i for i, name in enumerate(COLUMNS)}
     if back is None:
         return [table]
-    (alpha, sigma), (to_alpha, to_sigma) = plan.levels[row + 1], plan.levels[back]
+    (alpha, sigma), (to_alpha, to_sigma) = levels[row + 1], levels[back]
     s = to_alpha / alpha
     n = np.sqrt(max(to_sigma**2 - (s * sigma) ** 2, 0.0))
     noised = {"d": n, "ka": to_alpha, "kb": to_sigma}
@@ -100,7 +108,13 @@ def slerp(a: Images, b: Images, fractions: Sequence[float] | NDArray[np.floating
         raise EpsrtError(
             f"slerp takes two latents of one shape, float, not {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
         )
-    f = np.asarray(fractions, np.float64).reshape(-1, *[1] * a.ndim)
+    try:
+        f = np.asarray(fractions, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        f = np.array(np.nan)
+    if f.ndim != 1 or a.ndim != 3:
+        raise EpsrtError("slerp takes two latents [C, H, W] and a list of fractions, such as [0, 0.5, 1]")
+    f = f.reshape(-1, 1, 1, 1)
     one, two = a.astype(np.float64), b.astype(np.float64)
     if not (np.isfinite(one).all() and np.isfinite(two).all() and np.isfinite(f).all()):
         raise EpsrtError("slerp was given NaN or infinity")
@@ -113,7 +127,18 @@ def slerp(a: Images, b: Images, fractions: Sequence[float] | NDArray[np.floating
         between = (1 - f) * one + f * two  # the sphere is flat between neighbours
     else:
         between = (np.sin((1 - f) * angle) * one + np.sin(f * angle) * two) / np.sin(angle)
-    return np.asarray(between, np.float32)
+    with np.errstate(over="ignore"):
+        found = np.asarray(between, np.float32)
+    if not np.isfinite(found).all():
+        raise EpsrtError("slerp's latents are beyond what float32 holds: scale them")
+    return found
+
+
+def _pair(name: str, given: Any) -> tuple[int, int]:
+    values = list(given) if isinstance(given, (tuple, list, np.ndarray)) else []
+    if len(values) != 2:
+        raise EpsrtError(f"{name} = {given!r} is not a pair of whole numbers, down and across")
+    return typed(name, values[0], 1), typed(name, values[1], 1)
 
 
 def canvas(images: Images, size: tuple[int, int], at: tuple[int, int] | None = None) -> tuple[Images, Images]:
@@ -128,8 +153,10 @@ def canvas(images: Images, size: tuple[int, int], at: tuple[int, int] | None = N
     images = np.asarray(images)
     if images.ndim != 4 or images.dtype.kind != "f":
         raise EpsrtError(f"canvas takes images float [n, C, h, w], not {images.dtype} {list(images.shape)}")
-    (n, channels, h, w), (height, width) = images.shape, (typed("size", side, 1) for side in size)
-    top, left = ((height - h) // 2, (width - w) // 2) if at is None else (typed("at", side, 1) for side in at)
+    (n, channels, h, w), (height, width) = images.shape, _pair("size", size)
+    top, left = ((height - h) // 2, (width - w) // 2) if at is None else _pair("at", at)
+    if height > MOST_PIXELS or width > MOST_PIXELS:
+        raise EpsrtError(f"a canvas of {height} × {width} is over {MOST_PIXELS} pixels a side")
     if not (0 <= top <= height - h and 0 <= left <= width - w):
         raise EpsrtError(f"images of {h} × {w} at ({top}, {left}) do not fit a canvas of {height} × {width}")
     known = np.zeros((n, channels, height, width), np.float32)

@@ -34,6 +34,16 @@ def one_of(word: str, known: Iterable[str]) -> str:
     return f"{hint}use one of {', '.join(names)}"
 
 
+def whole(name: str, value: Any) -> int:
+    """`value` as an int. Raises EpsrtError where it is no whole number; true and false are none."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise EpsrtError(f"{name} = {value!r} is not a whole number")
+    try:
+        return int(value.__index__())
+    except TypeError:  # an array of several
+        raise EpsrtError(f"{name} = {value!r} is not a whole number") from None
+
+
 def typed(name: str, value: Any, like: Any) -> Any:
     """`value` as an option whose default is `like`: bool, int, float, str, or (like None) str or None.
 

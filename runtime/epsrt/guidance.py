@@ -14,6 +14,8 @@ from epsrt.plan import COLUMNS, Plan
 if TYPE_CHECKING:
     from epsrt.requests import Request
 
+LARGEST = 1e6  # weight
+
 Columns = dict[str, NDArray[np.float64]]
 
 
@@ -22,7 +24,7 @@ def judged(r: Request) -> bool:
     return bool(np.any(_numbers("classifier", r.classifier)))
 
 
-def columns_of(m: Manifest, plan: Plan, rederived: Plan | None, r: Request, count: int) -> Columns:
+def columns_of(m: Manifest, plan: Plan, rederived: Plan | None, r: Request, labels: list[int], count: int) -> Columns:
     """The columns of each sample, float64 [steps, n], where they are not the plan's own: w, phi, s.
 
     rederived  the plan for samples that are guided, where that is another: the columns in which it differs are theirs
@@ -32,37 +34,48 @@ def columns_of(m: Manifest, plan: Plan, rederived: Plan | None, r: Request, coun
     each = {"guidance": asked if r.guidance is None else r.guidance, "classifier": r.classifier}
     each["guidance_rescale"] = r.guidance_rescale
     w, s, phi = (np.broadcast_to(_numbers(name, value), (count,)) for name, value in each.items())
+    labelled = np.array([label != m.null_label for label in labels])
     if not np.all((phi >= 0) & (phi <= 1)):
         raise EpsrtError(f"guidance_rescale = {r.guidance_rescale} is outside [0, 1]: 0.7 is usual")
     weighed, classified = bool(np.any(w != 1)), bool(np.any(s))
-    if weighed and r.labels is None and m.null_label is not None:  # without one no step graph guides, which says so
+    if weighed and m.null_label is not None and not labelled.any():  # without one no graph guides, which says so
         raise EpsrtError("guidance weighs a label against none: give labels")
     if classified and not np.any(plan["j"]):
         raise EpsrtError(f"plan {plan.name!r} has no column j, what a classifier's gradient adds: take one of a method")
-    for name, used in (("guidance_interval", weighed or classified), ("guidance_rescale", weighed)):
-        if getattr(r, name) not in (None, 0, 0.0) and not used:
+    used = {"guidance_interval": weighed or classified, "guidance_rescale": weighed}
+    for name, there in (("guidance_interval", r.guidance_interval is not None), ("guidance_rescale", np.any(phi))):
+        if there and not used[name]:
             raise EpsrtError(f"{name} is for guided samples: give guidance")
+    w = np.where(labelled, w, 1.0)  # of the null label there is nothing to weigh
     on = _interval(m, plan, r.guidance_interval)[:, None]
+
+    def spread(values: NDArray[Any], otherwise: NDArray[Any] | float, where: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """[steps, n], of one column of memory where all samples have the same."""
+        same = [np.all(a == a[..., :1]) for a in (values, np.asarray(where))]
+        made = np.where(where[..., :1], values[..., :1], otherwise) if all(same) else np.where(where, values, otherwise)
+        return np.broadcast_to(made, (len(plan), count))
+
     found: Columns = {}
     if weighed:
-        found |= {"w": np.where(on, w, 1.0), "phi": np.where(on, phi, 0.0)}
+        found |= {"w": spread(w, 1.0, on), "phi": spread(phi, 0.0, on)}
     if classified:
-        found["s"] = np.where(on, s, 0.0)
+        found["s"] = spread(s, 0.0, on)
     if found and rederived is not None:
         guided = (w < 0) | (w > 1) | (s != 0)  # between 0 and 1 there is nothing that clips more than without
         for name in COLUMNS:
             if not np.array_equal(plan[name], rederived[name]):
-                found[name] = np.where(guided, rederived[name][:, None], plan[name][:, None])
+                found[name] = spread(rederived[name][:, None], plan[name][:, None], guided)
     return found
 
 
 def _numbers(name: str, values: Any) -> NDArray[np.float64]:
     try:
-        found = np.asarray(values, np.float64)
-    except (TypeError, ValueError):
+        given = np.asarray(values)
+        found = given.astype(np.float64) if given.dtype.kind in "iuf" else np.array(np.nan)
+    except (TypeError, ValueError, OverflowError):
         found = np.array(np.nan)
-    if found.ndim > 1 or not np.isfinite(found).all() or np.any(np.abs(found) > 1e6):
-        raise EpsrtError(f"{name} = {values!r} is not a finite number, or one a sample")
+    if found.ndim > 1 or not np.isfinite(found).all() or np.any(np.abs(found) > LARGEST):
+        raise EpsrtError(f"{name} = {values!r} is not a number within ±{LARGEST:g}, or one a sample")
     return found
 
 
@@ -72,7 +85,7 @@ def _interval(m: Manifest, plan: Plan, interval: tuple[float, float] | None) -> 
         return np.ones(len(plan), bool)
     try:
         low, high = (float(v) for v in interval)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         low, high = np.nan, np.nan
     if not low <= high:
         raise EpsrtError(f"guidance_interval = {interval!r} is not (low, high), two timesteps that ascend")

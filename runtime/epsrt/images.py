@@ -14,6 +14,14 @@ Samples = NDArray[np.float32]
 SLACK = 0.1  # of the value range's width: how far beyond it an image may lie, as samples that were not clipped do
 
 
+def array_of(name: str, given: ArrayLike) -> NDArray[Any]:
+    """Raises EpsrtError where lists are of different lengths."""
+    try:
+        return np.asarray(given)
+    except ValueError as error:
+        raise EpsrtError(f"{name} is no array ({error}): give rows of one length") from None
+
+
 def images_of(
     name: str, given: NDArray[Any] | None, count: int, shape: tuple[int, int, int], within: tuple[float, float] | None
 ) -> Samples | None:
@@ -27,7 +35,7 @@ def images_of(
         want = ", ".join(map(str, shape))
         raise EpsrtError(f"{name} is {given.dtype} {list(given.shape)}, not float [{count}, {want}]")
     with np.errstate(over="ignore"):
-        images = np.ascontiguousarray(given, np.float32)
+        images = np.array(given, np.float32, order="C")  # a copy: the caller's may change before it is drawn
     bad = np.flatnonzero(~np.isfinite(images).all((1, 2, 3)))
     if len(bad):
         raise EpsrtError(f"{name} image {bad[0]} holds NaN or infinity")
@@ -50,7 +58,7 @@ def mask_of(given: ArrayLike | None, count: int, shape: tuple[int, int, int]) ->
     """
     if given is None:
         return None
-    mask = np.asarray(given)
+    mask = array_of("mask", given)
     channels, height, width = shape
     fits = mask.shape == (height, width) or (
         mask.ndim == 4
@@ -61,7 +69,7 @@ def mask_of(given: ArrayLike | None, count: int, shape: tuple[int, int, int]) ->
     if not fits or mask.dtype.kind not in "fb":
         raise EpsrtError(
             f"mask is {mask.dtype} {list(mask.shape)}, not bool or float [{count}, 1, {height}, {width}] or "
-            f"[{height}, {width}]"
+            f"[{height}, {width}] (of 0 and 1: mask.astype(bool))"
         )
     values = mask.astype(np.float32)
     if not np.all((values >= 0) & (values <= 1)):

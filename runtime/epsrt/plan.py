@@ -114,13 +114,17 @@ class Plan:
 
     def cut(self, first: int, last: int | None = None, start: tuple[float, float] | None = None) -> Plan:
         """Rows first … last−1; each keeps its noise index."""
-        begin = slice(first, last).indices(len(self))[0]
-        level = self._level_at(min(begin, len(self)))
+        begin, end, _ = slice(first, last).indices(len(self))
+        if begin >= end:
+            raise EpsrtError(f"cut({first}, {last}) leaves none of the {len(self)} rows of plan {self.name!r}")
+        level = self._level_at(begin)
         table = self.table[first:last]
         return replace(self, table=table, start=self.start if start is None else start, level=level)
 
     def begun(self, first: int) -> Plan:
         """Rows first …, to begin from images that are noised to the level at which row `first` reads x (img2img).
+
+        Its start has both parts, (α, σ): Sampler.sample noises `init` by them, as its strength= does.
 
         Each row keeps its noise index. A row that would read the x0 before it from m takes its own instead, as the
         first step of a multistep method does; where it would read anything else, as Heun's second row, the plan begins

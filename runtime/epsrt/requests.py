@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,14 +14,15 @@ from epsrt import editing, noise, solvers
 from epsrt import spacing as spacings
 from epsrt.bundle import Bundle
 from epsrt.engines.protocol import Sample, image_shape
-from epsrt.errors import EpsrtError
+from epsrt.errors import EpsrtError, whole
 from epsrt.guidance import columns_of, judged
-from epsrt.images import images_of, mask_of
+from epsrt.images import array_of, images_of, mask_of
 from epsrt.manifest import Manifest
 from epsrt.plan import FEATURES, Plan
 
 Samples = NDArray[np.float32]
 
+PER_SAMPLE = ("seeds", "labels", "targets", "guidance", "classifier", "guidance_rescale")
 REQUEST_BYTES = 512  # a request's own, about
 MOST_BYTES = 64 << 30
 
@@ -104,10 +105,10 @@ def plan_of(manifest: Manifest, method: str | None = None, steps: int | None = N
 
 def prepare(bundle: Bundle, request: Request) -> Work:
     """Check a request against a bundle. Raises EpsrtError, or BundleError where the bundle cannot do it."""
-    r, m = request, bundle.manifest
+    r, m = _listed(request), bundle.manifest
     plan = _plan(m, r)
     given = {
-        name: None if getattr(r, name) is None else np.asarray(getattr(r, name)) for name in ("init", "x", "known")
+        name: None if getattr(r, name) is None else array_of(name, getattr(r, name)) for name in ("init", "x", "known")
     }
     _check_begin(plan, r)
     extent = next((a.shape[2:] for a in given.values() if a is not None and a.ndim == 4), None)
@@ -117,8 +118,9 @@ def prepare(bundle: Bundle, request: Request) -> Work:
     if need > MOST_BYTES:
         raise EpsrtError(f"n = {count} samples at once take {need >> 30} GiB: draw them in several runs, with first=")
     within = None if m.clip is None else m.value_range  # what is not clipped has no bounds
-    noisy = r.strength is None and plan.level != (1.0, 0.0)  # a plan that begins from states, not images
-    init = images_of("init", given["init"], count, shape, None if noisy else within)
+    noised = r.strength is not None or bool(plan.start[0] and plan.start[1])
+    states = not noised and plan.level != (1.0, 0.0)  # what a plan begins from that are no images
+    init = images_of("init", given["init"], count, shape, None if states else within)
     known = images_of("known", given["known"], count, shape, within)
     latents = images_of("x", given["x"], count, shape, None)
     mask = mask_of(r.mask, count, shape)
@@ -127,9 +129,9 @@ def prepare(bundle: Bundle, request: Request) -> Work:
     rederived = _rederived(m, r)
     plan, *others = (_edited(p, m, r, known is not None) for p in (plan, rederived) if p is not None)
     labels, targets = _classes(bundle, r, count)
-    own = columns_of(m, plan, next(iter(others), None), r, count)
+    own = columns_of(m, plan, next(iter(others), None), r, labels, count)
     begin = latents if init is None else init
-    stream = noise.START if r.strength is None else noise.FORWARD
+    stream = noise.FORWARD if noised else noise.START
     samples = [
         Sample(
             seed=s, index=i, start=plan.start, init=None if begin is None else begin[k], label=labels[k], stream=stream,
@@ -150,14 +152,43 @@ def own_scale(manifest: Manifest, plan: Plan) -> float:
     return float(plan.level[1] / sigma[0])
 
 
+def checked_plan(plan: Plan | None) -> Plan | None:
+    """Raises EpsrtError where it is something else."""
+    if plan is not None and not isinstance(plan, Plan):
+        raise EpsrtError(f"plan = {plan!r} is no Plan: give one, or method and steps")
+    return plan
+
+
+def noise_of(r: Request) -> list[tuple[int, int]]:
+    """(seed, index) of each sample of a request for noise alone."""
+    r = _listed(r)
+    return seeds_of(r, _count(r, {}))
+
+
+def _listed(r: Request) -> Request:
+    """With lists for what may be one a sample: no generators, no arrays."""
+    found: dict[str, Any] = {}
+    for name in PER_SAMPLE:
+        value = getattr(r, name)
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
+        elif isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
+            value = list(value)
+        found[name] = value
+    if r.seeds is not None and not isinstance(found["seeds"], list):
+        raise EpsrtError(f"seeds = {r.seeds!r} are not one a sample: give a list, or seed=")
+    return replace(r, **found)
+
+
 def _plan(manifest: Manifest, r: Request, **fitting: Any) -> Plan:
-    if r.plan is None:
+    if checked_plan(r.plan) is None:
         if r.x is not None:
             fitting["clip"] = None  # a clipped step does not undo an inverted one
         return plan_of(manifest, r.method, r.steps, **{**fitting, **r.options})
     if r.options or r.steps is not None or r.method is not None:
         first = next(iter(r.options), "steps" if r.steps is not None else "method")
         raise EpsrtError(f"{first} was given beside a plan, which has settled it: give one of them")
+    assert r.plan is not None
     return r.plan
 
 
@@ -199,7 +230,7 @@ def _edited(plan: Plan, manifest: Manifest, r: Request, masked: bool) -> Plan:
         plan = plan.begun(len(plan) - max(1, round(len(plan) * float(r.strength))))
     if r.x is not None:
         plan = replace(plan, start=(own_scale(manifest, plan), 0.0))
-    if r.resample != 1:
+    if whole("resample", r.resample) != 1:
         if not masked:
             raise EpsrtError(f"resample = {r.resample} is for masked samples: give known and mask")
         plan = editing.resampled(plan, r.resample, r.jump)
@@ -207,22 +238,23 @@ def _edited(plan: Plan, manifest: Manifest, r: Request, masked: bool) -> Plan:
 
 
 def _count(r: Request, given: dict[str, NDArray[Any] | None]) -> int:
-    lists = {name: getattr(r, name) for name in ("seeds", "labels", "targets", "guidance", "classifier")}
-    lengths = {name: len(v) for name, v in lists.items() if v is not None and np.ndim(v)}
+    lengths = {name: len(getattr(r, name)) for name in PER_SAMPLE if isinstance(getattr(r, name), list)}
     of_images = {f"{name} images": len(a) for name, a in given.items() if a is not None and a.ndim}
-    n = r.n
+    n, several = r.n, [k for k in (lengths | of_images).values() if k != 1]
     if n is None:
-        n = next(iter([*lengths.values(), *of_images.values()]), 1)
+        n = next(iter(several), 1)
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
         raise EpsrtError(f"n = {n!r}: ask for at least 1 sample")
-    for name, length in (lengths | {name: k for name, k in of_images.items() if k != 1}).items():
-        if length != n:
+    for name, length in (lengths | of_images).items():
+        if length != n and (length != 1 or name == "seeds"):  # one of the others serves all
             raise EpsrtError(f"{length} {name} for {n} samples: give one each")
     return int(n)
 
 
 def seeds_of(r: Request, count: int) -> list[tuple[int, int]]:
     """(seed, index) of each sample."""
+    for name, given in (("seed", r.seed), ("first", r.first)):
+        whole(name, given)
     ends = ((r.seed, r.first), (r.seed, r.first + count - 1)) if r.seeds is None else [(s, r.first) for s in r.seeds]
     for s, index in ends:
         for name, value in (("seed", s), ("sample index", index)):
@@ -239,7 +271,8 @@ def _classes(bundle: Bundle, r: Request, count: int) -> tuple[list[int], list[in
     """Each sample's label for the network, and its class for the classifier."""
 
     def each(values: Any) -> list[Any]:
-        return [values] * count if np.ndim(values) == 0 else list(values)
+        several = values if isinstance(values, list) else [values]
+        return several * count if len(several) == 1 else several
 
     guided, labels, targets = judged(r), r.labels, r.targets
     if targets is not None and not guided:

@@ -16,10 +16,10 @@ from epsrt import noise, solvers
 from epsrt.bundle import Bundle
 from epsrt.engines import Engine, Lanes, open_engine
 from epsrt.engines.protocol import Closing, Size, image_shape
-from epsrt.errors import EpsrtError, OutOfMemoryError
+from epsrt.errors import EpsrtError, OutOfMemoryError, whole
 from epsrt.images import from_images, to_images
 from epsrt.plan import Plan
-from epsrt.requests import Request, Work, own_scale, plan_of, prepare, seeds_of
+from epsrt.requests import Request, Work, checked_plan, noise_of, own_scale, plan_of, prepare
 
 Samples = NDArray[np.float32]
 OnStep = Callable[[int, int], object]
@@ -97,7 +97,7 @@ class Sampler(Closing):
 
         method, steps   the sampler and its steps, by default the bundle's (ddim, 50); `options` as in
                         epsrt.solvers.make: its own (eta, …), clip, spacing and the spacing's, timesteps. `plan`
-                        overrides them all.
+                        overrides them all, and says itself of what DDIM's ε is made
         seed, first     sample i is (seed, first + i), the same in any batch, after any restart
         seeds           one seed a sample instead, each with index `first`
         labels          class of each sample, or one for all; None is the null label of a conditional network
@@ -155,7 +155,7 @@ class Sampler(Closing):
                     if on_step is None:
                         continue
                     lanes.wait()  # or it would hear of steps that a GPU has yet to take
-                    if on_step(done, total) is False:
+                    if _stops(on_step(done, total)):
                         going = False
                         break
                 whole = done % rows == 0
@@ -200,12 +200,8 @@ class Sampler(Closing):
         `more` are labels and other arguments of `sample`; give the same to `sample(x=latents, steps=steps)`. Returns
         float32 [n, C, H, W]. Raises EpsrtError for a stochastic method: its noise cannot be undone.
         """
-        found = solvers.method_of(method)
-        if found is not solvers.METHODS["ddim-inversion"] and found is not solvers.METHODS["ddim"]:
-            why = "is stochastic, and its noise cannot be undone" if found.stochastic != "no" else "has no inverse here"
-            raise EpsrtError(f"{method} {why}: invert with ddim-inversion, which ddim undoes")
         more.setdefault("guidance", 1.0)
-        return self.sample(method="ddim-inversion", steps=steps, init=images, **more)
+        return self.sample(method=solvers.inverse_of(method), steps=steps, init=images, **more)
 
     def latents(
         self, n: int | None = None, *, seed: int = 0, seeds: Sequence[int] | None = None, first: int = 0,
@@ -216,11 +212,13 @@ class Sampler(Closing):
 
         Arguments as in `sample`; `plan` where it is not the default's.
         """
-        plan = plan or self.plan()
-        count = n or (1 if seeds is None else len(seeds))
-        shape = image_shape(self.bundle, size)
+        plan = checked_plan(plan) or self.plan()
+        if plan.start[0]:
+            raise EpsrtError(f"plan {plan.name!r} begins from images, not from noise: leave it out")
+        pairs = noise_of(Request(n=n, seed=seed, seeds=seeds, first=first))
+        count, shape = len(pairs), image_shape(self.bundle, size)
         scale = np.float32(plan.start[1] / own_scale(self.bundle.manifest, plan))
-        seed_of, index = zip(*seeds_of(Request(n=count, seed=seed, seeds=seeds, first=first), count), strict=True)
+        seed_of, index = zip(*pairs, strict=True)
         z = noise.normals(list(seed_of), list(index), noise.START, 0, int(np.prod(shape)))
         return scale * z.reshape(count, *shape)
 
@@ -234,7 +232,8 @@ class Sampler(Closing):
 
     def close(self) -> None:
         """Release lanes and engines."""
-        self._closed = True
+        with self._opening:
+            self._closed = True
         self._drop_free()
         with self._opening:
             for engine in self._engines.values():
@@ -244,6 +243,8 @@ class Sampler(Closing):
         """The engine of the smallest step graph that has the features."""
         graph = self.bundle.graph(self.engine.precision, features)
         with self._opening:
+            if self._closed:
+                raise EpsrtError(f"the sampler of {self.bundle.path.name} is closed: open it again")
             if graph.file not in self._engines:
                 self._engines[graph.file] = self.engine.on(graph)
             return self._engines[graph.file]
@@ -290,12 +291,18 @@ class Sampler(Closing):
 
     def _batch(self, engine: Engine, batch: int | None, n: int) -> int:
         most = engine.max_batch
-        if batch is not None and not 1 <= batch <= most:
+        if batch is not None and not 1 <= whole("batch", batch) <= most:
             raise EpsrtError(f"batch = {batch} is outside 1 … {most}, {engine.batch_limit}")
         return min(batch or most, n)
 
 
+def _stops(answer: object) -> bool:
+    """False, Python's or NumPy's."""
+    return isinstance(answer, (bool, np.bool_)) and not answer
+
+
 def _at_least_one(name: str, value: int) -> int:
+    value = whole(name, value)
     if value < 1:
         raise EpsrtError(f"{name} = {value}: give at least 1")
     return value

@@ -349,6 +349,15 @@ def method_of(name: str) -> Method:
     return METHODS[name]
 
 
+def inverse_of(name: str) -> str:
+    """The method that undoes `name`. Raises EpsrtError for those that none undoes."""
+    found = method_of(name)
+    if found not in (METHODS["ddim-inversion"], METHODS["ddim"]):
+        why = "is stochastic, and its noise cannot be undone" if found.stochastic == "yes" else "has no inverse here"
+        raise EpsrtError(f"{name} {why}: invert with ddim-inversion, which ddim undoes")
+    return "ddim-inversion"
+
+
 def options_of(name: str) -> dict[str, Any]:
     """The options that are a method's own, with their defaults."""
     parameters = inspect.signature(method_of(name).solver).parameters.values()

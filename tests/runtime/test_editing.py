@@ -190,6 +190,8 @@ class TestInterpolation:
     @pytest.mark.parametrize(
         ("b", "fractions", "message"),
         [
+            (np.ones((1, 4, 4)), "abc", "a list of fractions"),
+            (np.ones((1, 4, 4)), 0.5, "a list of fractions"),
             (np.zeros((1, 4, 5), np.float32), [0.5], r"two latents of one shape, float, not float32 \[1, 4, 4\] and "),
             (np.zeros((1, 4, 4), np.int64), [0.5], "two latents of one shape, float, not .* and int64"),
             (np.full((1, 4, 4), np.nan), [0.5], "NaN or infinity"),
@@ -210,6 +212,11 @@ class TestCanvas:
         known, mask = canvas(digits[:2], (8, 16), at=(0, 8))
         np.testing.assert_array_equal(known[..., 8:], digits[:2])
         assert not mask[..., :8].any()
+
+    @pytest.mark.parametrize(("size", "at"), [(12, None), ((12, 12, 3), None), ((12, 12), 3)])
+    def test_pairs_that_are_none(self, digits, size, at):
+        with pytest.raises(EpsrtError, match="is not a pair of whole numbers, down and across"):
+            canvas(digits[:1], size, at)
 
     @pytest.mark.parametrize(("size", "at"), [((6, 8), None), ((16, 16), (9, 0)), ((16, 16), (-1, 0))])
     def test_what_does_not_fit(self, digits, size, at):
@@ -261,12 +268,70 @@ NAN = np.where(np.arange(8) == 3, np.nan, IMAGES)
         ({"known": IMAGES, "mask": MASK, "resample": 2.5}, "resample = 2.5 is not a whole number"),
         ({"known": IMAGES, "mask": MASK, "resample": 2, "method": "heun"}, "heun remembers what came before"),
         ({"labels": [1, 2, 3]}, "3 labels for 2 samples: give one each"),
+        ({"seeds": [1]}, "1 seeds for 2 samples: give one each"),
+        ({"seeds": 5}, "seeds = 5 are not one a sample: give a list, or seed="),
+        (
+            {"known": IMAGES, "mask": MASK, "resample": 2, "jump": 10},
+            "jump = 10 of 10 steps leaves nothing to run again",
+        ),
+        ({"known": [[1.0], [1.0, 2.0]], "mask": MASK}, "known is no array .*: give rows of one length"),
+        ({"known": IMAGES, "mask": MASK.astype(int)}, r"mask is int64 .*: mask.astype\(bool\)"),
+        ({"plan": "ddim"}, "plan = 'ddim' is no Plan: give one, or method and steps"),
+        ({"batch": "a"}, "batch = 'a' is not a whole number"),
+        ({"batch": True}, "batch = True is not a whole number"),
+        ({"first": None}, "first = None is not a whole number"),
+        ({"size": 8}, r"size = 8 is not \(height, width\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(sampler, arguments, message):
+    steps = {} if "plan" in arguments else {"steps": STEPS}
     for function in (sampler.sample, sampler.stream):
         with pytest.raises(EpsrtError, match=message):
-            function(2, steps=STEPS, **arguments)
+            function(2, **steps, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n": 0}, "n = 0: ask for at least 1 sample"),
+        ({"n": 1.5}, "n = 1.5: ask for at least 1 sample"),
+        ({"n": 3, "seeds": [1, 2]}, "2 seeds for 3 samples"),
+        ({"plan": "ddim"}, "plan = 'ddim' is no Plan"),
+        ({"seed": -1}, "seed -1 is outside"),
+    ],
+)
+def test_latents_that_there_are_not(sampler, arguments, message):
+    with pytest.raises(EpsrtError, match=message):
+        sampler.latents(**arguments)
+    with pytest.raises(EpsrtError, match="plan 'ddim-inversion' begins from images, not from noise"):
+        sampler.latents(plan=sampler.plan("ddim-inversion", 3))
+
+
+def test_a_begun_plan_is_img2img(sampler, digits):
+    mine = sampler.sample(init=digits, plan=sampler.plan("ddim", STEPS).begun(4), seed=3, labels=list(range(8)))
+    truth = sampler.sample(init=digits, strength=0.6, steps=STEPS, seed=3, labels=list(range(8)))
+    np.testing.assert_array_equal(mine, truth)
+
+
+def test_a_stream_keeps_what_it_was_given(sampler, digits, lower):
+    known = digits.copy()
+    stream = sampler.stream(known=known, mask=lower, steps=3, labels=list(range(8)))
+    known[:] = 0
+    *_, last = stream
+    np.testing.assert_array_equal(last[..., :4, :], digits[..., :4, :])
+
+
+def test_numpys_false_stops_too(sampler):
+    heard = []
+    sampler.sample(2, steps=STEPS, labels=3, on_step=lambda done, total: heard.append(done) or np.bool_(False))
+    assert heard == [1]
+
+
+def test_a_closed_sampler_says_so(edited_bundle_path):
+    opened = Sampler.open(edited_bundle_path, threads=1)
+    opened.close()
+    with pytest.raises(EpsrtError, match="the sampler of edited.epsrt is closed: open it again"):
+        opened.sample(1, steps=2, labels=3, guidance=2.0)
 
 
 def test_a_bundle_without_a_masked_graph_says_how_to_get_one(bundle_path):

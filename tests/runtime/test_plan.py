@@ -78,7 +78,7 @@ def test_cut_keeps_noise_indices_name_and_rows():
     assert (part.name, part.start) == ("some", (0.0, 1.0))
     assert plan.cut(8)["n"].tolist() == [8, 9]
     assert plan.cut(8, start=(0.6, 0.8)).start == (0.6, 0.8)
-    with pytest.raises(EpsrtError, match="a plan is a table"):
+    with pytest.raises(EpsrtError, match=r"cut\(10, None\) leaves none of the 10 rows of plan 'some'"):
         plan.cut(10)
 
 

@@ -168,10 +168,13 @@ def _arrays(path: Path, *names: str) -> dict[str, NDArray[Any]]:
 
 
 def _files(path: Path) -> list[Path]:
-    """The pictures of a folder by name, or the one file."""
+    """The pictures of a folder by name, 2 before 10, or the one file."""
     if not path.is_dir():
         return [path]
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    found = [p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+    found.sort(
+        key=lambda p: [(int(part), "") if part.isdigit() else (-1, part) for part in re.split("([0-9]+)", p.name)]
+    )
     if not found:
         raise EpsrtError(f"{path} is a folder without pictures ({', '.join(SUFFIXES)})")
     return found

@@ -68,6 +68,7 @@ def interpolate(
     opened = Bundle.open(bundle)
     m, extent = opened.manifest, options.size_of(size)
     pictures.check_target(out, m.shape[0], kinds=(".png", ".gif", ".npz", ""))
+    options.check_apart(out=out, latents=latents)
     if (seeds is None) == (latents is None):
         raise EpsrtError("give either --seeds, such as 1,2, or --latents: what to walk between")
     classes = options.classes_of("label", labels, options.names_in(opened)[0])

@@ -12,8 +12,7 @@ import typer
 from typer import Option
 
 from epsrt.cli import options, planning, show
-from epsrt.errors import EpsrtError
-from epsrt.solvers import METHODS, method_of
+from epsrt.solvers import inverse_of
 
 EXAMPLES = """\
 [bold]Examples[/]
@@ -61,6 +60,7 @@ def invert(
     opened = Bundle.open(bundle)
     m = opened.manifest
     pictures.check_target(out, m.shape[0], kinds=(".npz",))
+    options.check_apart(out=out, init=init)
     if steps is None and not (spacing is not None and respaced(spacing)):
         steps = 50  # of both ways, whatever the bundle's own sampler takes
     given = planning.options(steps, spacing, None, None, None, None, m.bound, more)
@@ -71,7 +71,7 @@ def invert(
         "n": len(images), "labels": options.one_or_each(classes),
         "guidance": options.one_or_each(options.numbers("--guidance", guidance)),
     }  # fmt: skip
-    there = {"plan": plan_of(m, _inverse(method), **given), "init": images, **asked}
+    there = {"plan": plan_of(m, inverse_of(method), **given), "init": images, **asked}
     back = {"plan": plan_of(m, "ddim", **{"clip": None, **given, "eta": 0.0}), **asked}  # a clipped x0 has no inverse
     work = drawing.checked(opened, there)
     errors = None
@@ -110,12 +110,3 @@ def invert(
         f"{runs.precision}, {seconds:.2f} s{told}\n"
         f"draw them by: {shlex.join(again)}"
     )
-
-
-def _inverse(method: str) -> str:
-    """The method that inverts. Raises EpsrtError as Sampler.invert does, before an engine is opened."""
-    found = method_of(method)
-    if found not in (METHODS["ddim-inversion"], METHODS["ddim"]):
-        why = "is stochastic, and its noise cannot be undone" if found.stochastic != "no" else "has no inverse here"
-        raise EpsrtError(f"{method} {why}: invert with ddim-inversion, which ddim undoes")
-    return "ddim-inversion"

@@ -104,8 +104,16 @@ def sample(
     opened = Bundle.open(bundle)
     m, extent = opened.manifest, options.size_of(size)
     pictures.check_target(out, m.shape[0])
+    read = {"init": init, "latents": latents, "known": known, "mask": None if mask is None else Path(mask)}
     options.check_apart(out=out, trajectory=trajectory)
+    for name, file in read.items():
+        options.check_apart(**{"out": out, name: file})
+        options.check_apart(**{"trajectory": trajectory, name: file})
     _check_together(init=init, latents=latents, strength=strength, jump=jump, resample=resample)
+    if targets is not None and classifier is None:
+        raise EpsrtError("--targets are what a classifier guides to: give --classifier, its weight, or --labels")
+    if resample != 1 and known is None:
+        raise EpsrtError(f"--resample {resample} is about what is not known: give --known, and --mask")
     names, judged = options.names_in(opened)
     classes, goals = options.classes_of("label", labels, names), options.classes_of("target", targets, judged)
     w = None if guidance is None else options.numbers("--guidance", guidance)

@@ -126,7 +126,11 @@ def image_shape(bundle: Bundle, size: Size | None) -> tuple[int, int, int]:
     Raises EngineError for one that the bundle's step graphs do not take.
     """
     channels, *own = bundle.manifest.shape
-    size, sizes = tuple(own if size is None else size), bundle.manifest.sizes
+    sizes = bundle.manifest.sizes
+    try:
+        size = tuple(own if size is None else size)
+    except TypeError:
+        raise EngineError(f"size = {size!r} is not (height, width), two whole numbers of pixels") from None
     if len(size) != 2 or not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in size):
         raise EngineError(f"size = {size} is not (height, width), two whole numbers of pixels")
     height, width = map(int, size)
