@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
-from epsrt import Bundle, Sampler, open_engine, verify
+from epsrt import Bundle, Sampler, open_engine, verify_all
 from epsrt.cli import show
 from epsrt.errors import BundleError
 from epsrt.files import sha256, whole_file
@@ -78,7 +78,7 @@ def verified(bundle: Bundle) -> None:
     with show.progress() as tell:
         for precision in ("fp32", "fp16"):
             report = partial(_report, tell, precision)
-            rungs += verify(open_engine(bundle, precision=precision), report)
+            rungs += verify_all(open_engine(bundle, precision=precision), report)
     console.print(show.rung_table(rungs))
     if not all(r.passed for r in rungs):
         raise SystemExit(f"{bundle.path} failed its verification")

@@ -15,12 +15,12 @@ from epsrt.manifest import Manifest, Rung
 from epsrt.plan import COLUMNS, Plan, idle_row
 from epsrt.sampler import Sampler
 from epsrt.schedule import Schedule
-from epsrt.verify import verify
+from epsrt.verify import verify, verify_all
 
 __version__ = "0.1.0"
 
 __all__ = [
     "COLUMNS", "Bundle", "BundleError", "Engine", "EngineError", "EpsrtError", "Lanes", "Manifest", "NotFiniteError",
     "OutOfMemoryError", "Plan", "Rung", "Sample", "Sampler", "Schedule", "canvas", "from_images", "idle_row",
-    "noise", "open_engine", "resampled", "slerp", "solvers", "spacing", "to_images", "verify",
+    "noise", "open_engine", "resampled", "slerp", "solvers", "spacing", "to_images", "verify", "verify_all",
 ]  # fmt: skip
