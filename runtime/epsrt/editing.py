@@ -35,6 +35,8 @@ def resampled(plan: Plan, times: int, jump: int = 10) -> Plan:
             raise EpsrtError(f"{name} = {value} is outside 1 … 1000")
     if times == 1:
         return plan
+    if np.any(plan["c"]) or np.any(plan["g"]):
+        raise EpsrtError(f"{plan.name} remembers what came before, and resampling goes back: use ddpm, ddim or euler")
     if jump >= len(plan):
         raise EpsrtError(f"jump = {jump} of {len(plan)} steps leaves nothing to run again: give less than {len(plan)}")
     total = len(plan) + (times - 1) * jump * len(range(0, len(plan) - jump, jump))
@@ -42,8 +44,6 @@ def resampled(plan: Plan, times: int, jump: int = 10) -> Plan:
         raise EpsrtError(
             f"{len(plan)} steps, resampled {times} times, are {total} rows: give fewer, {MOST_ROWS} at most"
         )
-    if np.any(plan["c"]) or np.any(plan["g"]):
-        raise EpsrtError(f"{plan.name} remembers what came before, and resampling goes back: use ddpm, ddim or euler")
     rows: list[NDArray[np.float64]] = []
     levels = plan.levels
     for row, back in _walk(len(plan), times, jump):

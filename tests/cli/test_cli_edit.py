@@ -248,7 +248,7 @@ def test_the_line_says_what_was_asked(edited_bundle_path: Path, tmp_path: Path, 
     ask = ("sample", edited_bundle_path, *FEW, "--labels", 3, "--out", tmp_path / "a.png")
     line = run(*ask, "--guidance", 2.5, "--init", known, "--strength", 0.6).stdout
     assert f"ddim in 3 steps, guidance 2.5, from {known}, strength 0.6 on " in line
-    line = run(*ask, "--classifier", 4, "--known", known, "--mask", "0:4,:", "--resample", 2).stdout
+    line = run(*ask, "--classifier", 4, "--known", known, "--mask", "0:4,:", "--resample", 2, "--jump", 2).stdout
     assert f", classifier 4, known pixels of {known}, resampled 2 times on " in line
     assert "guidance" not in line
 
@@ -263,7 +263,7 @@ BEGUN = ("--strength", 0.5, "--init")
         (("--set", "seed=3"), "takes no option 'seed'"),
         (("--set", "on_step=3"), "takes no option 'on_step'"),
         (("--guidance", "two"), "--guidance: 'two' is not a number"),
-        (("--guidance", "nan"), "guidance = nan is not a finite number"),
+        (("--guidance", "nan"), "guidance = nan is not a number within ±1e+06"),
         (("--guidance", 2), "guidance weighs a label against none: give labels"),
         (("--labels", "1,2", "--guidance", "1,2,3"), "3 guidance for 2 samples"),
         (("--labels", 3, "--guidance-rescale", 0.7), "guidance_rescale is for guided samples"),
@@ -273,7 +273,7 @@ BEGUN = ("--strength", 0.5, "--init")
         (("--labels", 3, "--guidance", 2, "--guidance-interval", "90:9"), "is not (low, high), two timesteps that"),
         (("--labels", 3, "--guidance", 2, "--guidance-interval", "500:"), "holds none of the plan's timesteps"),
         (("--classifier", 1), "a classifier guides to a class: give targets, or labels"),
-        (("--targets", 3), "targets are what the classifier guides to: give its weight"),
+        (("--targets", 3), "--targets are what a classifier guides to: give --classifier, its weight"),
         (("--classifier", 1, "--targets", "cat"), "target 'cat' is neither a number nor a class name"),
         (("--classifier", 1, "--targets", 10), "target 10 is outside 0 … 9"),
         (("--classifier", 1, "--labels", 3, "--guidance", 2), "no step graph with guidance and classifier at once"),
@@ -328,7 +328,7 @@ BEGUN = ("--strength", 0.5, "--init")
         (("--known", "good.png", "--at", "1,0"), "good.png: images of 8 × 8 at (1, 0) do not fit a canvas of 8 × 8"),
         (("--known", "large.png", "--at", "0,0"), "large.png is 10 × 9, more than its canvas of 8 × 8"),
         (("--known", "good.png", "--at", "0,0", "--size", "8x16"), "a size of 8 × 16 is not 8 × 8, the one that"),
-        (("--resample", 3), "resample = 3 is for masked samples: give known and mask"),
+        (("--resample", 3), "--resample 3 is about what is not known: give --known, and --mask"),
         ((*MASKED, ":,:4", "--resample", 0), "resample = 0 is outside 1 … 1000"),
         ((*MASKED, ":,:4", "--jump", 3), "--jump is how far --resample goes back: give that too"),
         ((*MASKED, ":,:4", "--method", "dpmpp-2m", "--resample", 2), "dpmpp-2m remembers what came before"),

@@ -192,10 +192,10 @@ class TestStepGraph:
         truth = u[:, :1] + 3 * (c - u)[:, :1] + torch.exp(c[:, 1:]) * z
         torch.testing.assert_close(mine, truth, rtol=1e-5, atol=1e-5)
 
-    def test_rescale_is_diffusers(self):
+    def test_rescale_is_the_papers(self):
+        """arXiv 2305.08891, eq. 15 and 16."""
         from epsrt.manifest import step_columns
 
-        module = pytest.importorskip("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
         network, columns = tiny(seed=4, classes=3), step_columns(None, ["guidance"])
         step = StepGraph(network, columns, True, torch.float32, null_label=2)
         x, label = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
@@ -203,8 +203,9 @@ class TestStepGraph:
             rows = self.rows(columns, a=0.0, h=1.0, w=5.0, phi=0.7, t=7.0)
             mine = step(x, torch.zeros_like(x), torch.zeros_like(x), rows, label)[0]
             c, u = (network(x, torch.full((2,), 7.0), each) for each in (label, torch.tensor([2, 2])))
-            theirs = module.rescale_noise_cfg(u + 5.0 * (c - u), c, guidance_rescale=0.7)
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+            guided = u + 5.0 * (c - u)
+            pulled = guided * c.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
+        torch.testing.assert_close(mine, 0.7 * pulled + 0.3 * guided, rtol=1e-5, atol=1e-6)
 
     def test_a_rescale_of_nothing_is_finite(self):
         """Where the guided output is constant, its deviation is 0."""
