@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import onnx
@@ -76,8 +75,3 @@ def write_graphs(
     for graph in made:
         onnx.checker.check_model(directory / graph.file)
     return made
-
-
-def write_graph(*given: Any, **more: Any) -> Graph:
-    """The plainest of `write_graphs`, alone."""
-    return write_graphs(*given, **more)[0]

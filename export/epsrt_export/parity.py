@@ -29,8 +29,9 @@ def require(rungs: Sequence[Rung]) -> None:
         if not r.passed:
             figure = "not finite" if r.figure is None else f"{r.figure:.3g} {r.unit}"
             limit = f"at {'least' if r.at_least else 'most'} {r.limit:g}"
+            rung = f"{r.name} of the {r.graph} graph" if r.graph else r.name
             raise ParityError(
-                f"parity missed: {r.name} in {r.precision} on {r.engine} is {figure} ({limit} allowed) at {r.where}; "
+                f"parity missed: {rung} in {r.precision} on {r.engine} is {figure} ({limit} allowed) at {r.where}; "
                 "no bundle was written"
             )
 

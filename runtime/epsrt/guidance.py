@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,10 +25,12 @@ def judged(r: Request) -> bool:
     return bool(np.any(_numbers("classifier", r.classifier)))
 
 
-def columns_of(m: Manifest, plan: Plan, rederived: Plan | None, r: Request, labels: list[int], count: int) -> Columns:
+def columns_of(
+    m: Manifest, plan: Plan, rederived: Callable[[], Plan | None], r: Request, labels: list[int], count: int
+) -> Columns:
     """The columns of each sample, float64 [steps, n], where they are not the plan's own: w, phi, s.
 
-    rederived  the plan for samples that are guided, where that is another: the columns in which it differs are theirs
+    rederived  makes the plan for samples that are guided, where that is another: the columns that differ are theirs
     Raises EpsrtError for weights, interval or rescale that are none, or that nothing takes.
     """
     asked = m.sampling.guidance if r.guidance is None and r.labels is not None and m.null_label is not None else 1.0
@@ -37,16 +40,16 @@ def columns_of(m: Manifest, plan: Plan, rederived: Plan | None, r: Request, labe
     labelled = np.array([label != m.null_label for label in labels])
     if not np.all((phi >= 0) & (phi <= 1)):
         raise EpsrtError(f"guidance_rescale = {r.guidance_rescale} is outside [0, 1]: 0.7 is usual")
-    weighed, classified = bool(np.any(w != 1)), bool(np.any(s))
-    if weighed and m.null_label is not None and not labelled.any():  # without one no graph guides, which says so
+    if r.guidance is not None and np.any(w != 1) and not labelled.any():
         raise EpsrtError("guidance weighs a label against none: give labels")
+    w = np.where(labelled, w, 1.0)  # of the null label there is nothing to weigh
+    weighed, classified = bool(np.any(w != 1)), bool(np.any(s))
     if classified and not np.any(plan["j"]):
         raise EpsrtError(f"plan {plan.name!r} has no column j, what a classifier's gradient adds: take one of a method")
     used = {"guidance_interval": weighed or classified, "guidance_rescale": weighed}
     for name, there in (("guidance_interval", r.guidance_interval is not None), ("guidance_rescale", np.any(phi))):
         if there and not used[name]:
             raise EpsrtError(f"{name} is for guided samples: give guidance")
-    w = np.where(labelled, w, 1.0)  # of the null label there is nothing to weigh
     on = _interval(m, plan, r.guidance_interval)[:, None]
 
     def spread(values: NDArray[Any], otherwise: NDArray[Any] | float, where: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -60,11 +63,11 @@ def columns_of(m: Manifest, plan: Plan, rederived: Plan | None, r: Request, labe
         found |= {"w": spread(w, 1.0, on), "phi": spread(phi, 0.0, on)}
     if classified:
         found["s"] = spread(s, 0.0, on)
-    if found and rederived is not None:
-        guided = (w < 0) | (w > 1) | (s != 0)  # between 0 and 1 there is nothing that clips more than without
-        for name in COLUMNS:
-            if not np.array_equal(plan[name], rederived[name]):
-                found[name] = spread(rederived[name][:, None], plan[name][:, None], guided)
+    guided = (w < 0) | (w > 1) | (s != 0)  # between 0 and 1 there is nothing that clips more than without
+    other = rederived() if guided.any() else None
+    if other is not None:
+        differing = (name for name in COLUMNS if not np.array_equal(plan[name], other[name]))
+        found |= {name: spread(other[name][:, None], plan[name][:, None], guided) for name in differing}
     return found
 
 

@@ -126,10 +126,14 @@ def prepare(bundle: Bundle, request: Request) -> Work:
     mask = mask_of(r.mask, count, shape)
     if (known is None) != (mask is None):
         raise EpsrtError("known and mask go together: mask is 1 where known is kept, 0 where it is redrawn")
-    rederived = _rederived(m, r)
-    plan, *others = (_edited(p, m, r, known is not None) for p in (plan, rederived) if p is not None)
+    plan = _edited(plan, m, r, known is not None)
     labels, targets = _classes(bundle, r, count)
-    own = columns_of(m, plan, next(iter(others), None), r, labels, count)
+
+    def rederived() -> Plan | None:
+        other = _rederived(m, r)
+        return None if other is None else _edited(other, m, r, known is not None)
+
+    own = columns_of(m, plan, rederived, r, labels, count)
     begin = latents if init is None else init
     stream = noise.FORWARD if noised else noise.START
     samples = [
@@ -181,15 +185,15 @@ def _listed(r: Request) -> Request:
 
 
 def _plan(manifest: Manifest, r: Request, **fitting: Any) -> Plan:
-    if checked_plan(r.plan) is None:
+    plan = checked_plan(r.plan)
+    if plan is None:
         if r.x is not None:
             fitting["clip"] = None  # a clipped step does not undo an inverted one
         return plan_of(manifest, r.method, r.steps, **{**fitting, **r.options})
     if r.options or r.steps is not None or r.method is not None:
         first = next(iter(r.options), "steps" if r.steps is not None else "method")
         raise EpsrtError(f"{first} was given beside a plan, which has settled it: give one of them")
-    assert r.plan is not None
-    return r.plan
+    return plan
 
 
 def _rederived(manifest: Manifest, r: Request) -> Plan | None:

@@ -147,7 +147,7 @@ class TestGate:
         monkeypatch.setattr(graphs, "StepGraph", wrong)
         more = {"null_label": 2} if part == "null_label" else {}
         guide = None if part == "null_label" else NoisedClassifier(judge(classes=3), 3)
-        with pytest.raises(ParityError, match="parity missed: (guidance|classifier) in fp32"):
+        with pytest.raises(ParityError, match=r"parity missed: (guidance|classifier) of the \1 graph in fp32"):
             export(source(**more), tmp_path / "some.epsrt", precisions=("fp32",), classifier=guide)
         assert not list(tmp_path.iterdir())
 

@@ -79,11 +79,11 @@ def test_a_learned_variance_and_thresholding_build(learned_bundle_path, precisio
 
 @pytest.mark.parametrize(("size", "ratio"), [(64, 0.995), (64, 0.6876), (256, 0.995)])
 def test_thresholding_builds_up_to_the_largest_topk(tmp_path, small_bundle_path, size: int, ratio: float) -> None:
-    from epsrt_export.graphs import write_graph
+    from epsrt_export.graphs import write_graphs
     from epsrt_export.stepgraph import DynamicThreshold
 
     shape, threshold = (3, size, size), DynamicThreshold(ratio, 1.5)
-    graph = write_graph(tiny(channels=3), "fp32", tmp_path, shape, False, threshold=threshold)
+    (graph,) = write_graphs(tiny(channels=3), "fp32", tmp_path, shape, False, threshold=threshold)
     manifest = msgspec.structs.replace(Bundle.open(small_bundle_path).manifest, shape=shape, graphs=(graph,))
     lib = library("tensorrt-rtx")
     assert build(lib, Bundle(tmp_path, manifest), graph, BuildOptions(((1, 2, 4),), targets=("sm_89",))).layers > 20
@@ -124,13 +124,13 @@ def of_family(name: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dit", "diffusers-dit", "diffusers-unet", "guided-diffusion", "lucidrains"])
 def test_each_family_builds(tmp_path, small_bundle_path, name: str) -> None:
-    from epsrt_export.graphs import write_graph
+    from epsrt_export.graphs import write_graphs
 
     package = {"lucidrains": "denoising_diffusion_pytorch"}.get(name, "diffusers")
     if find_spec(package) is None:
         pytest.skip(f"needs {package}")
     network, shape, variance = of_family(name)
-    graph = write_graph(network.eval(), "fp16", tmp_path, shape, name != "lucidrains", variance=variance)
+    (graph,) = write_graphs(network.eval(), "fp16", tmp_path, shape, name != "lucidrains", variance=variance)
     manifest = msgspec.structs.replace(
         Bundle.open(small_bundle_path).manifest, shape=shape, graphs=(graph,), variance=variance
     )
@@ -206,12 +206,12 @@ def test_an_exception_from_the_progress_ends_the_build(small_bundle_path) -> Non
 def test_dynamic_sizes_build(tmp_path, small_bundle_path, precision: str, features: tuple[str, ...]) -> None:
     """A U-Net with attention, whose reshapes are by shapes that the graph computes."""
     from epsrt.manifest import Sizes
-    from epsrt_export.graphs import write_graph
+    from epsrt_export.graphs import write_graphs
 
     sizes = Sizes(2, 24)
     network = unet(channels=3, classes=3)
     options = {"sizes": sizes, "variants": (features,), "null_label": 3}
-    graph = write_graph(network, precision, tmp_path, (3, 8, 8), True, **options)
+    (graph,) = write_graphs(network, precision, tmp_path, (3, 8, 8), True, **options)
     manifest = Bundle.open(small_bundle_path).manifest
     manifest = msgspec.structs.replace(manifest, shape=(3, 8, 8), graphs=(graph,), sizes=sizes, classes=3, null_label=3)
     bundle, lib = Bundle(tmp_path, manifest), library("tensorrt-rtx")

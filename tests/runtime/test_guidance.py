@@ -114,7 +114,8 @@ class TestClassifierFree:
         bundle = Bundle(sampler.bundle.path, msgspec.structs.replace(manifest, sampling=owners))
         monkeypatch.setattr(sampler, "bundle", bundle)
         np.testing.assert_array_equal(sampler.sample(seed=1, steps=STEPS, labels=[1, 2]), guided)
-        np.testing.assert_array_equal(sampler.sample(2, seed=1, steps=STEPS), sampler.sample(2, seed=1, steps=STEPS))
+        null, none = sampler.sample(2, seed=1, steps=STEPS, labels=10), sampler.sample(2, seed=1, steps=STEPS)
+        np.testing.assert_array_equal(null, none)  # of the null label there is nothing to weigh
 
 
 class TestClassifier:
@@ -246,3 +247,14 @@ def test_weights_that_are_no_numbers(sampler, weight):
     for name in ("guidance", "classifier", "guidance_rescale"):
         with pytest.raises(EpsrtError, match=name):
             sampler.sample(2, steps=STEPS, labels=1, **{"guidance": 2.0, name: weight})
+
+
+def test_only_guided_samples_cost_a_second_plan(sampler, monkeypatch):
+    from epsrt import requests
+
+    made, make = [], requests.plan_of
+    monkeypatch.setattr(requests, "plan_of", lambda *args, **more: made.append(more) or make(*args, **more))
+    for guidance, count in ((None, 1), ([1.0, 0.5], 1), ([1.0, 2.0], 2)):
+        made.clear()
+        sampler.sample(labels=[3, 4], guidance=guidance, steps=2)
+        assert len(made) == count
