@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import TracebackType
@@ -118,6 +119,13 @@ def check_batch(batch: int, engine: Engine) -> None:
     """Raise EngineError unless the engine has lanes for `batch` samples."""
     if not 1 <= batch <= engine.max_batch:
         raise EngineError(f"a batch of {batch} is outside 1 … {engine.max_batch}, {engine.batch_limit}")
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise EngineError for more threads than cores, which would only wait for each other; None is all cores."""
+    cores = os.cpu_count() or 1
+    if threads is not None and not 1 <= threads <= cores:
+        raise EngineError(f"threads = {threads} is outside 1 … {cores}, this machine's cores: leave it out for all")
 
 
 def image_shape(bundle: Bundle, size: Size | None) -> tuple[int, int, int]:

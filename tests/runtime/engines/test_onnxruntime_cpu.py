@@ -18,7 +18,7 @@ from epsrt import (
     open_engine,
     solvers,
 )
-from epsrt.engines import ENGINES, onnxruntime_cpu, probe
+from epsrt.engines import ENGINES, host, probe
 from epsrt.plan import STEP_COLUMNS
 from epsrt.spacing import timesteps
 from helpers import edit_graph, forge, run_python, weights
@@ -229,7 +229,7 @@ class TestLanes:
 
     def test_a_batch_larger_than_the_noise_block_draws_the_same(self, engine, rows_of, monkeypatch):
         whole = alone(engine, Sample(seed=9, label=1), rows_of["ddpm"])
-        monkeypatch.setattr(onnxruntime_cpu, "NOISE_BLOCK", 100)
+        monkeypatch.setattr(host, "NOISE_BLOCK", 100)
         np.testing.assert_array_equal(alone(engine, Sample(seed=9, label=1), rows_of["ddpm"]), whole)
 
     def test_no_rows_change_nothing(self, engine):
