@@ -24,6 +24,16 @@ def schedule() -> Schedule:
     return SCHEDULE
 
 
+@pytest.fixture(scope="session", autouse=True)
+def engine_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache for all engines of this session's tests, and of the commands that they run; not the user's own."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "engine-cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EPSRT_CACHE", str(path))
+        yield path
+
+
 Once = Callable[[str, Callable[[Path], object]], Path]
 
 

@@ -150,7 +150,7 @@ class Rung(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     engine: str
-    precision: Literal["fp64", "fp32", "fp16"]
+    precision: Literal["fp64", "fp32", "fp16", "bf16"]
     figure: float | None  # None: not finite
     limit: float
     unit: str

@@ -241,7 +241,7 @@ class Sampler(Closing):
 
     def _engine(self, features: tuple[str, ...]) -> Engine:
         """The engine of the smallest step graph that has the features."""
-        graph = self.bundle.graph(self.engine.precision, features)
+        graph = self.bundle.graph(self.engine.graph.precision, features)
         with self._opening:
             if self._closed:
                 raise EpsrtError(f"the sampler of {self.bundle.path.name} is closed: open it again")

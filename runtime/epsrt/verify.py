@@ -83,9 +83,9 @@ def verify(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
 
 
 def verify_all(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
-    """`verify` of every step graph of the engine's precision that its bundle has, each opened by engine.on."""
+    """`verify` of every step graph of its bundle that is of the precision of the engine's, each opened by engine.on."""
     tell, rungs = on_progress or (lambda name, fraction: None), []
-    for graph in (g for g in engine.bundle.manifest.graphs if g.precision == engine.precision):
+    for graph in (g for g in engine.bundle.manifest.graphs if g.precision == engine.graph.precision):
         running = engine if graph == engine.graph else engine.on(graph)
         try:
             rungs += verify(running, lambda name, share, stem=graph.stem: tell(f"{stem} {name}".strip(), share))  # type: ignore[misc]

@@ -62,7 +62,7 @@ def build(
     as_json: show.JsonOption = False,
 ) -> None:
     """Build a TensorRT plan of the fused step and keep it in the engine cache, where the engines find it."""
-    from epsrt.engines import best_precision, nvidia
+    from epsrt.engines import graph_precision, nvidia
     from epsrt.engines.cache import EngineCache
     from epsrt.engines.plans import make_plan, targets_of
     from epsrt.engines.trt_build import BuildOptions, describe
@@ -72,7 +72,7 @@ def build(
     name = engine or _default(target)
     if name not in ("tensorrt", "tensorrt-rtx"):
         raise EpsrtError(f"engine {name} is not built ahead: use tensorrt or tensorrt-rtx")
-    graph = opened.graph(precision or best_precision(opened, name), _features(features or ()))
+    graph = opened.graph(graph_precision(opened, name, precision), _features(features or ()))
     profiles = tuple(map(_profile, batch or ()))
     lib = library(name)
     options = BuildOptions(

@@ -30,6 +30,7 @@ epsrt cache --prune --bundle 3fa94c17 --json
 PACKAGES = {
     "tensorrt": ("tensorrt", "tensorrt_cu13", "tensorrt_cu12"),
     "tensorrt-rtx": ("tensorrt_rtx_cu13", "tensorrt_rtx_cu12", "tensorrt_rtx"),
+    "openvino": ("openvino",),
 }
 DAY = 86400  # seconds
 

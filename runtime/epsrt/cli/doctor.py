@@ -11,10 +11,12 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from epsrt import machine
 from epsrt.cli import show
 
 if TYPE_CHECKING:
     from epsrt.bundle import Bundle
+    from epsrt.engines.probe import EngineInfo
 
 EXAMPLES = """\
 [bold]Examples[/]
@@ -26,10 +28,7 @@ epsrt doctor out/digits.epsrt
 epsrt doctor --json | jq -r .auto
 """
 
-PACKAGES = (
-    "epsrt", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu13", "tensorrt-rtx-cu13",
-    "cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cudnn-cu13", "filelock", "torch",
-)  # fmt: skip
+PACKAGES = (*machine.PACKAGES, "filelock", "torch")
 
 
 def doctor(
@@ -55,22 +54,22 @@ def doctor(
 
 def examine(bundle: Bundle | None = None) -> dict[str, Any]:
     """All that doctor says; what it prints with --json."""
-    from epsrt.engines import probe
+    from epsrt.engines import graph_precision_of, probe
 
-    driver, engines = probe.driver(), []
+    driver, engines, here = probe.driver(), [], machine.describe(("epsrt", *PACKAGES))
     graphs = {g.precision: bundle.graph(g.precision).file for g in bundle.manifest.graphs} if bundle else {}
     for info in probe.ENGINES:
         state = probe.state(info.name)
-        order = ("fp16", "fp32") if info.device == "cuda" else ("fp32",)
         engines.append({
             "engine": info.name, "device": info.device, "available": state.available, "library": state.library,
             "reason": state.reason, "command": state.command, "builds": state.builds,
-            "precision": next((p for p in order if p in graphs), None),
+            "precision": next((p for p in _defaults(info) if graph_precision_of(p) in graphs), None),
         })  # fmt: skip
     runnable = [e["engine"] for e in engines if e["available"] and (bundle is None or e["precision"])]
     return {
         "machine": {
-            "processor": _processor(), "cores": os.cpu_count(),
+            "processor": here["processor"], "cores": here["cores"],
+            "instructions": [name for name in machine.INSTRUCTIONS if here[name]],
             "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
             "cuda": ".".join(map(str, driver.version)) if driver.version else None, "problem": driver.problem,
             "fault": driver.fault, "command": driver.command,
@@ -78,22 +77,22 @@ def examine(bundle: Bundle | None = None) -> dict[str, Any]:
             "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES"),
         },
         "engines": engines,
-        "packages": {name: probe.installed(name) or None for name in PACKAGES},
+        "packages": {name: here["versions"].get(name) for name in ("epsrt", *PACKAGES)},
         "bundle": bundle and {"path": str(bundle.path), "digest": bundle.manifest.digest, "graphs": graphs},
         "auto": runnable[0] if runnable else None,
     }  # fmt: skip
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def _defaults(info: EngineInfo) -> tuple[str, ...]:
+    """In which precisions an engine runs unasked, the first that it can."""
+    if info.device == "cuda":
+        return info.precisions
+    return tuple(p for p in info.precisions if p == "fp32" or (p == "bf16" and machine.has_bf16()))
 
 
 def _machine(report: dict[str, Any]) -> Table:
     m, table = report["machine"], _table("Machine", "", "")
-    table.add_row("processor", f"{m['processor']}, {m['cores']} cores")
+    table.add_row("processor", ", ".join([m["processor"], f"{m['cores']} cores", *m["instructions"]]))
     table.add_row("system", m["system"])
     table.add_row("driver", m["problem"] or f"supports CUDA {m['cuda']}")
     for gpu in m["gpus"]:
@@ -149,6 +148,8 @@ def _bundle(report: dict[str, Any]) -> Table | None:
             graph = "none: the bundle has no fp32 graph, ask for --precision fp16"
         elif e["device"] == "cuda" and precision == "fp32":
             graph = f"{graphs[precision]}: the bundle has no fp16 graph, which would be faster"
+        elif precision == "bf16":
+            graph = f"{graphs['fp32']}: in bf16 where its golden file proves it, else in fp32"
         else:
             graph = graphs[precision]
         table.add_row(e["engine"], precision or "nothing", graph)

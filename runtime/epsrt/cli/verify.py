@@ -25,24 +25,25 @@ epsrt verify out/digits.epsrt --engine onnxruntime --precision fp16 --json
 def verify(
     bundle: show.BundleArgument,
     engine: show.EngineOption = "auto",
-    precision: Annotated[str | None, typer.Option(help="fp32 or fp16; by default all that the bundle has.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; by default all that run here.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of a CPU engine; by default all cores.")] = None,
     trust_engines: show.TrustOption = False,
     as_json: show.JsonOption = False,
 ) -> None:
     """Prove parity of every step graph with PyTorch, without PyTorch. Exits 1 on a miss."""
     from epsrt.bundle import Bundle
-    from epsrt.engines import open_engine
+    from epsrt.engines import open_engine, runnable
     from epsrt.verify import verify_all
 
     opened = Bundle.open(bundle)
-    precisions = [precision] if precision else list(dict.fromkeys(g.precision for g in opened.manifest.graphs))
-    rungs = []
+    precisions = [precision] if precision else runnable(opened, engine)
+    rungs, names = [], []
     with show.progress() as tell:
         for each in precisions:
             running = open_engine(
                 opened, engine, precision=each, threads=threads, trust_engines=trust_engines, on_progress=tell
             )
+            names.append(running.name)
             with closing(running):
                 rungs += verify_all(running, lambda name, fraction, each=each: tell(f"{each} {name}", fraction))  # type: ignore[misc]
     passed = all(r.passed for r in rungs)
@@ -58,7 +59,7 @@ def verify(
             ):  # else the plainest step graph's alone
                 break
         console.print(by_t, "")
-        console.print(f"{bundle}: {'verified' if passed else 'FAILED'} on {running.name}")
+        console.print(f"{bundle}: {'verified' if passed else 'FAILED'} on {' and '.join(dict.fromkeys(names))}")
     if not passed:
         raise typer.Exit(1)
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 
 from epsrt.bundle import Bundle
+from epsrt.engines import probe
 from epsrt.engines.protocol import Engine, Lanes, Sample
 from epsrt.errors import EngineError
 
 __all__ = ["ENGINES", "Engine", "Lanes", "Sample", "open_engine"]
 
 # fastest first: "auto" takes the first that runs here
-ENGINES = ("tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt", "onnxruntime-cuda", "onnxruntime")
+ENGINES = ("tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt", "onnxruntime-cuda", "openvino", "onnxruntime")
+PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 def open_engine(
@@ -28,23 +31,32 @@ def open_engine(
     """Put a bundle on a device.
 
     name           one of ENGINES, or "auto": the fastest that this machine can run for this bundle
-    precision      fp32 or fp16; None: fp16 on a GPU where the bundle has it, else fp32
+    precision      one of PRECISIONS; None: fp16 on a GPU where the bundle has it, on openvino bf16 where the processor
+                   computes in it and the bundle's golden file proves it, else fp32
     features       what the step graph must have beyond the plain step
     threads        bounds a CPU engine's threads (None: all cores)
     trust_engines  run TensorRT plans that came with the bundle: native code, so only from those whom you trust
-    may_build      build a TensorRT plan where the cache has none that fits, which takes seconds to minutes, once;
-                   `on_progress(phase, fraction)` is told how far it is. False: raise EngineError instead
+    may_build      build a TensorRT plan where the cache has none that fits, or prove bf16, which takes seconds to
+                   minutes, once; `on_progress(phase, fraction)` is told how far it is. False: raise EngineError
+                   instead, or run in fp32
 
     Raises EngineError when the engine is unknown or cannot run here, BundleError when the bundle has no such graph.
     """
     if name not in ("auto", *ENGINES):
         raise EngineError(f"engine {name!r} is unknown: use auto or one of {', '.join(ENGINES)}")
-    if precision not in (None, "fp32", "fp16"):
-        raise EngineError(f"precision {precision!r} is unknown: use fp32 or fp16")
+    if precision not in (None, *PRECISIONS):
+        raise EngineError(f"precision {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
     features = tuple(features)
 
     def open_one(name: str) -> Engine:
-        graph = bundle.graph(precision or best_precision(bundle, name), features)
+        known = probe.info_of(name).precisions
+        if precision not in (None, *known):
+            raise EngineError(f"engine {name} runs in {' or '.join(known)}, not in {precision}: ask for another engine")
+        graph = bundle.graph(graph_precision(bundle, name, precision), features)
+        if name == "openvino":
+            from epsrt.engines.openvino_cpu import open_openvino
+
+            return open_openvino(bundle, graph, precision, threads, may_build=may_build, on_progress=on_progress)
         if name == "onnxruntime":
             from epsrt.engines.onnxruntime_cpu import OnnxRuntimeCpu
 
@@ -61,28 +73,43 @@ def open_engine(
 
     if name != "auto":
         return open_one(name)
-    return _open_fastest(open_one, ENGINES if threads is None else ("onnxruntime",))
-
-
-def _open_fastest(open_one: Callable[[str], Engine], only: Iterable[str]) -> Engine:
-    import logging
-
-    from epsrt.engines import probe
-
     refused = []
-    for name in probe.available():
-        if name in only:
-            try:
-                return open_one(name)
-            except EngineError as error:
-                refused.append(str(error))
-                logging.getLogger("epsrt").warning("engine %s is passed over: %s", name, error)
+    for each in probe.available():
+        info = probe.info_of(each)
+        if precision not in (None, *info.precisions) or (threads is not None and info.device != "cpu"):
+            continue
+        try:
+            return open_one(each)
+        except EngineError as error:
+            refused.append(str(error))
+            logging.getLogger("epsrt").warning("engine %s is passed over: %s", each, error)
     plainest = probe.state("onnxruntime")
     reason = "; ".join(refused) or f"onnxruntime: {plainest.reason}: {plainest.command}"
     raise EngineError(f'no engine runs here; {reason}; "epsrt doctor" tells of all')
 
 
-def best_precision(bundle: Bundle, name: str) -> str:
-    """What an engine runs a bundle in unless told: fp16 on a GPU where the bundle has it, else fp32."""
+def graph_precision(bundle: Bundle, name: str, precision: str | None = None) -> str:
+    """The precision of the step graph that an engine runs: unless told, fp16 on a GPU where there is one, else fp32."""
+    if precision is not None:
+        return graph_precision_of(precision)
     has_half = any(g.precision == "fp16" for g in bundle.manifest.graphs)
-    return "fp16" if has_half and name != "onnxruntime" else "fp32"
+    return "fp16" if has_half and probe.info_of(name).device == "cuda" else "fp32"
+
+
+def graph_precision_of(precision: str) -> str:
+    """bf16 is computed from the FP32 graph."""
+    return "fp32" if precision == "bf16" else precision
+
+
+def runnable(bundle: Bundle, name: str = "auto") -> list[str]:
+    """The precisions in which an engine, or one of those that run here, can run the bundle on this machine."""
+    from epsrt import machine  # which asks for epsrt's version
+
+    names = [name] if name != "auto" else list(probe.available())
+    known = {p for each in names for p in probe.info_of(each).precisions}
+    found = [
+        p
+        for p in PRECISIONS
+        if p in known and any(g.precision == graph_precision_of(p) for g in bundle.manifest.graphs)
+    ]
+    return [p for p in found if p != "bf16" or machine.has_bf16()]

@@ -249,7 +249,7 @@ class TestLanes:
         with engine.lanes(2) as lanes:
             lanes.write(0, Sample(seed=1))
             lanes.write(1, Sample(seed=2))
-            first, bindings = pointers(), list(lanes._bindings)
+            first, runs = pointers(), list(lanes._runs)
             assert len({*first[0], *first[1], *first[2]}) == 7
             rows = together(rows_of["ddpm"], rows_of["ddim"])
             for i in range(4):
@@ -261,7 +261,7 @@ class TestLanes:
                 assert not np.array_equal(lanes._x[1 - now], source)
             lanes.advance(rows[4:])
             assert pointers() == first
-            assert all(a is b for a, b in zip(lanes._bindings, bindings, strict=True))
+            assert all(a is b for a, b in zip(lanes._runs, runs, strict=True))
 
     def test_memory_does_not_leak_from_the_sample_before(self, engine, rows_of):
         """A lane that is written again starts with m = 0, whatever m held."""

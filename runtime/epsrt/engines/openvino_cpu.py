@@ -1,0 +1,218 @@
+"""The step graph on OpenVINO's CPU plugin: a model of static shapes for each batch, in FP32 or bf16."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import cache, partial
+from math import gcd
+from typing import Any
+
+from epsrt.bundle import Bundle
+from epsrt.engines.compiled import CompiledModels
+from epsrt.engines.host import Arrays, HostLanes, Run
+from epsrt.engines.key import Options
+from epsrt.engines.protocol import Size, check_batch, check_threads, image_shape
+from epsrt.errors import BundleError, EngineError
+from epsrt.manifest import Graph, Rung
+from epsrt.verify import verify
+
+try:
+    import openvino as ov
+except ImportError as error:
+    raise EngineError(f'engine openvino needs its library ({error}): pip install "epsrt[openvino]"') from None
+
+KEPT_MODELS = 4  # of an engine: for each batch and size that it met last, each with weights of its own
+HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+OnProgress = Callable[[str, float], object]
+log = logging.getLogger("epsrt")
+
+
+class OpenVino:
+    """Engine "openvino"; see protocol.Engine. Both precisions run the bundle's FP32 graph.
+
+    A batch is cut into as many equal parts as divide it and the threads: each is an inference request on threads of its
+    own, which so wait for each other less often. `others(graph)` opens another step graph as this one was.
+    """
+
+    name = "openvino"
+    batch_limit = "the bundle's largest"
+    device = "cpu"
+
+    def __init__(
+        self, bundle: Bundle, graph: Graph, precision: str, threads: int | None, others: Callable[[Graph], OpenVino]
+    ):
+        check_threads(threads)
+        self.bundle, self.graph, self.precision = bundle, graph, precision
+        self.columns = graph.columns
+        self.max_batch = bundle.manifest.max_batch
+        self.threads = threads or default_threads()
+        self._others = others
+        self._kept = CompiledModels(bundle, graph, precision, ov.__version__.split("-")[0], processor())
+        self._models: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self._lock = threading.Lock()
+        self._check_signature(self._read())
+
+    def lanes(self, batch: int, size: Size | None = None) -> HostLanes:
+        """See protocol.Engine."""
+        check_batch(batch, self)
+        image, parts = image_shape(self.bundle, size), gcd(batch, self.threads)
+        model = self._model(batch // parts, image, parts)
+        return HostLanes(self, batch, image, partial(self._bind, model, parts))
+
+    def on(self, graph: Graph) -> OpenVino:
+        """See protocol.Engine."""
+        return self._others(graph)
+
+    def close(self) -> None:
+        """Release the models; lanes keep theirs."""
+        with self._lock:
+            self._models.clear()
+
+    def proof(self, on_progress: OnProgress | None = None, may_measure: bool = True) -> list[Rung] | None:
+        """The engine's rungs of epsrt.verify, measured once for this bundle, library and processor, then kept.
+
+        None where they were not measured and may not be, or the golden file does not suffice.
+        """
+        rungs = self._kept.proof()
+        if rungs is None and may_measure:
+            try:
+                rungs = verify(
+                    self, on_progress and (lambda name, share: on_progress(f"{self.precision} {name}", share))
+                )
+            except BundleError as error:
+                log.warning("%s cannot be proven: %s", self.precision, error)
+                return None
+            self._kept.keep_proof(rungs)
+        return rungs
+
+    def _model(self, batch: int, image: tuple[int, int, int], parts: int) -> Any:
+        """Compiled for `parts` requests at once, each of `batch` images, on all threads together."""
+        key = (batch, *image, parts)
+        with self._lock:
+            if key not in self._models:
+                config = {
+                    "INFERENCE_PRECISION_HINT": HINTS[self.precision], "NUM_STREAMS": parts,
+                    "INFERENCE_NUM_THREADS": self.threads,
+                    "ENABLE_CPU_PINNING": False,  # or two processes would share one core, and the other would idle
+                }  # fmt: skip
+
+                def compile() -> Any:
+                    model = self._read()
+                    for op in model.get_ordered_ops():
+                        if op.get_type_name() in ("Sin", "Cos"):  # what leads to an output stays in FP32: t, as a bf16,
+                            model.add_outputs(op.output(0))  # would be a neighbour's, 664 for 666
+                    shapes = {"image": (batch, *image), "rows": (batch, len(self.columns)), "label": (batch,)}
+                    model.reshape({name: shapes[kind] for name, kind in self.bundle.inputs(self.graph).items()})
+                    return core().compile_model(model, "CPU", config)
+
+                options: Options = {"parts": parts, "threads": self.threads, "size": "{}x{}".format(*image[1:])}
+                load = partial(core().import_model, device_name="CPU", config=config)
+                self._models[key] = self._kept.get(batch, options, load, compile)
+            self._models.move_to_end(key)
+            while len(self._models) > KEPT_MODELS:
+                self._models.popitem(last=False)
+            return self._models[key]
+
+    def _bind(self, model: Any, parts: int, inputs: Arrays, outputs: Arrays) -> Run:
+        requests = []
+        for part in range(parts):
+            request: Any = model.create_infer_request()
+            for name, array in {**inputs, **outputs}.items():
+                mine = len(array) // parts
+                request.set_tensor(name, ov.Tensor(array[part * mine : (part + 1) * mine], shared_memory=True))
+            requests.append(request)
+
+        def run() -> None:
+            try:
+                for request in requests:
+                    request.start_async()
+            finally:
+                for request in requests:
+                    request.wait()
+
+        return run
+
+    def _read(self) -> Any:
+        file = self.bundle.path / self.graph.file
+        try:
+            return core().read_model(file)
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO refuses {file}: {line(error)}; export the bundle again") from None
+
+    def _check_signature(self, model: Any) -> None:
+        """Memory of ours is bound, so inputs and outputs must be what the manifest says."""
+        kinds = {"image": (4, ov.Type.f32), "rows": (2, ov.Type.f32), "label": (1, ov.Type.i64)}
+        want = {name: kinds[kind] for name, kind in self.bundle.inputs(self.graph).items()}
+        want |= dict.fromkeys(("x_next", "m_next", "x0"), kinds["image"])
+        have = {
+            port.any_name: (port.partial_shape.rank.get_length(), port.element_type)
+            for port in [*model.inputs, *model.outputs]
+        }
+        if have != want:
+            name = next(k for k in [*want, *have] if have.get(k) != want.get(k))
+            raise EngineError(
+                f"{self.bundle.path / self.graph.file}: {name} is {have.get(name)}, the manifest implies "
+                f"{want.get(name)}: export the bundle again"
+            )
+
+
+def open_openvino(
+    bundle: Bundle, graph: Graph, precision: str | None = None, threads: int | None = None, *, may_build: bool = True,
+    on_progress: OnProgress | None = None,
+) -> OpenVino:  # fmt: skip
+    """The engine in a precision; None: bf16 where the processor has it and the golden file proves it, else FP32.
+
+    The proof is epsrt.verify's, once a bundle, library and processor; with may_build=False only a kept one counts.
+    Raises EngineError for bf16 on a processor without it.
+    """
+
+    def on(graph: Graph) -> OpenVino:
+        return open_openvino(bundle, graph, precision, threads, may_build=may_build, on_progress=on_progress)
+
+    if precision == "bf16" and not has_bf16():
+        raise EngineError(
+            f"precision bf16 needs a processor with AVX512-BF16 or AMX, and {processor()} has neither: use fp32"
+        )
+    if precision is None and has_bf16():
+        half = OpenVino(bundle, graph, "bf16", threads, on)
+        rungs = half.proof(on_progress, may_build)
+        if rungs is not None and all(rung.passed for rung in rungs):
+            return half
+        missed = next((rung for rung in rungs or () if not rung.passed), None)
+        if missed is not None:
+            log.info("%s runs in fp32: in bf16 it misses %s", bundle.path.name, missed.name)
+        half.close()
+    return OpenVino(bundle, graph, precision or "fp32", threads, on)
+
+
+@cache
+def core() -> Any:
+    """One a process: it loads the plugin."""
+    return ov.Core()
+
+
+@cache
+def processor() -> str:
+    return str(core().get_property("CPU", "FULL_DEVICE_NAME")).strip()
+
+
+@cache
+def has_bf16() -> bool:
+    """Whether the plugin computes in bf16 here: with AVX512-BF16 or AMX."""
+    return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@cache
+def default_threads() -> int:
+    """What the plugin takes unless told: this process's physical cores."""
+    x = ov.opset13.parameter([1], ov.Type.f32)
+    model = core().compile_model(ov.Model([ov.opset13.relu(x)], [x]), "CPU", {"NUM_STREAMS": 1})
+    return max(1, int(model.get_property("INFERENCE_NUM_THREADS")))
+
+
+def line(error: Exception) -> str:
+    return " ".join(str(error).split())
