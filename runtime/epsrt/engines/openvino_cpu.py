@@ -92,30 +92,33 @@ class OpenVino:
     def _model(self, batch: int, image: tuple[int, int, int], parts: int) -> Any:
         """Compiled for `parts` requests at once, each of `batch` images, on all threads together."""
         key = (batch, *image, parts)
+        config = {
+            "INFERENCE_PRECISION_HINT": HINTS[self.precision], "NUM_STREAMS": parts,
+            "INFERENCE_NUM_THREADS": self.threads,
+            "ENABLE_CPU_PINNING": False,  # or two processes would share one core, and the other would idle
+        }  # fmt: skip
+        options: Options = {"parts": parts, "threads": self.threads, "size": "{}x{}".format(*image[1:])}
         with self._lock:
             if key not in self._models:
-                config = {
-                    "INFERENCE_PRECISION_HINT": HINTS[self.precision], "NUM_STREAMS": parts,
-                    "INFERENCE_NUM_THREADS": self.threads,
-                    "ENABLE_CPU_PINNING": False,  # or two processes would share one core, and the other would idle
-                }  # fmt: skip
-
-                def compile() -> Any:
-                    model = self._read()
-                    for op in model.get_ordered_ops():
-                        if op.get_type_name() in ("Sin", "Cos"):  # what leads to an output stays in FP32: t, as a bf16,
-                            model.add_outputs(op.output(0))  # would be a neighbour's, 664 for 666
-                    shapes = {"image": (batch, *image), "rows": (batch, len(self.columns)), "label": (batch,)}
-                    model.reshape({name: shapes[kind] for name, kind in self.bundle.inputs(self.graph).items()})
-                    return core().compile_model(model, "CPU", config)
-
-                options: Options = {"parts": parts, "threads": self.threads, "size": "{}x{}".format(*image[1:])}
                 load = partial(core().import_model, device_name="CPU", config=config)
+                compile = partial(self._compile, batch, image, config)
                 self._models[key] = self._kept.get(batch, options, load, compile)
             self._models.move_to_end(key)
             while len(self._models) > KEPT_MODELS:
                 self._models.popitem(last=False)
             return self._models[key]
+
+    def _compile(self, batch: int, image: tuple[int, int, int], config: dict[str, Any]) -> Any:
+        model = self._read()
+        for op in model.get_ordered_ops():
+            if op.get_type_name() in ("Sin", "Cos"):  # what leads to an output stays in FP32: t, as a bf16, would be a
+                model.add_outputs(op.output(0))  # neighbour's, 664 for 666, and the error of a step ten times as large
+        shapes = {"image": (batch, *image), "rows": (batch, len(self.columns)), "label": (batch,)}
+        try:
+            model.reshape({name: shapes[kind] for name, kind in self.bundle.inputs(self.graph).items()})
+            return core().compile_model(model, "CPU", config)
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO cannot compile {self.bundle.path / self.graph.file}: {line(error)}") from None
 
     def _bind(self, model: Any, parts: int, inputs: Arrays, outputs: Arrays) -> Run:
         requests = []
@@ -145,11 +148,13 @@ class OpenVino:
 
     def _check_signature(self, model: Any) -> None:
         """Memory of ours is bound, so inputs and outputs must be what the manifest says."""
-        kinds = {"image": (4, ov.Type.f32), "rows": (2, ov.Type.f32), "label": (1, ov.Type.i64)}
+        m = self.bundle.manifest
+        image = f"[?,{m.shape[0]},?,?]" if m.sizes else "[?,{},{},{}]".format(*m.shape)
+        kinds = {"image": f"f32 {image}", "rows": f"f32 [?,{len(self.columns)}]", "label": "i64 [?]"}
         want = {name: kinds[kind] for name, kind in self.bundle.inputs(self.graph).items()}
         want |= dict.fromkeys(("x_next", "m_next", "x0"), kinds["image"])
         have = {
-            port.any_name: (port.partial_shape.rank.get_length(), port.element_type)
+            port.any_name: f"{port.element_type.to_string()} {port.partial_shape.to_string()}"
             for port in [*model.inputs, *model.outputs]
         }
         if have != want:

@@ -1,0 +1,267 @@
+"""The openvino engine: against onnxruntime, its precisions and their proof, its compiled models, what it refuses."""
+
+import logging
+import threading
+
+import numpy as np
+import pytest
+
+from epsrt import Bundle, EngineError, NotFiniteError, Sample, Sampler, idle_row, open_engine, solvers
+from epsrt.engines import compiled, openvino_cpu, probe
+from epsrt.engines.cache import EngineCache
+from epsrt.measure import LIMITS, relative_l2
+from epsrt.spacing import timesteps
+from helpers import forge, run_python
+
+bf16 = pytest.mark.skipif(not openvino_cpu.has_bf16(), reason="this processor has neither AVX512-BF16 nor AMX")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty one."""
+    monkeypatch.setenv("EPSRT_CACHE", str(tmp_path / "cache"))
+    return EngineCache()
+
+
+@pytest.fixture(scope="module")
+def rival(bundle_path):
+    return open_engine(Bundle.open(bundle_path), "onnxruntime", threads=1)
+
+
+@pytest.fixture(scope="module")
+def engine(bundle_path):
+    return open_engine(Bundle.open(bundle_path), "openvino", precision="fp32", threads=1)
+
+
+def drawn(engine, batch, rows, label=0):
+    with engine.lanes(batch) as lanes:
+        for i in range(batch):
+            lanes.write(i, Sample(seed=3, index=i, label=(label + i) % 10))
+        lanes.advance(np.repeat(rows[:, None], batch, axis=1))
+        return np.stack([lanes.read(i) for i in range(batch)])
+
+
+def first_step(engine, t, x):
+    """The network's output."""
+    row = idle_row(engine.columns)
+    for name, value in {"a": 0, "h": 1, "t": t}.items():
+        row[engine.columns.index(name)] = value
+    with engine.lanes(1) as lanes:
+        lanes.write(0, Sample(start=(1.0, 0.0), init=x))
+        lanes.advance(row[None, None])
+        return lanes.read(0)
+
+
+class TestSteps:
+    @pytest.mark.parametrize("threads", [1, 2])
+    @pytest.mark.parametrize("batch", [1, 2, 3, 4])
+    def test_as_onnxruntime(self, schedule, bundle_path, rival, batch, threads):
+        """Odd batches are one part, even ones two on two threads; noise is the same."""
+        if threads > openvino_cpu.default_threads():
+            pytest.skip(f"this machine has {openvino_cpu.default_threads()} cores")
+        engine = open_engine(Bundle.open(bundle_path), "openvino", precision="fp32", threads=threads)
+        assert (engine.name, engine.device, engine.precision, engine.threads) == ("openvino", "cpu", "fp32", threads)
+        for make in (solvers.ddpm, solvers.ddim):
+            rows = make(schedule, timesteps(schedule.T, 12)).rows(engine.columns)
+            np.testing.assert_allclose(drawn(engine, batch, rows), drawn(rival, batch, rows), atol=2e-5)
+
+    def test_guided_by_the_sampler(self, engine, rival):
+        with Sampler(engine) as ours, Sampler(rival) as theirs:
+            for asked in ({"guidance": [1, 2]}, {"method": "heun"}):
+                a, b = (s.sample(labels=[3, 8], steps=6, seed=5, **asked) for s in (ours, theirs))
+                np.testing.assert_allclose(a, b, atol=5e-5)
+
+    def test_lanes_are_refilled_and_idle(self, schedule, engine):
+        rows = solvers.ddpm(schedule, timesteps(schedule.T, 8)).rows(engine.columns)
+        whole = drawn(engine, 1, rows)
+        idle = np.tile(idle_row(engine.columns), (len(rows), 1))
+        with engine.lanes(2) as lanes:
+            lanes.write(0, Sample(seed=9))
+            lanes.advance(np.stack([rows, idle], axis=1)[:3])
+            lanes.write(1, Sample(seed=3, label=0))
+            lanes.advance(np.stack([idle, rows], axis=1))
+            np.testing.assert_allclose(lanes.read(1), whole[0], atol=1e-6)
+
+    def test_two_threads(self, schedule, engine):
+        rows = solvers.ddim(schedule, timesteps(schedule.T, 8)).rows(engine.columns)
+        alone, got = [drawn(engine, 2, rows, label) for label in (1, 5)], {}
+        runs = [
+            threading.Thread(target=lambda i=i, y=y: got.update({i: drawn(engine, 2, rows, y)}))
+            for i, y in enumerate((1, 5))
+        ]
+        for run in runs:
+            run.start()
+        for run in runs:
+            run.join()
+        for i in range(2):
+            np.testing.assert_array_equal(got[i], alone[i])
+
+    def test_nan_names_its_lane(self, engine):
+        row = idle_row(engine.columns)
+        row[engine.columns.index("a")] = np.nan
+        with engine.lanes(2) as lanes:
+            lanes.advance(np.stack([idle_row(engine.columns), row])[None])
+            lanes.read(0)
+            with pytest.raises(NotFiniteError, match="lane 1"):
+                lanes.read(1)
+
+    def test_sizes(self, sized_bundle_path):
+        ours, theirs = (
+            Sampler.open(sized_bundle_path, name, precision="fp32", threads=1) for name in ("openvino", "onnxruntime")
+        )
+        with ours, theirs:
+            for size in (None, (12, 16)):
+                a, b = (s.sample(2, steps=3, size=size) for s in (ours, theirs))
+                np.testing.assert_allclose(a, b, atol=1e-4)
+
+    def test_models_beyond_the_last_few_go(self, engine):
+        for batch in (1, 2, 3, 4, 5, 6):
+            engine.lanes(batch).close()
+        assert len(engine._models) == openvino_cpu.KEPT_MODELS
+
+
+class TestPrecision:
+    @bf16
+    def test_auto_takes_it_in_bf16_once_proven(self, bundle_path, cache, monkeypatch):
+        monkeypatch.setitem(LIMITS, ("cpu", "bf16"), (1e-2, 38.0))  # the tiny network's DDIM-50 has 41 dB
+        opened, told = Bundle.open(bundle_path), []
+        engine = open_engine(opened, on_progress=lambda what, share: told.append(what))
+        assert (engine.name, engine.precision, engine.graph.precision) == ("openvino", "bf16", "fp32")
+        assert told[0] == "bf16 network"
+        rungs = engine.proof(may_measure=False)
+        assert {r.precision for r in rungs} == {"bf16"}
+        assert all(r.passed for r in rungs)
+        monkeypatch.setattr(openvino_cpu, "verify", lambda *_: pytest.fail("measured again"))
+        assert open_engine(Bundle.open(bundle_path)).precision == "bf16"
+
+    @bf16
+    def test_bf16_computes_in_bf16(self, bundle_path, engine):
+        half = open_engine(Bundle.open(bundle_path), "openvino", precision="bf16", threads=1)
+        x = np.random.default_rng(0).standard_normal((1, 8, 8), dtype=np.float32)
+        assert 5e-4 < relative_l2(first_step(half, 50, x), first_step(engine, 50, x)) < 1e-2
+
+    @bf16
+    def test_bf16_tells_large_timesteps_apart(self, bundle_path, engine):
+        """A bf16 has 8 bits: 666 would be 664, and the sines of its embedding those of another t."""
+        half = open_engine(Bundle.open(bundle_path), "openvino", precision="bf16", threads=1)
+        x = np.random.default_rng(0).standard_normal((1, 8, 8), dtype=np.float32)
+        for t in (301, 666, 957, 999):
+            assert relative_l2(first_step(half, t, x), first_step(engine, t, x)) < 1e-2
+
+    @bf16
+    def test_fp32_where_bf16_misses_a_rung(self, bundle_path, cache, monkeypatch, caplog):
+        monkeypatch.setitem(LIMITS, ("cpu", "bf16"), (1e-6, 42.0))
+        with caplog.at_level(logging.INFO, "epsrt"):
+            engine = open_engine(Bundle.open(bundle_path), "openvino")
+        assert engine.precision == "fp32"
+        assert "runs in fp32: in bf16 it misses network" in caplog.text
+
+    @bf16
+    def test_fp32_unproven_where_nothing_may_be_measured(self, bundle_path, cache):
+        assert open_engine(Bundle.open(bundle_path), "openvino", may_build=False).precision == "fp32"
+
+    def test_a_processor_without_bf16(self, bundle_path, monkeypatch):
+        monkeypatch.setattr(openvino_cpu, "has_bf16", lambda: False)
+        assert open_engine(Bundle.open(bundle_path), "openvino").precision == "fp32"
+        with pytest.raises(
+            EngineError, match=r"precision bf16 needs a processor with AVX512-BF16 or AMX, and .*: use fp32"
+        ):
+            open_engine(Bundle.open(bundle_path), "openvino", precision="bf16")
+        with pytest.raises(EngineError, match="no engine runs here; precision bf16 needs a processor"):
+            open_engine(Bundle.open(bundle_path), precision="bf16")
+
+    def test_fp16_is_another_engines(self, bundle_path):
+        with pytest.raises(EngineError, match="engine openvino runs in bf16 or fp32.*, not in fp16: ask for another"):
+            open_engine(Bundle.open(bundle_path), "openvino", precision="fp16")
+        assert open_engine(Bundle.open(bundle_path), precision="fp16").name == "onnxruntime"
+
+
+class TestCompiledModels:
+    def opened(self, path):
+        return open_engine(Bundle.open(path), "openvino", precision="fp32", threads=1)
+
+    def test_are_kept(self, small_bundle_path, cache, schedule, monkeypatch):
+        first = self.opened(small_bundle_path)
+        rows = solvers.ddim(schedule, timesteps(schedule.T, 4)).rows(first.columns)
+        want = drawn(first, 2, rows)
+        (entry,) = cache.entries()
+        key = entry.record.key
+        assert (key.engine, key.precision, key.profiles) == ("openvino", "fp32", ((2, 2, 2),))
+        assert key.gpu == openvino_cpu.processor()
+        monkeypatch.setattr(openvino_cpu.OpenVino, "_compile", lambda *_: pytest.fail("compiled again"))
+        np.testing.assert_array_equal(drawn(self.opened(small_bundle_path), 2, rows), want)
+
+    def test_damaged_ones_are_compiled_again(self, small_bundle_path, cache, caplog):
+        self.opened(small_bundle_path).lanes(1)
+        (entry,) = cache.entries()
+        entry.path.write_bytes(b"x" * entry.path.stat().st_size)
+        self.opened(small_bundle_path).lanes(1)
+        assert "not taken from the engine cache" in caplog.text
+        self.opened(small_bundle_path).lanes(1)
+        assert caplog.text.count("not taken from the engine cache") == 1  # it was put in its place
+
+    def test_without_a_cache_it_runs(self, small_bundle_path, cache, caplog, monkeypatch):
+        cache.directory.mkdir(parents=True)
+        cache.directory.chmod(0o777)  # others can write it
+        self.opened(small_bundle_path).lanes(1)
+        assert "a compiled model is not kept" in caplog.text
+        assert not cache.entries()
+
+    def test_what_openvino_cannot_read_is_compiled(self, small_bundle_path, cache, caplog):
+        """A blob of the right bytes that another build of the library wrote."""
+        self.opened(small_bundle_path).lanes(1)
+        (entry,) = cache.entries()
+        cache.store(entry.record.key, b"no model", bundle_name="small")
+        self.opened(small_bundle_path).lanes(1)
+        assert "not taken from the engine cache" in caplog.text
+
+    def test_a_proof_that_cannot_be_kept(self, bundle_path, cache, monkeypatch):
+        kept = compiled.CompiledModels(
+            Bundle.open(bundle_path), Bundle.open(bundle_path).graph("fp32"), "bf16", "1", "p"
+        )
+        monkeypatch.setattr(EngineCache, "keep_blob", lambda *_: False)
+        kept.keep_proof([])
+        assert kept.proof() is None
+
+
+class TestRefusals:
+    def test_without_the_library(self, small_bundle_path):
+        code = """
+import sys
+from epsrt import Bundle, EngineError, open_engine
+try:
+    print(open_engine(Bundle.open(sys.argv[1]), sys.argv[2]).name)
+except EngineError as error:
+    print(error)
+"""
+        done = run_python(code, small_bundle_path, "openvino", blocked=("openvino",))
+        assert done.stdout.startswith("engine openvino needs its library (")
+        assert done.stdout.strip().endswith('pip install "epsrt[openvino]"')
+        done = run_python(code, small_bundle_path, "auto", blocked=("openvino",), env={"CUDA_VISIBLE_DEVICES": ""})
+        assert done.stdout.strip() == "onnxruntime"
+
+    def test_threads(self, small_bundle_path):
+        with pytest.raises(EngineError, match="threads = 4096 is outside"):
+            open_engine(Bundle.open(small_bundle_path), "openvino", threads=4096)
+
+    def test_a_file_that_is_no_graph(self, copy_of, small_bundle_path):
+        path = copy_of(small_bundle_path)
+        (path / "step-fp32.onnx").write_bytes(b"not a graph")
+        forge(path)
+        with pytest.raises(EngineError, match=r"OpenVINO refuses .*step-fp32.onnx: .*; export the bundle again") as e:
+            open_engine(Bundle.open(path), "openvino", precision="fp32")
+        assert "\n" not in str(e.value)
+
+    @pytest.mark.parametrize(("field", "name"), [("shape", "x"), ("classes", "label")])
+    def test_a_manifest_of_another_graph(self, copy_of, small_bundle_path, field, name):
+        path = copy_of(small_bundle_path)
+        other = {"shape": [3, 8, 8], "classes": None if Bundle.open(path).labelled else 2}[field]
+        forge(path, lambda manifest: manifest.update({field: other}))
+        with pytest.raises(EngineError, match=f"step-fp32.onnx: {name} is .* the manifest implies"):
+            open_engine(Bundle.open(path), "openvino", precision="fp32")
+
+    def test_elsewhere_than_on_x86_onnxruntime_comes_first(self, monkeypatch):
+        cpus = [n for n in probe.available() if probe.info_of(n).device == "cpu"]
+        assert cpus == ["openvino", "onnxruntime"]
+        monkeypatch.setattr("platform.machine", lambda: "aarch64")
+        assert [n for n in probe.available() if probe.info_of(n).device == "cpu"] == cpus[::-1]
