@@ -149,7 +149,7 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
 
 @pytest.fixture(scope="session")
 def engine(bundle_path: Path) -> Iterator[Engine]:
-    opened = open_engine(Bundle.open(bundle_path), threads=1)
+    opened = open_engine(Bundle.open(bundle_path), "onnxruntime", threads=1)
     yield opened
     opened.close()
 
@@ -162,5 +162,5 @@ def sampler(engine: Engine) -> Sampler:
 
 @pytest.fixture(scope="session")
 def plain_sampler(plain_bundle_path: Path) -> Iterator[Sampler]:
-    with Sampler.open(plain_bundle_path, threads=1) as opened:
+    with Sampler.open(plain_bundle_path, "onnxruntime", threads=1) as opened:
         yield opened

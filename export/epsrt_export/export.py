@@ -45,9 +45,12 @@ from epsrt_export import golden, parity
 from epsrt_export.families import checkpoint as own
 from epsrt_export.gradient import log_prob_gradient
 from epsrt_export.graphs import DTYPES, variants_of, write_graphs
+from epsrt_export.int8 import write_int8
 from epsrt_export.source import NoisedClassifier, Source
 from epsrt_export.stepgraph import check_network, check_sizes
 from epsrt_trainer.checkpoint import Checkpoint
+
+PRECISIONS = (*DTYPES, "int8")
 
 OnStage = Callable[[str, float], object]
 
@@ -73,7 +76,8 @@ def export(
     masked        also write step graphs that keep known pixels: inpainting
     classifier    of noised images, a NoisedClassifier or the path of epsrt's own checkpoint: also write step graphs
                   that it guides. (Where the network has a null label, those of guidance without one always are.)
-    precisions    fp32, and fp16 unless it is left out; parity is proven in each
+    precisions    fp32, and fp16 unless it is left out; int8 where it is asked for: convolutions in 8 bits, for CPUs.
+                  Parity is proven in each, of int8 to limits of its own
     max_batch     the largest batch of the step graphs: 64 unless given, fewer where images may exceed 64 × 64 pixels
     on_stage      called as on_stage(what, fraction)
 
@@ -113,7 +117,7 @@ def export(
     parity.require(rungs)
     with whole_directory(out) as beside:
         graphs: list[Graph] = []
-        for precision in precisions:
+        for precision in (p for p in precisions if p != "int8"):
             tell(f"graphs {precision}", 0.0)
             graphs += write_graphs(
                 network, precision, beside, source.shape, source.classes > 0, opset, source.variance, source.threshold,
@@ -123,6 +127,10 @@ def export(
         manifest = manifest_of(source, max_batch, graphs, others, judge)
         kept = golden.record(network, manifest, tell, None if judge is None else judge.network)
         (beside / GOLDEN).write_bytes(safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in kept.items()}))
+        if "int8" in precisions:
+            tell("graphs int8", 0.0)
+            graphs += write_int8(Bundle(beside, manifest), partial(tell, "graphs int8"))
+            manifest = msgspec.structs.replace(manifest, graphs=tuple(graphs))
         for precision in precisions:
             rungs += _measure(Bundle(beside, manifest), precision, tell)
         (beside / PARITY).write_bytes(msgspec.json.format(msgspec.json.encode(rungs), indent=1) + b"\n")
@@ -245,8 +253,10 @@ def _check(source: Source, precisions: Sequence[str], max_batch: int, sizes: Siz
     if not 1 <= max_batch <= 65536:
         raise EpsrtError(f"max_batch = {max_batch} is outside 1 … 65536")
     words = list(precisions) if isinstance(precisions, Sequence) else [precisions]
-    if not words or any(word not in list(DTYPES) for word in words) or len(set(words)) != len(words):
-        raise EpsrtError(f"precisions = {words}: choose from {', '.join(DTYPES)}, each once")
+    if not words or any(word not in PRECISIONS for word in words) or len(set(words)) != len(words):
+        raise EpsrtError(f"precisions = {words}: choose from {', '.join(PRECISIONS)}, each once")
+    if "int8" in words and "fp32" not in words:
+        raise EpsrtError(f"precisions = {words}: int8 is made from the FP32 step graphs: add fp32")
     if sizes is not None and source.thresholding is not None:
         raise EpsrtError(
             "sizes and thresholding exclude each other: its quantile is found among a number of values that the graph "

@@ -24,7 +24,7 @@ FEATURES_OF_ALL = ("learned variance", "thresholding")  # what all graphs of a b
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8"]
 # what the second half of a network's output says of the variance: log σ², or where between log β̃ (−1) and log β (1)
 LearnedVariance = Literal["learned", "learned_range"]
 
@@ -150,7 +150,7 @@ class Rung(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     engine: str
-    precision: Literal["fp64", "fp32", "fp16", "bf16"]
+    precision: Literal["fp64", "fp32", "fp16", "bf16", "int8"]
     figure: float | None  # None: not finite
     limit: float
     unit: str

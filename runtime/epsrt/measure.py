@@ -17,6 +17,7 @@ Float = NDArray[np.float32]
 # (largest relative L2 of a step, least PSNR of a trajectory in dB)
 LIMITS = {
     ("cpu", "fp32"): (2e-6, 100.0), ("cpu", "fp16"): (1e-3, 55.0), ("cpu", "bf16"): (1e-2, 42.0),
+    ("cpu", "int8"): (0.25, 25.0),
     ("cuda", "fp32"): (1e-5, 90.0), ("cuda", "fp16"): (3e-3, 45.0),
 }  # fmt: skip
 PSNR_CEILING = 300.0  # identical images; infinity has no JSON

@@ -54,7 +54,9 @@ def export(
             "repeated.",
         ),
     ] = None,
-    precision: Annotated[list[str] | None, typer.Option(help="fp32 or fp16; may be repeated; by default both.")] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="fp32, fp16, int8; may be repeated; by default the first two.")
+    ] = None,
     max_batch: Annotated[
         int | None, typer.Option(help="Largest batch of the step graphs; by default 64, fewer above 64 × 64 pixels.")
     ] = None,

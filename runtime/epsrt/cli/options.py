@@ -29,7 +29,7 @@ RescaleOption = Annotated[
 IntervalOption = Annotated[
     str | None, Option(metavar="LOW:HIGH", help="Guide at these timesteps alone; either end may be left out.")
 ]
-PrecisionOption = Annotated[str | None, Option(help="fp32, fp16 or bf16; by default the engine's best.")]
+PrecisionOption = Annotated[str | None, Option(help="fp32, fp16, bf16 or int8; by default the engine's best.")]
 BatchOption = Annotated[int | None, Option(help="Images at once, at most; by default the bundle's largest.")]
 ThreadsOption = Annotated[int | None, Option(help="Of a CPU engine; by default all cores.")]
 FILES = "an .npz of epsrt sample, a picture, or a folder of pictures"

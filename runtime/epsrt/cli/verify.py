@@ -25,7 +25,7 @@ epsrt verify out/digits.epsrt --engine onnxruntime --precision fp16 --json
 def verify(
     bundle: show.BundleArgument,
     engine: show.EngineOption = "auto",
-    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; by default all that run here.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16, bf16 or int8; by default all that run.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of a CPU engine; by default all cores.")] = None,
     trust_engines: show.TrustOption = False,
     as_json: show.JsonOption = False,

@@ -14,7 +14,7 @@ __all__ = ["ENGINES", "Engine", "Lanes", "Sample", "open_engine"]
 
 # fastest first: "auto" takes the first that runs here
 ENGINES = ("tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt", "onnxruntime-cuda", "openvino", "onnxruntime")
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 
 def open_engine(
@@ -32,7 +32,7 @@ def open_engine(
 
     name           one of ENGINES, or "auto": the fastest that this machine can run for this bundle
     precision      one of PRECISIONS; None: fp16 on a GPU where the bundle has it, on openvino bf16 where the processor
-                   computes in it and the bundle's golden file proves it, else fp32
+                   computes in it and the bundle's golden file proves it, else fp32. int8 is never taken unasked
     features       what the step graph must have beyond the plain step
     threads        bounds a CPU engine's threads (None: all cores)
     trust_engines  run TensorRT plans that came with the bundle: native code, so only from those whom you trust

@@ -25,14 +25,13 @@ except ImportError as error:
     raise EngineError(f'engine openvino needs its library ({error}): pip install "epsrt[openvino]"') from None
 
 KEPT_MODELS = 4  # of an engine: for each batch and size that it met last, each with weights of its own
-HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 OnProgress = Callable[[str, float], object]
 log = logging.getLogger("epsrt")
 
 
 class OpenVino:
-    """Engine "openvino"; see protocol.Engine. Both precisions run the bundle's FP32 graph.
+    """Engine "openvino"; see protocol.Engine. bf16 and fp32 run the bundle's FP32 graph.
 
     A batch is cut into as many equal parts as divide it and the threads: each is an inference request on threads of its
     own, which so wait for each other less often. `others(graph)` opens another step graph as this one was.
@@ -50,6 +49,8 @@ class OpenVino:
         self.columns = graph.columns
         self.max_batch = bundle.manifest.max_batch
         self.threads = threads or default_threads()
+        # what int8 leaves alone is computed in bf16 where it can be
+        self._hint = "f32" if precision == "fp32" or not has_bf16() else "bf16"
         self._others = others
         self._kept = CompiledModels(bundle, graph, precision, ov.__version__.split("-")[0], processor())
         self._models: OrderedDict[tuple[int, ...], Any] = OrderedDict()
@@ -93,7 +94,7 @@ class OpenVino:
         """Compiled for `parts` requests at once, each of `batch` images, on all threads together."""
         key = (batch, *image, parts)
         config = {
-            "INFERENCE_PRECISION_HINT": HINTS[self.precision], "NUM_STREAMS": parts,
+            "INFERENCE_PRECISION_HINT": self._hint, "NUM_STREAMS": parts,
             "INFERENCE_NUM_THREADS": self.threads,
             "ENABLE_CPU_PINNING": False,  # or two processes would share one core, and the other would idle
         }  # fmt: skip

@@ -70,8 +70,8 @@ ENGINES = (  # fastest first
     ),
     EngineInfo("onnxruntime-tensorrt", "cuda", "gpu", ONNXRUNTIME_GPU, (BINDINGS, NVRTC, TENSORRT_10)),
     EngineInfo("onnxruntime-cuda", "cuda", "gpu", ONNXRUNTIME_GPU, (BINDINGS, NVRTC)),
-    EngineInfo("openvino", "cpu", "openvino", OPENVINO, (FILELOCK,), precisions=("bf16", "fp32")),
-    EngineInfo("onnxruntime", "cpu", "cpu", ONNXRUNTIME, precisions=("fp32", "fp16")),
+    EngineInfo("openvino", "cpu", "openvino", OPENVINO, (FILELOCK,), precisions=("bf16", "fp32", "int8")),
+    EngineInfo("onnxruntime", "cpu", "cpu", ONNXRUNTIME, precisions=("fp32", "fp16", "int8")),
 )
 
 

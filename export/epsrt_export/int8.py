@@ -1,0 +1,149 @@
+"""A bundle's step graphs with their convolutions in int8: static quantisation, calibrated along real trajectories.
+
+Opt-in: it changes images, by how much its own rungs of the parity record say.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+from epsrt import Bundle, Plan
+from epsrt.engines import Engine, Sample, open_engine
+from epsrt.errors import EpsrtError
+from epsrt.manifest import Graph
+from epsrt.requests import plan_of
+from epsrt_export.onnx_graph import WeightsFile
+from epsrt_export.onnx_passes import masked
+
+Feeds = dict[str, NDArray[Any]]
+
+CALIBRATION_STEPS = 20  # of DDIM
+CALIBRATION_SAMPLES = 20  # where an image has up to 1,024 values, fewer of larger ones
+GUIDANCE = 2.0  # of every second sample that calibrates a guided graph
+
+
+def write_int8(bundle: Bundle, on_graph: Callable[[float], object] = lambda share: None) -> list[Graph]:
+    """Write int8 step graphs beside a bundle's FP32 ones, and the one weights file that they share.
+
+    Not of graphs with a classifier: its gradient stays in FP32. Raises EpsrtError where a graph cannot be quantised.
+    """
+    plain = [g for g in bundle.manifest.graphs if g.precision == "fp32" and "classifier" not in g.features]
+    weights, made = WeightsFile("weights-int8.bin"), list[Graph]()
+    models: dict[tuple[str, ...], onnx.ModelProto] = {}
+    for graph in sorted(plain, key=lambda g: "mask" in g.features):
+        bare = tuple(f for f in graph.features if f != "mask")
+        if bare not in models:
+            source = bundle.graph("fp32", bare)
+            with closing(open_engine(bundle, "onnxruntime", precision="fp32", features=bare)) as engine:
+                model = quantise(bundle.path / source.file, states_of(engine, *calibration(bundle)))
+            shared = ir.from_proto(model)
+            weights.take(shared)
+            models[bare] = ir.to_proto(shared)
+        columns = len(bundle.graph("fp32", bare).columns)
+        model = masked(models[bare], columns) if "mask" in graph.features else models[bare]
+        name = graph.file.replace("fp32", "int8")
+        (bundle.path / name).write_bytes(model.SerializeToString(deterministic=True))
+        made.append(Graph(name, weights.name, "int8", graph.columns, graph.features))
+        on_graph(len(made) / len(plain))
+    weights.write(bundle.path)
+    for graph in made:
+        onnx.checker.check_model(bundle.path / graph.file)
+    return made
+
+
+def calibration(bundle: Bundle) -> tuple[Plan, list[int]]:
+    """The plan and the labels of the trajectories that a bundle is calibrated on: all its classes in turn."""
+    m = bundle.manifest
+    n = min(m.max_batch, CALIBRATION_SAMPLES, max(4, CALIBRATION_SAMPLES * 1024 // int(np.prod(m.shape))))
+    labels = [i % m.classes for i in range(n)] if m.classes else [0] * n
+    if m.null_label is not None and n > 1:
+        labels[-1] = m.null_label
+    return plan_of(m, "ddim", min(CALIBRATION_STEPS, m.schedule.T)), labels
+
+
+class _States(CalibrationDataReader):  # type: ignore[misc]
+    """onnxruntime's reader of calibration data, of states in memory."""
+
+    def __init__(self, states: Sequence[Feeds]):
+        self._states = iter(states)
+
+    def get_next(self) -> Feeds | None:
+        return next(self._states, None)
+
+
+def states_of(engine: Engine, plan: Plan, labels: Sequence[int], seed: int = 0) -> list[Feeds]:
+    """What a step graph is fed along real trajectories: for each row of the plan, its inputs for len(labels) samples.
+
+    engine   runs a step graph with features of no image inputs but x, m and z
+    labels   the network's own numbers, one a sample; of unconditional networks only their count matters
+    Every second sample is guided, where the graph guides. The registers m and z are zeros: no convolution sees them.
+    Raises what the engine raises.
+    """
+    rows, n = np.repeat(plan.rows(engine.columns)[:, None], len(labels), 1), len(labels)
+    if "w" in engine.columns:
+        rows[:, 1::2, engine.columns.index("w")] = GUIDANCE
+    named, states = engine.bundle.inputs(engine.graph), list[Feeds]()
+    with engine.lanes(n) as lanes:
+        for i, label in enumerate(labels):
+            lanes.write(i, Sample(seed=seed, index=i, start=(0.0, plan.start[1]), label=label))
+        for row in rows:
+            x = np.stack([lanes.read(i) for i in range(n)])
+            given = {"x": x, "m": np.zeros_like(x), "z": np.zeros_like(x), "rows": row}
+            if "label" in named:
+                given["label"] = np.array(labels, np.int64)
+            states.append(given)
+            lanes.advance(row[None])
+    return states
+
+
+def quantise(graph: Path, states: Sequence[Feeds], *, ends: bool = False, outputs: bool = True) -> onnx.ModelProto:
+    """A step graph whose convolutions compute in int8, as QuantizeLinear and DequantizeLinear around them (QDQ).
+
+    graph    an FP32 step graph, its weights file beside it
+    states   inputs to calibrate on: each tensor's range is from the least to the largest value that it takes there
+    ends     quantise the first and the last convolution too, which see the image itself and make the prediction
+    outputs  quantise what convolutions return: onnxruntime runs them in int8 only if so, OpenVINO either way
+    Weights are int8, symmetric, a scale a channel; activations uint8, a scale and a zero point a tensor. All else
+    stays FP32: the time embedding, norms, attention's products, the fused step. The model holds its weights.
+    Raises EpsrtError where no convolution is left to quantise, or there are no states.
+    """
+    nodes = onnx.load(graph, load_external_data=False).graph.node
+    convolutions = [node.name for node in nodes if node.op_type == "Conv"]
+    kept = [] if ends else [*convolutions[:1], *convolutions[-1:]]
+    if set(convolutions) <= set(kept):
+        raise EpsrtError(f"{graph.name} has no convolution between its first and its last: int8 has nothing to gain")
+    if not states:
+        raise EpsrtError(f"{graph.name} cannot be quantised without states to calibrate on: record a trajectory")
+    more: dict[str, Any] = {"WeightSymmetric": True}
+    if not outputs:
+        more |= {"OpTypesToExcludeOutputQuantization": ["Conv"], "QuantizeBias": False}
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        made = Path(folder) / graph.name
+        quantize_static(
+            str(graph), str(made), _States(states), quant_format=QuantFormat.QDQ, op_types_to_quantize=["Conv"],
+            per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=kept,
+            extra_options=more,
+        )  # fmt: skip
+        return onnx.load(made)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The quantiser advises a shape inference that step graphs do not need."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
