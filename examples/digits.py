@@ -23,6 +23,7 @@ from sklearn.svm import SVC
 
 from epsrt import Bundle, Sampler, open_engine, verify_all
 from epsrt.cli import show
+from epsrt.engines import runnable
 from epsrt.errors import BundleError
 from epsrt.files import sha256, whole_file
 from epsrt_export import export
@@ -76,7 +77,7 @@ def exported(checkpoint: Path, out: Path = BUNDLE, classifier: Path | None = Non
 def verified(bundle: Bundle) -> None:
     rungs = []
     with show.progress() as tell:
-        for precision in ("fp32", "fp16"):
+        for precision in runnable(bundle):
             report = partial(_report, tell, precision)
             rungs += verify_all(open_engine(bundle, precision=precision), report)
     console.print(show.rung_table(rungs))
@@ -91,7 +92,8 @@ def _report(tell: Callable[[str, float], None], precision: str, name: str, fract
 def sampled(sampler: Sampler, method: str, steps: int, n: int) -> Run:
     """n samples of classes 0 … 9 in turn, from the same seed for every sampler; kept under out/demo/."""
     plan = sampler.plan(method, steps)
-    key = f"{sampler.bundle.manifest.digest} {SEED} {hashlib.sha256(plan.table.tobytes()).hexdigest()}"
+    on = f"{sampler.engine.name} {sampler.engine.precision}"
+    key = f"{sampler.bundle.manifest.digest} {on} {SEED} {hashlib.sha256(plan.table.tobytes()).hexdigest()}"
     kept = OUT / "demo" / f"{method}-{steps}.npz"
     if kept.exists():
         with np.load(kept, allow_pickle=False) as file:

@@ -183,6 +183,7 @@ def trajectory_film(g: Gallery) -> list[Image.Image]:
     return [film(g.tiles(x0)) for x0 in g.sampler.stream(steps=50, seed=SEED, labels=DIGITS, every=2)]
 
 
+ENGINE = "onnxruntime"  # FP32: the same pictures on every machine
 PICTURES: dict[str, Callable[[Gallery], Image.Image]] = {
     "guidance": guidance, "classifier": classifier, "img2img": img2img, "inpainting": inpainting,
     "outpainting": outpainting, "inversion": inversion, "interpolation": interpolation, "trajectory": trajectory,
@@ -194,7 +195,8 @@ FILMS: dict[str, tuple[Callable[[Gallery], list[Image.Image]], float]] = {  # an
 
 def main(names: Sequence[str]) -> None:
     begin = time.perf_counter()
-    with Sampler(open_engine(editing_bundle())) as sampler, Sampler(open_engine(canvas_bundle())) as large:
+    bundles = editing_bundle(), canvas_bundle()
+    with Sampler(open_engine(bundles[0], ENGINE)) as sampler, Sampler(open_engine(bundles[1], ENGINE)) as large:
         g = Gallery(sampler, large, by_class(load("digits")))
         REAL.mkdir(exist_ok=True)
         for digit, tile in enumerate(g.tiles(g.real[:10])):

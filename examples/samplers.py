@@ -48,7 +48,7 @@ def main() -> None:
         f"{STEPS} steps, {N} digits", "method", "evaluations", "seconds", "read as asked",
         right=("evaluations", "seconds", "read as asked"),
     )  # fmt: skip
-    with Sampler(open_engine(exported(trained()))) as sampler:
+    with Sampler(open_engine(exported(trained()), "onnxruntime")) as sampler:
         for method in METHODS:
             begin = time.perf_counter()
             samples = sampled(sampler, method, real)

@@ -23,6 +23,7 @@ INSTRUCTIONS = {
     "amx": ("amx_tile",),
 }  # fmt: skip
 CPUINFO, CGROUP = Path("/proc/cpuinfo"), Path("/sys/fs/cgroup")
+TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def describe(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
@@ -53,6 +54,15 @@ def has_bf16() -> bool:
 def cores() -> int:
     """How many this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def physical_cores() -> int:
+    """How many cores this process may run on, hyper-threads of one core counted once."""
+    try:
+        cpus = os.sched_getaffinity(0)
+        return len({(TOPOLOGY / f"cpu{n}/topology/thread_siblings_list").read_text() for n in cpus})
+    except (AttributeError, OSError):  # not Linux, or a sandbox without /sys
+        return cores()
 
 
 def gpu() -> dict[str, Any]:

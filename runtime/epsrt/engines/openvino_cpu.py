@@ -16,6 +16,7 @@ from epsrt.engines.host import Arrays, HostLanes, Run
 from epsrt.engines.key import Options
 from epsrt.engines.protocol import Size, check_batch, check_threads, image_shape
 from epsrt.errors import BundleError, EngineError
+from epsrt.machine import physical_cores
 from epsrt.manifest import Graph, Rung
 from epsrt.verify import verify
 
@@ -48,7 +49,7 @@ class OpenVino:
         self.bundle, self.graph, self.precision = bundle, graph, precision
         self.columns = graph.columns
         self.max_batch = bundle.manifest.max_batch
-        self.threads = threads or default_threads()
+        self.threads = threads or physical_cores()
         # what int8 leaves alone is computed in bf16 where it can be
         self._hint = "f32" if precision == "fp32" or not has_bf16() else "bf16"
         self._others = others
@@ -210,14 +211,6 @@ def processor() -> str:
 def has_bf16() -> bool:
     """Whether the plugin computes in bf16 here: with AVX512-BF16 or AMX."""
     return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
-@cache
-def default_threads() -> int:
-    """What the plugin takes unless told: this process's physical cores."""
-    x = ov.opset13.parameter([1], ov.Type.f32)
-    model = core().compile_model(ov.Model([ov.opset13.relu(x)], [x]), "CPU", {"NUM_STREAMS": 1})
-    return max(1, int(model.get_property("INFERENCE_NUM_THREADS")))
 
 
 def line(error: Exception) -> str:

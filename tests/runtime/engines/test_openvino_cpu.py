@@ -9,6 +9,7 @@ import pytest
 from epsrt import Bundle, EngineError, NotFiniteError, Sample, Sampler, idle_row, open_engine, solvers
 from epsrt.engines import compiled, openvino_cpu, probe
 from epsrt.engines.cache import EngineCache
+from epsrt.machine import physical_cores
 from epsrt.measure import LIMITS, relative_l2
 from epsrt.spacing import timesteps
 from helpers import forge, run_python
@@ -57,8 +58,8 @@ class TestSteps:
     @pytest.mark.parametrize("batch", [1, 2, 3, 4])
     def test_as_onnxruntime(self, schedule, bundle_path, rival, batch, threads):
         """Odd batches are one part, even ones two on two threads; noise is the same."""
-        if threads > openvino_cpu.default_threads():
-            pytest.skip(f"this machine has {openvino_cpu.default_threads()} cores")
+        if threads > physical_cores():
+            pytest.skip(f"this machine has {physical_cores()} cores")
         engine = open_engine(Bundle.open(bundle_path), "openvino", precision="fp32", threads=threads)
         assert (engine.name, engine.device, engine.precision, engine.threads) == ("openvino", "cpu", "fp32", threads)
         for make in (solvers.ddpm, solvers.ddim):
