@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import epsrt
 from epsrt import Bundle
-from epsrt.engines import nvidia
 from epsrt.errors import BundleError
 from epsrt.files import whole_file
+from epsrt.machine import PACKAGES, describe
 
 if TYPE_CHECKING:
     from torch import nn
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path("out/bench")
-PACKAGES = (
-    "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu13", "tensorrt-rtx-cu13", "tensorrt-rtx",
-    "cuda-bindings", "nvidia-cudnn-cu13", "torch", "triton", "diffusers",
-)  # fmt: skip
 SEEDS = {
     "digits": 2
 }  # of redrawn weights, 0 for the others: the digits of most seeds miss the gate of FP16 (40 to 60 dB)
@@ -35,56 +26,7 @@ SEEDS = {
 
 def machine() -> dict[str, Any]:
     """Processor, cores, versions, and the GPU if there is one: what a reader needs to place a number."""
-    cpu, flags = platform.processor(), ""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-        fields = {key.strip(): value.strip() for key, value in lines.items()}
-        cpu, flags = fields.get("model name", cpu), fields.get("flags", "")
-    versions = {"epsrt": epsrt.__version__}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "processor": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "amx": "amx_tile" in flags, "avx512_bf16": "avx512_bf16" in flags,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(), "versions": versions, **gpu(),
-    }  # fmt: skip
-
-
-def gpu() -> dict[str, Any]:
-    """{"gpu": …} for CUDA's device 0; empty without one."""
-    driver = nvidia.driver()
-    if driver.problem or driver.version is None:
-        return {}
-    gpu = driver.gpus[0]
-    found = {
-        "name": gpu.name, "capability": gpu.arch, "memory_mib": gpu.memory >> 20, "cuda": nvidia.dots(driver.version),
-    }  # fmt: skip
-    return {"gpu": found | nvidia_smi("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")}
-
-
-def nvidia_smi(*fields: str) -> dict[str, Any]:
-    """What nvidia-smi says of the first GPU: MHz, °C and W as numbers; empty where it is missing or has no answer."""
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
-    command = ["nvidia-smi", "-i", first, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-        values = [value.strip() for value in done.stdout.strip().splitlines()[0].split(",")]
-        return {f: _number(v) for f, v in zip(fields, values, strict=True) if not v.startswith("[")}
-    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
-        return {}
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    return describe((*PACKAGES, "torch", "triton", "diffusers"))
 
 
 def alternate(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

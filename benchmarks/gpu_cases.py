@@ -14,13 +14,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from common import CACHE, machine, nvidia_smi
+from common import CACHE, machine
 from gpu_process import Row, run_case
 
 from epsrt import Bundle
 from epsrt.engines import nvidia, probe
 from epsrt.errors import BundleError, EpsrtError
 from epsrt.files import whole_file
+from epsrt.machine import nvidia_smi
 
 HERE = Path(__file__).parent
 MAX_BATCH = 256

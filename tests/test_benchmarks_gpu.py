@@ -183,17 +183,17 @@ def test_arithmetic() -> None:
 
 
 def test_nvidia_smi(tmp_path, monkeypatch) -> None:
-    import common
+    from epsrt import machine
 
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert common.nvidia_smi("clocks.sm") == {}
+    assert machine.nvidia_smi("clocks.sm") == {}
     script = tmp_path / "nvidia-smi"
     script.write_text('#!/bin/sh\necho "1980, [N/A], 580.159.03"\n')
     script.chmod(0o755)
-    assert common.nvidia_smi("clocks.sm", "power.draw", "driver_version") == {
+    assert machine.nvidia_smi("clocks.sm", "power.draw", "driver_version") == {
         "clocks.sm": 1980.0, "driver_version": "580.159.03",
     }  # fmt: skip
-    assert common.nvidia_smi("clocks.sm") == {}  # another number of answers
+    assert machine.nvidia_smi("clocks.sm") == {}  # another number of answers
 
 
 def test_the_plain_loop_is_our_ddim(small_bundle_path) -> None:

@@ -50,6 +50,8 @@ def refusal(*arguments: object, cwd: Path | None = None) -> str:
         "interpolate",
         "plan",
         "bound",
+        "score",
+        "bench",
         "inspect",
         "doctor",
         "cache",

@@ -90,7 +90,7 @@ def test_a_machine_without_a_driver(run, machine):
     }  # fmt: skip
     assert report["engines"][-1]["library"] == "onnxruntime 1.31.1"
     lines = run().splitlines()
-    table, advice = lines[: lines.index("auto takes onnxruntime") - 6], lines[-7:]
+    table, advice = lines[: lines.index("auto takes onnxruntime") - 7], lines[-8:]
     assert max(map(len, table)) <= 80
     assert sum("libcuda.so.1 was not found" in line for line in lines) == 1
     assert advice == [
@@ -99,6 +99,7 @@ def test_a_machine_without_a_driver(run, machine):
         "tensorrt-rtx builds ahead of time here: epsrt build BUNDLE --engine tensorrt-rtx --target sm89",
         'for onnxruntime-tensorrt: pip uninstall -y onnxruntime && pip install "epsrt[gpu]" "tensorrt>=10.16,<11"',
         'for onnxruntime-cuda: pip uninstall -y onnxruntime && pip install "epsrt[gpu]"',
+        'for openvino: pip install "epsrt[openvino]"',
         "",
         "auto takes onnxruntime",
     ]
@@ -125,15 +126,17 @@ def test_no_engine_at_all(run, machine):
 
 
 class TestBundle:
-    def test_of_both_precisions(self, run, machine, bundle_path):
+    def test_of_both_precisions(self, run, machine, bundle_path, monkeypatch):
         machine(RTX, L4)
+        monkeypatch.setattr("epsrt.machine.has_bf16", lambda: True)
         report = json.loads(run(bundle_path, "--json"))
         assert report["bundle"] == {
             "path": str(bundle_path), "digest": Bundle.open(bundle_path).manifest.digest,
             "graphs": {"fp32": "step-fp32.onnx", "fp16": "step-fp16.onnx"},
         }  # fmt: skip
-        assert [e["precision"] for e in report["engines"]] == ["fp16"] * 4 + ["fp32"]
+        assert [e["precision"] for e in report["engines"]] == ["fp16"] * 4 + ["bf16", "fp32"]
         text = run(bundle_path)
+        assert "in bf16 where its golden file proves it, else in fp32" in " ".join(text.split())
         assert text.endswith(f"auto takes tensorrt-rtx and fp16 for {bundle_path}\n")
         assert f"epsrt build {bundle_path} --engine tensorrt-rtx" in text
 
@@ -150,7 +153,7 @@ class TestBundle:
         bundle = dataclasses.replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, graphs=half))
         monkeypatch.setattr(Bundle, "open", lambda path: bundle)
         report = json.loads(run(bundle_path, "--json"))
-        assert [e["precision"] for e in report["engines"]] == ["fp16"] * 4 + [None]
+        assert [e["precision"] for e in report["engines"]] == ["fp16"] * 4 + [None, None]
         assert report["auto"] is None
         assert "no fp32 graph, ask for --precision fp16" in " ".join(run(bundle_path).split())
 

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterable
 
 from epsrt.bundle import Bundle
-from epsrt.engines import probe
 from epsrt.engines.protocol import Engine, Lanes, Sample
 from epsrt.errors import EngineError
 
@@ -46,6 +45,8 @@ def open_engine(
         raise EngineError(f"engine {name!r} is unknown: use auto or one of {', '.join(ENGINES)}")
     if precision not in (None, *PRECISIONS):
         raise EngineError(f"precision {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
+    from epsrt.engines import probe  # which looks about: importing epsrt does not
+
     features = tuple(features)
 
     def open_one(name: str) -> Engine:
@@ -92,6 +93,8 @@ def graph_precision(bundle: Bundle, name: str, precision: str | None = None) -> 
     """The precision of the step graph that an engine runs: unless told, fp16 on a GPU where there is one, else fp32."""
     if precision is not None:
         return graph_precision_of(precision)
+    from epsrt.engines import probe
+
     has_half = any(g.precision == "fp16" for g in bundle.manifest.graphs)
     return "fp16" if has_half and probe.info_of(name).device == "cuda" else "fp32"
 
@@ -103,7 +106,8 @@ def graph_precision_of(precision: str) -> str:
 
 def runnable(bundle: Bundle, name: str = "auto") -> list[str]:
     """The precisions in which an engine, or one of those that run here, can run the bundle on this machine."""
-    from epsrt import machine  # which asks for epsrt's version
+    from epsrt import machine
+    from epsrt.engines import probe
 
     names = [name] if name != "auto" else list(probe.available())
     known = {p for each in names for p in probe.info_of(each).precisions}

@@ -20,6 +20,7 @@ SOURCE = Path(__file__).with_name("fake_driver.c")
 ALL = {
     "tensorrt": "10.16.1.11", "tensorrt-cu13": "10.16.1.11", "tensorrt-rtx-cu13": "1.7.1.116",
     "onnxruntime-gpu": "1.31.1", "cuda-bindings": "13.5.0", "nvidia-cuda-nvrtc": "13.5.37", "filelock": "3.16.1",
+    "openvino": "2026.4.1",
 }  # fmt: skip
 H200, L4 = Gpu(0, "NVIDIA H200", (9, 0), 140 << 30), Gpu(0, "NVIDIA L4", (8, 9), 23 << 30)
 NO_DRIVER = nvidia._ask("/nowhere/libcuda.so.1")

@@ -1,0 +1,174 @@
+"""How a case is timed: engines take turns, and none is timed while another's threads wind down.
+
+onnxruntime's threads spin for some 0.1 s of processor time after a run, in which another engine's steps take up to 1.5
+times as long on two cores. So a round begins by waiting until the process is idle, then takes steps that do not count.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+
+from epsrt import requests
+from epsrt.bench.report import Case, Figures, spread
+from epsrt.engines import Engine
+from epsrt.engines.protocol import Closing, Rows
+from epsrt.errors import EpsrtError
+
+LEAST = 7  # rounds
+WARM_S, WARM_STEPS = 0.3, 2  # of the first steps, which are not counted
+SETTLE_S, SETTLE_STEPS = 0.03, 1  # of the steps that wake an engine's threads again
+REST_S, REST_LIMIT_S = 0.02, 0.5  # how long the process must be idle, and what is waited for that at most
+ROUND_S = 0.1  # of requests at least, in a round
+SLOW_S = 0.02  # a step from which on waiting for each costs nothing that one could measure
+
+T = TypeVar("T")
+
+
+@dataclass
+class Timed:
+    """Seconds of a step in each round, and of a whole request; and of every step that was waited for."""
+
+    step: list[float] = field(default_factory=list)
+    request: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+
+
+class Course(Closing):
+    """A case's lanes, and what they have been timed to take. `seconds`: about all that its rounds may take; None: as
+    long as whole trajectories do.
+
+    Raises EpsrtError, like all that runs a step: the case cannot be measured then.
+    """
+
+    def __init__(self, case: Case, engine: Engine, request: requests.Request, seconds: float | None):
+        self.case, self._engine, self._request = case, engine, request
+        self.timed = Timed()
+        self._work = requests.prepare(engine.bundle, request)
+        self._lanes = engine.lanes(case.batch)
+        try:
+            self._rows = self._all_rows(self._work)
+            step = self._warm_up()
+            self._slow, most = step > SLOW_S, len(self._rows)
+            fit = most if seconds is None else int(seconds / (LEAST * (1 if self._slow else 2) * step))
+            self.steps_a_round = max(1, min(most, fit))
+            self._requests = max(1, math.ceil(ROUND_S / (step * self.steps_a_round)))
+        except BaseException:
+            self.close()
+            raise
+
+    def round(self) -> None:
+        """Time requests, from their arguments to their images, and then, step by step, one more."""
+        _rest()
+        self._stepped(SETTLE_STEPS, SETTLE_S)
+        k = self.steps_a_round
+        stepping = whole = 0.0
+        for _ in range(self._requests):
+            begin = time.perf_counter()
+            work = requests.prepare(self._engine.bundle, self._request)
+            rows = self._all_rows(work)
+            self._write(work)
+            ready = time.perf_counter()
+            if self._slow:
+                self.timed.steps += self._each(rows[:k])
+            else:
+                self._lanes.advance(rows[:k])
+                self._lanes.wait()
+            stepping += time.perf_counter() - ready
+            for i in range(self.case.batch):
+                self._lanes.read(i)
+            whole += time.perf_counter() - begin
+        step = stepping / (k * self._requests)
+        self.timed.step.append(step)
+        self.timed.request.append(whole / self._requests + step * (len(rows) - k))
+        if not self._slow:
+            self._write(work)
+            self.timed.steps += self._each(rows[:k])
+
+    def figures(self, memory: int | None, startup_s: tuple[float, ...]) -> Figures:
+        """Needs one round at least."""
+        steps = sorted(self.timed.steps)
+        return Figures(
+            steps_per_s=1 / statistics.median(self.timed.step), spread=spread(self.timed.step),
+            images_per_s=self.case.batch / statistics.median(self.timed.request),
+            step_ms_p50=1e3 * float(np.quantile(steps, 0.5)), step_ms_p95=1e3 * float(np.quantile(steps, 0.95)),
+            rounds_ms=tuple(1e3 * s for s in self.timed.step), steps_a_round=self.steps_a_round, memory=memory,
+            startup_s=startup_s,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self._lanes.close()
+
+    def _all_rows(self, work: requests.Work) -> Rows:
+        every = slice(None)
+        return work.rows(self._engine.columns, work.plan.rows(self._engine.columns), every, every)
+
+    def _write(self, work: requests.Work) -> None:
+        for i, sample in enumerate(work.samples):
+            self._lanes.write(i, sample)
+
+    def _each(self, rows: Rows) -> list[float]:
+        seconds = []
+        for i in range(len(rows)):
+            begin = time.perf_counter()
+            self._lanes.advance(rows[i : i + 1])
+            self._lanes.wait()
+            seconds.append(time.perf_counter() - begin)
+        return seconds
+
+    def _stepped(self, least: int, seconds: float) -> list[float]:
+        """Steps from the plan's first on, `least` at least, for about `seconds`; what each took."""
+        self._write(self._work)
+        taken: list[float] = []
+        while len(taken) < least or sum(taken) < seconds:
+            row = len(taken) % len(self._rows)
+            taken += self._each(self._rows[row : row + 1])
+        return taken
+
+    def _warm_up(self) -> float:
+        """Seconds of a step, about."""
+        return statistics.median(self._stepped(WARM_STEPS, WARM_S)[1:])
+
+
+def alternate(
+    courses: Sequence[Course], seconds: float | None, rounds: int, failed: Callable[[Case, EpsrtError], object]
+) -> list[Course]:
+    """Give the courses rounds in turn; those that ran through come back.
+
+    seconds  a course: rounds go on until all of them took as long together, LEAST of them at least. None: `rounds`
+    failed   is told of a course that raised, which takes no further part
+    """
+    running, end = list(courses), time.perf_counter() + (seconds or 0.0) * len(courses)
+    least, count = (rounds if seconds is None else LEAST), 0
+    while running and (count < least or time.perf_counter() < end):
+        for course in _turned(running, count):  # nobody always follows the same neighbour
+            try:
+                course.round()
+            except EpsrtError as error:
+                failed(course.case, error)
+                running.remove(course)
+        count += 1
+        if seconds is None and count == least:
+            break
+    return running
+
+
+def _rest() -> None:
+    """Return once the process's threads are idle."""
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < REST_LIMIT_S:
+        used = time.process_time()
+        time.sleep(REST_S)
+        if time.process_time() - used < REST_S / 10:
+            return
+
+
+def _turned(things: Sequence[T], by: int) -> list[T]:
+    """Forwards, then backwards: each has every place in a round, and neighbours on both sides."""
+    return list(things if by % 2 == 0 else reversed(things))
