@@ -6,7 +6,22 @@ from typing import Annotated
 
 import typer
 
-from epsrt.cli import bound, build, cache, doctor, export, inspect, interpolate, invert, plan, sample, train, verify
+from epsrt.cli import (
+    bench,
+    bound,
+    build,
+    cache,
+    doctor,
+    export,
+    inspect,
+    interpolate,
+    invert,
+    plan,
+    sample,
+    score,
+    train,
+    verify,
+)
 
 app = typer.Typer(
     name="epsrt",
@@ -35,5 +50,22 @@ def root(
     pass
 
 
-for module in (train, export, build, verify, sample, invert, interpolate, plan, bound, inspect, doctor, cache):
-    app.command(epilog=module.EXAMPLES)(getattr(module, module.__name__.rsplit(".", 1)[1]))
+for module in (
+    train,
+    export,
+    build,
+    verify,
+    sample,
+    invert,
+    interpolate,
+    plan,
+    bound,
+    score,
+    bench,
+    inspect,
+    doctor,
+    cache,
+):
+    app.command(cls=getattr(module, "COMMAND", None), epilog=module.EXAMPLES)(
+        getattr(module, module.__name__.rsplit(".", 1)[1])
+    )

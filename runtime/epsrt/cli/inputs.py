@@ -50,8 +50,8 @@ def images(path: Path, bundle: Bundle, size: Size | None = None, smaller: bool =
         return given
     if m.shape[0] not in MODES:
         raise EpsrtError(f"{path}: the bundle's images have {m.shape[0]} channels, a picture has not: give .npz")
-    pictures = [_picture(file, MODES[m.shape[0]], bundle, size, smaller) for file in _files(path)]
-    return from_images(_stacked(_files(path), pictures), m.value_range)
+    pictures = [picture_of(file, MODES[m.shape[0]], bundle, size, smaller) for file in picture_files(path)]
+    return from_images(stacked(picture_files(path), pictures), m.value_range)
 
 
 def latents(path: Path, bundle: Bundle, size: Size | None = None) -> tuple[Images, list[int] | None]:
@@ -68,7 +68,7 @@ def latents(path: Path, bundle: Bundle, size: Size | None = None) -> tuple[Image
 
 def labels_in(path: Path, bundle: Bundle, count: int) -> list[int] | None:
     """The labels that an .npz keeps beside its samples; None where it has none, or the null label alone."""
-    found = _arrays(path, "label").get("label") if path.suffix.lower() == ".npz" and path.is_file() else None
+    found = arrays_of(path, "label").get("label") if path.suffix.lower() == ".npz" and path.is_file() else None
     if found is None or found.size == 0 or not bundle.labelled:
         return None
     if found.dtype.kind not in "iu" or found.shape != (count,):
@@ -114,13 +114,13 @@ def _mask(text: str, bundle: Bundle, size: tuple[int, ...]) -> NDArray[Any]:
         raise EpsrtError(f"--mask {text} is no file, and no region such as 0:4,: (the upper four rows)")
     found: NDArray[Any]
     if path.suffix.lower() == ".npz" and not path.is_dir():
-        arrays = _arrays(path, "mask", "samples")
+        arrays = arrays_of(path, "mask", "samples")
         if not arrays:
             raise EpsrtError(f"{path} holds no mask: give an .npz with an array mask, or a black and white picture")
         found = next(arrays[name] for name in ("mask", "samples") if name in arrays)
     else:
-        pictures = [_picture(file, "L", bundle, (size[0], size[1]), smaller=False) for file in _files(path)]
-        found = _stacked(_files(path), pictures).transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
+        pictures = [picture_of(file, "L", bundle, (size[0], size[1]), smaller=False) for file in picture_files(path)]
+        found = stacked(picture_files(path), pictures).transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
     count = len(found) if found.ndim == 4 else 1
     try:
         mask_of(found, count, (bundle.manifest.shape[0], size[0], size[1]))
@@ -143,7 +143,7 @@ def _region(text: str, ends: tuple[str, ...], size: tuple[int, ...]) -> NDArray[
 
 def samples(path: Path) -> NDArray[Any]:
     """The samples of an .npz of epsrt's, as they are. Raises EpsrtError when it is another file."""
-    found = _arrays(path, "samples").get("samples")
+    found = arrays_of(path, "samples").get("samples")
     if found is None:
         raise EpsrtError(f"{path} holds no samples: give an .npz that epsrt sample wrote")
     if found.ndim != 4 or not len(found):
@@ -151,12 +151,12 @@ def samples(path: Path) -> NDArray[Any]:
     return found
 
 
-def _arrays(path: Path, *names: str) -> dict[str, NDArray[Any]]:
+def arrays_of(path: Path, *names: str) -> dict[str, NDArray[Any]]:
     """Those of the arrays that an .npz has."""
     if not path.exists():
         raise EpsrtError(f"{path} does not exist: give an .npz that epsrt sample wrote")
     found = {}
-    with _foreign(path, "is no .npz that can be read"), zipfile.ZipFile(path) as archive:
+    with foreign(path, "is no .npz that can be read"), zipfile.ZipFile(path) as archive:
         for name in names:
             if f"{name}.npy" not in archive.namelist():
                 continue
@@ -167,7 +167,7 @@ def _arrays(path: Path, *names: str) -> dict[str, NDArray[Any]]:
     return found
 
 
-def _files(path: Path) -> list[Path]:
+def picture_files(path: Path) -> list[Path]:
     """The pictures of a folder by name, 2 before 10, or the one file."""
     if not path.is_dir():
         return [path]
@@ -180,9 +180,12 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _picture(path: Path, mode: str, bundle: Bundle, size: Size | None, smaller: bool) -> NDArray[np.uint8]:
-    """uint8 [H, W, C]. What is wrong is found before its pixels are unpacked, where the header tells."""
-    with _foreign(path, "is no picture that can be read"), warnings.catch_warnings():
+def picture_of(path: Path, mode: str, bundle: Bundle | None, size: Size | None, smaller: bool) -> NDArray[np.uint8]:
+    """uint8 [H, W, C]; the bundle is asked for a size where none is given.
+
+    What is wrong is found before its pixels are unpacked, where the header tells.
+    """
+    with foreign(path, "is no picture that can be read"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of small damage, which is no sentence of ours; nor are its logs
         logging.getLogger("PIL").addHandler(_SILENT)
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -203,7 +206,7 @@ def _picture(path: Path, mode: str, bundle: Bundle, size: Size | None, smaller: 
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def _stacked(files: list[Path], pictures: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+def stacked(files: list[Path], pictures: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     for file, picture in zip(files, pictures, strict=True):
         if picture.shape != pictures[0].shape:
             (h, w), (height, width) = picture.shape[:2], pictures[0].shape[:2]
@@ -211,16 +214,20 @@ def _stacked(files: list[Path], pictures: list[NDArray[np.uint8]]) -> NDArray[np
     return np.stack(pictures)
 
 
-def _most_pixels(bundle: Bundle, size: Size | None) -> int:
+def _most_pixels(bundle: Bundle | None, size: Size | None) -> int:
     """Of an image of `size`, or of any that the bundle takes."""
+    if size is not None:
+        return math.prod(size)
+    assert bundle is not None
     m = bundle.manifest
-    return math.prod(size or m.shape[1:]) if size or m.sizes is None else m.sizes.largest**2
+    return math.prod(m.shape[1:]) if m.sizes is None else m.sizes.largest**2
 
 
-def _check_size(path: Path, found: tuple[int, ...], bundle: Bundle, size: Size | None, smaller: bool) -> None:
+def _check_size(path: Path, found: tuple[int, ...], bundle: Bundle | None, size: Size | None, smaller: bool) -> None:
     h, w = found
     what = f"{path} is {h} × {w}"
     if size is None:
+        assert bundle is not None
         try:
             image_shape(bundle, (h, w))
         except EpsrtError as error:
@@ -232,7 +239,7 @@ def _check_size(path: Path, found: tuple[int, ...], bundle: Bundle, size: Size |
 
 
 @contextmanager
-def _foreign(path: Path, what: str) -> Iterator[None]:
+def foreign(path: Path, what: str) -> Iterator[None]:
     """Decoders of damaged and hostile files raise whatever occurs to them."""
     try:
         yield
