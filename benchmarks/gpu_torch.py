@@ -1,29 +1,19 @@
-"""The rivals on the GPU, each a function steps -> images on the host: float32 [batch, C, H, W], or diffusers' own.
+"""PyTorch's rivals on GPU and CPU: functions steps -> images on the host, float32 [batch, C, H, W], or diffusers' own.
 
-All run DDIM (η = 0, x0 clipped) with a network of the same size. Those of PyTorch and onnxruntime run the very network
-of our bundle, from the same x_T.
+All run DDIM (η = 0, x0 clipped) with a network of the same size. PyTorch's run the very network of our bundle, from the
+same x_T, as those of plain_plain_loops.py do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from plain_loops import SEED, Draw, HasBars, Images, onnxruntime_loop, rows, start, update
 from torch import Tensor, nn
 
-from epsrt import Schedule, noise
-from epsrt.errors import EpsrtError
-from epsrt.spacing import timesteps
-
-Images = NDArray[np.float32]
-Draw = Callable[[int], Images]  # steps -> images
-SEED = 1
+__all__ = ["CIFAR10", "SEED", "compiled", "diffusers", "eager", "export_plain", "onnxruntime_loop", "pipeline", "start"]
 
 # google/ddpm-cifar10-32's config.json
 CIFAR10: dict[str, Any] = {
@@ -36,34 +26,15 @@ CIFAR10: dict[str, Any] = {
 }  # fmt: skip
 
 
-def start(batch: int, shape: tuple[int, int, int]) -> Images:
-    """x_T as our lanes draw it for seed SEED."""
-    drawn = noise.normals(SEED, np.arange(batch), noise.START, 0, int(np.prod(shape)))
-    return drawn.reshape(batch, *shape).astype(np.float32)
-
-
-def rows(schedule: Schedule, steps: int) -> tuple[list[int], list[tuple[float, float, float, float]]]:
-    """The timesteps, and of each √ᾱ, √(1 − ᾱ) and the same of the next step."""
-    ts = timesteps(schedule.T, steps, "trailing")
-    bars = [float(schedule.alpha_bar[t]) for t in ts] + [1.0]
-    return ts, [(sqrt(a), sqrt(1 - a), sqrt(b), sqrt(1 - b)) for a, b in pairwise(bars)]
-
-
-def update(x: Any, eps: Any, row: Sequence[Any]) -> Any:
-    """DDIM, eq. 12 with σ = 0, of tensors or NumPy arrays."""
-    x0 = ((x - row[1] * eps) / row[0]).clip(-1, 1)
-    return row[2] * x0 + row[3] * eps
-
-
 def eager(
-    network: nn.Module, schedule: Schedule, x_T: Images, *, label: Tensor | None = None, channels_last: bool = False,
-    device: str = "cuda", dtype: torch.dtype = torch.float16,
+    network: nn.Module, schedule: HasBars, x_T: Images, *, label: Tensor | None = None, channels_last: bool = False,
+    device: str = "cuda", dtype: torch.dtype = torch.float16, state: torch.dtype | None = None,
 ) -> Draw:  # fmt: skip
-    """A plain loop; the network, x and the arithmetic in `dtype`."""
+    """A plain loop; the network in `dtype`, x and the arithmetic in `state`, by default in `dtype` too."""
     torch.backends.cudnn.benchmark = True
     layout = torch.channels_last if channels_last else torch.contiguous_format
     network = network.to(device, dtype, memory_format=layout).eval()
-    first = torch.from_numpy(x_T).to(device, dtype).contiguous(memory_format=layout)
+    first = torch.from_numpy(x_T).to(device, state or dtype).contiguous(memory_format=layout)
     one = torch.ones(len(x_T), device=device)
     labels = () if label is None else (label.to(device),)
 
@@ -72,23 +43,23 @@ def eager(
         ts, table = rows(schedule, steps)
         x = first
         for t, row in zip(ts, table, strict=True):
-            x = update(x, network(x, one * t, *labels), row)
+            x = update(x, network(x.to(dtype), one * t, *labels).to(x.dtype), row)
         return x.float().cpu().numpy()
 
     return draw
 
 
 def compiled(
-    network: nn.Module, schedule: Schedule, x_T: Images, *, label: Tensor | None = None, device: str = "cuda",
-    dtype: torch.dtype = torch.float16,
+    network: nn.Module, schedule: HasBars, x_T: Images, *, label: Tensor | None = None, device: str = "cuda",
+    dtype: torch.dtype = torch.float16, mode: str = "max-autotune",
 ) -> Draw:  # fmt: skip
-    """torch.compile of a whole step, network and arithmetic, max-autotune: one CUDA graph a step; channels-last."""
+    """torch.compile of a whole step, network and arithmetic, channels-last; max-autotune: one CUDA graph a step."""
     network = network.to(device, dtype, memory_format=torch.channels_last).eval()
     first = torch.from_numpy(x_T).to(device).contiguous(memory_format=torch.channels_last)
     one = torch.ones(len(x_T), device=device)
     labels = () if label is None else (label.to(device),)
 
-    @torch.compile(mode="max-autotune", dynamic=False)
+    @torch.compile(mode=mode, dynamic=False)
     def step(x: Tensor, t: Tensor, row: Tensor) -> Tensor:
         return update(x, network(x.to(dtype), t, *labels).float(), row.unbind())
 
@@ -105,15 +76,20 @@ def compiled(
     return draw
 
 
-def diffusers(batch: int, device: str = "cuda", dtype: torch.dtype = torch.float16, **config: Any) -> Draw:
-    """DDIMPipeline as it is shipped, with the published CIFAR-10 configuration and random weights."""
+def pipeline(**config: Any) -> Any:
+    """A DDIMPipeline with the published CIFAR-10 configuration, changed by `config`, and random weights."""
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-    torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     unet = UNet2DModel(**{**CIFAR10, **config}).eval()
     scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=True)
-    pipe = DDIMPipeline(unet=unet, scheduler=scheduler).to(device, dtype)
+    return DDIMPipeline(unet=unet, scheduler=scheduler)
+
+
+def diffusers(batch: int, device: str = "cuda", dtype: torch.dtype = torch.float16, pipe: Any = None) -> Draw:
+    """DDIMPipeline as it is shipped: `pipe`, or pipeline()."""
+    torch.backends.cudnn.benchmark = True
+    pipe = (pipe or pipeline()).to(device, dtype)
     pipe.set_progress_bar_config(disable=True)
 
     def draw(steps: int) -> Images:
@@ -135,47 +111,21 @@ class FloatDoor(nn.Module):
         return self.network(x.half(), t, *(() if label is None else (label,))).float()  # type: ignore[no-any-return]
 
 
-def export_plain(network: nn.Module, path: Path, shape: tuple[int, int, int], labelled: bool) -> None:
-    """The network alone, in FP16, as ONNX by torch's exporter; kept."""
+def export_plain(
+    network: nn.Module, path: Path, shape: tuple[int, int, int], labelled: bool, half: bool = True
+) -> None:
+    """The network alone, in FP16 or FP32, as ONNX by torch's exporter; kept."""
     if path.exists():
         return
     batch = torch.export.Dim("batch", min=1, max=256)
     inputs = [torch.zeros(3, *shape), torch.zeros(3), *([torch.zeros(3, dtype=torch.int64)] if labelled else [])]
     names = ["x", "t", "label"][: len(inputs)]
     program = torch.onnx.export(
-        FloatDoor(network.half()).eval(), tuple(inputs), dynamo=True, opset_version=20, verbose=False,
-        input_names=names, output_names=["eps"], dynamic_shapes=tuple({0: batch} for _ in inputs),
+        FloatDoor(network.half()).eval() if half else network, tuple(inputs), dynamo=True, opset_version=20,
+        verbose=False, input_names=names, output_names=["eps"], dynamic_shapes=tuple({0: batch} for _ in inputs),
     )  # fmt: skip
     assert program is not None
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".part")
     beside.write_bytes(program.model_proto.SerializeToString())
     beside.replace(path)
-
-
-def onnxruntime_loop(
-    path: Path, schedule: Schedule, x_T: Images, *, label: Tensor | None = None, provider: str = "CUDAExecutionProvider"
-) -> Draw:
-    """session.run a step, NumPy arithmetic between: every step copies x to the device and ε back."""
-    import onnxruntime as ort
-
-    if provider not in ort.get_available_providers():
-        raise EpsrtError(f"this onnxruntime has no {provider}")
-    if hasattr(ort, "preload_dlls") and provider.startswith("CUDA"):
-        ort.preload_dlls()
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(path, options, providers=[provider])
-    if session.get_providers()[0] != provider:
-        raise EpsrtError(f"onnxruntime fell back to {session.get_providers()[0]}")
-    labels = {} if label is None else {"label": label.numpy()}
-
-    def draw(steps: int) -> Images:
-        ts, table = rows(schedule, steps)
-        x = x_T
-        for t, row in zip(ts, table, strict=True):
-            (eps,) = session.run(None, {"x": x, "t": np.full(len(x), t, np.float32), **labels})
-            x = update(x, eps, [np.float32(c) for c in row])
-        return x
-
-    return draw

@@ -77,7 +77,7 @@ def exported(checkpoint: Path, out: Path = BUNDLE, classifier: Path | None = Non
 def verified(bundle: Bundle) -> None:
     rungs = []
     with show.progress() as tell:
-        for precision in runnable(bundle):
+        for precision in dict.fromkeys([*runnable(bundle), open_engine(bundle).precision]):
             report = partial(_report, tell, precision)
             rungs += verify_all(open_engine(bundle, precision=precision), report)
     console.print(show.rung_table(rungs))

@@ -33,7 +33,7 @@ def worst_psnr(images: Float, truth: Float, value_range: tuple[float, float]) ->
     """PSNR in dB of the worst of [n, C, H, W], peak = the width of the value range; at most PSNR_CEILING."""
     error = np.square(images.astype(np.float64) - truth).reshape(len(images), -1).mean(axis=1).max()
     peak = value_range[1] - value_range[0]
-    return float(min(10 * np.log10(peak**2 / max(error, 1e-300)), PSNR_CEILING))
+    return float(min(20 * np.log10(peak) - 10 * np.log10(max(error, 1e-300)), PSNR_CEILING))
 
 
 def network_outputs(engine: Engine, x: Float, t: Float, label: NDArray[np.int64], batch: int) -> Float:

@@ -60,7 +60,7 @@ def picture(path: Path, pixels: object, mode: str | None = None) -> Path:
 def test_guidance(drawn: Callable[..., Any], edited_bundle_path: Path) -> None:
     options = (*FEW, "--labels", "3,4,5", "--seed", 2)
     report, arrays = drawn(*options, "--guidance", "1,2,4", "--guidance-rescale", 0.7, "--guidance-interval", ":60")
-    with Sampler.open(edited_bundle_path, "onnxruntime", threads=1) as sampler:
+    with Sampler.open(edited_bundle_path) as sampler:
         mine = sampler.sample(
             method="ddim", steps=5, labels=[3, 4, 5], seed=2, guidance=[1, 2, 4], guidance_rescale=0.7,
             guidance_interval=(0, 60),
@@ -74,7 +74,7 @@ def test_guidance(drawn: Callable[..., Any], edited_bundle_path: Path) -> None:
 def test_a_classifier(drawn: Callable[..., Any], edited_bundle_path: Path) -> None:
     options = (*FEW, "--labels", "3,4", "--classifier", 30)
     report, arrays = drawn(*options, "--targets", "seven,8")
-    with Sampler.open(edited_bundle_path, "onnxruntime", threads=1) as sampler:
+    with Sampler.open(edited_bundle_path) as sampler:
         mine = sampler.sample(method="ddim", steps=5, labels=[3, 4], classifier=30, targets=[7, 8])
     np.testing.assert_allclose(arrays["samples"], mine, atol=1e-5)
     assert (list(arrays["label"]), list(arrays["target"])) == ([3, 4], [7, 8])
@@ -88,7 +88,7 @@ def test_from_images(drawn: Callable[..., Any], edited_bundle_path: Path, tmp_pa
     """An .npz, the folder of its pictures and each picture begin the same, to a picture's rounding."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (3, 8, 8, 1), dtype=np.uint8)
-    with Sampler.open(edited_bundle_path, "onnxruntime", threads=1) as sampler:
+    with Sampler.open(edited_bundle_path) as sampler:
         init = sampler.from_images(images)
         mine = sampler.sample(method="ddim", steps=5, labels=7, init=init, strength=0.6, seed=4, first=2)
     np.savez(tmp_path / "init.npz", samples=init)
@@ -121,7 +121,7 @@ def test_pictures_become_the_bundles_channels(plain_bundle_path: Path, tmp_path:
         run("sample", plain_bundle_path, *FEW, "--init", tmp_path / f"{name}.png", "--strength", 0.2, "--out", out)
         with np.load(out) as file:
             found.append(file["samples"])
-    with Sampler.open(plain_bundle_path, "onnxruntime", threads=1) as sampler:
+    with Sampler.open(plain_bundle_path) as sampler:
         images = np.repeat(grey.astype(np.uint8)[None, ..., None], 3, axis=3)
         mine = sampler.sample(method="ddim", steps=5, init=sampler.from_images(images), strength=0.2)
     for samples in found:
@@ -153,7 +153,7 @@ def test_known_pixels_with_everything(drawn: Callable[..., Any], edited_bundle_p
     report, arrays = drawn(*options, "--known", known, "--mask", ":,:3", "--resample", 3, "--jump", 2)
     mask = np.zeros((8, 8), np.float32)
     mask[:, :3] = 1
-    with Sampler.open(edited_bundle_path, "onnxruntime", threads=1) as sampler:
+    with Sampler.open(edited_bundle_path) as sampler:
         more = {"known": KNOWN, "mask": mask, "resample": 3, "jump": 2, "guidance": 2}
         mine = sampler.sample(2, method="ddpm", steps=8, labels=3, **more)
     np.testing.assert_allclose(arrays["samples"], mine, atol=1e-5)
@@ -164,7 +164,7 @@ def test_a_canvas_around_known_pixels(wide_bundle_path: Path, tmp_path: Path, kn
     out = tmp_path / "wide.npz"
     ask = ("sample", wide_bundle_path, *FEW, "--known", known, "--size", "12x16", "--at", "4,1", "-n", 2, "--out", out)
     assert json.loads(run(*ask, "--json").stdout)["size"] == [12, 16]
-    with Sampler.open(wide_bundle_path, "onnxruntime", threads=1) as sampler:
+    with Sampler.open(wide_bundle_path) as sampler:
         placed, mask = canvas(KNOWN, (12, 16), (4, 1))
         mine = sampler.sample(2, method="ddim", steps=5, known=placed, mask=mask)
     with np.load(out) as file:
@@ -187,7 +187,7 @@ def test_the_bundles_own_size_is_a_canvas_too(drawn: Callable[..., Any], tmp_pat
 def test_latents_of_a_seed_make_what_it_makes(
     drawn: Callable[..., Any], edited_bundle_path: Path, tmp_path: Path
 ) -> None:
-    with Sampler.open(edited_bundle_path, "onnxruntime", threads=1) as sampler:
+    with Sampler.open(edited_bundle_path) as sampler:
         latents = sampler.latents(3, seed=6)
         mine = sampler.sample(x=latents, method="ddim", steps=5, labels=[3, 1, 4])
     np.savez(tmp_path / "latents.npz", samples=latents, label=[3, 1, 4])

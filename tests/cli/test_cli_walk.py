@@ -30,7 +30,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_invert_finds_what_draws_the_images_again(bundle_path: Path, digits: Path, tmp_path: Path) -> None:
     out, again = tmp_path / "the latents.npz", tmp_path / "again.npz"
     report = json.loads(run("invert", bundle_path, "--init", digits, "--steps", 50, "--out", out, "--json").stdout)
-    with Sampler.open(bundle_path, "onnxruntime", threads=1) as sampler, np.load(out) as file, np.load(digits) as real:
+    with Sampler.open(bundle_path) as sampler, np.load(out) as file, np.load(digits) as real:
         mine = sampler.invert(real["samples"], 50, labels=[0, 1, 2])
         np.testing.assert_allclose(file["samples"], mine, atol=1e-4)
         assert list(file["label"]) == [0, 1, 2]
@@ -95,7 +95,7 @@ def test_interpolate_walks_on_the_sphere(bundle_path: Path, tmp_path: Path) -> N
     report = json.loads(
         run("interpolate", bundle_path, "--seeds", "7,8,9", "--frames", 4, *options, "--out", out, "--json").stdout
     )
-    with Sampler.open(bundle_path, "onnxruntime", threads=1) as sampler, np.load(out) as file:
+    with Sampler.open(bundle_path) as sampler, np.load(out) as file:
         a, b, c = sampler.latents(seeds=[7, 8, 9])
         thirds = [0, 1 / 3, 2 / 3, 1]
         x = np.concatenate([slerp(a, b, thirds), slerp(b, c, thirds[1:])])
@@ -136,7 +136,7 @@ def test_a_strip_a_film_and_a_folder(bundle_path: Path, tmp_path: Path) -> None:
 def test_interpolate_between_latents(bundle_path: Path, tmp_path: Path) -> None:
     """With the one label that they share, else the one given."""
     latents, out = tmp_path / "latents.npz", tmp_path / "frames.npz"
-    with Sampler.open(bundle_path, "onnxruntime", threads=1) as sampler:
+    with Sampler.open(bundle_path) as sampler:
         x = sampler.latents(2, seed=5)
         mine = sampler.sample(x=slerp(x[0], x[1], [0, 0.5, 1]), method="dpmpp-2m", steps=6, labels=4)
     ask = ("interpolate", bundle_path, "--latents", latents, "--frames", 3, "--method", "dpmpp-2m", "--steps", 6)

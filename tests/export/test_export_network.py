@@ -144,7 +144,7 @@ class TestPlainModules:
         x = torch.from_numpy(noise.normals(4, [0, 1, 2], noise.START, 0, 64).reshape(3, 1, 8, 8))
         network = tiny(seed=3)
         truth = ddim_loop(lambda x, t, label: network(x, t), schedule, x, timesteps(schedule.T, 10))
-        with Sampler.open(small_bundle_path, threads=1) as sampler:
+        with Sampler.open(small_bundle_path, "onnxruntime", threads=1) as sampler:
             np.testing.assert_allclose(sampler.sample(3, steps=10, seed=4), truth.numpy(), rtol=0, atol=3e-5)
 
     def test_v_prediction_at_zero_terminal_snr(self, tmp_path):
@@ -154,7 +154,7 @@ class TestPlainModules:
         assert (m.prediction, m.schedule) == ("v", schedule)
         model = onnx.load(bundle.path / "step-fp32.onnx", load_external_data=False)
         assert [o.version for o in model.opset_import if o.domain == ""] == [22]
-        with Sampler.open(bundle.path, threads=1) as sampler:
+        with Sampler.open(bundle.path, "onnxruntime", threads=1) as sampler:
             assert sampler.plan(steps=10)["t"][0] == 59
             assert np.isfinite(sampler.sample(2, steps=10)).all()
 
@@ -169,7 +169,7 @@ class TestPlainModules:
         assert (m.shape, m.clip, m.null_label, m.class_names) == ((2, 8, 6), 2.0, None, ("a", "b", "c", "d"))
         assert (m.provenance.config, m.provenance.training) == ({"some": 1}, {"steps": 7})
         assert [g.precision for g in m.graphs] == ["fp16", "fp32"]
-        with Sampler.open(bundle.path, threads=1) as sampler:
+        with Sampler.open(bundle.path, "onnxruntime", threads=1) as sampler:
             assert sampler.engine.precision == "fp32"
             assert (sampler.plan(steps=4)["clip"] == 2).all()
             assert sampler.sample(3, steps=4, labels=[0, 1, 3]).shape == (3, 2, 8, 6)
@@ -185,7 +185,7 @@ class TestPlainModules:
         assert kept["trajectory.ddpm-20-last-15.rows"].shape[0] == 15
         assert kept["trajectory.ddpm-20-last-15.init"].shape == (2, 1, 8, 8)
         assert [r.name for r in bundle.parity()[3:]] == ["network", "step", "ddim-20", "ddpm-20-last-15", "batch"]
-        with Sampler.open(path, threads=1) as sampler:
+        with Sampler.open(path, "onnxruntime", threads=1) as sampler:
             assert all(rung.passed for rung in verify(sampler.engine))
 
     def test_the_module_is_left_as_it_was(self, tmp_path):
@@ -481,8 +481,8 @@ class TestNetworksThatDoNotFit:
         ({"value_range": (0.0, float("nan"))}, "does not ascend"),
         ({"max_batch": 0}, "max_batch = 0 is outside 1 … 65536"),
         ({"max_batch": 65537}, "max_batch = 65537 is outside"),
-        ({"precisions": ()}, r"precisions = \[\]: choose from fp32, fp16, each once"),
-        ({"precisions": ("int8",)}, r"precisions = \['int8'\]: choose from"),
+        ({"precisions": ()}, r"precisions = \[\]: choose from fp32, fp16, int8, each once"),
+        ({"precisions": ("int4",)}, r"precisions = \['int4'\]: choose from"),
         ({"precisions": ("fp32", "fp32")}, r"precisions = \['fp32', 'fp32'\]"),
         ({"precisions": "fp32"}, "precisions = .*choose from fp32, fp16"),
         ({"class_names": ("a",)}, "1 class names for 0 classes"),

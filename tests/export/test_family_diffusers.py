@@ -97,7 +97,7 @@ class TestThroughTheGate:
         unet, scheduler = (kind.from_pretrained(ddpm_folder / part) for kind, part in
                            ((UNet2DModel, "unet"), (DDPMScheduler, "scheduler")))  # fmt: skip
         theirs = pipeline(scheduler, lambda x, t: unet(x, t).sample, 40, (3, 8, 8), monkeypatch)
-        with Sampler.open(bundle.path, threads=1) as sampler:
+        with Sampler.open(bundle.path, "onnxruntime", threads=1) as sampler:
             ours = sampler.sample(IMAGES, seed=SEED)
         assert 0.2 < ours.std() < 1
         assert worst_psnr(ours, theirs, (-1.0, 1.0)) > 90
@@ -120,7 +120,7 @@ class TestThroughTheGate:
         theirs = pipeline(
             scheduler, lambda x, t: model(x, t, torch.tensor(labels)).sample, 50, (3, 8, 8), monkeypatch
         )  # fmt: skip
-        with Sampler.open(bundle.path, threads=1) as sampler:
+        with Sampler.open(bundle.path, "onnxruntime", threads=1) as sampler:
             ours = sampler.sample(IMAGES, seed=SEED, labels=labels)
         assert 0.2 < ours.std() < 1
         assert worst_psnr(ours, theirs, (-1.0, 1.0)) > 90
@@ -138,7 +138,7 @@ class TestThroughTheGate:
             return u + 4.0 * (c - u)
 
         theirs = pipeline(DDIMScheduler(**MILD), network, 50, (4, 8, 8), monkeypatch)
-        with Sampler.open(bundle.path, threads=1) as sampler:
+        with Sampler.open(bundle.path, "onnxruntime", threads=1) as sampler:
             ours = sampler.sample(IMAGES, seed=SEED, labels=labels)
             assert (sampler.plan()["clip"] > 1e20).all()
             assert sampler.plan("ddpm")["r"].any()  # the variance that DDIM leaves

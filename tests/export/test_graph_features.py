@@ -263,7 +263,7 @@ def test_masks_of_free_sizes(tmp_path):
 
     made = Source(tiny(seed=3), SCHEDULE, (1, 8, 8))
     path = export(made, tmp_path / "canvas.epsrt", precisions=("fp32",), sizes=(4, 24), masked=True, max_batch=4).path
-    with Sampler.open(path, threads=1) as sampler:
+    with Sampler.open(path, "onnxruntime", threads=1) as sampler:
         images = sampler.sample(2, steps=5)
         known, mask = canvas(images, (12, 20), at=(4, 0))
         wide = sampler.sample(known=known, mask=mask, steps=5, seed=1, method="ddpm")

@@ -5,7 +5,6 @@ import onnx
 import pytest
 from torch import nn
 
-from conftest import SCHEDULE, exported
 from epsrt import Bundle, BundleError, EngineError, EpsrtError, Sampler, open_engine, verify
 from epsrt.measure import LIMITS, relative_l2
 from epsrt_export import ParityError, export_network
@@ -16,9 +15,10 @@ LABELS = list(range(8))
 
 
 @pytest.fixture(scope="module")
-def path(network, once):
+def path(network, once, schedule):
     facts = {"classes": 10, "null_label": 10, "shape": (1, 8, 8), "max_batch": 8}
-    return once("int8.epsrt", exported(network, masked=True, precisions=("fp32", "int8"), **facts))
+    options = {"masked": True, "precisions": ("fp32", "int8"), **facts}
+    return once("int8.epsrt", lambda out: export_network(network, schedule, out, **options))
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +53,7 @@ class TestGraphs:
             values, scale = (onnx.numpy_helper.to_array(kept[name], str(bundle.path)) for name in weight.input[:2])
             assert values.dtype == np.int8
             assert scale.shape == values.shape[:1]  # a channel each
-            assert (
-                np.abs(values).reshape(len(values), -1).max(axis=1).min() >= 126
-            )  # to the end of the range
+            assert np.abs(values).reshape(len(values), -1).max(axis=1).min() >= 126  # to the end of the range
 
     def test_weights_are_stored_once(self, bundle):
         size = {name: (bundle.path / f"weights-{name}.bin").stat().st_size for name in ("fp32", "int8")}
@@ -104,11 +102,11 @@ class TestParity:
         for name in ("auto", "openvino", "onnxruntime"):
             assert open_engine(bundle, name, threads=1).graph.precision == "fp32"
 
-    def test_a_miss_leaves_nothing(self, plain_network, tmp_path, monkeypatch):
+    def test_a_miss_leaves_nothing(self, plain_network, tmp_path, monkeypatch, schedule):
         monkeypatch.setitem(LIMITS, ("cpu", "int8"), (1e-5, 25.0))
         with pytest.raises(ParityError, match="parity missed: network in int8 on onnxruntime is .*; no bundle was"):
             export_network(
-                plain_network, SCHEDULE, tmp_path / "b.epsrt", shape=(3, 8, 8), precisions=("fp32", "int8"), max_batch=2
+                plain_network, schedule, tmp_path / "b.epsrt", shape=(3, 8, 8), precisions=("fp32", "int8"), max_batch=2
             )
         assert list(tmp_path.iterdir()) == []
 
@@ -118,11 +116,11 @@ class TestRefusals:
         ("precisions", "message"),
         [(("int8",), "int8 is made from the FP32 step graphs: add fp32"), (("fp32", "int4"), "choose from .*, int8,")],
     )
-    def test_precisions(self, tmp_path, precisions, message):
+    def test_precisions(self, tmp_path, precisions, message, schedule):
         with pytest.raises(EpsrtError, match=message):
-            export_network(tiny(seed=3), SCHEDULE, tmp_path / "b.epsrt", shape=(1, 8, 8), precisions=precisions)
+            export_network(tiny(seed=3), schedule, tmp_path / "b.epsrt", shape=(1, 8, 8), precisions=precisions)
 
-    def test_a_network_without_inner_convolutions(self, tmp_path):
+    def test_a_network_without_inner_convolutions(self, tmp_path, schedule):
         class Two(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -132,7 +130,7 @@ class TestRefusals:
                 return self.last(self.first(x).tanh() + t[:, None, None, None] / 100)
 
         with pytest.raises(EpsrtError, match=r"step-fp32.onnx has no convolution between its first and its last: int8"):
-            export_network(Two(), SCHEDULE, tmp_path / "b.epsrt", shape=(1, 8, 8), precisions=("fp32", "int8"))
+            export_network(Two(), schedule, tmp_path / "b.epsrt", shape=(1, 8, 8), precisions=("fp32", "int8"))
         assert list(tmp_path.iterdir()) == []
 
     def test_no_states(self, bundle):

@@ -117,5 +117,5 @@ class TestExport:
         assert (made.manifest.max_batch, made.manifest.sizes.multiple) == (2, 4)
         assert network.training
         assert network.head.weight.dtype == torch.bfloat16
-        with Sampler.open(made.path, threads=1) as sampler:
+        with Sampler.open(made.path, "onnxruntime", threads=1) as sampler:
             assert sampler.sample(1, steps=3, size=(4, 8)).shape == (1, 1, 4, 8)

@@ -280,5 +280,5 @@ class TestRefusals:
 
 
 def test_a_bundle_opens_without_being_asked_for_features(learned_bundle_path):
-    engine = open_engine(Bundle.open(learned_bundle_path), threads=1)
+    engine = open_engine(Bundle.open(learned_bundle_path), "onnxruntime", threads=1)
     assert engine.columns == LEARNED

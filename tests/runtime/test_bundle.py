@@ -206,7 +206,7 @@ def rename(old, new):
         (change(graphs=None), "is not a manifest .*graphs"),
         (change(prediction="noise"), "is not a manifest .*'noise'.*prediction"),
         (change(licence="MIT"), "is not a manifest .*unknown field `licence`"),
-        (graph(precision="int8"), "is not a manifest .*int8"),
+        (graph(precision="int4"), "is not a manifest .*int4"),
         (graph(opset=21), "is not a manifest .*unknown field `opset`"),
         (entry(GOLDEN, mode=7), "is not a manifest .*unknown field `mode`"),
         (lambda m: m.pop("classes"), "is not a manifest .*missing required field `classes`"),
@@ -314,7 +314,7 @@ def test_any_field_of_any_value_is_opened_or_refused(bundle, small_bundle_path):
             else:
                 assert render(opened.manifest) == (bundle / MANIFEST).read_bytes()
                 with suppress(EngineError):
-                    open_engine(opened, threads=1).close()
+                    open_engine(opened, "onnxruntime", threads=1).close()
             (bundle / MANIFEST).write_bytes((small_bundle_path / MANIFEST).read_bytes())
     assert refusals > 500
 

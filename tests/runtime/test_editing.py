@@ -15,7 +15,7 @@ STEPS = 10
 
 @pytest.fixture(scope="module")
 def sampler(edited_bundle_path):
-    with Sampler.open(edited_bundle_path, threads=1) as opened:
+    with Sampler.open(edited_bundle_path, "onnxruntime", threads=1) as opened:
         yield opened
 
 
@@ -77,7 +77,7 @@ class TestMasks:
     @pytest.mark.parametrize("method", [m for m in METHODS if m != "ddim-inversion"])
     @pytest.mark.parametrize("precision", ["fp32", "fp16"])
     def test_known_pixels_come_back_exactly(self, edited_bundle_path, digits, lower, method, precision):
-        with Sampler.open(edited_bundle_path, precision=precision, threads=1) as opened:
+        with Sampler.open(edited_bundle_path, "onnxruntime", precision=precision, threads=1) as opened:
             mine = opened.sample(known=digits, mask=lower, steps=4, method=method, labels=list(range(8)), seed=1)
         np.testing.assert_array_equal(mine[..., :4, :], digits[..., :4, :])
         assert np.abs(mine[..., 4:, :] - digits[..., 4:, :]).max() > 0.1
@@ -328,7 +328,7 @@ def test_numpys_false_stops_too(sampler):
 
 
 def test_a_closed_sampler_says_so(edited_bundle_path):
-    opened = Sampler.open(edited_bundle_path, threads=1)
+    opened = Sampler.open(edited_bundle_path, "onnxruntime", threads=1)
     opened.close()
     with pytest.raises(EpsrtError, match="the sampler of edited.epsrt is closed: open it again"):
         opened.sample(1, steps=2, labels=3, guidance=2.0)
@@ -336,7 +336,7 @@ def test_a_closed_sampler_says_so(edited_bundle_path):
 
 def test_a_bundle_without_a_masked_graph_says_how_to_get_one(bundle_path):
     with (
-        Sampler.open(bundle_path, threads=1) as opened,
+        Sampler.open(bundle_path, "onnxruntime", threads=1) as opened,
         pytest.raises(BundleError, match=r"tiny.epsrt has no step graph with mask: export it again with --masked"),
     ):
         opened.sample(known=IMAGES, mask=MASK, steps=2)

@@ -15,7 +15,7 @@ TOLERANCE = {"rtol": 0, "atol": 2e-4}
 
 @pytest.fixture(scope="module")
 def sampler(edited_bundle_path):
-    with Sampler.open(edited_bundle_path, threads=1) as opened:
+    with Sampler.open(edited_bundle_path, "onnxruntime", threads=1) as opened:
         yield opened
 
 
@@ -195,13 +195,13 @@ def test_a_plan_without_levels_takes_no_classifier(sampler):
 
 
 def test_bundles_without_a_null_label_or_a_classifier_say_so(plain_bundle_path, bundle_path):
-    with Sampler.open(plain_bundle_path, threads=1) as plain:
+    with Sampler.open(plain_bundle_path, "onnxruntime", threads=1) as plain:
         with pytest.raises(BundleError, match="label 1 was given, but plain.epsrt is unconditional"):
             plain.sample(1, steps=2, labels=1, guidance=2.0)
         with pytest.raises(BundleError, match=r"plain.epsrt has no classifier: export it again with --classifier"):
             plain.sample(1, steps=2, targets=1, classifier=2.0)
     with (
-        Sampler.open(bundle_path, threads=1) as without,
+        Sampler.open(bundle_path, "onnxruntime", threads=1) as without,
         pytest.raises(BundleError, match=r"tiny.epsrt has no classifier: export it again with --classifier"),
     ):
         without.sample(1, steps=2, labels=1, classifier=2.0)

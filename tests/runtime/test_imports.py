@@ -43,7 +43,7 @@ def test_sampling_needs_no_torch(plain_bundle_path, plain_sampler, tmp_path):
 import sys
 import numpy as np
 from epsrt import Sampler, verify
-with Sampler.open(sys.argv[1], threads=1) as sampler:
+with Sampler.open(sys.argv[1], "onnxruntime", threads=1) as sampler:
     np.save(sys.argv[2], sampler.sample(3, steps=5, seed=7))
     assert all(rung.passed for rung in verify(sampler.engine))
 """

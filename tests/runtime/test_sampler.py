@@ -223,11 +223,11 @@ def test_lanes_are_kept_for_the_next_call(sampler):
 
 
 def test_closing_closes_the_lanes_and_the_engine(plain_bundle_path):
-    with Sampler.open(plain_bundle_path, threads=1) as opened:
+    with Sampler.open(plain_bundle_path, "onnxruntime", threads=1) as opened:
         opened.sample(2, steps=2)
         (lanes,) = opened._free["step-fp32.onnx", 2, (8, 8)]
     assert not opened._free
-    assert not lanes._bindings
+    assert not lanes._runs
 
 
 @pytest.mark.parametrize(

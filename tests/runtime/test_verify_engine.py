@@ -12,7 +12,7 @@ NAMES = ["network", "step", "ddim-50", "ddpm-100", "batch"]
 
 
 def measured(path, precision="fp32", **more):
-    engine = open_engine(Bundle.open(path), precision=precision, threads=1)
+    engine = open_engine(Bundle.open(path), "onnxruntime", precision=precision, threads=1)
     try:
         return {rung.name: rung for rung in verify(engine, **more)}
     finally:

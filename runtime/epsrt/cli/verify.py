@@ -36,9 +36,14 @@ def verify(
     from epsrt.verify import verify_all
 
     opened = Bundle.open(bundle)
-    precisions = [precision] if precision else runnable(opened, engine)
     rungs, names = [], []
     with show.progress() as tell:
+        precisions = [precision] if precision else runnable(opened, engine)
+        if precision is None:  # what runs unasked may be another: bf16
+            with closing(
+                open_engine(opened, engine, threads=threads, trust_engines=trust_engines, on_progress=tell)
+            ) as e:
+                precisions = list(dict.fromkeys([*precisions, e.precision]))
         for each in precisions:
             running = open_engine(
                 opened, engine, precision=each, threads=threads, trust_engines=trust_engines, on_progress=tell

@@ -105,15 +105,9 @@ def graph_precision_of(precision: str) -> str:
 
 
 def runnable(bundle: Bundle, name: str = "auto") -> list[str]:
-    """The precisions in which an engine, or one of those that run here, can run the bundle on this machine."""
-    from epsrt import machine
+    """The precisions of a bundle's step graphs that an engine, or one of those that are here, runs."""
     from epsrt.engines import probe
 
     names = [name] if name != "auto" else list(probe.available())
     known = {p for each in names for p in probe.info_of(each).precisions}
-    found = [
-        p
-        for p in PRECISIONS
-        if p in known and any(g.precision == graph_precision_of(p) for g in bundle.manifest.graphs)
-    ]
-    return [p for p in found if p != "bf16" or machine.has_bf16()]
+    return [p for p in dict.fromkeys(g.precision for g in bundle.manifest.graphs) if p in known]

@@ -407,7 +407,7 @@ def broken(small_bundle_path, tmp_path_factory):
     path = shutil.copytree(small_bundle_path, tmp_path_factory.mktemp("nan") / "broken.epsrt")
     weights(path, "time_embed.weight")[10:20] = np.nan
     forge(path)
-    opened = open_engine(Bundle.open(path), threads=1)
+    opened = open_engine(Bundle.open(path), "onnxruntime", threads=1)
     yield opened
     opened.close()
 
@@ -467,7 +467,7 @@ class TestNotFinite:
         weights(path, "time_embed.weight")[99] = np.inf
         forge(path)
         with (
-            Sampler.open(path, threads=1) as sampler,
+            Sampler.open(path, "onnxruntime", threads=1) as sampler,
             pytest.raises(NotFiniteError, match=r"since its step 1 \(t = 99"),
         ):
             sampler.sample(1, steps=4)
