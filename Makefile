@@ -30,6 +30,8 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/plans.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/race.py
+	$(BIN)/python benchmarks/linear.py
 
 # On a machine with an NVIDIA GPU, in .venv or without it: make gpu [PART=tests|parity|speed|rivals] [ARGS=--retry]
 gpu:

@@ -65,8 +65,10 @@ class TestGraphs:
             states = states_of(sampler.engine, plan, labels)
             assert labels[-1] == 10
             assert len(states) == len(plan) == 20
-            np.testing.assert_array_equal(states[0]["x"], sampler.latents(len(labels), plan=plan))
-            last = sampler.sample(len(labels), plan=plan.cut(0, 19), labels=[*labels[:-1], None][: len(labels)])
+            np.testing.assert_array_equal(states[0]["x"], sampler.latents(len(labels), plan=plan, seed=1000))
+            last = sampler.sample(
+                len(labels), plan=plan.cut(0, 19), seed=1000, labels=[*labels[:-1], None][: len(labels)]
+            )
             np.testing.assert_allclose(states[19]["x"][:-1], last[:-1], atol=1e-6)
 
 

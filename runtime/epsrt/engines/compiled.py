@@ -19,6 +19,8 @@ from epsrt.engines.key import Key, Options
 from epsrt.errors import EngineError
 from epsrt.manifest import Graph, Rung
 
+RECIPE = 2  # of how OpenVino compiles a step graph: models and proofs of another are not used
+
 log = logging.getLogger("epsrt")
 
 
@@ -40,7 +42,7 @@ class CompiledModels:
         m = self.bundle.manifest
         key = Key(
             m.digest, self.graph.file, "openvino", self.version, self.processor, (), self.precision,
-            ((batch, batch, batch),), options,
+            ((batch, batch, batch),), {**options, "recipe": RECIPE},
         )  # fmt: skip
         try:
             cache = EngineCache()
@@ -74,7 +76,7 @@ class CompiledModels:
     @property
     def _proof(self) -> str:
         parts = (self.bundle.manifest.digest[:16], self.graph.stem, "openvino", self.version, self.processor)
-        return "-".join((*filter(None, parts), f"{self.precision}.parity"))
+        return "-".join((*filter(None, parts), f"{self.precision}-{RECIPE}.parity"))
 
 
 def _line(error: Exception) -> str:

@@ -24,6 +24,7 @@ class OnnxRuntimeCpu:
         check_threads(threads)
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors come as exceptions; warnings about fusions are nobody's news
+        options.enable_mem_pattern = False  # a third less memory at batch 32, at 1 to 3 % of time
         if threads is not None:
             options.intra_op_num_threads = threads
         file = bundle.path / graph.file

@@ -268,7 +268,7 @@ class TestState:
             found.reason == "onnxruntime 1.31.0 and onnxruntime-gpu 1.31.1 are both installed and overwrite each other"
         )
         assert found.command == f'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "epsrt[{extra}]"'
-        assert list(probe.available()) == ["tensorrt"]
+        assert list(probe.available()) == ["tensorrt", "openvino"]
         assert probe.both_onnxruntimes().startswith(f"{found.reason}: pip uninstall -y")
 
     def test_onnxruntime_goes_before_onnxruntime_gpu_comes(self, machine):
@@ -303,7 +303,7 @@ class TestState:
         machine(ALL, Driver((13, 0), (Gpu(0, "Tesla V100", (7, 0), 16 << 30), L4)))
         for name in ("tensorrt", "onnxruntime-cuda"):
             assert probe.state(name).reason == f"GPU 0, Tesla V100, is sm_70 and {name} runs on sm_75 and newer"
-        assert list(probe.available()) == ["onnxruntime"]
+        assert list(probe.available()) == ["openvino", "onnxruntime"]
 
     def test_driver_and_library_are_both_reported(self, machine):
         machine({"onnxruntime": "1.31.1"}, NO_DRIVER)
@@ -329,7 +329,8 @@ class TestState:
             (ALL, H200, "tensorrt"),
             (without("tensorrt", "tensorrt-cu13"), L4, "tensorrt-rtx"),
             (without("tensorrt", "tensorrt-cu13"), H200, "onnxruntime-cuda"),
-            (without("cuda-bindings"), H200, "onnxruntime"),
+            (without("cuda-bindings"), H200, "openvino"),
+            (without("cuda-bindings", "openvino"), H200, "onnxruntime"),
         ],
     )
     def test_auto(self, machine, packages, gpu, first):
