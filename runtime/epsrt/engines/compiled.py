@@ -54,7 +54,7 @@ class CompiledModels:
         try:
             with cache.lock(key):
                 cache.store(key, model.export_model().getbuffer(), bundle_name=self.bundle.path.name)
-        except (EngineError, OSError, RuntimeError, UnboundLocalError) as error:
+        except (EngineError, OSError, RuntimeError) as error:
             log.warning("a compiled model is not kept: %s", _line(error))
         return model
 
