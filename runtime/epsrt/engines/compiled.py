@@ -49,13 +49,13 @@ class CompiledModels:
             if entry := cache.have(key):
                 return load(io.BytesIO(cache.load(entry)))
         except (EngineError, OSError, RuntimeError) as error:  # RuntimeError: OpenVINO refuses what it wrote
-            log.warning("a compiled model is not taken from the engine cache: %s", _line(error))
+            log.warning("a compiled model is not taken from the engine cache: %s", line(error))
         model = compile()
         try:
             with cache.lock(key):
                 cache.store(key, model.export_model().getbuffer(), bundle_name=self.bundle.path.name)
         except (EngineError, OSError, RuntimeError) as error:
-            log.warning("a compiled model is not kept: %s", _line(error))
+            log.warning("a compiled model is not kept: %s", line(error))
         return model
 
     def proof(self) -> list[Rung] | None:
@@ -79,5 +79,6 @@ class CompiledModels:
         return "-".join((*filter(None, parts), f"{self.precision}-{RECIPE}.parity"))
 
 
-def _line(error: Exception) -> str:
+def line(error: Exception) -> str:
+    """What an exception says, in one line."""
     return " ".join(str(error).split())

@@ -11,7 +11,7 @@ from math import gcd
 from typing import Any
 
 from epsrt.bundle import Bundle
-from epsrt.engines.compiled import CompiledModels
+from epsrt.engines.compiled import CompiledModels, line
 from epsrt.engines.host import Arrays, HostLanes, Run
 from epsrt.engines.key import Options
 from epsrt.engines.protocol import Size, check_batch, check_threads, image_shape
@@ -135,9 +135,10 @@ class OpenVino:
             try:
                 for request in requests:
                     request.start_async()
-            finally:
                 for request in requests:
                     request.wait()
+            except RuntimeError as error:
+                raise EngineError(f"OpenVINO failed in a step of {self.bundle.path}: {line(error)}") from None
 
         return run
 
@@ -211,7 +212,3 @@ def processor() -> str:
 def has_bf16() -> bool:
     """Whether the plugin computes in bf16 here: with AVX512-BF16 or AMX."""
     return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
-def line(error: Exception) -> str:
-    return " ".join(str(error).split())
