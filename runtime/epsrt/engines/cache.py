@@ -22,8 +22,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from mmap import mmap
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from filelock import FileLock, Timeout
@@ -33,6 +34,7 @@ from epsrt.engines.key import Key, Record, Wanted, differences
 from epsrt.errors import EngineError
 from epsrt.manifest import FileEntry
 
+T = TypeVar("T")
 ENGINES, TIMING, LIBRARIES = "engines", "timing", "libraries"
 LOCK = ".lock"
 _KEPT = re.compile(r"([0-9a-f]{16})\.(plan|json)")
@@ -122,6 +124,9 @@ class EngineCache:
 
     def read(self, entry: Entry) -> bytes:
         """A plan's bytes like `load`, but it does not count as used."""
+        return self._get(entry, private.read)
+
+    def _get(self, entry: Entry, read: Callable[[Path, str, int], T | None], used: bool = False) -> T:
         mend = 'run "epsrt cache --prune", then "epsrt build"'
         if entry.shipped:
             mend = f"copy the bundle again, or remove {entry.path.parent}"
@@ -129,12 +134,15 @@ class EngineCache:
             if not entry.shipped:
                 private.check(self.directory, entry.path)
                 private.check(self.directory, entry.record_path)
-            plan = private.read(entry.path, entry.record.sha256, entry.record.size) if entry.record else None
+            plan = read(entry.path, entry.record.sha256, entry.record.size) if entry.record else None
         except OSError as error:
             raise EngineError(f"{entry.path} cannot be read ({error.strerror}): {mend}") from None
         if plan is None:
             fault = entry.damage or "its SHA-256 differs"
             raise EngineError(f"{entry.path} does not hold the bytes that its record tells of ({fault}): {mend}")
+        if used and not entry.shipped:
+            with suppress(OSError):
+                os.utime(entry.record_path)
         return plan
 
     def load(self, entry: Entry) -> bytes:
@@ -142,11 +150,11 @@ class EngineCache:
 
         Raises EngineError if they differ, or, of a plan that did not come with a bundle, if others can write the cache.
         """
-        plan = self.read(entry)
-        if not entry.shipped:
-            with suppress(OSError):
-                os.utime(entry.record_path)
-        return plan
+        return self._get(entry, private.read, used=True)
+
+    def map(self, entry: Entry) -> mmap:
+        """Like `load`, but mapped: see private.mapped."""
+        return self._get(entry, private.mapped, used=True)
 
     def store(self, key: Key, plan: private.Data, *, bundle_name: str, summary: dict[str, Any] | None = None) -> Entry:
         """Keep a plan, in the place of an older one of its key. Call it under `lock(key)`.

@@ -5,13 +5,14 @@ A cache that cannot be used costs time alone: it is said, and the model is compi
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from epsrt.bundle import Bundle
 from epsrt.engines.cache import EngineCache
@@ -19,9 +20,17 @@ from epsrt.engines.key import Key, Options
 from epsrt.errors import EngineError
 from epsrt.manifest import Graph, Rung
 
-RECIPE = 2  # of how OpenVino compiles a step graph: models and proofs of another are not used
+RECIPE = 3  # of how OpenVino compiles a step graph: models and proofs of another are not used
 
 log = logging.getLogger("epsrt")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A model, and the memory that its weights lie in: both live as long as its inference requests."""
+
+    model: Any
+    memory: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -35,10 +44,9 @@ class CompiledModels:
     processor: str
 
     def get(
-        self, batch: int, options: Options, load: Callable[[io.BytesIO], Any],
-        compile: Callable[[], Any],
-    ) -> Any:  # fmt: skip
-        """The model for a batch: `load`ed if it is kept, else `compile`d and kept."""
+        self, batch: int, options: Options, load: Callable[[NDArray[np.uint8]], Any], compile: Callable[[], Any]
+    ) -> Compiled:
+        """The model for a batch: `load`ed from a mapped file if it is kept, else `compile`d and kept."""
         m = self.bundle.manifest
         key = Key(
             m.digest, self.graph.file, "openvino", self.version, self.processor, (), self.precision,
@@ -47,7 +55,8 @@ class CompiledModels:
         try:
             cache = EngineCache()
             if entry := cache.have(key):
-                return load(io.BytesIO(cache.load(entry)))
+                memory = np.frombuffer(cache.map(entry), np.uint8)
+                return Compiled(load(memory), memory)
         except (EngineError, OSError, RuntimeError) as error:  # RuntimeError: OpenVINO refuses what it wrote
             log.warning("a compiled model is not taken from the engine cache: %s", line(error))
         model = compile()
@@ -56,7 +65,7 @@ class CompiledModels:
                 cache.store(key, model.export_model().getbuffer(), bundle_name=self.bundle.path.name)
         except (EngineError, OSError, RuntimeError) as error:
             log.warning("a compiled model is not kept: %s", line(error))
-        return model
+        return Compiled(model)
 
     def proof(self) -> list[Rung] | None:
         """What `keep_proof` kept; None if nothing."""

@@ -10,8 +10,11 @@ from functools import cache, partial
 from math import gcd
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from epsrt.bundle import Bundle
-from epsrt.engines.compiled import CompiledModels, line
+from epsrt.engines.compiled import Compiled, CompiledModels, line
 from epsrt.engines.host import Arrays, HostLanes, Run
 from epsrt.engines.key import Options
 from epsrt.engines.protocol import Size, check_batch, check_threads, image_shape
@@ -22,9 +25,11 @@ from epsrt.verify import verify
 
 try:
     import openvino as ov
+    from openvino import opset13
 except ImportError as error:
     raise EngineError(f'engine openvino needs its library ({error}): pip install "epsrt[openvino]"') from None
 
+LARGE = 4096  # elements of a weight that is worth to be halved
 KEPT_MODELS = 4  # of an engine: for each batch and size that it met last, each with weights of its own
 
 OnProgress = Callable[[str, float], object]
@@ -54,9 +59,8 @@ class OpenVino:
         self._hint = "f32" if precision == "fp32" or not has_bf16() else "bf16"
         self._others = others
         self._kept = CompiledModels(bundle, graph, precision, ov.__version__.split("-")[0], processor())
-        self._models: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self._models: OrderedDict[tuple[int, ...], Compiled] = OrderedDict()
         self._lock = threading.Lock()
-        self._check_signature(self._read())
 
     def lanes(self, batch: int, size: Size | None = None) -> HostLanes:
         """See protocol.Engine."""
@@ -91,7 +95,7 @@ class OpenVino:
             self._kept.keep_proof(rungs)
         return rungs
 
-    def _model(self, batch: int, image: tuple[int, int, int], parts: int) -> Any:
+    def _model(self, batch: int, image: tuple[int, int, int], parts: int) -> Compiled:
         """Compiled for `parts` requests at once, each of `batch` images, on all threads together."""
         key = (batch, *image, parts)
         config = {
@@ -102,7 +106,10 @@ class OpenVino:
         options: Options = {"parts": parts, "threads": self.threads, "size": "{}x{}".format(*image[1:])}
         with self._lock:
             if key not in self._models:
-                load = partial(core().import_model, device_name="CPU", config=config)
+
+                def load(memory: NDArray[np.uint8]) -> Any:
+                    return core().import_model(ov.Tensor(memory, shared_memory=True), "CPU", config)
+
                 compile = partial(self._compile, batch, image, config)
                 self._models[key] = self._kept.get(batch, options, load, compile)
             self._models.move_to_end(key)
@@ -112,9 +119,10 @@ class OpenVino:
 
     def _compile(self, batch: int, image: tuple[int, int, int], config: dict[str, Any]) -> Any:
         model = self._read()
-        for op in model.get_ordered_ops():
-            if op.get_type_name() in ("Sin", "Cos"):  # what leads to an output stays in FP32: t, as a bf16, would be a
-                model.add_outputs(op.output(0))  # neighbour's, 664 for 666, and the error of a step ten times as large
+        self._check_signature(model)
+        if self._hint == "bf16":
+            keep_sines(model)
+            halve_weights(model)
         shapes = {"image": (batch, *image), "rows": (batch, len(self.columns)), "label": (batch,)}
         try:
             model.reshape({name: shapes[kind] for name, kind in self.bundle.inputs(self.graph).items()})
@@ -122,16 +130,16 @@ class OpenVino:
         except RuntimeError as error:
             raise EngineError(f"OpenVINO cannot compile {self.bundle.path / self.graph.file}: {line(error)}") from None
 
-    def _bind(self, model: Any, parts: int, inputs: Arrays, outputs: Arrays) -> Run:
+    def _bind(self, compiled: Compiled, parts: int, inputs: Arrays, outputs: Arrays) -> Run:
         requests = []
         for part in range(parts):
-            request: Any = model.create_infer_request()
+            request: Any = compiled.model.create_infer_request()
             for name, array in {**inputs, **outputs}.items():
                 mine = len(array) // parts
                 request.set_tensor(name, ov.Tensor(array[part * mine : (part + 1) * mine], shared_memory=True))
             requests.append(request)
 
-        def run() -> None:
+        def run(held: Compiled = compiled) -> None:  # the requests read from its memory
             try:
                 for request in requests:
                     request.start_async()
@@ -195,6 +203,32 @@ def open_openvino(
             log.info("%s runs in fp32: in bf16 it misses %s", bundle.path.name, missed.name)
         half.close()
     return OpenVino(bundle, graph, precision or "fp32", threads, on)
+
+
+def keep_sines(model: Any) -> None:
+    """Make the sines of embeddings outputs: what leads to one stays in FP32.
+
+    t as a bf16 would be a neighbour's, 664 for 666, and the error of a step ten times as large.
+    """
+    for op in model.get_ordered_ops():
+        if op.get_type_name() in ("Sin", "Cos"):
+            model.add_outputs(op.output(0))
+
+
+def halve_weights(model: Any) -> None:
+    """Round large weights to bf16, as the plugin does when it packs them: a kept model takes half the memory."""
+    for op in model.get_ordered_ops():
+        if op.get_type_name() != "Constant" or op.get_element_type() != ov.Type.f32 or op.data.size < LARGE:
+            continue
+        users = op.output(0).get_target_inputs()
+        if {user.get_node().get_type_name() for user in users} <= {"Convolution", "MatMul"}:
+            halved = ov.Tensor(ov.Type.bf16, op.get_output_shape(0))
+            bits = op.data.view(np.uint32)
+            halved.data.view(np.uint16)[...] = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # to nearest, ties to even
+            wide = opset13.convert(ov.op.Constant(halved), "f32")
+            wide.get_rt_info()["decompression_0"] = ""  # or it would be folded, and the weight be FP32 again
+            for user in users:
+                user.replace_source_output(wide.output(0))
 
 
 @cache

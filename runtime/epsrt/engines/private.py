@@ -7,6 +7,7 @@ write it, or put another in its place.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import shlex
 import stat
@@ -94,6 +95,18 @@ def read(path: Path, sha256: str, size: int) -> bytes | None:
         if os.fstat(file.fileno()).st_size != size:
             return None
         data = file.read()
+    return data if hashlib.sha256(data).hexdigest() == sha256 else None
+
+
+def mapped(path: Path, sha256: str, size: int) -> mmap.mmap | None:
+    """Like `read`, but the system keeps the bytes: a page takes memory while it is used, once for all processes.
+
+    Writes stay this process's own. What is written into the file from now on may be seen, so its writers replace it.
+    """
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size != size or not size:
+            return None
+        data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
     return data if hashlib.sha256(data).hexdigest() == sha256 else None
 
 

@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import msgspec
@@ -274,7 +275,7 @@ def test_why_rebuild_names_a_plan_that_is_gone(cache, entry):
 
 
 def refused(cache, entry, *words):
-    for attempt in (lambda: cache.load(entry), lambda: cache.read(entry)):
+    for attempt in (lambda: cache.load(entry), lambda: cache.read(entry), lambda: cache.map(entry)):
         with pytest.raises(EngineError) as raised:
             attempt()
         for word in (*words, "a plan is native code", "set EPSRT_CACHE to a private directory"):
@@ -382,9 +383,9 @@ def test_the_command_in_the_sentence_is_quoted(tmp_path):
 )
 def test_a_damaged_plan_is_refused(cache, entry, damage):
     entry.path.write_bytes(damage(PLAN))
-    for found in (entry, cache.find(WANTED)):
+    for get, found in product((cache.load, cache.map), (entry, cache.find(WANTED))):
         with pytest.raises(EngineError) as raised:
-            cache.load(found)
+            get(found)
         assert str(raised.value).startswith(f"{entry.path} does not hold the bytes that its record tells of (")
         assert 'run "epsrt cache --prune", then "epsrt build"' in str(raised.value)
     if len(damage(PLAN)) != len(PLAN):
@@ -398,6 +399,17 @@ def test_a_plan_of_another_size_is_not_even_read(cache, entry):
     os.truncate(entry.path, 1 << 40)
     with pytest.raises(EngineError, match="does not hold the bytes"):
         cache.load(entry)
+
+
+def test_a_mapped_plan_is_its_bytes_and_stays_when_it_is_replaced(cache, entry):
+    os.utime(entry.record_path, (0, 0))
+    plan = cache.map(entry)
+    assert plan[:] == PLAN
+    assert entry.record_path.stat().st_mtime  # it counts as used
+    plan[:4] = b"mine"
+    assert cache.load(entry) == PLAN
+    store(cache, PLAN[::-1])
+    assert plan[4:] == PLAN[4:]
 
 
 def test_a_plan_that_went_is_refused(cache, entry):

@@ -1,7 +1,9 @@
 """The openvino engine: against onnxruntime, its precisions and their proof, its compiled models, what it refuses."""
 
+import gc
 import logging
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,6 +218,30 @@ class TestCompiledModels:
         self.opened(small_bundle_path).lanes(1)
         assert "not taken from the engine cache" in caplog.text
 
+    def test_weights_stay_in_the_kept_file(self, small_bundle_path, cache, schedule):
+        """They are mapped: lanes still run when their engine is closed and the file removed."""
+        self.opened(small_bundle_path).lanes(1)
+        engine = self.opened(small_bundle_path)
+        rows = solvers.ddim(schedule, timesteps(schedule.T, 4)).rows(engine.columns)
+        want = drawn(engine, 1, rows)
+        with engine.lanes(1) as lanes:
+            lanes.write(0, Sample(seed=3))
+            (entry,) = cache.entries()
+            assert str(entry.path) in Path("/proc/self/maps").read_text()
+            engine.close()
+            cache.remove(entry)
+            del engine
+            gc.collect()
+            lanes.advance(rows[:, None])
+            np.testing.assert_array_equal(lanes.read(0), want[0])
+
+    @bf16
+    def test_kept_ones_have_bf16_weights(self, bundle_path, cache):
+        for precision in ("fp32", "bf16"):
+            open_engine(Bundle.open(bundle_path), "openvino", precision=precision, threads=1).lanes(1)
+        sizes = {entry.record.key.precision: entry.record.size for entry in cache.entries()}
+        assert sizes["bf16"] < 0.8 * sizes["fp32"]  # of a network whose weights are few
+
     def test_a_proof_that_cannot_be_kept(self, bundle_path, cache, monkeypatch):
         kept = compiled.CompiledModels(
             Bundle.open(bundle_path), Bundle.open(bundle_path).graph("fp32"), "bf16", "1", "p"
@@ -249,8 +275,9 @@ except EngineError as error:
         path = copy_of(small_bundle_path)
         (path / "step-fp32.onnx").write_bytes(b"not a graph")
         forge(path)
+        engine = open_engine(Bundle.open(path), "openvino", precision="fp32")
         with pytest.raises(EngineError, match=r"OpenVINO refuses .*step-fp32.onnx: .*; export the bundle again") as e:
-            open_engine(Bundle.open(path), "openvino", precision="fp32")
+            engine.lanes(1)
         assert "\n" not in str(e.value)
 
     @pytest.mark.parametrize(("field", "name"), [("shape", "x"), ("classes", "label")])
@@ -258,8 +285,19 @@ except EngineError as error:
         path = copy_of(small_bundle_path)
         other = {"shape": [3, 8, 8], "classes": None if Bundle.open(path).labelled else 2}[field]
         forge(path, lambda manifest: manifest.update({field: other}))
+        engine = open_engine(Bundle.open(path), "openvino", precision="fp32")
         with pytest.raises(EngineError, match=f"step-fp32.onnx: {name} is .* the manifest implies"):
-            open_engine(Bundle.open(path), "openvino", precision="fp32")
+            engine.lanes(1)
+
+    def test_a_step_that_fails(self, engine, monkeypatch):
+        def wait(self):
+            raise RuntimeError("Exception from src/plugins:\n  no memory")
+
+        monkeypatch.setattr("openvino.InferRequest.wait", wait)
+        with engine.lanes(1) as lanes, pytest.raises(EngineError) as e:
+            lanes.advance(idle_row(engine.columns)[None, None])
+        expected = f"OpenVINO failed in a step of {engine.bundle.path}: Exception from src/plugins: no memory"
+        assert str(e.value) == expected
 
     def test_elsewhere_than_on_x86_onnxruntime_comes_first(self, monkeypatch):
         cpus = [n for n in probe.available() if probe.info_of(n).device == "cpu"]
