@@ -2,8 +2,8 @@
 
 5,000 samples a point (2,000 where all 1,000 steps are taken) of out/digits.epsrt, labels 0 … 9 in turn, no guidance,
 the same seed everywhere. As in the paper's code: DDIM with η = 0, 0.2, 0.5 and 1, x0 not clipped, and σ̂, DDPM with the
-larger variance, x0 clipped. And DDIM as the bundle runs it unless told: x0 clipped, ε the network's own. Trailing
-spacing, the bundle's own, and quadratic, the paper's.
+larger variance, x0 clipped. And DDIM with x0 clipped, ε derived anew from it, as the bundle runs it unless told, or the
+network's own, as diffusers has it. Trailing spacing, the bundle's own, and quadratic, the paper's.
 
 Fréchet distance, class score, precision and recall are in the features of a small classifier of the real digits, by
 epsrt.features as `epsrt score` has it: their scale is the features', and only ratios, and the rows of real digits, say
@@ -12,8 +12,8 @@ number. The judge is the demo's; its share of samples read as asked stands besid
 seen the same digits.
 
 A point is kept in benchmarks/results/quality.json as soon as it is measured, its samples in out/quality/ while they are
-drawn: a run that was killed goes on. A point is drawn anew where bundle, plan, seed or count differ, and only measured
-anew where the features do; points of another precision stay beside. Table and chart show FP32.
+drawn: a run that was killed goes on. A point is drawn anew where step graph, plan, seed or count differ, and only
+measured anew where the features do; points of another precision stay beside. Table and chart show FP32.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from common import RESULTS, machine
 from digits import BUNDLE, SEED, exported, judge, trained
 from quality_features import extractor, real_digits
-from quality_paper import DIFFERENCES, NAMES, SAMPLERS, comparison, find
+from quality_paper import CLIPPED, DIFFERENCES, NAMES, SAMPLERS, comparison, find
 from quality_points import FIRST, Point, Row, draw, figures, key_of, measure
 
 from epsrt import Bundle, Sampler, open_engine
@@ -53,10 +53,10 @@ def points() -> list[Point]:
     """Those that tell most first."""
     few = [
         [Point(sampler, spacing, steps, N) for spacing in ("trailing", "quadratic") for sampler in SAMPLERS]
-        + [Point("default", "trailing", steps, N)]
+        + [Point(sampler, "trailing", steps, N) for sampler in CLIPPED]
         for steps in (10, 20, 50, 100)
     ]
-    full = [Point(sampler, "all", 1000, FEW) for sampler in ("eta_0.0", "sigma_hat", "eta_1.0", "default")]
+    full = [Point(sampler, "all", 1000, FEW) for sampler in ("eta_0.0", "sigma_hat", "eta_1.0", *CLIPPED)]
     return [*few[0], *few[1], *few[2], full[0], *few[3], *full[1:]]
 
 
@@ -143,7 +143,7 @@ def bundle_of(path: Path) -> Bundle:
 def table(rows: Sequence[Row]) -> str:
     """Fréchet distances of ours, then the ratios to all steps beside the paper's."""
     cells = [["distance", *(f"{steps} {word}" for steps in (10, 20, 50, 100) for word in ("even", "quad")), "all 1000"]]
-    for sampler in (*SAMPLERS, "default"):
+    for sampler in (*SAMPLERS, *CLIPPED):
         found = [find(rows, sampler, s, steps) for steps in (10, 20, 50, 100) for s in ("trailing", "quadratic")]
         found.append(find(rows, sampler, "all", 1000))
         cells.append([NAMES[sampler], *("–" if r is None else f"{r['frechet']['value']:.3f}" for r in found)])

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
-from quality_paper import NAMES, SAMPLERS, STEPS, TABLE_1, Row, find
+from quality_paper import CLIPPED, NAMES, SAMPLERS, STEPS, TABLE_1, Row, find
 
 from epsrt.cli.charts import new_figure, save
 
@@ -25,7 +25,8 @@ def draw_chart(rows: Sequence[Row], path: Path) -> None:
         _dress(axes, f"Digits, {words}", "Fréchet distance of 2,000 samples")
         for i, sampler in enumerate(SAMPLERS):
             _curve(axes, rows, sampler, spacing, 1.025 ** (i - 2), color=f"C{i}")
-        _curve(axes, rows, "default", spacing, 1.025**3, color="0.45", linestyle=":")
+        for i, sampler in enumerate(CLIPPED):
+            _curve(axes, rows, sampler, spacing, 1.025 ** (3 + i), color=("0.2", "0.55")[i], linestyle=":")
         _floor(axes, rows)
     _dress(panels[2], "CIFAR-10, DDIM's table 1, quadratic spacing", "FID of 50,000 samples")
     for i, sampler in enumerate(SAMPLERS):
@@ -35,7 +36,7 @@ def draw_chart(rows: Sequence[Row], path: Path) -> None:
         axes.set_ylim(min(low for low, _ in ours), max(high for _, high in ours))
     known = dict(zip(*reversed(panels[2].get_legend_handles_labels()), strict=True))
     found = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True)) | known
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize="small")
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=7, frameon=False, fontsize="small")
     save(figure, path)
 
 
@@ -49,9 +50,8 @@ def _curve(axes: Axes, rows: Sequence[Row], sampler: str, spacing: str, aside: f
     figures = [row["first"]["frechet"] for row in there]
     error = [[f["value"] - f["low"] for f in figures], [f["high"] - f["value"] for f in figures]]
     more: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1.5, "elinewidth": 0.8}
-    name = "η = 0 as the bundle samples by default" if sampler == "default" else NAMES[sampler]
     steps = [aside * row["steps"] for row in there]
-    axes.errorbar(steps, [f["value"] for f in figures], error, label=name, **{**more, **look})
+    axes.errorbar(steps, [f["value"] for f in figures], error, label=NAMES[sampler], **{**more, **look})
 
 
 def _floor(axes: Axes, rows: Sequence[Row]) -> None:

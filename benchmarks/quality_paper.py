@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 STEPS = (10, 20, 50, 100, 1000)
+CLIPPED = ("rederived", "own_eps")  # of no paper
 SAMPLERS = ("eta_0.0", "eta_0.2", "eta_0.5", "eta_1.0", "sigma_hat")
 NAMES = {
     "eta_0.0": "η = 0",
@@ -13,7 +14,8 @@ NAMES = {
     "eta_0.5": "η = 0.5",
     "eta_1.0": "η = 1",
     "sigma_hat": "σ̂",
-    "default": "η = 0, clipped",
+    "rederived": "η = 0, clipped, ε derived anew",
+    "own_eps": "η = 0, clipped, ε the network's own",
 }
 
 TABLE_1 = {  # FID with quadratic spacing; σ̂ is DDPM with fixed_large

@@ -32,7 +32,8 @@ class Point:
     """n samples by one sampler; spacing "all" visits every timestep.
 
     sampler  eta_0.0, …: DDIM as the paper ran it, x0 not clipped; sigma_hat: DDPM with the larger variance, x0 clipped;
-             default: DDIM as the bundle runs it unless told, x0 clipped and ε the network's own
+             rederived: DDIM, x0 clipped and ε derived anew, as our own networks are sampled unless told; own_eps: x0
+             clipped and ε the network's own, as diffusers' DDIM
     """
 
     sampler: str
@@ -53,8 +54,9 @@ class Point:
         match self.sampler:
             case "sigma_hat":
                 return sampler.plan("ddpm", self.steps, spacing=spacing, variance="fixed_large", clip=1.0)
-            case "default":
-                return sampler.plan("ddim", self.steps, spacing=spacing)
+            case "rederived" | "own_eps":
+                anew = self.sampler == "rederived"
+                return sampler.plan("ddim", self.steps, spacing=spacing, clip=1.0, rederive=anew)
             case _:
                 return sampler.plan("ddim", self.steps, spacing=spacing, eta=self.eta, clip=None)
 
@@ -71,8 +73,9 @@ class Drawn:
 
 def key_of(point: Point, sampler: Sampler, features: str) -> Row:
     """What a row is kept by, besides its name."""
+    graph = sampler.bundle.manifest.files[sampler.engine.graph.file].sha256[:16]
     return {
-        "n": point.n, "seed": SEED, "digest": sampler.bundle.manifest.digest, "features": features,
+        "n": point.n, "seed": SEED, "graph": graph, "features": features,
         "plan": hashlib.sha256(point.plan(sampler).table.tobytes()).hexdigest()[:16],
         "engine_precision": sampler.engine.precision,
     }  # fmt: skip
@@ -89,7 +92,7 @@ def draw(
     key = key_of(point, sampler, "")
     precision = sampler.engine.precision
     kept = keep / f"{point.name}-{precision}.npz"
-    made_by = " ".join(str(key[k]) for k in ("seed", "digest", "plan", "engine_precision"))
+    made_by = " ".join(str(key[k]) for k in ("seed", "graph", "plan", "engine_precision"))
     done = _kept(kept, made_by, point.n, sampler.engine.name)
     batch = sampler.engine.max_batch
     if len(done.images) < point.n:  # its first steps compile and warm up

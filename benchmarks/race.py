@@ -38,14 +38,14 @@ BATCHES = (1, 8, 32)
 STEPS = {
     ("ddpm-cifar10", 1): 5,
     ("ddpm-cifar10", 8): 3,
-    ("ddpm-cifar10", 32): 2,
+    ("ddpm-cifar10", 32): 1,
     ("digits", 1): 50,
     ("digits", 8): 50,
     ("digits", 32): 25,
 }
 # of a process of its own: batch, steps, rounds
 PROCESS = {"ddpm-cifar10": (8, 5, 2), "digits": (1, 20, 5)}
-SECONDS, ROUNDS = 75.0, 15  # of a race, at most
+SECONDS, ROUNDS = 20.0, 15  # of a race, at most
 LIMIT = 900.0  # seconds of a case
 PART = CACHE / "race.part.json"  # the rows of a run that is not whole
 CHART = Path("docs/race.png")

@@ -32,7 +32,8 @@ Draw = Callable[[int], Any]
 
 PAUSE = 0.05  # seconds before a turn
 LONG = 0.25  # seconds of a step to which neither the pause nor a cold cache matters
-ALONE = 0.5  # seconds of each contestant's turns before the race, at least two of them
+ALONE = 0.5  # seconds of each contestant's turns before the race, one at least
+SLOW = 10.0  # seconds of a start that is not measured a second time
 HERE = Path(__file__).parent
 
 
@@ -137,11 +138,11 @@ def reference(found: dict[str, Row]) -> str:
 
 
 def alone(draw: Draw, steps: int) -> float:
-    """Milliseconds a step of one contestant in turns of its own, after its first call and one more."""
+    """Milliseconds a step of one contestant in turns of its own, after its first call."""
     seconds: list[float] = []
-    while len(seconds) < 2 or (sum(seconds) < ALONE and len(seconds) < 20):
+    while sum(seconds) < ALONE and len(seconds) < 20:
         seconds.append(_timed(draw, steps))
-    return 1e3 * statistics.median(seconds[1:]) / steps
+    return 1e3 * statistics.median(seconds[1:] or seconds) / steps
 
 
 def turns(draws: dict[str, Draw], steps: int, seconds: float, most: int, pause: float) -> dict[str, list[float]]:
@@ -232,6 +233,8 @@ def process(key: Row, quiet: Callable[[], None]) -> Row:
         if done.returncode or not said.startswith("peak_kib "):
             raise RuntimeError(f"its process ended with status {done.returncode}")
         peaks.append(int(said.split()[1]) / 1024)
+        if seconds[-1] > SLOW:
+            break
     return {"start_s": round(statistics.median(seconds), 3), "peak_mib": round(max(peaks), 1)}
 
 

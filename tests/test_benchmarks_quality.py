@@ -53,9 +53,10 @@ def test_the_points_are_fifteen_million_steps_of_images_and_the_bundles_own():
     from quality import points
 
     found = points()
-    assert len({p.name for p in found}) == len(found) == 4 * 11 + 4
+    assert len({p.name for p in found}) == len(found) == 4 * 12 + 5
     steps = {p.name: p.steps * p.n for p in found}
-    assert sum(v for name, v in steps.items() if not name.startswith("default")) == 2 * 5 * 180 * 5000 + 3 * 1000 * 2000
+    clipped = ("rederived", "own_eps")
+    assert sum(v for name, v in steps.items() if not name.startswith(clipped)) == 2 * 5 * 180 * 5000 + 3 * 1000 * 2000
     assert {p.n for p in found if p.steps == 1000} == {2000}
 
 
@@ -72,8 +73,10 @@ def test_a_points_plan_is_the_papers(small):
     assert not same(plan("eta_0.5"), plan("eta_0.2"))
     assert not same(plan("eta_0.0"), plan("eta_0.0", "quadratic"))
     assert same(plan("sigma_hat"), small.plan("ddpm", 10, spacing="trailing", variance="fixed_large", clip=1.0))
-    assert same(plan("default"), small.plan("ddim", 10))  # the bundle's own
-    assert not same(plan("default"), plan("eta_0.0"))
+    assert same(plan("rederived"), small.plan("ddim", 10))  # the bundle's own
+    assert same(plan("own_eps"), small.plan("ddim", 10, rederive=False))
+    assert not same(plan("own_eps"), plan("eta_0.0"))
+    assert not same(plan("own_eps"), plan("rederived"))
     assert list(Point("eta_0.0", "all", 100, N).plan(small)["t"]) == list(range(99, -1, -1))
 
 
@@ -261,7 +264,8 @@ def test_all_of_it_once_and_then_nothing_again(bundle_path, work, monkeypatch, c
         "eta_0.5",
         "eta_1.0",
         "sigma_hat",
-        "default",
+        "rederived",
+        "own_eps",
     ]
     for row in points:
         assert (row["n"], row["engine"], row["engine_precision"]) == (N, "onnxruntime", "fp32")

@@ -106,7 +106,7 @@ def test_openvinos_loop_says_what_it_computes_in(bundle_path: Path, prepared: Pa
     draw, used = loops.openvino_loop(path, field.schedule, field.x_T, label=field.labels, precision="fp32")
     assert used == "fp32"
     with Sampler.open(bundle_path, "onnxruntime", precision="fp32") as sampler:
-        want = sampler.sample(2, steps=10, seed=loops.SEED, labels=field.labels)
+        want = sampler.sample(2, steps=10, seed=loops.SEED, labels=field.labels, rederive=False)
     assert np.abs(draw(10) - want).max() < 1e-4
     assert loops.openvino_loop(path, field.schedule, field.x_T, label=field.labels)[1] in ("fp32", "bf16")
 

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import msgspec
 
+from epsrt.manifest import Sampling
 from epsrt_export.source import NoisedClassifier, Source
 from epsrt_trainer import checkpoint as trained
 from epsrt_trainer.checkpoint import Checkpoint, load_checkpoint
+
+# ε that keeps what the clip takes from x0 makes DDIM worse with every step (docs/benchmarks.md)
+SAMPLING = Sampling(options={"rederive": True})
 
 
 def load(path: str | Path) -> Source:
@@ -25,7 +29,7 @@ def of(checkpoint: Checkpoint) -> Source:
         prediction=c.prediction, value_range=c.value_range, classes=config.classes, class_names=c.class_names or (),
         null_label=config.classes if config.null_label else None,
         family="epsrt", name=Path(c.path).name, sha256=c.sha256,
-        config=dataclasses.asdict(config), training=msgspec.to_builtins(c.training),
+        config=dataclasses.asdict(config), training=msgspec.to_builtins(c.training), sampling=SAMPLING,
     )  # fmt: skip
 
 
