@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import EpsrtError, whole
 
 try:
     import onnxruntime as ort
@@ -75,6 +75,8 @@ class Extractor:
     ) -> Extracted:
         """Of uint8 [n, H, W, C], `batch` at a time; on_batch(done, total) hears of each."""
         self.check(images)
+        if whole("batch", batch) < 1:
+            raise EpsrtError(f"batch = {batch}: give at least 1")
         found: dict[str, list[NDArray[Any]]] = {kind: [] for kind in self._outputs}
         for first in range(0, len(images), batch):
             part = images[first : first + batch]

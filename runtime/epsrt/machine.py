@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -26,14 +27,14 @@ CPUINFO, CGROUP = Path("/proc/cpuinfo"), Path("/sys/fs/cgroup")
 TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
-def describe(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
+def describe(packages: Iterable[str] = PACKAGES, with_gpu: bool = True) -> dict[str, Any]:
     """Processor, cores, memory, system, the versions of those of `packages` that are installed, and the GPU.
 
     cores       that this process may run on
     cpu_quota   how many of them at a time, only where a container's share is less
     memory_mib  the machine's, or a container's limit; None where the system does not tell
     avx2, avx512, vnni, avx512_bf16, amx    whether the processor has them; None where the system does not tell
-    gpu         CUDA's device 0, only where there is one: gpu()
+    gpu         CUDA's device 0, only where there is one and it was asked for: gpu()
     """
     cpu, flags = _processor()
     return {
@@ -42,7 +43,7 @@ def describe(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}", "kernel": platform.release(),
         "python": platform.python_version(),
         "versions": {"epsrt": epsrt.__version__} | {p: version for p in packages if (version := installed(p))},
-        **gpu(),
+        **(gpu() if with_gpu else {}),
     }  # fmt: skip
 
 
@@ -57,12 +58,13 @@ def cores() -> int:
 
 
 def physical_cores() -> int:
-    """How many cores this process may run on, hyper-threads of one core counted once."""
+    """How many cores this process may run on, hyper-threads of one core counted once; at most a container's share."""
     try:
         cpus = os.sched_getaffinity(0)
-        return len({(TOPOLOGY / f"cpu{n}/topology/thread_siblings_list").read_text() for n in cpus})
+        found = len({(TOPOLOGY / f"cpu{n}/topology/thread_siblings_list").read_text() for n in cpus})
     except (AttributeError, OSError):  # not Linux, or a sandbox without /sys
-        return cores()
+        found = cores()
+    return min(found, math.ceil(_quota().get("cpu_quota", found)))
 
 
 def gpu() -> dict[str, Any]:

@@ -25,15 +25,15 @@ ROUNDING = 1e-12  # of the largest squared norm: how far a squared distance is o
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure and its 95 % interval.
+    """A figure and its 95 % interval, None where it was not asked for.
 
     bias  how much resampling added on average: an estimate of what the finite count of samples adds to `value`; None
           where there is none
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     bias: float | None = None
 
 
@@ -69,7 +69,7 @@ def score(
     """All figures of samples [n, D] against real [m, D], with the samples' class probabilities [n, K] if given.
 
     k          neighbours of precision and recall
-    resamples  of the bootstrap; 0: intervals of Fréchet distance and class score are only their values. Each takes as
+    resamples  of the bootstrap; 0: Fréchet distance and class score have no intervals. Each takes as
                long as the distance itself; on_resample(done, total) hears of the distance's
 
     The intervals of Fréchet distance and class score are of the bootstrap over the samples; the real images are taken
@@ -95,7 +95,7 @@ def score(
         def class_score(counts: Array) -> float:
             return _class_score(p, entropy, counts)
 
-        classes = bootstrap(class_score, class_score(whole_sample), len(p), resamples, seed, least=1.0)
+        classes = bootstrap(class_score, class_score(whole_sample), len(p), resamples, seed, (1.0, float(p.shape[1])))
     frechet = bootstrap(distance, distance(whole_sample), len(x), resamples, seed, on_resample=on_resample)
     inside, covered = precision_recall(x, y, k)
     return Score(frechet, classes, wilson(inside, len(x)), wilson(covered, len(y)))
@@ -159,13 +159,13 @@ def precision_recall(samples: ArrayLike, real: ArrayLike, k: int = 3) -> tuple[i
 
 
 def bootstrap(
-    statistic: Callable[[Array], float], value: float, n: int, resamples: int = 200, seed: int = 0, least: float = 0.0,
-    on_resample: OnResample = lambda done, total: None,
+    statistic: Callable[[Array], float], value: float, n: int, resamples: int = 200, seed: int = 0,
+    bounds: tuple[float, float] = (0.0, math.inf), on_resample: OnResample = lambda done, total: None,
 ) -> Figure:  # fmt: skip
     """`value` with a 95 % interval from `resamples` resamples of its n samples; a seed gives the same one again.
 
     statistic  of float64 [n], how often each sample was drawn
-    least      below which the statistic never is
+    bounds     outside of which the statistic never is
 
     Fréchet distance and class score are biased, and resampling biases them once more: the percentiles of a distance
     may lie beside its value, and the basic interval lies around a value freed from bias, which nobody publishes. So
@@ -175,14 +175,15 @@ def bootstrap(
     told apart.
     """
     if resamples == 0:
-        return Figure(value, value, value)
+        return Figure(value, None, None)
     draw = np.random.default_rng(seed)
     drawn = np.empty(resamples)
     for i in range(resamples):
         drawn[i] = statistic(draw.multinomial(n, np.full(n, 1 / n)).astype(np.float64))
         on_resample(i + 1, resamples)
     low, high = np.quantile(drawn - drawn.mean(), [0.025, 0.975])
-    return Figure(value, max(least, value - float(high)), value - float(low), float(drawn.mean()) - value)
+    least, most = bounds
+    return Figure(value, max(least, value - float(high)), min(most, value - float(low)), float(drawn.mean()) - value)
 
 
 def wilson(hits: int, n: int) -> Figure:

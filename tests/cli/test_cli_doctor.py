@@ -74,6 +74,12 @@ def test_here(run):
         assert engine["engine"] in text
 
 
+def test_auto_is_what_auto_takes_on_other_processors(run, machine, monkeypatch):
+    machine({**RTX, "openvino": "2026.4.1"}, NO_DRIVER)
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert json.loads(run("--json"))["auto"] == "onnxruntime"
+
+
 def test_a_machine_without_a_driver(run, machine):
     machine(RTX, NO_DRIVER)
     report = json.loads(run("--json"))

@@ -372,9 +372,32 @@ def test_a_slow_start_is_measured_once(bundle: Bundle, monkeypatch: pytest.Monke
             *_, last = run.bench(bundle, asked, run.opened(bundle, asked, stack, lambda what, fraction: None))
         assert len(startup(last, "onnxruntime", "fp32")) == sum(expected)
         if seconds > run.STARTS_S:
-            assert [(t.start, t.batch) for t in tasks] == [(True, 1), (False, 2)]
-        else:
-            assert [t.batch for t in tasks] == [1, 0, 0, 0, 0, 2, 0, 0, 0, 0]
+            assert [(t.start, t.batch) for t in tasks] == [(False, 1), (True, 0), (False, 2)]
+        else:  # memory first, of a process that does nothing but the batch
+            assert [(t.start, t.batch) for t in tasks] == [
+                (start, batch) for n in (1, 2) for start, batch in ((False, n), *[(True, 0)] * 5)
+            ]
+
+
+def test_a_process_that_built_something_is_started_again(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's memory and time are no sampler's."""
+    kept, tasks = {"a"}, list[alone.Task]()
+
+    def building(task: alone.Task) -> alone.Found:
+        tasks.append(task)
+        cold = task.batch not in kept
+        kept.add(task.batch)  # type: ignore[arg-type]
+        return alone.Found(9.0 if cold else 0.1, 900 if cold else 100)
+
+    monkeypatch.setattr(alone, "run", building)
+    monkeypatch.setattr(run, "_built", lambda: set(kept))
+    asked = run.Asked(engines=("onnxruntime",), batches=(2,), steps=2, threads=1, seconds=None, rounds=1)
+    with ExitStack() as stack:
+        *_, last = run.bench(bundle, asked, run.opened(bundle, asked, stack, lambda what, fraction: None))
+    (found,) = last.measured.values()
+    assert found.memory == 100
+    assert found.startup_s == (0.1,) * 5
+    assert [t.batch for t in tasks] == [2, 2, 0, 0, 0, 0, 0, 0]
 
 
 def test_a_process_that_need_not_start_measures_memory(small_bundle_path: Path) -> None:
@@ -561,6 +584,34 @@ def test_a_lost_case_is_a_regression() -> None:
     assert compare(b, a).only_b == (Case("e", "fp32", 1),)
 
 
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([Row("e", None, None, "no library")], "no library"),
+        ([Row("e", "fp32", None, "no kernel")], "no kernel"),
+        ([Row("e", "bf16", 1, "", figures(50))], "it ran in bf16 instead"),
+    ],
+)
+def test_an_engine_that_does_not_open_or_changes_its_precision_is_lost(rows: list[Row], reason: str) -> None:
+    a, other = report({("e", 1): figures(), ("f", 1): figures()}), report({("f", 1): figures()})
+    found = compare(a, msgspec.structs.replace(other, rows=(*other.rows, *rows)))
+    assert found.lost == ((Case("e", "fp32", 1), reason),)
+    assert found.regressed
+    assert not found.only_a
+
+
+def test_a_precision_that_was_not_asked_for_again_is_not_lost() -> None:
+    both = (Row("e", "fp32", 1, "", figures()), Row("e", "bf16", 1, "", figures()))
+    a, b = (msgspec.structs.replace(report({}), rows=rows) for rows in (both, both[1:]))
+    assert not compare(a, b).regressed
+    assert compare(a, b).only_a == (Case("e", "fp32", 1),)
+
+
+def test_few_rounds_are_not_judged() -> None:
+    few = msgspec.structs.replace(figures(), rounds_ms=(10.0,) * 6)
+    assert verdicts(few, msgspec.structs.replace(few, steps_per_s=10.0))["steps/s"] == "not judged"
+
+
 def test_what_is_in_one_alone_is_named() -> None:
     a = report({("e", 1): figures(), ("e", 8): figures()})
     b = report({("e", 1): figures()}, complete=False, missing=(Case("e", "fp32", 8),))
@@ -577,6 +628,12 @@ def test_other_machines_and_versions_are_said() -> None:
         "the machines differ in processor: P and Q",
         "the versions differ: onnxruntime 1.31 → 1.32, openvino none → 2026.4",
     )
+
+
+def test_of_two_gpus_what_differs_is_said() -> None:
+    a, b = ({"gpu": {"name": "X", "cuda": "13.0", "clocks.max.sm": mhz}} for mhz in (1980.0, 1755.0))
+    found = compare(report({("e", 1): figures()}, machine=a), report({("e", 1): figures()}, machine=b))
+    assert found.warnings == ("the machines differ in gpu: clocks.max.sm 1980.0 and clocks.max.sm 1755.0",)
 
 
 @pytest.mark.parametrize(
@@ -635,6 +692,7 @@ def test_a_container_s_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     (tmp_path / "memory.max").write_text(f"{1 << 29}\n")
     found = machine.describe()
     assert (found["cpu_quota"], found["memory_mib"]) == (0.5, 512)
+    assert machine.physical_cores() == 1
     (tmp_path / "cpu.max").write_text("max 100000\n")
     (tmp_path / "memory.max").write_text("max\n")
     found = machine.describe()

@@ -170,8 +170,14 @@ def test_score_has_the_single_functions_figures_and_intervals_around_them():
     for figure in (made.frechet, made.classes, made.precision, made.recall):
         assert figure.low < figure.value < figure.high
     assert metrics.score(SAMPLES, REAL, resamples=0) == metrics.Score(
-        metrics.Figure(made.frechet.value, made.frechet.value, made.frechet.value), None, made.precision, made.recall
+        metrics.Figure(made.frechet.value, None, None), None, made.precision, made.recall
     )
+
+
+def test_a_class_score_and_its_interval_lie_between_1_and_k():
+    made = metrics.score(SAMPLES, REAL, np.eye(4)[np.arange(len(SAMPLES)) % 4], resamples=50).classes
+    assert made.value == pytest.approx(4)
+    assert 3.9 < made.low < made.high <= 4
 
 
 def test_the_interval_of_a_distance_holds_what_other_draws_find():
@@ -193,7 +199,7 @@ def test_the_interval_of_a_distance_holds_what_other_draws_find():
 
 def test_a_bootstraps_interval_of_a_mean_is_the_textbooks():
     x = np.random.default_rng(6).standard_normal(400)
-    made = metrics.bootstrap(lambda counts: float(counts @ x / 400), float(x.mean()), 400, 2000, least=-9.0)
+    made = metrics.bootstrap(lambda counts: float(counts @ x / 400), float(x.mean()), 400, 2000, bounds=(-9.0, 9.0))
     half = 1.96 * x.std() / 20
     assert made.high - made.value == pytest.approx(half, rel=0.1)
     assert made.value - made.low == pytest.approx(half, rel=0.1)

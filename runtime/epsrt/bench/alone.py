@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -21,6 +21,7 @@ from epsrt.errors import EngineError, EpsrtError
 
 MARK = "epsrt-bench "
 START_LIMIT_S = 20.0  # for the image of a start
+END_LIMIT_S = 10.0  # for a process that has said all
 MEMORY_S, MEMORY_STEPS = 0.3, 2  # of the batch: buffers have grown after the first steps
 STATUS = Path("/proc/self/status")
 
@@ -72,6 +73,9 @@ def run(task: Task) -> Found:
                 if said.first:
                     startup_s = now
                 if said.done:
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(END_LIMIT_S)
+                    process.kill()  # a library that hangs as it ends
                     return Found(startup_s, said.memory)
             code = process.wait()
         errors.seek(0)

@@ -8,7 +8,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from epsrt.bench.report import STARTS, Case, Report, spread, startup
+import msgspec
+
+from epsrt.bench.report import LEAST, STARTS, Case, Report, spread, startup
+from epsrt.engines import PRECISIONS
 from epsrt.errors import EpsrtError
 
 BAND = 0.05
@@ -37,7 +40,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`lost`: cases that A measured and B could not, with B's reason; `only_a`, `only_b`: those not in the other."""
+    """`lost`: cases that A measured and B could not, or not in that precision, with the reason; `only_a`, `only_b`:
+    others that one of them has alone."""
 
     changes: tuple[Change, ...]
     lost: tuple[tuple[Case, str], ...]
@@ -57,17 +61,28 @@ def compare(a: Report, b: Report, band: float = BAND) -> Comparison:
     """
     _check_alike(a, b)
     in_a, in_b = a.measured, b.measured
-    refused = {row.case: row.reason for row in b.rows if row.case and row.reason}
-    lost = tuple((case, refused[case]) for case in in_a if case in refused)
+    lost = tuple((case, reason) for case in in_a if case not in in_b and (reason := _why_lost(case, a, b)))
     common = [case for case in in_a if case in in_b]
     if not common and not lost:
         raise EpsrtError(
             f"no case is in both: A has {_named(in_a)}, and B {_named(in_b)}: measure the same engines and batches"
         )
+    gone = {case for case, _ in lost}
     return Comparison(
-        tuple(_changes(a, b, common, band)), lost, tuple(c for c in in_a if c not in in_b and c not in refused),
+        tuple(_changes(a, b, common, band)), lost, tuple(c for c in in_a if c not in in_b and c not in gone),
         tuple(c for c in in_b if c not in in_a), tuple(_warnings(a, b)),
     )  # fmt: skip
+
+
+def _why_lost(case: Case, a: Report, b: Report) -> str:
+    """Why B has no figures of a case of A, though it was to have them; "" where it was not."""
+    for row in b.rows:
+        its = row.engine == case.engine and row.precision in (None, case.precision) and row.batch in (None, case.batch)
+        if row.reason and its:
+            return row.reason
+    others = (msgspec.structs.replace(case, precision=p) for p in PRECISIONS)
+    other = next((c for c in others if c in b.measured and c not in a.measured), None)
+    return f"it ran in {other.precision} instead" if other else ""
 
 
 def noise_band(a: tuple[float, ...], b: tuple[float, ...], least: float) -> float:
@@ -78,8 +93,8 @@ def noise_band(a: tuple[float, ...], b: tuple[float, ...], least: float) -> floa
 
     A median of n values with the deviation σ has the standard error 1.2533·σ/√n; of two, the errors add in squares. σ
     is taken robustly (1.4826·MAD), so that a round beside which something else ran does not widen the band. Four
-    errors, as the MAD of few values errs itself: of equal runs with normal rounds 1.1 % exceed them with 7 rounds,
-    0.1 % with 15.
+    errors, as the MAD of few values errs itself: of equal runs with normal rounds 1.1 % exceed them with 7 rounds.
+    With fewer nothing is judged.
 
     The rounds of a run know nothing of what differs between runs (where memory lies, the processor's clock, its
     neighbours: Mytkowicz et al., "Producing wrong data without doing anything obviously wrong", ASPLOS 2009; Kalibera
@@ -104,6 +119,8 @@ def _changes(a: Report, b: Report, common: list[Case], least: float) -> Iterator
         where = case.engine, case.precision
         band = noise_band(fa.rounds_ms, fb.rounds_ms, least)
         verdict = judged(fb.steps_per_s / fa.steps_per_s, band, more_is_better=True)
+        if min(len(fa.rounds_ms), len(fb.rounds_ms)) < LEAST:
+            verdict = "not judged"
         yield Change("steps/s", *where, case.batch, fa.steps_per_s, fb.steps_per_s, band, verdict)
         if fa.memory and fb.memory and a.memory_of == b.memory_of:
             verdict = judged(fb.memory / fa.memory, least, more_is_better=False)
@@ -147,12 +164,20 @@ def _warnings(a: Report, b: Report) -> Iterator[str]:
     for name in sorted({*a.machine, *b.machine} - {"versions"}):
         one, other = a.machine.get(name), b.machine.get(name)
         if one != other:
-            yield f"the machines differ in {name.replace('_', ' ')}: {_word(one)} and {_word(other)}"
+            told = _differing(one, other) if isinstance(one, dict) and isinstance(other, dict) else (one, other)
+            yield f"the machines differ in {name.replace('_', ' ')}: {' and '.join(map(_word, told))}"
     va, vb = (_versions(report) for report in (a, b))
     names = [name for name in sorted({*va, *vb}) if va.get(name) != vb.get(name)]
     if names:
         words = (f"{name} {va.get(name, 'none')} → {vb.get(name, 'none')}" for name in names)
         yield f"the versions differ: {', '.join(words)}"
+
+
+def _differing(one: dict[str, object], other: dict[str, object]) -> tuple[str, str]:
+    """Of two GPUs, say: what differs."""
+    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    first, second = (", ".join(f"{name} {_word(each.get(name))}" for name in names) for each in (one, other))
+    return first, second
 
 
 def _versions(report: Report) -> dict[str, str]:

@@ -14,7 +14,8 @@ from epsrt.files import whole_file
 
 FORMAT = 1
 LIMIT = 64 << 20  # bytes; a report of a hundred cases has some 100 KB
-STARTS = 5  # of a process, from which on their spread says something
+LEAST = 7  # rounds, and
+STARTS = 5  # starts of a process, from which on their spread says something
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]

@@ -16,12 +16,11 @@ from typing import TypeVar
 import numpy as np
 
 from epsrt import requests
-from epsrt.bench.report import Case, Figures, spread
+from epsrt.bench.report import LEAST, Case, Figures, spread
 from epsrt.engines import Engine
 from epsrt.engines.protocol import Closing, Rows
 from epsrt.errors import EpsrtError
 
-LEAST = 7  # rounds
 WARM_S, WARM_STEPS = 0.3, 2  # of the first steps, which are not counted
 SETTLE_S, SETTLE_STEPS = 0.03, 1  # of the steps that wake an engine's threads again
 REST_S, REST_LIMIT_S = 0.02, 0.5  # how long the process must be idle, and what is waited for that at most

@@ -61,7 +61,7 @@ def bench(
         float | None, Option(help=f"About how long the rounds of a case take, at least seven; by default {SECONDS:g}.")
     ] = None,
     rounds: Annotated[int | None, Option(help="How many instead, of whole trajectories.")] = None,
-    out: Annotated[Path | None, Option("--out", "-o", help="Keep the results: a .json, written case by case.")] = None,
+    out: Annotated[Path | None, Option("--out", "-o", help="Keep the results: .json, written batch by batch.")] = None,
     trust_engines: show.TrustOption = False,
     as_json: show.JsonOption = False,
 ) -> None:
@@ -122,12 +122,18 @@ def _measure(bundle: Bundle, asked: Asked, out: Path | None) -> tuple[Report | N
 
 
 def _print(report: Report) -> None:
+    from epsrt.engines import probe
+
     console, m = show.out(), report.machine
     name, request = report.bundle.name, report.request
     several = len({e.precision for e in report.engines}) > 1
     precision = "" if several else f", {report.engines[0].precision}"
+    cores = request.threads or m["cores"]
+    where = f"{cores} core{'s' if cores > 1 else ''} of {m['processor']}"
+    if "gpu" in m and any(probe.info_of(e.engine).device == "cuda" for e in report.engines):
+        where = f"{m['gpu']['name']}, {where}"
     table = show.table(
-        f"{name}: {request.method} in {request.steps} steps{precision}, on {m['cores']} cores of {m['processor']}",
+        f"{name}: {request.method} in {request.steps} steps{precision}, on {where}",
         "engine", *(["precision"] if several else []), "batch", "steps/s", "±", "images/s", "ms p50", "p95", "memory",
         "start-up", "× fastest",
         right=("batch", "steps/s", "±", "images/s", "ms p50", "p95", "memory", "start-up", "× fastest"),
@@ -151,7 +157,8 @@ def _cells(row: Row, report: Report, several: bool) -> list[Text | str]:
     assert precision is not None
     starts, fastest = startup(report, row.engine, precision), row.ratio == 1
     return [
-        row.engine, *([precision] if several else []), str(row.batch), f"{f.steps_per_s:.4g}", f"{f.spread:.1%}",
+        row.engine, *([precision] if several else []), str(row.batch), f"{f.steps_per_s:.4g}",
+        f"{f.spread:.1%}" if len(f.rounds_ms) > 1 else "–",
         f"{f.images_per_s:.4g}", _ms(f.step_ms_p50), _ms(f.step_ms_p95),
         "–" if f.memory is None else show.size(f.memory),
         f"{median(starts):.2f} s" if starts else "–", Text(f"{row.ratio:.2f}", "green" if fastest else ""),
@@ -170,7 +177,9 @@ def _remarks(report: Report) -> list[str]:
         lines.append(f"missing: {', '.join(map(str, report.missing))}")
     for e in report.engines:
         if e.built:
-            lines.append(f"{e.engine} {e.precision} was built first, which took {e.seconds:.1f} s; start-up is without")
+            lines.append(
+                f"{e.engine} {e.precision} was built or proven first, which took {e.seconds:.1f} s; start-up is without"
+            )
     return [*lines, f"memory: {report.memory_of}; start-up: of a process to its first image, nothing left to build"]
 
 

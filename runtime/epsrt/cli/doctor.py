@@ -28,7 +28,7 @@ epsrt doctor out/digits.epsrt
 epsrt doctor --json | jq -r .auto
 """
 
-PACKAGES = (*machine.PACKAGES, "filelock", "torch")
+PACKAGES = (*machine.PACKAGES, "nvidia-cuda-nvrtc", "filelock", "torch")
 
 
 def doctor(
@@ -56,7 +56,7 @@ def examine(bundle: Bundle | None = None) -> dict[str, Any]:
     """All that doctor says; what it prints with --json."""
     from epsrt.engines import graph_precision_of, probe
 
-    driver, engines, here = probe.driver(), [], machine.describe(("epsrt", *PACKAGES))
+    driver, engines, here = probe.driver(), [], machine.describe(("epsrt", *PACKAGES), with_gpu=False)
     graphs = {g.precision: bundle.graph(g.precision).file for g in bundle.manifest.graphs} if bundle else {}
     for info in probe.ENGINES:
         state = probe.state(info.name)
@@ -65,7 +65,8 @@ def examine(bundle: Bundle | None = None) -> dict[str, Any]:
             "reason": state.reason, "command": state.command, "builds": state.builds,
             "precision": next((p for p in _defaults(info) if graph_precision_of(p) in graphs), None),
         })  # fmt: skip
-    runnable = [e["engine"] for e in engines if e["available"] and (bundle is None or e["precision"])]
+    takes = {e["engine"]: bundle is None or e["precision"] for e in engines}
+    runnable = [name for name in probe.available() if takes[name]]
     return {
         "machine": {
             "processor": here["processor"], "cores": here["cores"],

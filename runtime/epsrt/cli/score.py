@@ -104,7 +104,8 @@ def score(
     )  # fmt: skip
     for name, figure in _rows(made).items():
         told = "" if figure.bias is None else f"{figure.bias:+.4f}"
-        table.add_row(name, f"{figure.value:.4f}", f"{figure.low:.4f} … {figure.high:.4f}", told)
+        interval = "–" if figure.low is None else f"{figure.low:.4f} … {figure.high:.4f}"
+        table.add_row(name, f"{figure.value:.4f}", interval, told)
     console = show.out()
     console.print(table)
     if resamples:
@@ -136,7 +137,8 @@ def _images(path: Path, shape: tuple[int | None, ...]) -> Bytes:
     if path.suffix.lower() == ".npz" and not path.is_dir():
         return _stored(path)
     if shape[0] not in (1, 3):
-        raise EpsrtError(f"{path}: the extractor takes images of {shape[0]} channels, pictures have 1 or 3: give .npz")
+        channels = shape[0] or "any number of"
+        raise EpsrtError(f"{path}: the extractor takes images of {channels} channels, pictures have 1 or 3: give .npz")
     files = inputs.picture_files(path)
     size = (shape[1], shape[2]) if shape[1] and shape[2] else _upright(files[0])
     mode = inputs.MODES[shape[0]]

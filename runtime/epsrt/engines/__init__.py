@@ -77,13 +77,14 @@ def open_engine(
     refused = []
     for each in probe.available():
         info = probe.info_of(each)
-        if precision not in (None, *info.precisions) or (threads is not None and info.device != "cpu"):
+        if threads is not None and info.device != "cpu":
             continue
         try:
             return open_one(each)
         except EngineError as error:
             refused.append(str(error))
-            logging.getLogger("epsrt").warning("engine %s is passed over: %s", each, error)
+            if precision in (None, *info.precisions):
+                logging.getLogger("epsrt").warning("engine %s is passed over: %s", each, error)
     plainest = probe.state("onnxruntime")
     reason = "; ".join(refused) or f"onnxruntime: {plainest.reason}: {plainest.command}"
     raise EngineError(f'no engine runs here; {reason}; "epsrt doctor" tells of all')

@@ -6,7 +6,8 @@ A cache that cannot be used costs time alone: it is said, and the model is compi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,12 @@ from numpy.typing import NDArray
 from epsrt.bundle import Bundle
 from epsrt.engines.cache import EngineCache
 from epsrt.engines.key import Key, Options
+from epsrt.engines.private import ELSEWHERE
 from epsrt.errors import EngineError
 from epsrt.manifest import Graph, Rung
 
 RECIPE = 3  # of how OpenVino compiles a step graph: models and proofs of another are not used
+KEPT_FILES = 16  # of a step graph: a model takes as much room as the weights
 
 log = logging.getLogger("epsrt")
 
@@ -47,11 +50,8 @@ class CompiledModels:
         self, batch: int, options: Options, load: Callable[[NDArray[np.uint8]], Any], compile: Callable[[], Any]
     ) -> Compiled:
         """The model for a batch: `load`ed from a mapped file if it is kept, else `compile`d and kept."""
-        m = self.bundle.manifest
-        key = Key(
-            m.digest, self.graph.file, "openvino", self.version, self.processor, (), self.precision,
-            ((batch, batch, batch),), {**options, "recipe": RECIPE},
-        )  # fmt: skip
+        key = self._key(((batch, batch, batch),), options)
+        cache = None
         try:
             cache = EngineCache()
             if entry := cache.have(key):
@@ -61,11 +61,28 @@ class CompiledModels:
             log.warning("a compiled model is not taken from the engine cache: %s", line(error))
         model = compile()
         try:
-            with cache.lock(key):
-                cache.store(key, model.export_model().getbuffer(), bundle_name=self.bundle.path.name)
+            if cache is not None:
+                with cache.lock(key):
+                    cache.store(key, model.export_model().getbuffer(), bundle_name=self.bundle.path.name)
+                self._shrink(cache)
         except (EngineError, OSError, RuntimeError) as error:
             log.warning("a compiled model is not kept: %s", line(error))
         return Compiled(model)
+
+    def _shrink(self, cache: EngineCache) -> None:
+        """Remove what was used longest ago: each batch has a model, with all weights."""
+        mine = [e for e in cache.entries() if e.record and self._alike(e.record.key)]
+        for entry in sorted(mine, key=lambda e: e.used, reverse=True)[KEPT_FILES:]:
+            cache.remove(entry)
+
+    def _alike(self, key: Key) -> bool:
+        return (key.engine, key.bundle, key.graph) == ("openvino", self.bundle.manifest.digest, self.graph.file)
+
+    def _key(self, profiles: tuple[tuple[int, int, int], ...], options: Options) -> Key:
+        return Key(
+            self.bundle.manifest.digest, self.graph.file, "openvino", self.version, self.processor, (), self.precision,
+            profiles, {**options, "recipe": RECIPE},
+        )  # fmt: skip
 
     def proof(self) -> list[Rung] | None:
         """What `keep_proof` kept; None if nothing."""
@@ -78,9 +95,20 @@ class CompiledModels:
     def keep_proof(self, rungs: list[Rung]) -> None:
         """Keep what the golden file said of this precision, if the cache can be written."""
         try:
-            EngineCache().keep_blob(self._proof, msgspec.json.encode(rungs))
-        except EngineError as error:
-            log.warning("what %s is worth is not kept: %s", self.precision, error)
+            if EngineCache().keep_blob(self._proof, msgspec.json.encode(rungs)):
+                return
+            reason = ELSEWHERE
+        except (EngineError, OSError) as error:
+            reason = str(error)
+        log.warning("what %s is worth is not kept, and measured again next time: %s", self.precision, reason)
+
+    @contextmanager
+    def proving(self) -> Iterator[None]:
+        """For one process at a time, where there is a cache to find the other's proof in."""
+        with ExitStack() as stack:
+            with suppress(EngineError, OSError):
+                stack.enter_context(EngineCache().lock(self._key((), {"proof": True})))
+            yield
 
     @property
     def _proof(self) -> str:

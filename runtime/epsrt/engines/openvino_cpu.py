@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, partial
 from math import gcd
 from typing import Any
@@ -84,15 +85,18 @@ class OpenVino:
         None where they were not measured and may not be, or the golden file does not suffice.
         """
         rungs = self._kept.proof()
-        if rungs is None and may_measure:
-            try:
-                rungs = verify(
-                    self, on_progress and (lambda name, share: on_progress(f"{self.precision} {name}", share))
-                )
-            except BundleError as error:
-                log.warning("%s cannot be proven: %s", self.precision, error)
-                return None
-            self._kept.keep_proof(rungs)
+        if rungs is not None or not may_measure:
+            return rungs
+        with self._kept.proving():
+            rungs = self._kept.proof()  # another process may just have measured it
+            if rungs is None:
+                try:
+                    tell = on_progress and (lambda name, share: on_progress(f"{self.precision} {name}", share))
+                    rungs = verify(self, tell)
+                except BundleError as error:
+                    log.warning("%s cannot be proven: %s", self.precision, error)
+                    return None
+                self._kept.keep_proof(rungs)
         return rungs
 
     def _model(self, batch: int, image: tuple[int, int, int], parts: int) -> Compiled:
@@ -146,6 +150,10 @@ class OpenVino:
                 for request in requests:
                     request.wait()
             except RuntimeError as error:
+                for request in requests:  # none may go on writing
+                    with suppress(RuntimeError):
+                        request.cancel()
+                        request.wait()
                 raise EngineError(f"OpenVINO failed in a step of {self.bundle.path}: {line(error)}") from None
 
         return run

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 import threading
 from pathlib import Path
 
@@ -173,6 +174,11 @@ class TestPrecision:
         with pytest.raises(EngineError, match="no engine runs here; precision bf16 needs a processor"):
             open_engine(Bundle.open(bundle_path), precision="bf16")
 
+    def test_where_no_engine_has_the_precision_each_says_its_own(self, bundle_path, monkeypatch):
+        monkeypatch.setattr(probe, "available", lambda: ("onnxruntime",))
+        with pytest.raises(EngineError, match="no engine runs here; engine onnxruntime runs in .*, not in bf16"):
+            open_engine(Bundle.open(bundle_path), precision="bf16")
+
     def test_fp16_is_another_engines(self, bundle_path):
         with pytest.raises(EngineError, match="engine openvino runs in bf16 or fp32.*, not in fp16: ask for another"):
             open_engine(Bundle.open(bundle_path), "openvino", precision="fp16")
@@ -242,13 +248,39 @@ class TestCompiledModels:
         sizes = {entry.record.key.precision: entry.record.size for entry in cache.entries()}
         assert sizes["bf16"] < 0.8 * sizes["fp32"]  # of a network whose weights are few
 
-    def test_a_proof_that_cannot_be_kept(self, bundle_path, cache, monkeypatch):
-        kept = compiled.CompiledModels(
-            Bundle.open(bundle_path), Bundle.open(bundle_path).graph("fp32"), "bf16", "1", "p"
-        )
+    def models(self, path, precision="bf16"):
+        opened = Bundle.open(path)
+        return compiled.CompiledModels(opened, opened.graph("fp32"), precision, "1", "p")
+
+    def test_a_proof_that_cannot_be_kept_is_said(self, bundle_path, cache, monkeypatch, caplog):
+        kept = self.models(bundle_path)
+        with kept.proving():
+            kept.keep_proof([])
+        assert kept.proof() == []
         monkeypatch.setattr(EngineCache, "keep_blob", lambda *_: False)
         kept.keep_proof([])
-        assert kept.proof() is None
+        assert "what bf16 is worth is not kept, and measured again next time: set EPSRT_CACHE" in caplog.text
+
+    def test_without_a_place_for_a_cache_it_runs(self, small_bundle_path, monkeypatch, caplog):
+        def nowhere(*_):
+            raise EngineError("there is no home directory to keep engines in")
+
+        monkeypatch.setattr(compiled, "EngineCache", nowhere)
+        self.opened(small_bundle_path).lanes(1)
+        assert "not taken from the engine cache: there is no home directory" in caplog.text
+        with self.models(small_bundle_path).proving():
+            pass
+
+    def test_those_used_longest_ago_go(self, small_bundle_path, cache, monkeypatch):
+        monkeypatch.setattr(compiled, "KEPT_FILES", 2)
+        engine = self.opened(small_bundle_path)
+        for batch in (1, 2):
+            engine.lanes(batch)
+        first = next(e for e in cache.entries() if e.record.key.profiles == ((1, 1, 1),))
+        second = next(e for e in cache.entries() if e != first)
+        os.utime(second.record_path, (0, 0))
+        self.opened(small_bundle_path).lanes(3)
+        assert sorted(e.record.key.profiles[0][0] for e in cache.entries()) == [1, 3]
 
 
 class TestRefusals:
