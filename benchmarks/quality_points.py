@@ -58,7 +58,7 @@ class Point:
                 anew = self.sampler == "rederived"
                 return sampler.plan("ddim", self.steps, spacing=spacing, clip=1.0, rederive=anew)
             case _:
-                return sampler.plan("ddim", self.steps, spacing=spacing, eta=self.eta, clip=None)
+                return sampler.plan("ddim", self.steps, spacing=spacing, eta=self.eta, clip=None, rederive=False)
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def draw(
 ) -> Drawn | None:
     """The point's samples, labels 0 … 9 in turn; kept under `keep`. None where time.monotonic() passed `before`.
 
-    What a killed run has drawn is used again where bundle, plan, seed, precision and engine are the same, and samples
-    that are complete whatever their engine: a sample is a function of its index alone.
+    What a killed run has drawn is used again where step graph, plan, seed, precision and engine are the same, and
+    samples that are complete whatever their engine: a sample is a function of its index alone.
     """
     key = key_of(point, sampler, "")
     precision = sampler.engine.precision
