@@ -46,11 +46,11 @@ VARIANTS: dict[str, dict[str, bool]] = {
 RUNS = {
     "int8": (("openvino", "bf16"), ("openvino", "fp32"), ("onnxruntime", "fp32")),
     "int8, first and last too": (("openvino", "bf16"), ("onnxruntime", "fp32")),
-    "int8, outputs in FP32": (("openvino", "bf16"),),
+    "int8, outputs in FP32": (("openvino", "bf16"), ("openvino", "fp32"), ("onnxruntime", "fp32")),
     "none": (("openvino", "bf16"), ("openvino", "fp32"), ("onnxruntime", "fp32")),
 }
 RIVAL, TRUTH = "none on openvino bf16", "none on onnxruntime fp32"
-PROVEN = ("int8 on openvino bf16", "int8 on onnxruntime fp32", RIVAL)  # by epsrt.verify
+PROVEN = ("int8 on openvino fp32", "int8 on onnxruntime fp32", RIVAL)  # by epsrt.verify
 STATES = 20  # rows of DDIM
 SAMPLES = {"digits": 20, "ddpm-cifar10": 4}  # trajectories to calibrate on
 COMPARED = {"digits": 100, "ddpm-cifar10": 4}  # images of DDIM-50

@@ -56,7 +56,7 @@ def points() -> list[Point]:
         + [Point(sampler, "trailing", steps, N) for sampler in CLIPPED]
         for steps in (10, 20, 50, 100)
     ]
-    full = [Point(sampler, "all", 1000, FEW) for sampler in ("eta_0.0", "sigma_hat", "eta_1.0", *CLIPPED)]
+    full = [Point(sampler, "all", 1000, FEW) for sampler in ("eta_0.0", "sigma_hat", "eta_1.0", "rederived")]
     return [*few[0], *few[1], *few[2], full[0], *few[3], *full[1:]]
 
 

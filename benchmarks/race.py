@@ -45,7 +45,7 @@ STEPS = {
 }
 # of a process of its own: batch, steps, rounds
 PROCESS = {"ddpm-cifar10": (8, 5, 2), "digits": (1, 20, 5)}
-SECONDS, ROUNDS = 20.0, 15  # of a race, at most
+SECONDS, ROUNDS = 30.0, 15  # of a race, at most
 LIMIT = 900.0  # seconds of a case
 PART = CACHE / "race.part.json"  # the rows of a run that is not whole
 CHART = Path("docs/race.png")
