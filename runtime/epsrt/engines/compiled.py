@@ -89,7 +89,7 @@ class CompiledModels:
         try:
             kept = EngineCache().blob(self._proof)
             return None if kept is None else msgspec.json.decode(kept, type=list[Rung])
-        except (EngineError, msgspec.DecodeError):
+        except (EngineError, OSError, msgspec.DecodeError):
             return None
 
     def keep_proof(self, rungs: list[Rung]) -> None:
