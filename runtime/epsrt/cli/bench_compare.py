@@ -57,6 +57,8 @@ def compare(
         })  # fmt: skip
     else:
         _print(made, a, b)
+    if any(change.verdict == "regression" for change in made.changes):
+        show.note("note: a machine changes from minute to minute: measure both again, B first, before you believe it")
     if made.regressed:
         raise typer.Exit(1)
 
