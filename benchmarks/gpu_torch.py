@@ -1,7 +1,7 @@
 """PyTorch's rivals on GPU and CPU: functions steps -> images on the host, float32 [batch, C, H, W], or diffusers' own.
 
 All run DDIM (η = 0, x0 clipped) with a network of the same size. PyTorch's run the very network of our bundle, from the
-same x_T, as those of plain_plain_loops.py do.
+same x_T, as those of plain_loops.py do.
 """
 
 from __future__ import annotations
