@@ -35,7 +35,7 @@ bench: .venv/installed
 
 # On a machine with an NVIDIA GPU, in .venv or without it: make gpu [PART=tests|parity|speed|rivals] [ARGS=--retry]
 gpu:
-	PYTHONPATH=$(CURDIR)/runtime:$(CURDIR)/export:$(CURDIR)/trainer$(if $(PYTHONPATH),:$(PYTHONPATH)) \
+	PYTHONPATH=$(CURDIR)/runtime:$(CURDIR)/export:$(CURDIR)/trainer:$(CURDIR)/command$(if $(PYTHONPATH),:$(PYTHONPATH)) \
 		$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py $(PART) $(ARGS)
 
 .venv/installed: pyproject.toml constraints.txt

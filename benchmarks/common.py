@@ -99,6 +99,12 @@ def bundle(preset: str, precisions: Sequence[str] = ("fp32",), max_batch: int = 
     p = PRESETS[preset]
     print(f"exporting {preset} to {path} (once)", flush=True)
     return export_network(
-        network(preset), p.schedule, path, shape=image_shape(preset), classes=p.network.classes,
-        null_label=p.network.classes if p.network.null_label else None, precisions=precisions, max_batch=max_batch,
-    )  # fmt: skip
+        network(preset),
+        p.schedule,
+        path,
+        shape=image_shape(preset),
+        classes=p.network.classes,
+        null_label=p.network.classes if p.network.null_label else None,
+        precisions=precisions,
+        max_batch=max_batch,
+    )

@@ -35,9 +35,15 @@ class Part:
     """A part's kept rows, its budget, and what it leaves for the next run."""
 
     def __init__(
-        self, name: str, command: list[str], results: Path, minutes: float, rounds: int = 20, fresh: bool = False,
+        self,
+        name: str,
+        command: list[str],
+        results: Path,
+        minutes: float,
+        rounds: int = 20,
+        fresh: bool = False,
         retry: bool = False,
-    ):  # fmt: skip
+    ):
         self.name, self.path, self.rounds, self.retry = name, results / f"gpu-{name}.json", rounds, retry
         self.end = time.monotonic() + 60 * minutes - MARGIN
         self.machine: Row = json.loads(json.dumps(machine()))
@@ -87,9 +93,11 @@ class Part:
         at = next((i for i, r in enumerate(self.rows) if matches(r, key)), len(self.rows))
         self.rows[at : at + 1] = [row]
         value = {
-            "benchmark": f"gpu-{self.name}", "date": time.strftime("%Y-%m-%d"), "machine": self.machine,
+            "benchmark": f"gpu-{self.name}",
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": self.machine,
             "rows": self.rows,
-        }  # fmt: skip
+        }
         with whole_file(self.path) as beside:
             beside.write_text(json.dumps(value, indent=1) + "\n")
 
@@ -236,7 +244,7 @@ def free_memory() -> Callable[[], int] | None:
     if nvidia.driver().problem:
         return None
     try:
-        from epsrt.engines import cuda
+        from epsrt.engines.gpu import cuda
 
         device = cuda.device()
     except EpsrtError as error:

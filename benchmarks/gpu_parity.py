@@ -8,7 +8,8 @@ import msgspec
 from gpu_cases import Part, align, find_bundle, precisions
 from gpu_process import Row
 
-from epsrt import Rung, open_engine, verify
+from epsrt import Rung, open_engine
+from epsrt.verify import verify
 
 
 def run(part: Part, networks: list[str]) -> None:

@@ -36,9 +36,13 @@ def run_case(command: list[str], key: Row, seconds: float, free: Callable[[], in
         out = Path(folder) / "result.json"
         least = most = free() if free else 0  # most: the last case's memory may still be on its way back
         process = subprocess.Popen(
-            [*command, str(out)], stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            [*command, str(out)],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
             preexec_fn=_hear_interrupts,
-        )  # fmt: skip
+        )
         try:
             assert process.stdin is not None
             with suppress(BrokenPipeError):

@@ -16,8 +16,9 @@ from gpu_process import Row
 from gpu_speed import fitting
 from gpu_timing import median_ratio, rounds, spread
 
-from epsrt import Bundle, EpsrtError, Sampler, open_engine
-from epsrt.measure import worst_psnr
+from epsrt import Bundle, Sampler, open_engine
+from epsrt.errors import EngineError, InputError
+from epsrt.parity.measure import worst_psnr
 
 Draw = Callable[[int], Any]  # steps -> images
 STEPS = 50
@@ -78,10 +79,15 @@ def race(key: Row, quiet: Callable[[], None]) -> Row:
         for name, seconds in first_s.items()
     }
     result = {
-        "engine": engine, "steps": STEPS, "rivals": rivals, "refused": refused, "ours_ms": spread(ms["ours"], 3),
-        "images_per_s": round(1e3 * batch / statistics.median(ms["ours"]), 2), "psnr_to_ours": same,
+        "engine": engine,
+        "steps": STEPS,
+        "rivals": rivals,
+        "refused": refused,
+        "ours_ms": spread(ms["ours"], 3),
+        "images_per_s": round(1e3 * batch / statistics.median(ms["ours"]), 2),
+        "psnr_to_ours": same,
         "clocks": {"before": before, "after": after},
-    }  # fmt: skip
+    }
     return {**result, "compile_cache": "warm" if warm else "cold"} if key["group"] == "compiled" else result
 
 
@@ -118,10 +124,10 @@ def rival(name: str, network: str, bundle: Bundle, batch: int) -> Draw:
     import torch
 
     if not torch.cuda.is_available():
-        raise EpsrtError(f"torch {torch.__version__} sees no GPU")
+        raise InputError(f"torch {torch.__version__} sees no GPU")
     if name == "diffusers":
         if network != NETWORK:
-            raise EpsrtError(f"its network is {NETWORK}'s")
+            raise InputError(f"its network is {NETWORK}'s")
         return gpu_torch.diffusers(batch)
     m = bundle.manifest
     label = torch.arange(batch) % m.classes if m.classes else None
@@ -140,7 +146,7 @@ def ours(bundle: Bundle, batch: int, stack: ExitStack) -> tuple[str, Draw]:
     """The fastest engine that loads here, and Sampler.sample on it in FP16."""
     engine = open_engine(bundle, "auto", precision="fp16")
     if engine.device != "cuda":
-        raise EpsrtError("no GPU engine loads here: see the part speed, or epsrt doctor")
+        raise EngineError("no GPU engine loads here: see the part speed, or epsrt doctor")
     sampler = stack.enter_context(Sampler(engine))
     labels = [i % bundle.manifest.classes for i in range(batch)] if bundle.labelled else None
     asked: dict[str, Any] = {"method": "ddim", "rederive": False}  # ε the network's own, as the rivals have it

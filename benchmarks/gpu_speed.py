@@ -14,7 +14,7 @@ from gpu_timing import bare_runs, kernel, median_ratio, rounds, spread, whole
 
 from epsrt import Bundle, EngineError, Sampler, open_engine
 from epsrt.engines import Engine
-from epsrt.engines.lanes import DeviceLanes
+from epsrt.engines.gpu.lanes import DeviceLanes
 
 STEPS = 50
 METHODS = ("ddim", "ddpm")
@@ -62,7 +62,7 @@ def opened(key: Row, stack: ExitStack) -> Engine:
 
 def measure(key: Row, quiet: Callable[[], None]) -> Row:
     """Case "step": milliseconds of the bare engine and of whole trajectories, in turn; our kernels alone; memory."""
-    from epsrt.engines import cuda
+    from epsrt.engines.gpu import cuda
 
     device, batch = cuda.device(), key["batch"]
     free = device.memory()[0]
@@ -88,16 +88,22 @@ def measure(key: Row, quiet: Callable[[], None]) -> Row:
     best = min(bares, key=lambda name: statistics.median(ms[name]))
     step_ms = statistics.median(ms[best])
     result: Row = {
-        "width": width, "steps": STEPS, "chunk": chunk, "graphs": graphs,
-        "bare_ms": spread(ms[best]), "bare_steps_in_graph": best,
+        "width": width,
+        "steps": STEPS,
+        "chunk": chunk,
+        "graphs": graphs,
+        "bare_ms": spread(ms[best]),
+        "bare_steps_in_graph": best,
         "bare_ms_by_steps_in_graph": {name: spread(ms[name]) for name in bares},
-    }  # fmt: skip
+    }
     for method in METHODS:
         wall, on_device = (list(values) for values in zip(*ms[method], strict=True))
         result[method] = {
-            "ratio": median_ratio(on_device, ms[best], STEPS), "wall_ratio": median_ratio(wall, ms[best], STEPS),
-            "device_ms": spread(on_device), "wall_ms": spread(wall),
-        }  # fmt: skip
+            "ratio": median_ratio(on_device, ms[best], STEPS),
+            "wall_ratio": median_ratio(wall, ms[best], STEPS),
+            "device_ms": spread(on_device),
+            "wall_ms": spread(wall),
+        }
     ddpm_step = result["ddpm"]["device_ms"]["p50"] / STEPS
     result["kernels"] = {
         name: {"us": round(1e3 * value, 3), "share_of_step": round(value / ddpm_step, 5)}

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epsrt import Engine, EngineError, Plan, Sample, Sampler
-from epsrt.engines import cuda
-from epsrt.engines.lanes import DeviceLanes
+from epsrt.engines.gpu import cuda
+from epsrt.engines.gpu.lanes import DeviceLanes
 
 Run = Callable[[], Any]
 KERNEL_RUNS = 50  # launches of a kernel that are timed as one

@@ -27,9 +27,16 @@ CIFAR10: dict[str, Any] = {
 
 
 def eager(
-    network: nn.Module, schedule: HasBars, x_T: Images, *, label: Tensor | None = None, channels_last: bool = False,
-    device: str = "cuda", dtype: torch.dtype = torch.float16, state: torch.dtype | None = None,
-) -> Draw:  # fmt: skip
+    network: nn.Module,
+    schedule: HasBars,
+    x_T: Images,
+    *,
+    label: Tensor | None = None,
+    channels_last: bool = False,
+    device: str = "cuda",
+    dtype: torch.dtype = torch.float16,
+    state: torch.dtype | None = None,
+) -> Draw:
     """A plain loop; the network in `dtype`, x and the arithmetic in `state`, by default in `dtype` too."""
     torch.backends.cudnn.benchmark = True
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -50,9 +57,15 @@ def eager(
 
 
 def compiled(
-    network: nn.Module, schedule: HasBars, x_T: Images, *, label: Tensor | None = None, device: str = "cuda",
-    dtype: torch.dtype = torch.float16, mode: str = "max-autotune",
-) -> Draw:  # fmt: skip
+    network: nn.Module,
+    schedule: HasBars,
+    x_T: Images,
+    *,
+    label: Tensor | None = None,
+    device: str = "cuda",
+    dtype: torch.dtype = torch.float16,
+    mode: str = "max-autotune",
+) -> Draw:
     """torch.compile of a whole step, network and arithmetic, channels-last; max-autotune: one CUDA graph a step."""
     network = network.to(device, dtype, memory_format=torch.channels_last).eval()
     first = torch.from_numpy(x_T).to(device).contiguous(memory_format=torch.channels_last)
@@ -121,9 +134,15 @@ def export_plain(
     inputs = [torch.zeros(3, *shape), torch.zeros(3), *([torch.zeros(3, dtype=torch.int64)] if labelled else [])]
     names = ["x", "t", "label"][: len(inputs)]
     program = torch.onnx.export(
-        FloatDoor(network.half()).eval() if half else network, tuple(inputs), dynamo=True, opset_version=20,
-        verbose=False, input_names=names, output_names=["eps"], dynamic_shapes=tuple({0: batch} for _ in inputs),
-    )  # fmt: skip
+        FloatDoor(network.half()).eval() if half else network,
+        tuple(inputs),
+        dynamo=True,
+        opset_version=20,
+        verbose=False,
+        input_names=names,
+        output_names=["eps"],
+        dynamic_shapes=tuple({0: batch} for _ in inputs),
+    )
     assert program is not None
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".part")

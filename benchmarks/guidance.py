@@ -97,9 +97,11 @@ def inpainted(sampler: Sampler, real: Images, labels: list[int] | None, more: di
 def edits() -> list[tuple[str, dict[str, Any]]]:
     again = {"resample": 5, "jump": 5}
     return [
-        ("ddim-20", {"steps": 20}), ("ddim-20, resample 5", {"steps": 20, **again}),
-        ("ddpm-50", {"method": "ddpm", "steps": 50}), ("ddpm-50, resample 5", {"method": "ddpm", "steps": 50, **again}),
-    ]  # fmt: skip
+        ("ddim-20", {"steps": 20}),
+        ("ddim-20, resample 5", {"steps": 20, **again}),
+        ("ddpm-50", {"method": "ddpm", "steps": 50}),
+        ("ddpm-50, resample 5", {"method": "ddpm", "steps": 50, **again}),
+    ]
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from common import CACHE, median_ratio, write
 from epsrt import Bundle, Lanes, Plan, Sample, open_engine
 from epsrt.files import whole_directory
 from epsrt.manifest import Manifest
-from epsrt.requests import plan_of
+from epsrt.prepare import plan_of
 
 PRESET, BATCH, STEPS = "ddpm-cifar10", 8, 4
 FOLDER = CACHE / "guided"

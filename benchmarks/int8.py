@@ -30,10 +30,11 @@ import onnx
 from common import RESULTS, alternate, bundle, median_ratio, write
 from numpy.typing import NDArray
 
-from epsrt import Bundle, Sampler, open_engine, verify
+from epsrt import Bundle, Sampler, open_engine
 from epsrt.engines import Engine
 from epsrt.manifest import GOLDEN, Rung
-from epsrt.measure import relative_l2, worst_psnr
+from epsrt.parity.measure import relative_l2, worst_psnr
+from epsrt.verify import verify
 from epsrt_export.int8 import quantise, states_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -79,10 +80,14 @@ def speed(samplers: dict[str, Sampler], batch: int = 8, steps: int = 2, rounds: 
     }
     seconds = alternate(runs, rounds)
     return [
-        {"run": name, "batch": batch, "ms_per_step": round(1e3 * statistics.median(values) / steps, 2),
-         "ratio": round(median_ratio(seconds[RIVAL], values), 3)}
+        {
+            "run": name,
+            "batch": batch,
+            "ms_per_step": round(1e3 * statistics.median(values) / steps, 2),
+            "ratio": round(median_ratio(seconds[RIVAL], values), 3),
+        }
         for name, values in seconds.items()
-    ]  # fmt: skip
+    ]
 
 
 def fidelity(sampler: Sampler, n: int, truth: NDArray[np.float32]) -> dict[str, Any]:
@@ -137,8 +142,9 @@ def measure(name: str, source: Bundle, folder: Path) -> Iterator[dict[str, Any]]
             f"{variant} on {engine} {precision}": stack.enter_context(
                 Sampler(open_engine(made[variant], engine, precision=precision))
             )
-            for variant in made for engine, precision in RUNS[variant]
-        }  # fmt: skip
+            for variant in made
+            for engine, precision in RUNS[variant]
+        }
         for row in speed(samplers) if timed else []:
             yield {"network": name, **row}
         n = COMPARED[name]

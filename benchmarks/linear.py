@@ -66,10 +66,14 @@ def fitted(what: str, seconds: dict[int, float]) -> Row:
     (each, fixed), *_ = np.linalg.lstsq(np.stack([x / y, 1 / y], 1), np.ones_like(y), rcond=None)
     left = np.square(y - each * x - fixed).sum() / np.square(y - y.mean()).sum()
     return {
-        "what": what, "seconds": {str(k): round(v, 6) for k, v in seconds.items()},
-        "log_slope": round(slope, 4), "log_r2": round(r2, 6), "each_ms": round(1e3 * float(each), 4),
-        "fixed_ms": round(1e3 * float(fixed), 4), "r2": round(1 - float(left), 6),
-    }  # fmt: skip
+        "what": what,
+        "seconds": {str(k): round(v, 6) for k, v in seconds.items()},
+        "log_slope": round(slope, 4),
+        "log_r2": round(r2, 6),
+        "each_ms": round(1e3 * float(each), 4),
+        "fixed_ms": round(1e3 * float(fixed), 4),
+        "r2": round(1 - float(left), 6),
+    }
 
 
 def timed(opened: Bundle) -> list[Row]:
@@ -83,9 +87,7 @@ def timed(opened: Bundle) -> list[Row]:
         by_batch = times(
             {n: partial(sampler.sample, n, method="ddim", steps=AT_STEPS, labels=labels) for n in BATCHES}, ROUNDS
         )
-    about = {
-        "engine": engine.name, "precision": engine.precision, "others_share": others_share(before, clocks()),
-    }  # fmt: skip
+    about = {"engine": engine.name, "precision": engine.precision, "others_share": others_share(before, clocks())}
     return [
         {**fitted("steps", by_steps), "batch": AT_BATCH, **about},
         {**fitted("batch", by_batch), "steps": AT_STEPS, **about},
@@ -118,9 +120,14 @@ def memory(path: str, steps: int = MEMORY_STEPS, calls: int = CALLS) -> Row:
                 over[call] = rss_kib()
         about = {"engine": sampler.engine.name, "precision": sampler.engine.precision}
     return {
-        "what": "memory", "batch": AT_BATCH, **about, "kib_after_steps": within, "kib_after_calls": over,
-        "growth_kib": within[max(within)] - within[min(within)], "growth_kib_calls": over[max(over)] - over[min(over)],
-    }  # fmt: skip
+        "what": "memory",
+        "batch": AT_BATCH,
+        **about,
+        "kib_after_steps": within,
+        "kib_after_calls": over,
+        "growth_kib": within[max(within)] - within[min(within)],
+        "growth_kib_calls": over[max(over)] - over[min(over)],
+    }
 
 
 def rss_kib() -> int:
@@ -149,7 +156,7 @@ def chart(rows: list[Row], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from epsrt.cli.charts import save
+    from epsrt_command.charts import save
 
     by = {row["what"]: row for row in rows}
     figure = Figure(figsize=(12, 3.8), layout="constrained")

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from epsrt import EngineError, Schedule
 from epsrt.bundle import Bundle
-from epsrt.engines.trt_build import BuildOptions, build
-from epsrt.engines.trt_library import library
+from epsrt.engines.gpu.trt_build import BuildOptions, build
+from epsrt.engines.gpu.trt_library import library
 from epsrt.manifest import Sampling
 from epsrt_export import export, families
 from epsrt_export.families.adm import ADMConfig, ADMUNet
@@ -60,10 +60,17 @@ def google(size: int, channels: tuple[int, ...], attended: int) -> dict[str, Any
     down = ["AttnDownBlock2D" if i == attended else "DownBlock2D" for i in range(len(channels))]
     up = [name.replace("Down", "Up") for name in reversed(down)]
     return {
-        "sample_size": size, "block_out_channels": channels, "down_block_types": tuple(down),
-        "up_block_types": tuple(up), "layers_per_block": 2, "attention_head_dim": None, "downsample_padding": 0,
-        "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6,
-    }  # fmt: skip
+        "sample_size": size,
+        "block_out_channels": channels,
+        "down_block_types": tuple(down),
+        "up_block_types": tuple(up),
+        "layers_per_block": 2,
+        "attention_head_dim": None,
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-6,
+    }
 
 
 CIFAR10 = google(32, (128, 256, 256, 256), 1)
@@ -206,9 +213,16 @@ GUIDED = (
 )
 IMPROVED_UNET = ADMConfig(32, num_res_blocks=3, channel_mult=(1, 2, 2, 2), learn_sigma=True, time_scale=0.25)
 GUIDED_UNET = ADMConfig(
-    64, num_channels=192, num_res_blocks=3, num_head_channels=64, attention_resolutions=(32, 16, 8), num_classes=1000,
-    learn_sigma=True, resblock_updown=True, use_new_attention_order=True,
-)  # fmt: skip
+    64,
+    num_channels=192,
+    num_res_blocks=3,
+    num_head_channels=64,
+    attention_resolutions=(32, 16, 8),
+    num_classes=1000,
+    learn_sigma=True,
+    resblock_updown=True,
+    use_new_attention_order=True,
+)
 
 
 def of(family: str, file: str = "", **options: Any) -> Callable[[Path], Source]:
@@ -279,9 +293,14 @@ def measure(name: str) -> dict[str, Any]:
     bundle = export(source, OUT / f"{name}.epsrt", precisions=case.precisions, max_batch=case.max_batch)
     seconds, peak = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     row: dict[str, Any] = {
-        "name": name, "family": case.family, "network": case.about, "shape": list(source.shape),
-        "parameters": bundle.manifest.provenance.parameters, "export_s": round(seconds, 1), "peak_gib": round(peak, 2),
-    }  # fmt: skip
+        "name": name,
+        "family": case.family,
+        "network": case.about,
+        "shape": list(source.shape),
+        "parameters": bundle.manifest.provenance.parameters,
+        "export_s": round(seconds, 1),
+        "peak_gib": round(peak, 2),
+    }
     for precision in case.precisions:
         rungs = [r for r in bundle.parity() if r.precision == precision]
         runs = [r for r in rungs if r.unit == "dB"]
@@ -310,9 +329,11 @@ def table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         by = [row[p] for p in ("fp32", "fp16") if p in row]
         cells = [
-            " / ".join(f"{b['step']:.1e}" for b in by), " / ".join(f"{b['psnr_db']:.1f}" for b in by),
-            " / ".join(f"{b['relative_l2']:.0e}" for b in by), " / ".join(b["tensorrt_rtx"] for b in by),
-        ]  # fmt: skip
+            " / ".join(f"{b['step']:.1e}" for b in by),
+            " / ".join(f"{b['psnr_db']:.1f}" for b in by),
+            " / ".join(f"{b['relative_l2']:.0e}" for b in by),
+            " / ".join(b["tensorrt_rtx"] for b in by),
+        ]
         size = f"{row['parameters'] / 1e6:.1f} M"
         print(f"| {row['family']} | {row['network']} | {size} | {' | '.join(cells)} | {row['peak_gib']:.1f} |")
 

@@ -31,7 +31,7 @@ import numpy as np
 from common import RESULTS, bundle, median_ratio, write
 
 from epsrt import Bundle
-from epsrt.manifest import Graph, Manifest
+from epsrt.manifest import Manifest, StepGraph
 from epsrt.plan import idle_row
 
 PAUSE = 0.06  # seconds: onnxruntime's workers spin for 40 ms after a run
@@ -155,7 +155,7 @@ def shared_values(path: Path, how: str, kept: dict[str, Any]) -> Callable[[Any],
 
 
 def steps(
-    here: Bundle, graph: Graph, variant: Variant, batch: int, kept: dict[str, Any], folder: str
+    here: Bundle, graph: StepGraph, variant: Variant, batch: int, kept: dict[str, Any], folder: str
 ) -> Callable[[], None]:
     """A session, and what runs one step of it on bound buffers; `kept` is what the process's sessions share."""
     import onnxruntime as ort
@@ -174,9 +174,10 @@ def steps(
     session = ort.InferenceSession(path, made, providers=["CPUExecutionProvider"])
     image, rng = (part, *here.manifest.shape), np.random.default_rng(0)
     makes: dict[str, Callable[[], Any]] = {
-        "image": lambda: rng.standard_normal(image, dtype=np.float32), "label": lambda: np.zeros(part, np.int64),
+        "image": lambda: rng.standard_normal(image, dtype=np.float32),
+        "label": lambda: np.zeros(part, np.int64),
         "rows": lambda: np.tile(idle_row(graph.columns), (part, 1)),
-    }  # fmt: skip
+    }
     bindings, buffers = [], []
     for _ in range(variant.split):
         binding: Any = session.io_binding()
@@ -290,11 +291,16 @@ def compare(variants: Sequence[Variant], rounds: int, **job: Any) -> list[dict[s
                 time.sleep(PAUSE)
                 worker.seconds.append(worker.ask(count) / count)
         return [
-            {"variant": w.variant.name, "ms": round(1e3 * statistics.median(w.seconds), 4),
-             "ratio": round(median_ratio(w.seconds, plain.seconds), 3), "least_ms": round(1e3 * min(w.seconds), 4),
-             "open_s": w.open_s, **w.ask("memory")}
+            {
+                "variant": w.variant.name,
+                "ms": round(1e3 * statistics.median(w.seconds), 4),
+                "ratio": round(median_ratio(w.seconds, plain.seconds), 3),
+                "least_ms": round(1e3 * min(w.seconds), 4),
+                "open_s": w.open_s,
+                **w.ask("memory"),
+            }
             for w in workers
-        ]  # fmt: skip
+        ]
 
 
 def main() -> None:

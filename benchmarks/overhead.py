@@ -14,7 +14,7 @@ import numpy as np
 from common import alternate, bundle, median_ratio, write
 
 from epsrt import Sampler, open_engine
-from epsrt.engines.onnxruntime_cpu import OnnxRuntimeCpu
+from epsrt.engines.cpu.onnxruntime import OnnxRuntimeCpu
 
 # preset, batch, steps a run, rounds
 CASES = (("digits", 1, 250, 15), ("digits", 64, 50, 15), ("ddpm-cifar10", 8, 5, 9))
@@ -52,9 +52,16 @@ def measure(preset: str, batch: int, steps: int, rounds: int) -> list[dict[str, 
             )
             ratio = median_ratio(seconds["sampler"], seconds["bare"])
             rows.append(
-                {"network": preset, "batch": batch, "method": method, "bare_ms": round(ms["bare"], 4),
-                 "sampler_ms": round(ms["sampler"], 4), "ratio": round(ratio, 4), "extra_us": round(more, 1)}
-            )  # fmt: skip
+                {
+                    "network": preset,
+                    "batch": batch,
+                    "method": method,
+                    "bare_ms": round(ms["bare"], 4),
+                    "sampler_ms": round(ms["sampler"], 4),
+                    "ratio": round(ratio, 4),
+                    "extra_us": round(more, 1),
+                }
+            )
             print(
                 f"{preset:13} batch {batch:2} {method}: bare {ms['bare']:8.3f} ms/step, "
                 f"sampler {ms['sampler']:8.3f}, ratio {ratio:.3f}, {more:+.0f} µs"

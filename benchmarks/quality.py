@@ -6,7 +6,7 @@ larger variance, x0 clipped. And DDIM with x0 clipped, ε derived anew from it, 
 network's own, as diffusers has it. Trailing spacing, the bundle's own, and quadratic, the paper's.
 
 Fréchet distance, class score, precision and recall are in the features of a small classifier of the real digits, by
-epsrt.features as `epsrt score` has it: their scale is the features', and only ratios, and the rows of real digits, say
+epsrt.score.features: their scale is the features', and only ratios, and the rows of real digits, say
 what is near. `first` has the figures of each point's first 2,000 samples, because the distance falls as samples grow in
 number. The judge is the demo's; its share of samples read as asked stands beside. Network, classifier and judge have
 seen the same digits.
@@ -38,11 +38,11 @@ from quality_paper import CLIPPED, DIFFERENCES, NAMES, SAMPLERS, comparison, fin
 from quality_points import FIRST, Point, Row, draw, figures, key_of, measure
 
 from epsrt import Bundle, Sampler, open_engine
-from epsrt.cli.show import lines
 from epsrt.errors import BundleError
-from epsrt.features import Extracted
 from epsrt.files import sha256, whole_file
-from epsrt.metrics import frechet_distance
+from epsrt.score.features import Extracted
+from epsrt.score.metrics import frechet_distance
+from epsrt_command.show import lines
 
 N, FEW = 5000, 2000  # FEW where all 1,000 steps are taken
 SPLITS = 20
@@ -178,11 +178,19 @@ def measured(options: argparse.Namespace, results: Results) -> list[str]:
                 left.append(point.name)
                 continue
             row: Row = {
-                "name": point.name, "sampler": point.sampler, "eta": point.eta, "spacing": point.spacing,
-                "steps": point.steps, **key, "engine": drawn.engine, "wall_seconds": round(drawn.wall, 2),
-                "cpu_seconds": round(drawn.cpu, 2), "images_per_second": round(point.n / drawn.wall, 2),
-                "images_per_cpu_second": round(point.n / drawn.cpu, 2), **measure(drawn.images, features, real, model),
-            }  # fmt: skip
+                "name": point.name,
+                "sampler": point.sampler,
+                "eta": point.eta,
+                "spacing": point.spacing,
+                "steps": point.steps,
+                **key,
+                "engine": drawn.engine,
+                "wall_seconds": round(drawn.wall, 2),
+                "cpu_seconds": round(drawn.cpu, 2),
+                "images_per_second": round(point.n / drawn.wall, 2),
+                "images_per_cpu_second": round(point.n / drawn.cpu, 2),
+                **measure(drawn.images, features, real, model),
+            }
             results.keep(row)
             print(said(row), flush=True)
     return left

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from quality_paper import CLIPPED, NAMES, SAMPLERS, STEPS, TABLE_1, Row, find
 
-from epsrt.cli.charts import new_figure, save
+from epsrt_command.charts import new_figure, save
 
 SPACINGS = {"trailing": "even (trailing) spacing", "quadratic": "quadratic spacing"}
 FLOOR = "2000 drawn from the real digits with replacement"
@@ -61,9 +61,14 @@ def _floor(axes: Axes, rows: Sequence[Row]) -> None:
     value = row["frechet"]["value"]
     axes.axhline(value, color="0.5", linestyle="--", linewidth=1)
     axes.annotate(
-        "2,000 drawn from the real digits", (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-        fontsize="x-small", color="0.35",
-    )  # fmt: skip
+        "2,000 drawn from the real digits",
+        (0.99, value),
+        xycoords=("axes fraction", "data"),
+        ha="right",
+        va="bottom",
+        fontsize="x-small",
+        color="0.35",
+    )
 
 
 def _dress(axes: Axes, title: str, y: str) -> None:

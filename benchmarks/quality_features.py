@@ -15,8 +15,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from epsrt.features import RANGE_KEY, Extractor
 from epsrt.files import whole_file
+from epsrt.score.features import RANGE_KEY, Extractor
 
 FEATURES, CLASSES = 64, 10
 STEPS, BATCH, RATE, SEED = 600, 128, 3e-3, 0
@@ -99,9 +99,16 @@ def _export(model: Classifier, path: Path) -> None:
     with whole_file(path) as beside, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            model, (torch.zeros(2, 1, 8, 8),), beside, input_names=["image"], output_names=["features", "logits"],
-            dynamic_shapes={"x": {0: torch.export.Dim("N")}}, dynamo=True, external_data=False, verbose=False,
-        )  # fmt: skip
+            model,
+            (torch.zeros(2, 1, 8, 8),),
+            beside,
+            input_names=["image"],
+            output_names=["features", "logits"],
+            dynamic_shapes={"x": {0: torch.export.Dim("N")}},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
         made = onnx.load(beside)
         onnx.helper.set_model_props(made, {RANGE_KEY: "-1,1"})
         for node in made.graph.node:

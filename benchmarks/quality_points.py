@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from sklearn.svm import SVC
 
 from epsrt import Plan, Sampler
-from epsrt.features import Extracted, Extractor
 from epsrt.files import whole_file
-from epsrt.metrics import Figure, Score, score, wilson
+from epsrt.score.features import Extracted, Extractor
+from epsrt.score.metrics import Figure, Score, score, wilson
 
 FIRST = 2000  # of every point: equally many for comparisons with 1,000 steps
 CHUNK = 10  # batches, after which what is drawn is kept
@@ -75,10 +75,13 @@ def key_of(point: Point, sampler: Sampler, features: str) -> Row:
     """What a row is kept by, besides its name."""
     graph = sampler.bundle.manifest.files[sampler.engine.graph.file].sha256[:16]
     return {
-        "n": point.n, "seed": SEED, "graph": graph, "features": features,
+        "n": point.n,
+        "seed": SEED,
+        "graph": graph,
+        "features": features,
         "plan": hashlib.sha256(point.plan(sampler).table.tobytes()).hexdigest()[:16],
         "engine_precision": sampler.engine.precision,
-    }  # fmt: skip
+    }
 
 
 def draw(

@@ -25,7 +25,7 @@ from common import alternate, median_ratio
 from race_rivals import AUTO, CONTESTANTS, Contestant, Field, Running, begin, module
 
 from epsrt import Bundle, Sampler, open_engine
-from epsrt.measure import worst_psnr
+from epsrt.parity.measure import worst_psnr
 
 Row = dict[str, Any]
 Draw = Callable[[int], Any]
@@ -53,9 +53,14 @@ def race(key: Row, quiet: Callable[[], None]) -> Row:
 
 
 def measure(
-    field: Field, steps: int, seconds: float, most: int, without: list[str] | tuple[str, ...] = (),
-    make: Callable[[str], Any] = module, pause: float = PAUSE,
-) -> Row:  # fmt: skip
+    field: Field,
+    steps: int,
+    seconds: float,
+    most: int,
+    without: list[str] | tuple[str, ...] = (),
+    make: Callable[[str], Any] = module,
+    pause: float = PAUSE,
+) -> Row:
     """See race. `refused` says of each that does not run why not."""
     refused: dict[str, str] = {}
     running: dict[str, Running] = {}
@@ -79,9 +84,11 @@ def measure(
                 continue
             running[contestant.name] = one
             found[contestant.name] = {
-                "library": one.library, "precision": one.precision, "first_s": round(first, 2),
+                "library": one.library,
+                "precision": one.precision,
+                "first_s": round(first, 2),
                 "alone_ms": round(alone(one.draw, steps), 4),
-            }  # fmt: skip
+            }
         before = clocks()
         times = turns({name: running[name].draw for name in in_order(found)}, steps, seconds, most, pause)
         others = others_share(before, clocks())
@@ -96,9 +103,14 @@ def measure(
         if name != "diffusers":  # its network has other weights
             row["psnr"] = round(worst_psnr(made[name], truth, (-1.0, 1.0)), 1)
     return {
-        "steps": steps, "rounds": len(times[best]), "best": best, "reference": reference(found), "others_share": others,
-        "contestants": found, "refused": refused,
-    }  # fmt: skip
+        "steps": steps,
+        "rounds": len(times[best]),
+        "best": best,
+        "reference": reference(found),
+        "others_share": others,
+        "contestants": found,
+        "refused": refused,
+    }
 
 
 BY_OURS = {c.name: c.ours for c in CONTESTANTS}
@@ -223,9 +235,11 @@ def process(key: Row, quiet: Callable[[], None]) -> Row:
     for _ in range(key["rounds"]):
         started = time.perf_counter()
         done = subprocess.Popen(
-            [sys.executable, str(HERE / "race_process.py"), *given], stdout=subprocess.PIPE, text=True,
+            [sys.executable, str(HERE / "race_process.py"), *given],
+            stdout=subprocess.PIPE,
+            text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )  # fmt: skip
+        )
         assert done.stdout is not None
         said = done.stdout.readline()  # as soon as the images are there
         seconds.append(time.perf_counter() - started)

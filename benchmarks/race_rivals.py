@@ -163,6 +163,12 @@ def _torch(contestant: Contestant, race: Field, make: Callable[[str], Any]) -> D
             network, race.schedule, race.x_T, label=label, device="cpu", dtype=dtype, mode="default"
         )
     return gpu_torch.eager(
-        network, race.schedule, race.x_T, label=label, channels_last=True, device="cpu", dtype=dtype,
+        network,
+        race.schedule,
+        race.x_T,
+        label=label,
+        channels_last=True,
+        device="cpu",
+        dtype=dtype,
         state=torch.float32,
-    )  # fmt: skip
+    )

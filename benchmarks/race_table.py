@@ -10,7 +10,7 @@ from typing import Any
 from gpu_cases import align
 from race_rivals import AUTO, BY_NAME
 
-from epsrt.cli.charts import save
+from epsrt_command.charts import save
 
 Row = dict[str, Any]
 PYTORCH = ("torch", "inductor")
@@ -105,13 +105,18 @@ def table(rows: list[Row]) -> str:
             lines.append(f"INVALID: other processes took {100 * row['others_share']:.0f} % of the cores: race again")
         cells = [
             [
-                name, f"{one['library']} {one['precision']}", f"{one['ms']:.2f}", f"{one['alone_ms']:.2f}",
-                f"{1e3 * row['batch'] / one['ms']:.1f}", f"{one['times']:.2f}",
-                f"{one['times_like']:.3f}" if "times_like" in one else "", f"{one.get('psnr', '')}",
+                name,
+                f"{one['library']} {one['precision']}",
+                f"{one['ms']:.2f}",
+                f"{one['alone_ms']:.2f}",
+                f"{1e3 * row['batch'] / one['ms']:.1f}",
+                f"{one['times']:.2f}",
+                f"{one['times_like']:.3f}" if "times_like" in one else "",
+                f"{one.get('psnr', '')}",
                 f"{one['first_s']:.1f} s",
             ]
             for name, one in row["contestants"].items()
-        ]  # fmt: skip
+        ]
         head = "contestant|runs|ms a step|alone|image steps/s|times the best of ours|times its like|dB|its first call"
         lines += align(head, cells, 2) + [f"{name}: {why}" for name, why in row["refused"].items()]
     lines += _processes([row for row in rows if row["what"] == "process"])
@@ -132,12 +137,15 @@ def _processes(rows: list[Row]) -> list[str]:
         return []
     cells = [
         [
-            r["network"], r["contestant"], f"{r['batch']} × {r['steps']}",
-            f"{r['start_s']:.2f} s" if "start_s" in r else "", f"{r['peak_mib']:.0f}" if "peak_mib" in r else "",
+            r["network"],
+            r["contestant"],
+            f"{r['batch']} × {r['steps']}",
+            f"{r['start_s']:.2f} s" if "start_s" in r else "",
+            f"{r['peak_mib']:.0f}" if "peak_mib" in r else "",
             r.get("error", ""),
         ]
         for r in rows
-    ]  # fmt: skip
+    ]
     return ["", *align("a process of its own|contestant|images × steps|start to images|peak MiB|", cells, 2)]
 
 

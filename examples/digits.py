@@ -21,11 +21,12 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
-from epsrt import Bundle, Sampler, open_engine, verify_all
-from epsrt.cli import show
+from epsrt import Bundle, Sampler, open_engine
 from epsrt.engines import runnable
 from epsrt.errors import BundleError
 from epsrt.files import sha256, whole_file
+from epsrt.verify import verify_all
+from epsrt_command import show
 from epsrt_export import export
 from epsrt_trainer.data import load
 from epsrt_trainer.presets import PRESETS
@@ -56,9 +57,13 @@ def trained(name: str = "digits", out: Path = CHECKPOINT) -> Path:
     preset = PRESETS[name]
     with show.progress() as tell:
         return train(
-            load("digits"), preset.network, preset.schedule, preset.train, out,
+            load("digits"),
+            preset.network,
+            preset.schedule,
+            preset.train,
+            out,
             progress=lambda p: tell(f"train {name}, {p.steps} steps", p.step / p.steps),
-        )  # fmt: skip
+        )
 
 
 def exported(checkpoint: Path, out: Path = BUNDLE, classifier: Path | None = None, **options: Any) -> Bundle:
@@ -104,9 +109,13 @@ def sampled(sampler: Sampler, method: str, steps: int, n: int) -> Run:
     with show.progress() as tell:
         begin = time.perf_counter()
         samples = sampler.sample(
-            n, plan=plan, seed=SEED, labels=[i % 10 for i in range(n)],
-            on_step=lambda done, total: tell(name, done / total), every=max(1, steps // 20),
-        )  # fmt: skip
+            n,
+            plan=plan,
+            seed=SEED,
+            labels=[i % 10 for i in range(n)],
+            on_step=lambda done, total: tell(name, done / total),
+            every=max(1, steps // 20),
+        )
         seconds = time.perf_counter() - begin
     images = sampler.to_images(samples)
     with whole_file(kept) as beside:
@@ -155,9 +164,14 @@ def main() -> None:
     made = show.table(title, *columns, right=columns[1:])
     for run in runs:
         made.add_row(
-            run.method.upper(), str(run.steps), str(len(run.images)), f"{run.seconds:.1f}", f"{run.rate:.1f}",
-            f"{run.rate / runs[0].rate:.1f} ×", f"{accuracy(model, run.images):.1%}",
-        )  # fmt: skip
+            run.method.upper(),
+            str(run.steps),
+            str(len(run.images)),
+            f"{run.seconds:.1f}",
+            f"{run.rate:.1f}",
+            f"{run.rate / runs[0].rate:.1f} ×",
+            f"{accuracy(model, run.images):.1%}",
+        )
     console.print(made)
     console.print(f"judge: RBF SVM, {held_out:.1%} on held-out real digits; picture: {PICTURE}")
     console.print(f"{time.perf_counter() - begin:.0f} s")

@@ -21,8 +21,8 @@ from PIL import Image, ImageDraw, ImageFont
 from samplers import by_class
 
 from epsrt import Bundle, Sampler, canvas, open_engine, slerp
-from epsrt.cli import pictures
 from epsrt.files import whole_file
+from epsrt_command import pictures
 from epsrt_trainer.data import load
 
 CLASSIFIER, REAL, DOCS = OUT / "digits-classifier.safetensors", OUT / "real", Path("docs")

@@ -14,8 +14,8 @@ from digits import SEED, accuracy, console, draw, exported, judge, trained
 from numpy.typing import NDArray
 
 from epsrt import Sampler, open_engine
-from epsrt.cli import show
 from epsrt.solvers import METHODS
+from epsrt_command import show
 from epsrt_trainer.data import Images, load
 
 PICTURE = Path("docs/samplers.png")
@@ -45,9 +45,13 @@ def main() -> None:
     real = by_class(load("digits"))
     rows = []
     made = show.table(
-        f"{STEPS} steps, {N} digits", "method", "evaluations", "seconds", "read as asked",
+        f"{STEPS} steps, {N} digits",
+        "method",
+        "evaluations",
+        "seconds",
+        "read as asked",
         right=("evaluations", "seconds", "read as asked"),
-    )  # fmt: skip
+    )
     with Sampler(open_engine(exported(trained()), "onnxruntime")) as sampler:
         for method in METHODS:
             begin = time.perf_counter()

@@ -143,9 +143,13 @@ def diffusers_unet(seed: int = 0, T: int = 1000, **more: Any) -> nn.Module:
     from epsrt_export.redraw import redraw
 
     config = {
-        "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    }  # fmt: skip
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
     model = UNet2DModel(**{**config, **more})
     variance = "learned_range" if model.config["out_channels"] == 6 else None
     redraw(Denoiser(model, 3), Schedule(T=T), (3, 8, 8), model.config["num_class_embeds"] or 0, seed, variance=variance)
@@ -234,8 +238,12 @@ def run_python(
     code = BLOCKER.format(blocked=set(blocked)) + code if blocked else code
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, args)],
-        capture_output=True, text=True, timeout=300, env={**os.environ, **(env or {})}, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **(env or {})},
+        check=False,
+    )
 
 
 @contextmanager

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from epsrt import Bundle, Sampler
-from epsrt.measure import worst_psnr
+from epsrt.parity.measure import worst_psnr
 from gpu.stand_in.build import NoCompiler, build, environment  # here: later, benchmarks/gpu.py would hide it
 from helpers import tiny
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [ROOT / "runtime/epsrt/engines/kernels.cu"]
+SOURCES = [ROOT / "runtime/epsrt/engines/gpu/kernels.cu"]
 MINUTES = 1.0
 
 
@@ -191,8 +191,9 @@ def test_nvidia_smi(tmp_path, monkeypatch) -> None:
     script.write_text('#!/bin/sh\necho "1980, [N/A], 580.159.03"\n')
     script.chmod(0o755)
     assert machine.nvidia_smi("clocks.sm", "power.draw", "driver_version") == {
-        "clocks.sm": 1980.0, "driver_version": "580.159.03",
-    }  # fmt: skip
+        "clocks.sm": 1980.0,
+        "driver_version": "580.159.03",
+    }
     assert machine.nvidia_smi("clocks.sm") == {}  # another number of answers
 
 
@@ -208,7 +209,7 @@ def test_the_plain_loop_is_our_ddim(small_bundle_path) -> None:
     for channels_last in (False, True):
         draw = gpu_torch.eager(
             tiny(seed=3), bundle.manifest.schedule, x_T, channels_last=channels_last, device="cpu", dtype=torch.float32
-        )  # fmt: skip
+        )
         assert worst_psnr(draw(20), want, bundle.manifest.value_range) >= 90
 
 
@@ -240,8 +241,12 @@ def on_gpu(small_bundle_path, tmp_path_factory) -> Callable[..., str]:
     def run(*arguments: object) -> str:
         done = subprocess.run(
             [sys.executable, *map(str, arguments)],
-            cwd=folder, env={**os.environ, **env}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            cwd=folder,
+            env={**os.environ, **env},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

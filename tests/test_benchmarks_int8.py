@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from epsrt import Bundle, Sampler, open_engine
 from epsrt.errors import EpsrtError
-from epsrt.measure import relative_l2
+from epsrt.parity.measure import relative_l2
 
 ROOT = Path(__file__).parents[1]
 

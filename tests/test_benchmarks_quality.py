@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from epsrt import Bundle, Sampler, open_engine
-from epsrt.features import Extractor
+from epsrt.score.features import Extractor
 
 ROOT = Path(__file__).parents[1]
 N = 100  # more than the classifier's 64 features
@@ -148,8 +148,10 @@ def test_rows_have_one_place_by_name_and_precision(tmp_path):
     results.keep({**first, "name": "eta_0.0-trailing-10"})
     Results(tmp_path).keep({**first, "plan": "b"})  # another run
     assert [(r["name"], r["plan"], r["engine_precision"]) for r in results.rows] == [
-        ("eta_0.0-trailing-10", "a", "fp32"), ("eta_0.0-trailing-20", "a", "bf16"), ("eta_0.0-trailing-20", "b", "fp32")
-    ]  # fmt: skip
+        ("eta_0.0-trailing-10", "a", "fp32"),
+        ("eta_0.0-trailing-20", "a", "bf16"),
+        ("eta_0.0-trailing-20", "b", "fp32"),
+    ]
     assert results.has("eta_0.0-trailing-20", {"plan": "b"})
     assert not results.has("eta_0.0-trailing-20", {"plan": "c"})
     assert not results.has("eta_0.0-trailing-50", {"plan": "b"})
@@ -167,10 +169,18 @@ def rows() -> list[dict[str, Any]]:
     for point in points():
         value = 10 * (1000 / point.steps) ** 0.5
         figure = {"value": value, "low": value - 0.5, "high": value + 0.5, "bias": 1.0}
-        made.append({
-            "name": point.name, "sampler": point.sampler, "spacing": point.spacing, "steps": point.steps, "n": point.n,
-            "engine_precision": "fp32", "frechet": figure, "first": {"frechet": figure},
-        })  # fmt: skip
+        made.append(
+            {
+                "name": point.name,
+                "sampler": point.sampler,
+                "spacing": point.spacing,
+                "steps": point.steps,
+                "n": point.n,
+                "engine_precision": "fp32",
+                "frechet": figure,
+                "first": {"frechet": figure},
+            }
+        )
     return made
 
 
@@ -249,9 +259,24 @@ def test_all_of_it_once_and_then_nothing_again(bundle_path, work, monkeypatch, c
     monkeypatch.setattr(quality_points, "RESAMPLES", 5)
     monkeypatch.setattr(quality, "SPLITS", 2)
     given = [
-        "quality.py", "--engine", "onnxruntime", "--threads", "1", "--bundle", bundle_path, "--results", work,
-        "--work", work, "--chart", work / "chart.png", "--samples", N, "--only", "*-trailing-10",
-    ]  # fmt: skip
+        "quality.py",
+        "--engine",
+        "onnxruntime",
+        "--threads",
+        "1",
+        "--bundle",
+        bundle_path,
+        "--results",
+        work,
+        "--work",
+        work,
+        "--chart",
+        work / "chart.png",
+        "--samples",
+        N,
+        "--only",
+        "*-trailing-10",
+    ]
     monkeypatch.setattr(sys, "argv", [str(word) for word in given])
     quality.main()
     out = capsys.readouterr().out

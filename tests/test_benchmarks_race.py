@@ -17,7 +17,7 @@ import pytest
 from torch import nn
 
 from epsrt import Bundle, Sampler, Schedule
-from epsrt.spacing import timesteps
+from epsrt.timesteps import spaced
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,7 +55,7 @@ def test_a_rivals_table_is_ours() -> None:
     assert np.array_equal(loops.Linear().alpha_bar, Schedule("linear").alpha_bar)
     for steps in (1, 2, 7, 20, 48, 50, 250, 999, 1000):
         ts, table = loops.rows(loops.Linear(), steps)
-        assert ts == timesteps(1000, steps, "trailing")
+        assert ts == spaced(1000, steps, "trailing")
         assert table[-1][2:] == (1.0, 0.0)
 
 
@@ -150,10 +150,12 @@ def test_those_alike_are_neighbours() -> None:
     import race_case
 
     about = {
-        "epsrt": ("openvino", "fp32"), "epsrt openvino bf16": ("openvino", "bf16"),
-        "OpenVINO loop": ("openvino", "bf16"), "OpenVINO loop fp32": ("openvino", "fp32"),
+        "epsrt": ("openvino", "fp32"),
+        "epsrt openvino bf16": ("openvino", "bf16"),
+        "OpenVINO loop": ("openvino", "bf16"),
+        "OpenVINO loop fp32": ("openvino", "fp32"),
         "onnxruntime loop": ("onnxruntime", "fp32"),
-    }  # fmt: skip
+    }
     found = {name: {"library": library, "precision": precision} for name, (library, precision) in about.items()}
     order = ["epsrt", "OpenVINO loop fp32", "epsrt openvino bf16", "OpenVINO loop", "onnxruntime loop"]
     assert race_case.in_order(found) == order
@@ -182,9 +184,13 @@ def test_a_process_imports_what_it_needs(folder: Path, bundle_path: Path, prepar
     assert 20 << 10 < int(peak.removeprefix("peak_kib ")) < 4 << 20
     assert imported == "onnxruntime"
     key = {
-        "network": "digits", "bundle": str(bundle_path), "batch": 2, "contestant": "epsrt onnxruntime fp32",
-        "steps": 3, "rounds": 1,
-    }  # fmt: skip
+        "network": "digits",
+        "bundle": str(bundle_path),
+        "batch": 2,
+        "contestant": "epsrt onnxruntime fp32",
+        "steps": 3,
+        "rounds": 1,
+    }
     row = race_case.process(key, lambda: None)
     assert 0.05 < row["start_s"] < 60
     assert row["peak_mib"] > 20
@@ -268,18 +274,33 @@ def made_up(batch: int, network: str = "ddpm-cifar10", scale: float = 1.0) -> di
         "diffusers": one(60 * batch, 6.0, "diffusers"),
     }
     return {
-        "what": "race", "network": network, "batch": batch, "steps": 5, "rounds": 3,
-        "best": "epsrt", "reference": "epsrt", "others_share": 0.01, "contestants": found,
+        "what": "race",
+        "network": network,
+        "batch": batch,
+        "steps": 5,
+        "rounds": 3,
+        "best": "epsrt",
+        "reference": "epsrt",
+        "others_share": 0.01,
+        "contestants": found,
         "refused": {"PyTorch bf16": "RuntimeError: no"},
-    }  # fmt: skip
+    }
 
 
 def processes() -> list[dict[str, Any]]:
     peaks = {"epsrt": 300.0, "epsrt onnxruntime fp32": 700.0, "diffusers": 1000.0}
     rows: list[dict[str, Any]] = [
-        {"what": "process", "network": "digits", "contestant": name, "batch": 1, "steps": 5, "start_s": 1.0,
-         "peak_mib": peak} for name, peak in peaks.items()
-    ]  # fmt: skip
+        {
+            "what": "process",
+            "network": "digits",
+            "contestant": name,
+            "batch": 1,
+            "steps": 5,
+            "start_s": 1.0,
+            "peak_mib": peak,
+        }
+        for name, peak in peaks.items()
+    ]
     failed = {"what": "process", "network": "digits", "contestant": "epsrt openvino fp32", "batch": 1, "steps": 5}
     return [*rows, {**failed, "error": "no engine"}]
 

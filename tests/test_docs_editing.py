@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from typer.main import get_command
 
 from epsrt import Sampler
-from epsrt.cli.app import app
+from epsrt_command.app import app
 from helpers import tiny
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -34,9 +34,17 @@ def folder(edited_bundle_path, schedule, tmp_path_factory):
     for digit, image in enumerate(load_digits().images[:10]):
         Image.fromarray((image / 16 * 255).astype(np.uint8)).save(real / f"{digit}.png")
     export_network(
-        tiny(seed=3, classes=11), schedule, out / "canvas.epsrt", shape=(1, 8, 8), classes=10, null_label=10,
-        masked=True, sizes=(2, 16), precisions=("fp32",), max_batch=4,
-    )  # fmt: skip
+        tiny(seed=3, classes=11),
+        schedule,
+        out / "canvas.epsrt",
+        shape=(1, 8, 8),
+        classes=10,
+        null_label=10,
+        masked=True,
+        sizes=(2, 16),
+        precisions=("fp32",),
+        max_batch=4,
+    )
     return folder
 
 

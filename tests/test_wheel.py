@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 SAMPLE = """
 import importlib.util, sys
 import numpy as np
-from epsrt import Sampler, verify
+from epsrt import Sampler
+from epsrt.verify import verify
 for name in ("torch", "onnx", "onnxscript", "typer", "rich", "sklearn"):
     assert importlib.util.find_spec(name) is None, name
 with Sampler.open(sys.argv[1]) as sampler:
@@ -54,9 +55,16 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
     import zipfile
 
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"epsrt", "epsrt_export", "epsrt_trainer"}
-    assert {f"{package}/py.typed" for package in ("epsrt", "epsrt_export", "epsrt_trainer")} <= set(names)
-    assert "epsrt/engines/kernels.cu" in names
+    assert {name.split("/")[0].split("-")[0] for name in names} == {
+        "epsrt",
+        "epsrt_command",
+        "epsrt_export",
+        "epsrt_trainer",
+    }
+    assert {f"{package}/py.typed" for package in ("epsrt", "epsrt_command", "epsrt_export", "epsrt_trainer")} <= set(
+        names
+    )
+    assert "epsrt/engines/gpu/kernels.cu" in names
     assert not [name for name in names if "__pycache__" in name or "test" in name]
 
 

@@ -29,9 +29,18 @@ def table() -> dict[Any, Callable[..., Any]]:
 
 
 def _convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int, output_mask: Sequence[bool],
-) -> tuple[Tensor, None, None]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_sizes: Any,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, None, None]:
     """Of the input alone: a convolution's is the transposed convolution, and the other way round."""
     n = x.ndim - 2
     stride, padding, dilation = (list(v) * n if len(v) == 1 else list(v) for v in (stride, padding, dilation))
@@ -44,9 +53,15 @@ def _convolution_backward(
 
 
 def _avg_pool2d_backward(
-    grad: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil_mode: bool,
-    count_include_pad: bool, divisor: int | None,
-) -> Any:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int | None,
+) -> Any:
     """Each value spread over its window: a depthwise transposed convolution with ones."""
     if ceil_mode:
         return NotImplemented
@@ -89,9 +104,13 @@ def _index_put(x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accu
 
 
 def _max_pool2d(
-    x: Tensor, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
-    dilation: Sequence[int] = (1,), ceil_mode: bool = False,
-) -> Any:  # fmt: skip
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    ceil_mode: bool = False,
+) -> Any:
     """The largest of each window, and its place in the flat image: TensorRT has no MaxPool that tells places."""
     if ceil_mode:
         return NotImplemented
@@ -112,9 +131,15 @@ def _max_pool2d(
 
 
 def _max_pool2d_backward(
-    grad: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], ceil_mode: bool, indices: Tensor,
-) -> Any:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    indices: Tensor,
+) -> Any:
     """A window's gradient to the place of its largest: a transposed convolution that knows one place a channel."""
     kernel, padding, dilation = (_pair(v) for v in (kernel, padding, dilation))
     stride, channels, count = _pair(stride) or kernel, x.shape[1], math.prod(kernel)
@@ -125,15 +150,28 @@ def _max_pool2d_backward(
     weight = torch.eye(count).view(count, 1, *kernel).repeat(channels, 1, 1, 1)
     like = grad.new_empty(1, 1, 1, 1).expand(-1, -1, *x.shape[2:])
     return _convolution_backward(
-        parts.flatten(1, 2), like, weight, None, stride, padding, dilation, False, [0, 0], channels,
+        parts.flatten(1, 2),
+        like,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        channels,
         [True, False, False],
-    )[0]  # fmt: skip
+    )[0]
 
 
 def _places(
-    full: Sequence[int], size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    full: Sequence[int],
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
     dilation: Sequence[int],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """int64 [places in a window, H', W']: where each lies in the flat image."""
     rows, columns = (
         torch.arange(k)[:, None] * d - p + torch.arange(n) * s

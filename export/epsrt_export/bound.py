@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from epsrt import noise
-from epsrt.errors import EpsrtError, NotFiniteError
+from epsrt.errors import InputError, NotFiniteError
 from epsrt.schedule import Schedule
 from epsrt_export.decoder import log_likelihood, pixels
 from epsrt_trainer.checkpoint import Checkpoint, load_checkpoint
@@ -86,7 +86,7 @@ class Bound:
     def between(self, first: int, last: int) -> Estimate:
         """The sum of the terms at t = first … last, both included, in [0, T)."""
         if not 0 <= first <= last < self.T:
-            raise EpsrtError(f"t = {first} … {last} is no range within 0 … {self.T - 1}")
+            raise InputError(f"t = {first} … {last} is no range within 0 … {self.T - 1}")
         return _estimate(self._weights(first, last) @ self.terms)
 
     def bands(self, count: int = 10) -> list[tuple[int, int, Estimate]]:
@@ -130,18 +130,29 @@ def variational_bound(
     c, config = checkpoint, checkpoint.config
     wanted, found = (config.image_channels, config.image_size, config.image_size), tuple(np.shape(images)[1:])
     if found != wanted:
-        raise EpsrtError(f"the images have shape {list(found)} but the network takes {list(wanted)}: give such images")
+        raise InputError(f"the images have shape {list(found)} but the network takes {list(wanted)}: give such images")
     if config.classes and labels is None:
-        raise EpsrtError(f"the network has {config.classes} classes but the images no labels: give one an image")
+        raise InputError(f"the network has {config.classes} classes but the images no labels: give one an image")
     if not config.classes and labels is not None:
-        raise EpsrtError("labels are given but the network is unconditional: leave them out")
+        raise InputError("labels are given but the network is unconditional: leave them out")
     rows = config.classes + config.null_label
     if labels is not None and (low_high := _span(labels)) and not 0 <= low_high[0] <= low_high[1] < rows:
-        raise EpsrtError(f"labels span {low_high[0]} … {low_high[1]}, outside 0 … {rows - 1} of the network's")
+        raise InputError(f"labels span {low_high[0]} … {low_high[1]}, outside 0 … {rows - 1} of the network's")
     return network_bound(
-        c.network, c.schedule, images, labels, prediction=c.prediction, value_range=c.value_range,
-        variance=variance, timesteps=timesteps, clip=clip, batch=batch, seed=seed, levels=levels, on_step=on_step,
-    )  # fmt: skip
+        c.network,
+        c.schedule,
+        images,
+        labels,
+        prediction=c.prediction,
+        value_range=c.value_range,
+        variance=variance,
+        timesteps=timesteps,
+        clip=clip,
+        batch=batch,
+        seed=seed,
+        levels=levels,
+        on_step=on_step,
+    )
 
 
 @torch.inference_mode()
@@ -177,17 +188,17 @@ def network_bound(
     levels     grey levels evenly across value_range, its ends included; see decoder.levels_of
     on_step    called with (images done, images in all), counted over all t, after each batch
 
-    Raises EpsrtError for images that are empty, outside value_range or off the levels' grid, labels of another number,
+    Raises InputError for images that are empty, outside value_range or off the levels' grid, labels of another number,
     unknown variance or prediction, timesteps outside 3 … T, and ε-prediction where ᾱ_T = 0; NotFiniteError for NaN.
     """
     if variance not in VARIANCES:
-        raise EpsrtError(f"variance {variance!r} is unknown: use one of {', '.join(VARIANCES)}")
+        raise InputError(f"variance {variance!r} is unknown: use one of {', '.join(VARIANCES)}")
     if prediction not in PREDICTIONS:
-        raise EpsrtError(f"prediction {prediction!r} is unknown: use one of {', '.join(PREDICTIONS)}")
+        raise InputError(f"prediction {prediction!r} is unknown: use one of {', '.join(PREDICTIONS)}")
     if prediction == "epsilon" and schedule.alpha_bar[-1] == 0:
-        raise EpsrtError("ε-prediction has no bound where ᾱ = 0 (zero terminal SNR): train with x0 or v")
+        raise InputError("ε-prediction has no bound where ᾱ = 0 (zero terminal SNR): train with x0 or v")
     if isinstance(batch, bool) or not isinstance(batch, int | np.integer) or batch < 1:
-        raise EpsrtError(f"batch = {batch!r} is no number of images: give at least 1")
+        raise InputError(f"batch = {batch!r} is no number of images: give at least 1")
     ts = spread(schedule.T, schedule.T if timesteps is None else timesteps)
     x0, levels = pixels(images, value_range, levels)
     label = None if labels is None else _checked_labels(labels, len(x0))
@@ -216,7 +227,7 @@ def network_bound(
                 given.append(label[start : start + batch].to(device))
             out = network(*given)
             if out.shape != x.shape:
-                raise EpsrtError(f"the network returned {list(out.shape)} for images {list(x.shape)}: it must keep it")
+                raise InputError(f"the network returned {list(out.shape)} for images {list(x.shape)}: it must keep it")
             out = out.double().cpu()
             estimate = predicted_x0(prediction, x.double(), out, signal, scale)
             mse[k] += float((part - estimate).square().mean((1, 2, 3)).sum()) * bar[t] / (1 - bar[t]) / len(x0)
@@ -242,7 +253,7 @@ def spread(T: int, count: int) -> NDArray[np.int64]:
     """`count` timesteps of T, ascending: 0, then evenly in √t from 1 to T−1, moved up where two would coincide."""
     least = min(3, T)
     if isinstance(count, bool) or not isinstance(count, int | np.integer) or not least <= count <= T:
-        raise EpsrtError(f"timesteps = {count!r} is outside {least} … {T}: give that many, or none for all")
+        raise InputError(f"timesteps = {count!r} is outside {least} … {T}: give that many, or none for all")
     rank = np.arange(count - 1)
     up = np.round(1 + (T - 2) * (rank / max(count - 2, 1)) ** 2).astype(np.int64)
     return np.concatenate([[0], rank + np.maximum.accumulate(up - rank)])
@@ -251,7 +262,7 @@ def spread(T: int, count: int) -> NDArray[np.int64]:
 def _checked_labels(labels: Any, count: int) -> Tensor:
     label = torch.as_tensor(labels)
     if label.shape != (count,) or label.is_floating_point() or label.dtype == torch.bool:
-        raise EpsrtError(f"labels are {label.dtype} {list(label.shape)}: give integers [{count}], one an image")
+        raise InputError(f"labels are {label.dtype} {list(label.shape)}: give integers [{count}], one an image")
     return label.long()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError
 
 MOST = 4096  # levels that levels_of looks for
 
@@ -35,7 +35,7 @@ def log_likelihood(
 def levels_of(images: Any, value_range: tuple[float, float] = (-1.0, 1.0)) -> int:
     """The fewest grey levels, evenly across value_range, that hold every value of the images; 256 for uint8.
 
-    Raises EpsrtError when 4,096 do not suffice: such values are continuous, and have no bits.
+    Raises InputError when 4,096 do not suffice: such values are continuous, and have no bits.
     """
     array = np.asarray(images)
     if array.dtype == np.uint8:
@@ -46,28 +46,28 @@ def levels_of(images: Any, value_range: tuple[float, float] = (-1.0, 1.0)) -> in
         at = values * (levels - 1)
         if np.abs(at - at.round()).max() < 3e-7 * (levels - 1) + 1e-9:  # a few roundings of float32
             return levels
-    raise EpsrtError(f"{len(values):,} different values lie on no even grid of up to {MOST} levels: quantise them")
+    raise InputError(f"{len(values):,} different values lie on no even grid of up to {MOST} levels: quantise them")
 
 
 def pixels(images: Any, value_range: tuple[float, float], levels: int | None) -> tuple[Tensor, int]:
     """Checked images, float64 [N, C, H, W] on the CPU, and their levels: by default levels_of(images).
 
-    Raises EpsrtError when they are empty, neither uint8 nor floats, outside value_range or between the levels.
+    Raises InputError when they are empty, neither uint8 nor floats, outside value_range or between the levels.
     """
     x, (low, high) = torch.as_tensor(images).detach().cpu(), value_range
     if x.ndim != 4 or not x.numel():
-        raise EpsrtError(f"images have shape {list(x.shape)}: they must be [N, C, H, W], none of them 0")
+        raise InputError(f"images have shape {list(x.shape)}: they must be [N, C, H, W], none of them 0")
     if x.dtype == torch.uint8:
         levels, x = 256 if levels is None else levels, low + (high - low) * (x.double() / 255)
     elif not x.is_floating_point():
-        raise EpsrtError(f"images are {x.dtype}: give uint8, or floats in {low:g} … {high:g}")
+        raise InputError(f"images are {x.dtype}: give uint8, or floats in {low:g} … {high:g}")
     least, most = float(x.min()), float(x.max())
     if not (least >= low and most <= high):  # NaN too
-        raise EpsrtError(f"image values span {least:g} … {most:g}, outside {low:g} … {high:g}: scale them to it")
+        raise InputError(f"image values span {least:g} … {most:g}, outside {low:g} … {high:g}: scale them to it")
     levels = levels_of(x.numpy(), value_range) if levels is None else levels
     if isinstance(levels, bool) or not isinstance(levels, int | np.integer) or not 2 <= levels <= 65536:
-        raise EpsrtError(f"levels = {levels!r} is outside 2 … 65536, the grey levels of a pixel")
+        raise InputError(f"levels = {levels!r} is outside 2 … 65536, the grey levels of a pixel")
     at = (x.double() - low) / (high - low) * (levels - 1)
     if float((at - at.round()).abs().max()) > 0.01:
-        raise EpsrtError(f"image values lie between the {levels} levels across {low:g} … {high:g}: give levels")
+        raise InputError(f"image values lie between the {levels} levels across {low:g} … {high:g}: give levels")
     return x.double(), int(levels)

@@ -21,7 +21,7 @@ from torch import nn
 from epsrt import __version__
 from epsrt.bundle import Bundle
 from epsrt.engines import open_engine
-from epsrt.errors import EpsrtError, one_of, typed
+from epsrt.errors import InputError, one_of, typed
 from epsrt.files import sha256, whole_directory
 from epsrt.manifest import (
     FORMAT,
@@ -29,16 +29,16 @@ from epsrt.manifest import (
     MANIFEST,
     PARITY,
     FileEntry,
-    Graph,
     Manifest,
     Provenance,
     Rung,
     Sizes,
+    StepGraph,
     Thresholding,
     render,
 )
 from epsrt.manifest import digest as digest_of
-from epsrt.requests import plan_of
+from epsrt.prepare import plan_of
 from epsrt.schedule import Schedule
 from epsrt.verify import verify_all
 from epsrt_export import golden, parity
@@ -82,11 +82,11 @@ def export(
     on_stage      called as on_stage(what, fraction)
 
     The work is done on the CPU, on a copy of the network where it is not in eval mode, float32 and there already.
-    Raises EpsrtError when the network does not fit, ParityError when a rung of the ladder is missed. In both cases,
+    Raises InputError when the network does not fit, ParityError when a rung of the ladder is missed. In both cases,
     and when interrupted, `out` is as it was before.
     """
     if not isinstance(source, (Source, Checkpoint, str, Path)):
-        raise EpsrtError(f"a {type(source).__name__} is no Source and no path: see families.load, or export_network")
+        raise InputError(f"a {type(source).__name__} is no Source and no path: see families.load, or export_network")
     if not isinstance(source, Source):
         source = own.of(source) if isinstance(source, Checkpoint) else own.load(source)
     if thresholding is not None:
@@ -100,7 +100,7 @@ def export(
     max_batch = typed("max_batch", max_batch, 1)
     _check(source, precisions, max_batch, others, classifier is not None)
     if out.exists() and not (out / MANIFEST).is_file():
-        raise EpsrtError(f"{out} exists and is not a bundle: choose another name, or remove it")
+        raise InputError(f"{out} exists and is not a bundle: choose another name, or remove it")
     network, schedule = _ready(source.network), source.schedule
     judge = None if classifier is None else _classifier(classifier, source)
     gradient = None if judge is None else log_prob_gradient(judge.network, source.shape, judge.classes)
@@ -116,14 +116,24 @@ def export(
     ]
     parity.require(rungs)
     with whole_directory(out) as beside:
-        graphs: list[Graph] = []
+        graphs: list[StepGraph] = []
         for precision in (p for p in precisions if p != "int8"):
             tell(f"graphs {precision}", 0.0)
             graphs += write_graphs(
-                network, precision, beside, source.shape, source.classes > 0, opset, source.variance, source.threshold,
-                others, variants=variants, null_label=source.null_label, gradient=gradient,
+                network,
+                precision,
+                beside,
+                source.shape,
+                source.classes > 0,
+                opset,
+                source.variance,
+                source.threshold,
+                others,
+                variants=variants,
+                null_label=source.null_label,
+                gradient=gradient,
                 on_graph=partial(tell, f"graphs {precision}"),
-            )  # fmt: skip
+            )
         manifest = manifest_of(source, max_batch, graphs, others, judge)
         kept = golden.record(network, manifest, tell, None if judge is None else judge.network)
         (beside / GOLDEN).write_bytes(safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in kept.items()}))
@@ -164,28 +174,35 @@ def export_network(
     known = [f.name for f in dataclasses.fields(Source)][3:]
     for name in facts:
         if name not in known:
-            raise EpsrtError(f"export_network takes no {name!r}: {one_of(name, known)}")
+            raise InputError(f"export_network takes no {name!r}: {one_of(name, known)}")
     source = Source(network, schedule, shape, **facts)
     return export(
-        source, out, sizes=sizes, masked=masked, classifier=classifier, precisions=precisions, max_batch=max_batch,
-        opset=opset, on_stage=on_stage,
-    )  # fmt: skip
+        source,
+        out,
+        sizes=sizes,
+        masked=masked,
+        classifier=classifier,
+        precisions=precisions,
+        max_batch=max_batch,
+        opset=opset,
+        on_stage=on_stage,
+    )
 
 
 def _sizes(given: tuple[int, int]) -> Sizes:
     if not isinstance(given, (tuple, list)) or len(given) != 2:
-        raise EpsrtError(f"sizes = {given!r} is not (multiple, largest), such as (8, 64)")
+        raise InputError(f"sizes = {given!r} is not (multiple, largest), such as (8, 64)")
     return Sizes(*(typed("sizes", n, 1) for n in given))
 
 
 def _ready(network: nn.Module) -> nn.Module:
     """In eval mode, float32, on the CPU: itself where it is that, for some have gigabytes, else a copy.
 
-    Raises EpsrtError for weights on the meta device.
+    Raises InputError for weights on the meta device.
     """
     for name, tensor in network.state_dict().items():
         if tensor.is_meta:
-            raise EpsrtError(
+            raise InputError(
                 f"{name} of {type(network).__name__} is on the meta device, without values: load its weights"
             )
     tensors = [t for t in (*network.parameters(), *network.buffers()) if t.is_floating_point()]
@@ -197,15 +214,15 @@ def _ready(network: nn.Module) -> nn.Module:
 
 
 def _classifier(given: NoisedClassifier | str | Path, source: Source) -> NoisedClassifier:
-    """A classifier that fits the source's images and noise. Raises EpsrtError."""
+    """A classifier that fits the source's images and noise. Raises InputError."""
     judge = given if isinstance(given, NoisedClassifier) else own.load_classifier(given)
     if judge.shape is not None and judge.shape != source.shape:
         shapes = ["×".join(map(str, shape)) for shape in (judge.shape, source.shape)]
-        raise EpsrtError(
+        raise InputError(
             f"the classifier {judge.name} takes {shapes[0]}, the network {shapes[1]}: train it on the same"
         )
     if judge.schedule is not None and judge.schedule != source.schedule:
-        raise EpsrtError(
+        raise InputError(
             f"the classifier {judge.name} was trained on another noise schedule ({judge.schedule.kind}, "
             f"T = {judge.schedule.T}) than the network ({source.schedule.kind}, T = {source.schedule.T}): train it on "
             "the network's"
@@ -214,29 +231,51 @@ def _classifier(given: NoisedClassifier | str | Path, source: Source) -> NoisedC
 
 
 def manifest_of(
-    source: Source, max_batch: int, graphs: Sequence[Graph], sizes: Sizes | None = None,
+    source: Source,
+    max_batch: int,
+    graphs: Sequence[StepGraph],
+    sizes: Sizes | None = None,
     judge: NoisedClassifier | None = None,
-) -> Manifest:  # fmt: skip
+) -> Manifest:
     """What a bundle of this source says of itself, its files aside."""
     by = source.threshold
     provenance = Provenance(
-        network=source.kind, parameters=sum(p.numel() for p in source.network.parameters()), family=source.family,
-        source=source.name, version=source.version, source_sha256=source.weights_sha256, config=source.config,
+        network=source.kind,
+        parameters=sum(p.numel() for p in source.network.parameters()),
+        family=source.family,
+        source=source.name,
+        version=source.version,
+        source_sha256=source.weights_sha256,
+        config=source.config,
         training=source.training,
         versions={
-            "epsrt": __version__, "torch": str(torch.__version__), "onnx": version("onnx"),
+            "epsrt": __version__,
+            "torch": str(torch.__version__),
+            "onnx": version("onnx"),
             "python": platform.python_version(),
         },
-    )  # fmt: skip
+    )
     return Manifest(
-        format=FORMAT, shape=source.shape, max_batch=max_batch, schedule=source.schedule,
+        format=FORMAT,
+        shape=source.shape,
+        max_batch=max_batch,
+        schedule=source.schedule,
         prediction=source.prediction,  # type: ignore[arg-type]
-        value_range=source.value_range, clip=source.bound, classes=source.classes,
-        class_names=tuple(source.class_names), null_label=source.null_label, variance=source.variance,
-        thresholding=None if by is None else Thresholding(by.ratio, by.maximum), sigma_data=source.sigma_data,
-        sampling=source.sampling, graphs=tuple(graphs), provenance=provenance, files={},
-        sizes=sizes, classifier=None if judge is None else judge.described,
-    )  # fmt: skip
+        value_range=source.value_range,
+        clip=source.bound,
+        classes=source.classes,
+        class_names=tuple(source.class_names),
+        null_label=source.null_label,
+        variance=source.variance,
+        thresholding=None if by is None else Thresholding(by.ratio, by.maximum),
+        sigma_data=source.sigma_data,
+        sampling=source.sampling,
+        graphs=tuple(graphs),
+        provenance=provenance,
+        files={},
+        sizes=sizes,
+        classifier=None if judge is None else judge.described,
+    )
 
 
 def _measure(bundle: Bundle, precision: str, tell: OnStage) -> list[Rung]:
@@ -251,18 +290,18 @@ def _measure(bundle: Bundle, precision: str, tell: OnStage) -> list[Rung]:
 
 def _check(source: Source, precisions: Sequence[str], max_batch: int, sizes: Sizes | None, classifier: bool) -> None:
     if not 1 <= max_batch <= 65536:
-        raise EpsrtError(f"max_batch = {max_batch} is outside 1 … 65536")
+        raise InputError(f"max_batch = {max_batch} is outside 1 … 65536")
     words = list(precisions) if isinstance(precisions, Sequence) else [precisions]
     if not words or any(word not in PRECISIONS for word in words) or len(set(words)) != len(words):
-        raise EpsrtError(f"precisions = {words}: choose from {', '.join(PRECISIONS)}, each once")
+        raise InputError(f"precisions = {words}: choose from {', '.join(PRECISIONS)}, each once")
     if "int8" in words and "fp32" not in words:
-        raise EpsrtError(f"precisions = {words}: int8 is made from the FP32 step graphs: add fp32")
+        raise InputError(f"precisions = {words}: int8 is made from the FP32 step graphs: add fp32")
     if sizes is not None and source.thresholding is not None:
-        raise EpsrtError(
+        raise InputError(
             "sizes and thresholding exclude each other: its quantile is found among a number of values that the graph "
             "fixes: leave one of them out"
         )
     if sizes is not None and classifier:
-        raise EpsrtError(
+        raise InputError(
             "sizes and a classifier exclude each other: its gradient is of one size: leave one of them out"
         )

@@ -30,7 +30,7 @@ from epsrt import noise, solvers
 from epsrt.manifest import Manifest, Sizes, step_columns
 from epsrt.plan import STEP_COLUMNS, Plan
 from epsrt.schedule import Schedule
-from epsrt.spacing import timesteps
+from epsrt.timesteps import spaced
 from epsrt_trainer.sample import ddim_loop, ddpm_loop, network_input, threshold
 
 Arrays = dict[str, NDArray[Any]]
@@ -85,17 +85,28 @@ def record(network: nn.Module, manifest: Manifest, tell: OnProgress, classifier:
             return torch.from_numpy(noise.normals(SEED, index, noise.STEP, first + i, size).reshape(x.shape))
 
         last = loop(
-            call, schedule, torch.from_numpy(x.astype(np.float32)), ts, draw,
-            thresholding=by_quantile, label=torch.from_numpy(label) if classes else None,
-            on_step=lambda i, x, x0: tell(name, (i + 1) / len(ts)), **bounds, **more,
-        )  # fmt: skip
+            call,
+            schedule,
+            torch.from_numpy(x.astype(np.float32)),
+            ts,
+            draw,
+            thresholding=by_quantile,
+            label=torch.from_numpy(label) if classes else None,
+            on_step=lambda i, x, x0: tell(name, (i + 1) / len(ts)),
+            **bounds,
+            **more,
+        )
         kept = {
-            "rows": plan.rows(columns), "start": np.array(plan.start),
-            "seed": np.full(images, SEED, np.uint64), "index": index, "label": label, "x": last.numpy(),
-        }  # fmt: skip
+            "rows": plan.rows(columns),
+            "start": np.array(plan.start),
+            "seed": np.full(images, SEED, np.uint64),
+            "index": index,
+            "label": label,
+            "x": last.numpy(),
+        }
         return kept if init is None else {**kept, "init": init}
 
-    ts = timesteps(schedule, min(50, schedule.T), "trailing")
+    ts = spaced(schedule, min(50, schedule.T), "trailing")
     ddim = run(f"ddim-{len(ts)}", ddim_loop, ts, solvers.ddim(schedule, ts, **bounds))
     golden = _named(f"trajectory.ddim-{len(ts)}", ddim)
 
@@ -227,9 +238,7 @@ def _steps(
         loop(state, two, partial(_same, drawn), label=one_label, on_step=keep)
         nexts.append(after[0])
     seed = np.full(len(ts), SEED, np.uint64)
-    return {
-        "x": x, "rows": rows, "seed": seed, "index": index, "label": label, "x_next": torch.cat(nexts).numpy(),
-    }  # fmt: skip
+    return {"x": x, "rows": rows, "seed": seed, "index": index, "label": label, "x_next": torch.cat(nexts).numpy()}
 
 
 def _threshold(shape: tuple[int, int, int], ratio: float, maximum: float, bound: float) -> Arrays:

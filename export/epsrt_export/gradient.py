@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError, one_line
 from epsrt_export.backward import table
 
 aten = torch.ops.aten
@@ -33,7 +33,7 @@ def log_prob_gradient(classifier: nn.Module, shape: tuple[int, int, int], classe
     The module's forward takes x, t as the classifier's does and target [B] int64, and returns [B, C, H, W] float32. A
     target outside 0 … classes − 1 gives zeros: that row is not guided. It holds the classifier's own parameters under
     their names, or an eval copy's where the classifier is in train mode.
-    Raises EpsrtError for a classifier that does not return such logits, whose gradient is not finite, or whose gradient
+    Raises InputError for a classifier that does not return such logits, whose gradient is not finite, or whose gradient
     cannot be traced, the operator named.
     """
     if any(module.training for module in classifier.modules()):  # dropout, and statistics of the batch
@@ -47,7 +47,7 @@ def log_prob_gradient(classifier: nn.Module, shape: tuple[int, int, int], classe
 def check_classifier(classifier: nn.Module, shape: tuple[int, int, int], classes: int) -> None:
     """Run the classifier twice on two images.
 
-    Raises EpsrtError unless it returns one tensor of finite float32 logits [2, classes], the same each time.
+    Raises InputError unless it returns one tensor of finite float32 logits [2, classes], the same each time.
     """
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     name = type(classifier).__name__
@@ -55,20 +55,20 @@ def check_classifier(classifier: nn.Module, shape: tuple[int, int, int], classes
         with torch.inference_mode():
             out, again = classifier(x.clone(), torch.zeros(2)), classifier(x.clone(), torch.zeros(2))
     except Exception as error:  # somebody else's code
-        reason = " ".join(str(error).split())
-        raise EpsrtError(f"{name} cannot run forward(x, t) on x {[2, *shape]}, t [2] float32: {reason}") from error
+        reason = one_line(error)
+        raise InputError(f"{name} cannot run forward(x, t) on x {[2, *shape]}, t [2] float32: {reason}") from error
     if not isinstance(out, Tensor):
-        raise EpsrtError(f"{name} returns a {type(out).__name__}, not one tensor: wrap it so that it returns logits")
+        raise InputError(f"{name} returns a {type(out).__name__}, not one tensor: wrap it so that it returns logits")
     if tuple(out.shape) != (2, classes):
-        raise EpsrtError(f"{name} returns {list(out.shape)} for 2 images of {classes} classes: return {[2, classes]}")
+        raise InputError(f"{name} returns {list(out.shape)} for 2 images of {classes} classes: return {[2, classes]}")
     if out.dtype != torch.float32:
-        raise EpsrtError(f"{name} returns {out.dtype}: give it in float32, whose gradient small numbers survive")
+        raise InputError(f"{name} returns {out.dtype}: give it in float32, whose gradient small numbers survive")
     if not out.isfinite().all():
-        raise EpsrtError(f"{name} returns logits that are not finite for images of N(0, I) at t = 0: check its weights")
+        raise InputError(f"{name} returns logits that are not finite for images of N(0, I) at t = 0: check its weights")
     if not torch.allclose(out, again, rtol=1e-3, atol=1e-3):
-        raise EpsrtError(f"{name} returns other logits each time: switch its dropout or noise off")
+        raise InputError(f"{name} returns other logits each time: switch its dropout or noise off")
     if (out >= 0).all() and torch.allclose(out.sum(1), torch.ones(2), atol=1e-4):
-        raise EpsrtError(f"{name} returns probabilities: leave its softmax out, for log p is taken of logits")
+        raise InputError(f"{name} returns probabilities: leave its softmax out, for log p is taken of logits")
 
 
 def _gradient(logits_of: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, target: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def _traced(classifier: nn.Module, shape: tuple[int, int, int]) -> fx.GraphModul
         with mode, enable_python_dispatcher(), sdpa_kernel(SDPBackend.MATH):  # of its parts, which have gradients
             traced = make_fx(run, decomposition_table=table())(*values, *inputs)
     except Exception as error:  # torch raises many kinds
-        raise EpsrtError(f"the gradient of {name} cannot be traced: {_reason(error)}") from error
+        raise InputError(f"the gradient of {name} cannot be traced: {_reason(error)}") from error
     placeholders = traced.graph.find_nodes(op="placeholder")
     graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
     new |= {node: graph.placeholder(key) for key, node in zip(("x", "t", "target"), placeholders[-3:], strict=True)}
@@ -117,7 +117,7 @@ def _traced(classifier: nn.Module, shape: tuple[int, int, int]) -> fx.GraphModul
     graph.eliminate_dead_code()
     for node in graph.nodes:
         if node.op == "call_function" and "backward" in str(node.target):
-            raise EpsrtError(f"the gradient of {name} cannot be exported: it needs {node.target}, which ONNX has not")
+            raise InputError(f"the gradient of {name} cannot be exported: it needs {node.target}, which ONNX has not")
     constants = {key: value for key, value in vars(traced).items() if isinstance(value, Tensor)}
     return fx.GraphModule({**constants, **dict(traced.named_buffers()), **held}, graph, "LogProbGradient")
 
@@ -154,18 +154,18 @@ def _compare(made: fx.GraphModule, classifier: nn.Module, shape: tuple[int, int,
         target = torch.arange(n) % classes
         truth = _gradient(classifier, x, t, target)
         if not truth.isfinite().all():
-            raise EpsrtError(f"the gradient of {name} is not finite for images of N(0, I): check its weights")
+            raise InputError(f"the gradient of {name} is not finite for images of N(0, I): check its weights")
         try:
             with torch.no_grad():
                 found = fx.Interpreter(made).run(x, t, target)
                 error = (found - truth).flatten(1).norm(dim=1)
         except Exception as problem:
-            raise EpsrtError(
+            raise InputError(
                 f"the gradient of {name} was traced for one batch alone, and fails at {n}: let it take any, without "
                 f"Python ints of x.shape[0] ({_reason(problem)})"
             ) from problem
         if not (error <= LIMIT * truth.flatten(1).norm(dim=1)).all():
-            raise EpsrtError(
+            raise InputError(
                 f"the gradient of {name} as traced differs from autograd's at batch {n}: let it have no Python `if` on "
                 "values or on the batch"
             )

@@ -10,12 +10,12 @@ import onnx
 import torch
 from torch import nn
 
-from epsrt.errors import EpsrtError
-from epsrt.manifest import Graph, LearnedVariance, Sizes, step_columns, step_features
+from epsrt.errors import EpsrtError, InputError
+from epsrt.manifest import LearnedVariance, Sizes, StepGraph, step_columns, step_features
 from epsrt_export.onnx_graph import WeightsFile, to_onnx
 from epsrt_export.onnx_passes import masked
 from epsrt_export.precision import half_copy
-from epsrt_export.stepgraph import DynamicThreshold, StepGraph, check_network
+from epsrt_export.stepgraph import DynamicThreshold, StepModule, check_network
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -42,7 +42,7 @@ def write_graphs(
     null_label: int | None = None,
     gradient: nn.Module | None = None,
     on_graph: Callable[[float], object] = lambda share: None,
-) -> list[Graph]:
+) -> list[StepGraph]:
     """Write step graphs of a network, and the one weights file that they share, into a directory.
 
     `variants` are the features of each, of guidance, classifier and mask; `gradient` is the classifier's. The rest is
@@ -54,7 +54,7 @@ def write_graphs(
         try:
             check_network(network, shape, labelled, dtype, variance is not None)
         except EpsrtError as error:
-            raise EpsrtError(f'in half precision, {error}; export with precisions=["fp32"] alone') from error
+            raise InputError(f'in half precision, {error}; export with precisions=["fp32"] alone') from error
     weights, made = WeightsFile(f"weights-{precision}.bin"), []
     models: dict[tuple[str, ...], onnx.ModelProto] = {}  # without a mask, which is put on at the end
     for features in variants:
@@ -62,11 +62,11 @@ def write_graphs(
         columns = step_columns(variance, bare)
         if bare not in models:
             guide = gradient if "classifier" in bare else None
-            step = StepGraph(network, columns, labelled, dtype, threshold, null_label, guide)
+            step = StepModule(network, columns, labelled, dtype, threshold, null_label, guide)
             models[bare] = to_onnx(step, shape, opset, weights, sizes)
         model = masked(models[bare], len(columns)) if "mask" in features else models[bare]
         all_features = (*step_features(variance, threshold), *features)
-        graph = Graph("", weights.name, precision, step_columns(variance, features), all_features)  # type: ignore[arg-type]
+        graph = StepGraph("", weights.name, precision, step_columns(variance, features), all_features)  # type: ignore[arg-type]
         graph = msgspec.structs.replace(graph, file="-".join(filter(None, ("step", graph.stem, precision))) + ".onnx")
         (directory / graph.file).write_bytes(model.SerializeToString(deterministic=True))
         made.append(graph)

@@ -20,9 +20,9 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 
 from epsrt import Bundle, Plan
 from epsrt.engines import Engine, Sample, open_engine
-from epsrt.errors import EpsrtError
-from epsrt.manifest import Graph
-from epsrt.requests import plan_of
+from epsrt.errors import InputError
+from epsrt.manifest import StepGraph
+from epsrt.prepare import plan_of
 from epsrt_export.onnx_graph import WeightsFile
 from epsrt_export.onnx_passes import masked
 
@@ -34,13 +34,13 @@ CALIBRATION_SEED = 1000  # neither the golden file's nor one that people take fi
 GUIDANCE = 2.0  # of every second sample that calibrates a guided graph
 
 
-def write_int8(bundle: Bundle, on_graph: Callable[[float], object] = lambda share: None) -> list[Graph]:
+def write_int8(bundle: Bundle, on_graph: Callable[[float], object] = lambda share: None) -> list[StepGraph]:
     """Write int8 step graphs beside a bundle's FP32 ones, and the one weights file that they share.
 
-    Not of graphs with a classifier: its gradient stays in FP32. Raises EpsrtError where a graph cannot be quantised.
+    Not of graphs with a classifier: its gradient stays in FP32. Raises InputError where a graph cannot be quantised.
     """
     plain = [g for g in bundle.manifest.graphs if g.precision == "fp32" and "classifier" not in g.features]
-    weights, made = WeightsFile("weights-int8.bin"), list[Graph]()
+    weights, made = WeightsFile("weights-int8.bin"), list[StepGraph]()
     models: dict[tuple[str, ...], onnx.ModelProto] = {}
     for graph in sorted(plain, key=lambda g: "mask" in g.features):
         bare = tuple(f for f in graph.features if f != "mask")
@@ -55,7 +55,7 @@ def write_int8(bundle: Bundle, on_graph: Callable[[float], object] = lambda shar
         model = masked(models[bare], columns) if "mask" in graph.features else models[bare]
         name = graph.file.replace("fp32", "int8")
         (bundle.path / name).write_bytes(model.SerializeToString(deterministic=True))
-        made.append(Graph(name, weights.name, "int8", graph.columns, graph.features))
+        made.append(StepGraph(name, weights.name, "int8", graph.columns, graph.features))
         on_graph(len(made) / len(plain))
     weights.write(bundle.path)
     for graph in made:
@@ -117,25 +117,32 @@ def quantise(graph: Path, states: Sequence[Feeds], *, ends: bool = False, output
     outputs  quantise what convolutions return: onnxruntime runs them in int8 only if so, OpenVINO either way
     Weights are int8, symmetric, a scale a channel; activations uint8, a scale and a zero point a tensor. All else
     stays FP32: the time embedding, norms, attention's products, the fused step. The model holds its weights.
-    Raises EpsrtError where no convolution is left to quantise, or there are no states.
+    Raises InputError where no convolution is left to quantise, or there are no states.
     """
     nodes = onnx.load(graph, load_external_data=False).graph.node
     convolutions = [node.name for node in nodes if node.op_type == "Conv"]
     kept = [] if ends else [*convolutions[:1], *convolutions[-1:]]
     if set(convolutions) <= set(kept):
-        raise EpsrtError(f"{graph.name} has no convolution between its first and its last: int8 has nothing to gain")
+        raise InputError(f"{graph.name} has no convolution between its first and its last: int8 has nothing to gain")
     if not states:
-        raise EpsrtError(f"{graph.name} cannot be quantised without states to calibrate on: record a trajectory")
+        raise InputError(f"{graph.name} cannot be quantised without states to calibrate on: record a trajectory")
     more: dict[str, Any] = {"WeightSymmetric": True}
     if not outputs:
         more |= {"OpTypesToExcludeOutputQuantization": ["Conv"], "QuantizeBias": False}
     with tempfile.TemporaryDirectory() as folder, _quiet():
         made = Path(folder) / graph.name
         quantize_static(
-            str(graph), str(made), _States(states), quant_format=QuantFormat.QDQ, op_types_to_quantize=["Conv"],
-            per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=kept,
+            str(graph),
+            str(made),
+            _States(states),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv"],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=kept,
             extra_options=more,
-        )  # fmt: skip
+        )
         return onnx.load(made)
 
 

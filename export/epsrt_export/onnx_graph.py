@@ -18,11 +18,11 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import EpsrtError, InputError
 from epsrt.manifest import Sizes
 from epsrt_export import onnx_passes
 from epsrt_export.folding import fold_constants
-from epsrt_export.stepgraph import OUTPUTS, StepGraph
+from epsrt_export.stepgraph import OUTPUTS, StepModule
 
 EXTERNAL_FROM = 1024  # bytes; smaller initializers stay in the graph
 ALIGNMENT = 4096  # a page, so that the file can be mapped
@@ -31,23 +31,27 @@ OPSETS = (21, 22)  # 20 decomposes GroupNorm; from 23 on, the Attention op fails
 
 
 def to_onnx(
-    step: StepGraph, shape: tuple[int, int, int], opset: int = 21, weights: WeightsFile | None = None,
+    step: StepModule,
+    shape: tuple[int, int, int],
+    opset: int = 21,
+    weights: WeightsFile | None = None,
     sizes: Sizes | None = None,
-) -> onnx.ModelProto:  # fmt: skip
+) -> onnx.ModelProto:
     """Export a step graph with a dynamic batch; its large weights go to `weights`, if given.
 
-    With `sizes`, height and width are dynamic too, each its own. Raises EpsrtError when torch cannot export the
+    With `sizes`, height and width are dynamic too, each its own. Raises InputError when torch cannot export the
     network, or froze its batch or size to the example's.
     """
     if opset not in OPSETS:
-        raise EpsrtError(f"opset {opset} is not supported: use {' or '.join(map(str, OPSETS))}")
+        raise InputError(f"opset {opset} is not supported: use {' or '.join(map(str, OPSETS))}")
     n = 3  # neither 0 nor 1, which torch.export would treat as constants
     height, width = size = shape[1:] if sizes is None else _example(shape, sizes)
     # a tensor each: one passed twice becomes one input
     makes = {
-        "image": lambda: torch.zeros(n, shape[0], *size), "rows": lambda: torch.zeros(n, len(step.columns)),
+        "image": lambda: torch.zeros(n, shape[0], *size),
+        "rows": lambda: torch.zeros(n, len(step.columns)),
         "label": lambda: torch.zeros(n, dtype=torch.int64),
-    }  # fmt: skip
+    }
     inputs = {name: makes[kind]() for name, kind in step.inputs.items()}
     # AUTO: code like "if len(x) >= 64: x = x.contiguous()" narrows its range; the parity of the largest batch tells
     batch = torch.export.Dim.AUTO
@@ -70,7 +74,7 @@ def to_onnx(
         raise
     except Exception as error:  # torch.export raises many kinds; the user needs the sentence that names the line
         network = type(step.network).__name__
-        raise EpsrtError(f"torch cannot export {network}: {_reason(error)}{_line(error)}") from error
+        raise InputError(f"torch cannot export {network}: {_reason(error)}{_line(error)}") from error
     assert program is not None
     if weights is not None:
         weights.take(program.model)
@@ -103,9 +107,13 @@ class WeightsFile:
             if tensor is None or tensor.nbytes < EXTERNAL_FROM:
                 continue
             value.const_value = ir.ExternalTensor(
-                self.name, self._place(tensor), tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.numpy().shape),
+                self.name,
+                self._place(tensor),
+                tensor.nbytes,
+                tensor.dtype,
+                shape=ir.Shape(tensor.numpy().shape),
                 name=value.name or "",
-            )  # fmt: skip
+            )
 
     def _place(self, tensor: ir.TensorProtocol) -> int:
         key = hashlib.sha256(_bytes(tensor).data).hexdigest()
@@ -143,7 +151,7 @@ def _pixels(name: str, example: int, sizes: Sizes) -> torch.export.Dim:
 
 
 def _trace(
-    step: StepGraph, inputs: dict[str, torch.Tensor], dynamic: dict[str, Any], sizes: Sizes
+    step: StepModule, inputs: dict[str, torch.Tensor], dynamic: dict[str, Any], sizes: Sizes
 ) -> torch.export.ExportedProgram:
     """Of dynamic sizes, by torch.export itself, which tells for which of them its graph holds."""
     try:
@@ -151,10 +159,10 @@ def _trace(
     except Exception as error:
         network, reason = type(step.network).__name__, _reason(error)
         if "specialized it to be a constant" in str(error):
-            raise EpsrtError(
+            raise InputError(
                 f"{network} fixes its height or width, often by a Python int of x.shape: leave sizes out"
             ) from error
-        raise EpsrtError(
+        raise InputError(
             f"torch cannot export {network} at multiples of {sizes.multiple} pixels ({reason}): give a larger "
             "multiple, or leave sizes out"
         ) from error
@@ -162,7 +170,9 @@ def _trace(
     return program
 
 
-def _check_guards(program: torch.export.ExportedProgram, step: StepGraph, example: Sequence[int], sizes: Sizes) -> None:
+def _check_guards(
+    program: torch.export.ExportedProgram, step: StepModule, example: Sequence[int], sizes: Sizes
+) -> None:
     """A Python `if` on the size is traced one way: refuse a graph that does not hold for all of `sizes`.
 
     Not where one side is a single multiple: there torch's own conditions on broadcasting (n != 1) fail in any network,
@@ -179,13 +189,15 @@ def _check_guards(program: torch.export.ExportedProgram, step: StepGraph, exampl
     fit = (Sizes(k * sizes.multiple, sizes.largest) for k in range(2, sizes.largest // sizes.multiple // 2 + 1))
     better = next((s for s in fit if _failing(guards, step, channels, s) is None), None)
     way = "" if better is None else f"give {better.multiple} for the multiple, or "
-    raise EpsrtError(
+    raise InputError(
         f"{type(step.network).__name__} takes another path at {height} × {width} pixels than at {at[0]} × {at[1]}, "
         f"where {guard}: {way}leave sizes out"
     )
 
 
-def _failing(guards: Sequence[str], step: StepGraph, channels: int, sizes: Sizes) -> tuple[str, tuple[int, int]] | None:
+def _failing(
+    guards: Sequence[str], step: StepModule, channels: int, sizes: Sizes
+) -> tuple[str, tuple[int, int]] | None:
     """The first of torch's conditions that some size does not meet, and that size, the smallest."""
     most = sizes.largest // sizes.multiple
     tried = np.unique(np.linspace(2, most, min(most, MOST_TRIED)).astype(int)).tolist()
@@ -209,11 +221,11 @@ def _check_signature(model: onnx.ModelProto, inputs: Mapping[str, str], sized: b
     for kind, want, values in (("input", tuple(inputs), model.graph.input), ("output", OUTPUTS, model.graph.output)):
         have = [v.name for v in values]
         if have != list(want):
-            raise EpsrtError(f"the exported graph has the {kind}s {have}, not {list(want)}: is an argument unused?")
+            raise InputError(f"the exported graph has the {kind}s {have}, not {list(want)}: is an argument unused?")
         for value in values:
             first = value.type.tensor_type.shape.dim[0]
             if not first.dim_param:
-                raise EpsrtError(
+                raise InputError(
                     f"the batch of {kind} {value.name} was frozen to {first.dim_value}: the network fixes its batch "
                     "size, often by chunk() or a Python int of x.shape[0]; slice [:n] and [n:] instead"
                 )
@@ -228,7 +240,7 @@ def _check_sizes(images: Sequence[onnx.ValueInfoProto]) -> None:
         dims = value.type.tensor_type.shape.dim[2:]
         have = [d.dim_param or d.dim_value for d in dims]
         if not all(want) or len(set(want)) != 2 or have != want:
-            raise EpsrtError(
+            raise InputError(
                 f"the height and width of {value.name} became {' × '.join(map(str, have))} in the graph: the network "
                 "fixes its size, often by a Python int of x.shape: leave sizes out"
             )

@@ -80,7 +80,9 @@ def group_norm_by_instance_norm(model: onnx.ModelProto) -> None:
             *nodes,
             helper.make_node("Reshape", [x, grouped], [f"{step}_grouped"]),
             helper.make_node(
-                "InstanceNormalization", [f"{step}_grouped", one, zero], [f"{step}_unit"],
+                "InstanceNormalization",
+                [f"{step}_grouped", one, zero],
+                [f"{step}_unit"],
                 epsilon=attributes.get("epsilon", 1e-5),
             ),
             helper.make_node("Reshape", [f"{step}_unit", back], [unit]),
@@ -89,7 +91,7 @@ def group_norm_by_instance_norm(model: onnx.ModelProto) -> None:
             helper.make_node("Reshape", [bias, per_channel], [f"{step}_bias"]),
             helper.make_node("Mul", [f"{step}_back", f"{step}_scale"], [f"{step}_scaled"]),
             helper.make_node("Add", [f"{step}_scaled", f"{step}_bias"], [y]),
-        )  # fmt: skip
+        )
 
     _replace(model, "GroupNormalization", expand)
     graph.initializer.extend(made.values())
@@ -126,11 +128,14 @@ def masked(model: onnx.ModelProto, columns: int) -> onnx.ModelProto:
         return [cut, helper.make_node("Unsqueeze", [f"mask.{name}.column", "mask.pixels"], [f"mask.{name}"])]
 
     steps = [
-        ("Mul", ["mask.ka", "known"], "mask.signal"), ("Mul", ["mask.kb", "z2"], "mask.noise"),
-        ("Add", ["mask.signal", "mask.noise"], "mask.noised"), ("Mul", ["mask", "mask.noised"], "mask.kept"),
-        ("Sub", ["mask.one", "mask"], "mask.rest"), ("Mul", ["mask.rest", "x_next.step"], "mask.redrawn"),
+        ("Mul", ["mask.ka", "known"], "mask.signal"),
+        ("Mul", ["mask.kb", "z2"], "mask.noise"),
+        ("Add", ["mask.signal", "mask.noise"], "mask.noised"),
+        ("Mul", ["mask", "mask.noised"], "mask.kept"),
+        ("Sub", ["mask.one", "mask"], "mask.rest"),
+        ("Mul", ["mask.rest", "x_next.step"], "mask.redrawn"),
         ("Add", ["mask.kept", "mask.redrawn"], "x_next"),
-    ]  # fmt: skip
+    ]
     first = helper.make_node("Slice", ["rows", "mask.0", f"mask.{columns}", "mask.axis"], ["rows.step"])
     nodes = [first, *graph.node, *column("ka", columns, columns + 1), *column("kb", columns + 1, columns + 2)]
     nodes += [helper.make_node(op, names, [out]) for op, names, out in steps]

@@ -14,7 +14,7 @@ from epsrt.errors import EpsrtError
 from epsrt.manifest import Rung
 from epsrt.plan import Plan
 from epsrt.schedule import Schedule
-from epsrt.spacing import timesteps
+from epsrt.timesteps import spaced
 from epsrt_trainer.diffusion import SIGMA_DATA
 from epsrt_trainer.sample import ddim_loop, ddpm_loop
 
@@ -64,11 +64,7 @@ def _levels_rung(schedule: Schedule) -> Rung:
 
 
 def plan_rungs(
-    schedule: Schedule,
-    prediction: str,
-    clip: float | None,
-    variance: str | None = None,
-    sigma_data: float = SIGMA_DATA,
+    schedule: Schedule, prediction: str, clip: float | None, variance: str | None = None, sigma_data: float = SIGMA_DATA
 ) -> list[Rung]:
     """Rung 2: whole trajectories of the plans against the papers' plain loops, float64, on a toy network.
 
@@ -90,10 +86,11 @@ def plan_rungs(
 
     rungs = []
     loops: tuple[tuple[str, Any, int, dict[str, Any]], ...] = (
-        ("ddim", ddim_loop, 50, {}), ("ddpm", ddpm_loop, 1000, learned),
-    )  # fmt: skip
+        ("ddim", ddim_loop, 50, {}),
+        ("ddpm", ddpm_loop, 1000, learned),
+    )
     for method, loop, steps, more in loops:
-        ts = timesteps(schedule, min(steps, schedule.T), "trailing")
+        ts = spaced(schedule, min(steps, schedule.T), "trailing")
         plan = solvers.make(method, schedule, timesteps=ts, **kind, **more)
         x = plan.start[1] * torch.randn(4, 16, generator=generator, dtype=torch.float64)
         z = torch.randn(len(ts), 4, 16, generator=generator, dtype=torch.float64)

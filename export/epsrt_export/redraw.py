@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epsrt.errors import EpsrtError
-from epsrt.levels import visit
+from epsrt.errors import InputError
+from epsrt.noise_levels import visit
 from epsrt.schedule import Schedule
 
 PIXELS = 1 << 19  # of all images together: enough to fit some thousand weights a channel
@@ -39,7 +39,7 @@ def redraw(
     Linear whose outputs are the image's values in some order, is then fitted in closed form to the prediction on
     noised random images, so that trajectories neither collapse to a constant nor amplify rounding without bound: with
     that layer random too, FP32 and FP64 in PyTorch part to 20 dB on a 35.7 M U-Net. A learned variance is fitted to
-    half of x0: between its ends, and not constant. Arguments as in Source. Raises EpsrtError when the last layer is of
+    half of x0: between its ends, and not constant. Arguments as in Source. Raises InputError when the last layer is of
     another kind.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -92,7 +92,7 @@ def _last(network: nn.Module, given: tuple[Tensor, ...]) -> Layer:
         for hook in hooks:
             hook.remove()
     if not ran or getattr(ran[-1], "groups", 1) != 1:
-        raise EpsrtError(f"{type(network).__name__} does not end in a Linear or in a plain Conv2d")
+        raise InputError(f"{type(network).__name__} does not end in a Linear or in a plain Conv2d")
     return ran[-1]
 
 
@@ -113,7 +113,7 @@ def _regression(network: nn.Module, layer: Layer, given: tuple[Tensor, ...], wan
             out = network(*given)
             features, y = seen
             if out.shape != wanted.shape or y.numel() != out.numel():
-                raise EpsrtError(
+                raise InputError(
                     f"the last layer, a {type(layer).__name__}, does not give the output's {list(out.shape)}"
                 )
             (target,) = torch.autograd.grad((out * wanted).sum(), y)

@@ -12,12 +12,13 @@ import msgspec
 import torch
 from torch import nn
 
-from epsrt import solvers, spacing
-from epsrt.errors import EpsrtError, one_of, typed
-from epsrt.levels import visit
+from epsrt import solvers
+from epsrt.errors import InputError, one_of, typed
 from epsrt.manifest import Classifier, LearnedVariance, Sampling
+from epsrt.noise_levels import visit
 from epsrt.plan import CLIP_OFF
 from epsrt.schedule import Schedule
+from epsrt.timesteps import OPTIONS
 from epsrt_export.stepgraph import LARGEST_SIDE, DynamicThreshold
 
 
@@ -42,12 +43,12 @@ class NoisedClassifier:
 
     def __post_init__(self) -> None:
         if not isinstance(self.network, nn.Module):
-            raise EpsrtError(f"the classifier is a {type(self.network).__name__}, not a Module: give one")
+            raise InputError(f"the classifier is a {type(self.network).__name__}, not a Module: give one")
         if typed("classes", self.classes, 0) < 2:
-            raise EpsrtError(f"classes = {self.classes}: a classifier tells at least 2 apart")
+            raise InputError(f"classes = {self.classes}: a classifier tells at least 2 apart")
         names = _each("class_names", self.class_names, "", "a list of words")
         if len(names) not in (0, self.classes):
-            raise EpsrtError(f"{len(names)} class names for {self.classes} classes: give one each, or none")
+            raise InputError(f"{len(names)} class names for {self.classes} classes: give one each, or none")
         object.__setattr__(self, "class_names", names)
 
     @property
@@ -55,21 +56,23 @@ class NoisedClassifier:
         """What a manifest says of it."""
         own = type(self.network)
         return Classifier(
-            classes=int(self.classes), class_names=tuple(self.class_names),
+            classes=int(self.classes),
+            class_names=tuple(self.class_names),
             network=f"{own.__module__}.{own.__qualname__}",
-            parameters=sum(p.numel() for p in self.network.parameters()), source=self.name,
+            parameters=sum(p.numel() for p in self.network.parameters()),
+            source=self.name,
             source_sha256=self.sha256 or _weights_sha256(self.network),
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A network, what it was trained for, and where it came from. Raises EpsrtError where these do not fit together.
+    """A network, what it was trained for, and where it came from. Raises InputError where these do not fit together.
 
     network       forward(x [B, C, H, W], t [B] float32[, label [B] int64]) -> [B, C, H, W], float32
     schedule      of the training; t is one of its timesteps
     shape         C, H, W
-    prediction    what forward returns: epsilon, x0, v, score, edm or velocity, as in epsrt.levels.Network; of edm,
+    prediction    what forward returns: epsilon, x0, v, score, edm or velocity: epsrt.noise_levels.Network; of edm,
                   forward takes ¼ ln σ for t, and c_in·x
     value_range   of its images, to make pictures of them
     clip          x0 is bounded to [−clip, clip] in each step where a caller says nothing; "range": to the largest
@@ -118,16 +121,16 @@ class Source:
         for field_name, kind in (("network", nn.Module), ("schedule", Schedule), ("sampling", Sampling)):
             value = getattr(self, field_name)
             if not isinstance(value, kind):
-                raise EpsrtError(f"{field_name} is a {type(value).__name__}, not a {kind.__name__}: give one")
+                raise InputError(f"{field_name} is a {type(value).__name__}, not a {kind.__name__}: give one")
         shape = _each("shape", self.shape, 1, "three whole numbers, C, H, W")
         if len(shape) != 3 or not all(0 < n <= LARGEST_SIDE for n in shape):
-            raise EpsrtError(f"shape = {list(shape)} is not C, H, W, each 1 … {LARGEST_SIDE}")
+            raise InputError(f"shape = {list(shape)} is not C, H, W, each 1 … {LARGEST_SIDE}")
         try:
             low_high = tuple(float(v) for v in self.value_range)
         except (TypeError, ValueError, OverflowError):
-            raise EpsrtError(f"value_range = {self.value_range!r} is not two numbers, such as (-1, 1)") from None
+            raise InputError(f"value_range = {self.value_range!r} is not two numbers, such as (-1, 1)") from None
         if len(low_high) != 2 or not -math.inf < low_high[0] < low_high[1] < math.inf:
-            raise EpsrtError(f"value_range = {list(low_high)} does not ascend, or is not two finite numbers")
+            raise InputError(f"value_range = {list(low_high)} does not ascend, or is not two finite numbers")
         names = _each("class_names", self.class_names, "", "a list of words")
         classes = typed("classes", self.classes, 0)
         null_label = None if self.null_label is None else typed("null_label", self.null_label, 0)
@@ -136,16 +139,16 @@ class Source:
             object.__setattr__(self, field_name, value)
         self._check_plain()
         if isinstance(self.clip, str) and self.clip != "range":
-            raise EpsrtError(f'clip = {self.clip!r} is unknown: use a bound, "range" or None')
+            raise InputError(f'clip = {self.clip!r} is unknown: use a bound, "range" or None')
         if classes < 0:
-            raise EpsrtError(f"classes = {classes} is negative: give 0 for an unconditional network")
+            raise InputError(f"classes = {classes} is negative: give 0 for an unconditional network")
         if len(names) not in (0, classes):
-            raise EpsrtError(f"{len(names)} class names for {classes} classes: give one each, or none")
+            raise InputError(f"{len(names)} class names for {classes} classes: give one each, or none")
         if null_label is not None and not (classes and 0 <= null_label <= classes):
-            raise EpsrtError(f"null_label = {null_label} is outside 0 … {classes} (or the network has no classes)")
+            raise InputError(f"null_label = {null_label} is outside 0 … {classes} (or the network has no classes)")
         if self.variance is not None and typed("variance", self.variance, "") not in get_args(LearnedVariance):
             known = " or ".join(get_args(LearnedVariance))
-            raise EpsrtError(
+            raise InputError(
                 f"variance {self.variance!r} is unknown: use {known} where the network returns one, or None"
             )
         if self.threshold is not None:  # refused now, where TensorRT could not build it later
@@ -159,25 +162,25 @@ class Source:
             typed(name, getattr(self, name), "")
         for name in ("config", "training"):
             if not isinstance(getattr(self, name), dict):
-                raise EpsrtError(f"{name} is a {type(getattr(self, name)).__name__}, not a dict of plain values")
+                raise InputError(f"{name} is a {type(getattr(self, name)).__name__}, not a dict of plain values")
         for name in ("family", "name", "version", "sha256", "origin", "config", "training", "class_names"):
             try:
                 msgspec.json.encode(getattr(self, name), order="sorted")
             except (TypeError, ValueError, RecursionError) as error:
-                raise EpsrtError(
+                raise InputError(
                     f"{name} cannot be written as JSON ({error}): give numbers, words, and lists and dicts of them"
                 ) from None
         try:
             by = msgspec.convert(msgspec.to_builtins(self.sampling), Sampling)
         except (TypeError, msgspec.ValidationError) as error:
-            raise EpsrtError(f"{self.sampling} is none ({error}): give Python's own numbers and words") from None
+            raise InputError(f"{self.sampling} is none ({error}): give Python's own numbers and words") from None
         if not math.isfinite(by.guidance):
-            raise EpsrtError(f"sampling's guidance = {by.guidance} is not finite: 1 is none")
-        known: dict[str, Any] = dict.fromkeys(spacing.OPTIONS, 0.0)
+            raise InputError(f"sampling's guidance = {by.guidance} is not finite: 1 is none")
+        known: dict[str, Any] = dict.fromkeys(OPTIONS, 0.0)
         known |= {name: like for method in solvers.METHODS for name, like in solvers.options_of(method).items()}
         for name, value in by.options.items():
             if name not in known:
-                raise EpsrtError(f"no method or spacing takes the option {name!r} of sampling: {one_of(name, known)}")
+                raise InputError(f"no method or spacing takes the option {name!r} of sampling: {one_of(name, known)}")
             typed(f"sampling's {name}", value, known[name])
 
     @property
@@ -195,16 +198,16 @@ class Source:
         try:
             ratio, maximum = map(float, self.thresholding)
         except (TypeError, ValueError, OverflowError):
-            raise EpsrtError(
+            raise InputError(
                 f"thresholding = {self.thresholding!r} is not (ratio, maximum), such as (0.995, 1.5)"
             ) from None
         if not 0 < ratio <= 1:
-            raise EpsrtError(f"thresholding ratio = {ratio} is outside (0, 1]: 0.995 is usual")
+            raise InputError(f"thresholding ratio = {ratio} is outside (0, 1]: 0.995 is usual")
         if not 1 <= maximum < math.inf:
-            raise EpsrtError(f"thresholding maximum = {maximum} is below 1 or not finite: at 1, x0 is merely clipped")
+            raise InputError(f"thresholding maximum = {maximum} is below 1 or not finite: at 1, x0 is merely clipped")
         bound = self.bound
         if bound is None or bound >= CLIP_OFF:
-            raise EpsrtError("thresholding scales x0 to the bound that clip gives, and clip is None: give one")
+            raise InputError("thresholding scales x0 to the bound that clip gives, and clip is None: give one")
         return DynamicThreshold(ratio, maximum, bound)
 
     @property
@@ -230,5 +233,5 @@ def _weights_sha256(network: nn.Module) -> str:
 def _each(name: str, values: Any, like: Any, wanted: str) -> tuple[Any, ...]:
     """Every one of `values` as `typed` has it."""
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise EpsrtError(f"{name} = {values!r} is not {wanted}")
+        raise InputError(f"{name} = {values!r} is not {wanted}")
     return tuple(typed(name, value, like) for value in values)

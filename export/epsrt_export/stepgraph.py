@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import EpsrtError, InputError, one_line
 from epsrt.manifest import Sizes
 
 Network = Callable[..., Tensor]
@@ -35,11 +35,11 @@ class DynamicThreshold:
         return np.float32(self.ratio) * np.float32(size - 1)
 
     def k(self, size: int) -> int:
-        """How many of the largest of `size` values are needed. Raises EpsrtError where TensorRT has no such TopK."""
+        """How many of the largest of `size` values are needed. Raises InputError where TensorRT has no such TopK."""
         k = size - int(self.rank(size))
         if k > LARGEST_K:
             least = np.ceil((size - LARGEST_K) / (size - 1) * 1e4) / 1e4
-            raise EpsrtError(
+            raise InputError(
                 f"thresholding at ratio {self.ratio:g} needs the {k} largest of an image's {size} values, and TensorRT "
                 f"finds {LARGEST_K} at most: raise the ratio to {least:g}"
             )
@@ -57,7 +57,7 @@ class DynamicThreshold:
         return torch.minimum(torch.maximum(x0, -s), s) / (s / self.bound)
 
 
-class StepGraph(nn.Module):
+class StepModule(nn.Module):
     """x', m', x0 from x, m, z [B, C, H, W], rows [B, len(columns)] and what else its features take.
 
     columns   of epsrt.plan.FEATURES: what they name is what the graph has; a mask is put on later, by onnx_passes
@@ -99,13 +99,7 @@ class StepGraph(nn.Module):
         return found | ({"target": "label"} if "s" in self.columns else {})
 
     def forward(
-        self,
-        x: Tensor,
-        m: Tensor,
-        z: Tensor,
-        rows: Tensor,
-        label: Tensor | None = None,
-        target: Tensor | None = None,
+        self, x: Tensor, m: Tensor, z: Tensor, rows: Tensor, label: Tensor | None = None, target: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         # one reshape and one split: [B, 1, 1, 1] a column, so that each broadcasts over the image
         parts = torch.split(rows[:, :, None, None], 1, dim=1)
@@ -158,7 +152,7 @@ def check_network(
 ) -> None:
     """Run the network twice on two images.
 
-    Raises EpsrtError unless it returns one tensor of its input's shape and dtype, with twice the channels where the
+    Raises InputError unless it returns one tensor of its input's shape and dtype, with twice the channels where the
     variance is learned, the same each time, and leaves its inputs as they were.
     """
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -169,29 +163,29 @@ def check_network(
         with torch.inference_mode():
             out, again = network(*copies), network(*[value.clone() for value in given])
     except Exception as error:  # somebody else's code: assertions and missing attributes are as likely as a TypeError
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         wants = "forward(x, t, label)" if labelled else "forward(x, t)"
-        raise EpsrtError(f"{name} cannot run {wants} on x {[2, *shape]}, t [2] float32: {reason}") from error
+        raise InputError(f"{name} cannot run {wants} on x {[2, *shape]}, t [2] float32: {reason}") from error
     if not isinstance(out, Tensor):
-        raise EpsrtError(f"{name} returns a {type(out).__name__}, not one tensor: wrap it so that it returns ε alone")
+        raise InputError(f"{name} returns a {type(out).__name__}, not one tensor: wrap it so that it returns ε alone")
     if out.dtype not in (dtype, torch.float32):
-        raise EpsrtError(f"{name} returns {out.dtype} for {dtype}: let its last line be out.to(x.dtype)")
+        raise InputError(f"{name} returns {out.dtype} for {dtype}: let its last line be out.to(x.dtype)")
     if not all(torch.equal(a, b) for a, b in zip(given, copies, strict=True)):
-        raise EpsrtError(f"{name} changes its inputs in place: let it work on a copy, x = x.clone()")
+        raise InputError(f"{name} changes its inputs in place: let it work on a copy, x = x.clone()")
     if not torch.allclose(out, again, rtol=1e-3, atol=1e-3, equal_nan=True):
-        raise EpsrtError(f"{name} returns another tensor each time: switch its dropout or noise off")
+        raise InputError(f"{name} returns another tensor each time: switch its dropout or noise off")
     twice = (2, 2 * shape[0], *shape[1:])
     if tuple(out.shape) == (twice if learned else x.shape):
         return
     returns = f"{name} returns {list(out.shape)} for an input of {list(x.shape)}"
     if learned:
-        raise EpsrtError(f"{returns}, and a learned variance makes it {list(twice)}: leave variance out")
+        raise InputError(f"{returns}, and a learned variance makes it {list(twice)}: leave variance out")
     if tuple(out.shape) == twice:
-        raise EpsrtError(
+        raise InputError(
             f'{returns}: if the second half is a learned variance, say variance="learned_range" (a fraction between '
             'β̃ and β) or variance="learned" (log σ²); if not, return the first half'
         )
-    raise EpsrtError(f"{returns}: the output must have the input's shape")
+    raise InputError(f"{returns}: the output must have the input's shape")
 
 
 def check_sizes(
@@ -199,20 +193,20 @@ def check_sizes(
 ) -> None:
     """Run the network at one multiple by three, which a network of a larger stride or of one size alone cannot.
 
-    Raises EpsrtError where the numbers do not fit together, or the network does not take them: which multiple it does
+    Raises InputError where the numbers do not fit together, or the network does not take them: which multiple it does
     take, if any.
     """
     multiple, largest = sizes.multiple, sizes.largest
     given, own = f"sizes = ({multiple}, {largest})", f"{shape[1]} × {shape[2]}"
     if multiple < 1 or largest > LARGEST_SIDE:
-        raise EpsrtError(f"{given}: give a multiple of at least 1, and a largest of at most {LARGEST_SIDE} pixels")
+        raise InputError(f"{given}: give a multiple of at least 1, and a largest of at most {LARGEST_SIDE} pixels")
     if largest % multiple:
         below = largest - largest % multiple
-        raise EpsrtError(f"{given}: {largest} is no multiple of {multiple}: give {below} or {below + multiple}")
+        raise InputError(f"{given}: {largest} is no multiple of {multiple}: give {below} or {below + multiple}")
     if largest < 2 * multiple:
-        raise EpsrtError(f"{given} are one size alone: raise the largest, or leave sizes out")
+        raise InputError(f"{given} are one size alone: raise the largest, or leave sizes out")
     if any(n % multiple or n > largest for n in shape[1:]):
-        raise EpsrtError(f"{given} do not hold the network's own {own}: give a multiple that divides both, and more")
+        raise InputError(f"{given} do not hold the network's own {own}: give a multiple that divides both, and more")
     refused = _refusal(network, shape, labelled, learned, sizes)
     if refused is None:
         return
@@ -221,11 +215,11 @@ def check_sizes(
         better = Sizes(k * multiple, largest)
         fits = all(n % better.multiple == 0 for n in shape[1:])
         if fits and _refusal(network, shape, labelled, learned, better) is None:
-            raise EpsrtError(
+            raise InputError(
                 f"{name} does not take multiples of {multiple} pixels, but of {better.multiple}: give that for the "
                 f"multiple of sizes ({refused})"
             ) from refused
-    raise EpsrtError(
+    raise InputError(
         f"{name} fixes its height and width at {own}, as position embeddings do: leave sizes out ({refused})"
     ) from refused
 

@@ -5,7 +5,7 @@
 ...     x = sampler.sample(10, method="ddim", steps=50, seed=1, labels=range(10))   # float32 [10, C, H, W]
 """
 
-from epsrt import noise, solvers, spacing
+from epsrt import noise, solvers, timesteps, verify
 from epsrt.bundle import Bundle
 from epsrt.editing import canvas, resampled, slerp
 from epsrt.engines import Engine, Lanes, Sample, open_engine
@@ -15,12 +15,11 @@ from epsrt.manifest import Manifest, Rung
 from epsrt.plan import COLUMNS, Plan, idle_row
 from epsrt.sampler import Sampler
 from epsrt.schedule import Schedule
-from epsrt.verify import verify, verify_all
 
 __version__ = "0.1.0"
 
 __all__ = [
     "COLUMNS", "Bundle", "BundleError", "Engine", "EngineError", "EpsrtError", "Lanes", "Manifest", "NotFiniteError",
     "OutOfMemoryError", "Plan", "Rung", "Sample", "Sampler", "Schedule", "canvas", "from_images", "idle_row",
-    "noise", "open_engine", "resampled", "slerp", "solvers", "spacing", "to_images", "verify", "verify_all",
+    "noise", "open_engine", "resampled", "slerp", "solvers", "timesteps", "to_images", "verify",
 ]  # fmt: skip

@@ -26,9 +26,9 @@ from epsrt.manifest import (
     MANIFEST,
     PARITY,
     FileEntry,
-    Graph,
     Manifest,
     Rung,
+    StepGraph,
     check_fields,
     digest,
     render,
@@ -62,7 +62,7 @@ class Bundle:
         _check_files(path, manifest.files)
         return cls(path, manifest)
 
-    def graph(self, precision: str, features: Iterable[str] = ()) -> Graph:
+    def graph(self, precision: str, features: Iterable[str] = ()) -> StepGraph:
         """The smallest step graph of a precision that has the features.
 
         Raises BundleError when there is none, saying which export would have it.
@@ -96,7 +96,7 @@ class Bundle:
         """Whether some step graph has a feature of epsrt.plan.FEATURES."""
         return any(feature in g.features for g in self.manifest.graphs)
 
-    def inputs(self, graph: Graph) -> dict[str, Literal["image", "rows", "label"]]:
+    def inputs(self, graph: StepGraph) -> dict[str, Literal["image", "rows", "label"]]:
         """What a step graph takes: images float32 [batch, C, H, W], rows, labels int64 [batch]."""
         found: dict[str, Literal["image", "rows", "label"]]
         found = {"x": "image", "m": "image", "z": "image", "rows": "rows"}

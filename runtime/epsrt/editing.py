@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from epsrt.errors import EpsrtError, typed
+from epsrt.errors import InputError, typed
 from epsrt.plan import COLUMNS, DEFAULTS, Plan
 
 Images = NDArray[np.float32]
@@ -26,22 +26,22 @@ def resampled(plan: Plan, times: int, jump: int = 10) -> Plan:
 
     Going back is forward diffusion, x = s·x + n·z, from the level that a row leaves to the one before the stretch. It
     is part of that row, whose own noise it joins (equal in law), and costs no evaluation of the network; only a row
-    with a learned variance is followed by one of its own. Noise indices count the new rows. Raises EpsrtError where the
+    with a learned variance is followed by one of its own. Noise indices count the new rows. Raises InputError where the
     numbers are not whole and at least 1, and for plans with memory, whose rows cannot be run out of order.
     """
     times, jump = typed("resample", times, 1), typed("jump", jump, 1)
     for name, value in (("resample", times), ("jump", jump)):
         if not 1 <= value <= 1000:
-            raise EpsrtError(f"{name} = {value} is outside 1 … 1000")
+            raise InputError(f"{name} = {value} is outside 1 … 1000")
     if times == 1:
         return plan
     if np.any(plan["c"]) or np.any(plan["g"]):
-        raise EpsrtError(f"{plan.name} remembers what came before, and resampling goes back: use ddpm, ddim or euler")
+        raise InputError(f"{plan.name} remembers what came before, and resampling goes back: use ddpm, ddim or euler")
     if jump >= len(plan):
-        raise EpsrtError(f"jump = {jump} of {len(plan)} steps leaves nothing to run again: give less than {len(plan)}")
+        raise InputError(f"jump = {jump} of {len(plan)} steps leaves nothing to run again: give less than {len(plan)}")
     total = len(plan) + (times - 1) * jump * len(range(0, len(plan) - jump, jump))
     if total > MOST_ROWS:
-        raise EpsrtError(
+        raise InputError(
             f"{len(plan)} steps, resampled {times} times, are {total} rows: give fewer, {MOST_ROWS} at most"
         )
     rows: list[NDArray[np.float64]] = []
@@ -101,11 +101,11 @@ def slerp(a: Images, b: Images, fractions: Sequence[float] | NDArray[np.floating
     fractions  0 is a, 1 is b; beyond, the great circle goes on
 
     A normal latent's norm is nearly the same everywhere, and a straight line between two cuts inside: the sphere does
-    not. Raises EpsrtError for latents of two shapes, NaN, or latents that point in opposite directions.
+    not. Raises InputError for latents of two shapes, NaN, or latents that point in opposite directions.
     """
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape or a.dtype.kind != "f" or b.dtype.kind != "f":
-        raise EpsrtError(
+        raise InputError(
             f"slerp takes two latents of one shape, float, not {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
         )
     try:
@@ -113,31 +113,31 @@ def slerp(a: Images, b: Images, fractions: Sequence[float] | NDArray[np.floating
     except (TypeError, ValueError, OverflowError):
         f = np.array(np.nan)
     if f.ndim != 1 or a.ndim != 3:
-        raise EpsrtError("slerp takes two latents [C, H, W] and a list of fractions, such as [0, 0.5, 1]")
+        raise InputError("slerp takes two latents [C, H, W] and a list of fractions, such as [0, 0.5, 1]")
     f = f.reshape(-1, 1, 1, 1)
     one, two = a.astype(np.float64), b.astype(np.float64)
     if not (np.isfinite(one).all() and np.isfinite(two).all() and np.isfinite(f).all()):
-        raise EpsrtError("slerp was given NaN or infinity")
+        raise InputError("slerp was given NaN or infinity")
     lengths = np.linalg.norm(one), np.linalg.norm(two)
     cosine = float((one * two).sum() / max(lengths[0] * lengths[1], 1e-300))
     angle = np.arccos(np.clip(cosine, -1, 1))
     if np.sin(angle) < 1e-6:
         if cosine < 0:
-            raise EpsrtError("slerp has no one way between latents that point in opposite directions: choose others")
+            raise InputError("slerp has no one way between latents that point in opposite directions: choose others")
         between = (1 - f) * one + f * two  # the sphere is flat between neighbours
     else:
         between = (np.sin((1 - f) * angle) * one + np.sin(f * angle) * two) / np.sin(angle)
     with np.errstate(over="ignore"):
         found = np.asarray(between, np.float32)
     if not np.isfinite(found).all():
-        raise EpsrtError("slerp's latents are beyond what float32 holds: scale them")
+        raise InputError("slerp's latents are beyond what float32 holds: scale them")
     return found
 
 
 def _pair(name: str, given: Any) -> tuple[int, int]:
     values = list(given) if isinstance(given, (tuple, list, np.ndarray)) else []
     if len(values) != 2:
-        raise EpsrtError(f"{name} = {given!r} is not a pair of whole numbers, down and across")
+        raise InputError(f"{name} = {given!r} is not a pair of whole numbers, down and across")
     return typed(name, values[0], 1), typed(name, values[1], 1)
 
 
@@ -148,17 +148,17 @@ def canvas(images: Images, size: tuple[int, int], at: tuple[int, int] | None = N
     size    height and width of the canvas
     at      top and left of the images on it; None: in its middle
 
-    Returns float32 [n, C, H, W] and [n, 1, H, W]. Raises EpsrtError where the images do not fit.
+    Returns float32 [n, C, H, W] and [n, 1, H, W]. Raises InputError where the images do not fit.
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.dtype.kind != "f":
-        raise EpsrtError(f"canvas takes images float [n, C, h, w], not {images.dtype} {list(images.shape)}")
+        raise InputError(f"canvas takes images float [n, C, h, w], not {images.dtype} {list(images.shape)}")
     (n, channels, h, w), (height, width) = images.shape, _pair("size", size)
     top, left = ((height - h) // 2, (width - w) // 2) if at is None else _pair("at", at)
     if height > MOST_PIXELS or width > MOST_PIXELS:
-        raise EpsrtError(f"a canvas of {height} × {width} is over {MOST_PIXELS} pixels a side")
+        raise InputError(f"a canvas of {height} × {width} is over {MOST_PIXELS} pixels a side")
     if not (0 <= top <= height - h and 0 <= left <= width - w):
-        raise EpsrtError(f"images of {h} × {w} at ({top}, {left}) do not fit a canvas of {height} × {width}")
+        raise InputError(f"images of {h} × {w} at ({top}, {left}) do not fit a canvas of {height} × {width}")
     known = np.zeros((n, channels, height, width), np.float32)
     mask = np.zeros((n, 1, height, width), np.float32)
     known[..., top : top + h, left : left + w] = images

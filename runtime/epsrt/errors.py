@@ -1,27 +1,39 @@
 """What a user can mend. Each message is one sentence: the thing, the value and the way out."""
 
+from __future__ import annotations
+
+import operator
 from collections.abc import Iterable
 from typing import Any
 
 
-class EpsrtError(ValueError):
-    """Base of every error that epsrt raises on bad input; the command prints it and exits 1."""
+class EpsrtError(Exception):
+    """Base of every error that epsrt raises; the command prints its sentence and exits 1."""
 
 
-class BundleError(EpsrtError):
-    """A bundle, checkpoint or other file is damaged, foreign or of an unknown version."""
+class InputError(EpsrtError, ValueError):
+    """An argument, an option or a file is not what it must be. The message names it, its value and the way out."""
+
+
+class BundleError(InputError):
+    """A bundle or another file is damaged, foreign or of an unknown version, or a bundle lacks what was asked of it."""
 
 
 class EngineError(EpsrtError):
-    """An engine cannot be opened here, or cannot run what it was given."""
+    """An engine cannot be opened here, or failed in what it was given."""
 
 
 class OutOfMemoryError(EngineError):
-    """The device's memory does not suffice; the message says what was asked for and what is free."""
+    """The device's memory does not suffice. The message says what was asked for and what is free."""
 
 
 class NotFiniteError(EpsrtError):
-    """The network produced NaN or infinity; the message names the sample and the step."""
+    """The network produced NaN or infinity. The message names the sample and the step."""
+
+
+def one_line(error: object, most: int | None = None) -> str:
+    """What an exception says, in one line of at most `most` characters: libraries write paragraphs."""
+    return " ".join(str(error).split())[:most]
 
 
 def one_of(word: str, known: Iterable[str]) -> str:
@@ -34,20 +46,30 @@ def one_of(word: str, known: Iterable[str]) -> str:
     return f"{hint}use one of {', '.join(names)}"
 
 
-def whole(name: str, value: Any) -> int:
-    """`value` as an int. Raises EpsrtError where it is no whole number; true and false are none."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise EpsrtError(f"{name} = {value!r} is not a whole number")
+def is_whole(value: object) -> bool:
+    """Whether `value` is a whole number, Python's or NumPy's; true and false are none, nor is an array of several."""
+    if isinstance(value, bool):
+        return False
     try:
-        return int(value.__index__())
-    except TypeError:  # an array of several
-        raise EpsrtError(f"{name} = {value!r} is not a whole number") from None
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True
+
+
+def whole(name: str, value: Any, least: int | None = None) -> int:
+    """`value` as an int. Raises InputError where it is no whole number, or is below `least`."""
+    if not is_whole(value):
+        raise InputError(f"{name} = {value!r} is not a whole number")
+    if least is not None and value < least:
+        raise InputError(f"{name} = {value}: give at least {least}")
+    return operator.index(value)
 
 
 def typed(name: str, value: Any, like: Any) -> Any:
     """`value` as an option whose default is `like`: bool, int, float, str, or (like None) str or None.
 
-    NumPy's scalars pass for Python's, whole floats for int. Raises EpsrtError for another type, and for NaN.
+    NumPy's scalars pass for Python's, whole floats for int. Raises InputError for another type, and for NaN.
     """
     if hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0:
         value = value.item()
@@ -62,8 +84,8 @@ def typed(name: str, value: Any, like: Any) -> Any:
         case _:
             fits, what = isinstance(value, str) or (like is None and value is None), "a word"
     if not fits:
-        raise EpsrtError(f"{name} = {value!r} is not {what}")
+        raise InputError(f"{name} = {value!r} is not {what}")
     try:
         return type(like)(value) if number else value
     except OverflowError:  # a whole number that no float holds
-        raise EpsrtError(f"{name} is a number of {len(str(value))} digits: give one that a float holds") from None
+        raise InputError(f"{name} is a number of {len(str(value))} digits: give one that a float holds") from None

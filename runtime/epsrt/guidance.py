@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError
 from epsrt.manifest import Manifest
 from epsrt.plan import COLUMNS, Plan
 
 if TYPE_CHECKING:
-    from epsrt.requests import Request
+    from epsrt.prepare import Request
 
 LARGEST = 1e6  # weight
 
@@ -31,7 +31,7 @@ def columns_of(
     """The columns of each sample, float64 [steps, n], where they are not the plan's own: w, phi, s.
 
     rederived  makes the plan for samples that are guided, where that is another: the columns that differ are theirs
-    Raises EpsrtError for weights, interval or rescale that are none, or that nothing takes.
+    Raises InputError for weights, interval or rescale that are none, or that nothing takes.
     """
     asked = m.sampling.guidance if r.guidance is None and r.labels is not None and m.null_label is not None else 1.0
     each = {"guidance": asked if r.guidance is None else r.guidance, "classifier": r.classifier}
@@ -39,17 +39,17 @@ def columns_of(
     w, s, phi = (np.broadcast_to(_numbers(name, value), (count,)) for name, value in each.items())
     labelled = np.array([label != m.null_label for label in labels])
     if not np.all((phi >= 0) & (phi <= 1)):
-        raise EpsrtError(f"guidance_rescale = {r.guidance_rescale} is outside [0, 1]: 0.7 is usual")
+        raise InputError(f"guidance_rescale = {r.guidance_rescale} is outside [0, 1]: 0.7 is usual")
     if r.guidance is not None and np.any(w != 1) and not labelled.any():
-        raise EpsrtError("guidance weighs a label against none: give labels")
+        raise InputError("guidance weighs a label against none: give labels")
     w = np.where(labelled, w, 1.0)  # of the null label there is nothing to weigh
     weighed, classified = bool(np.any(w != 1)), bool(np.any(s))
     if classified and not np.any(plan["j"]):
-        raise EpsrtError(f"plan {plan.name!r} has no column j, what a classifier's gradient adds: take one of a method")
+        raise InputError(f"plan {plan.name!r} has no column j, what a classifier's gradient adds: take one of a method")
     used = {"guidance_interval": weighed or classified, "guidance_rescale": weighed}
     for name, there in (("guidance_interval", r.guidance_interval is not None), ("guidance_rescale", np.any(phi))):
         if there and not used[name]:
-            raise EpsrtError(f"{name} is for guided samples: give guidance")
+            raise InputError(f"{name} is for guided samples: give guidance")
     on = _interval(m, plan, r.guidance_interval)[:, None]
 
     def spread(values: NDArray[Any], otherwise: NDArray[Any] | float, where: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -78,7 +78,7 @@ def _numbers(name: str, values: Any) -> NDArray[np.float64]:
     except (TypeError, ValueError, OverflowError):
         found = np.array(np.nan)
     if found.ndim > 1 or not np.isfinite(found).all() or np.any(np.abs(found) > LARGEST):
-        raise EpsrtError(f"{name} = {values!r} is not a number within ±{LARGEST:g}, or one a sample")
+        raise InputError(f"{name} = {values!r} is not a number within ±{LARGEST:g}, or one a sample")
     return found
 
 
@@ -91,10 +91,10 @@ def _interval(m: Manifest, plan: Plan, interval: tuple[float, float] | None) -> 
     except (TypeError, ValueError, OverflowError):
         low, high = np.nan, np.nan
     if not low <= high:
-        raise EpsrtError(f"guidance_interval = {interval!r} is not (low, high), two timesteps that ascend")
+        raise InputError(f"guidance_interval = {interval!r} is not (low, high), two timesteps that ascend")
     t = m.timesteps(plan["t"])
     on = (t >= low) & (t <= high)
     if not on.any():
         have = f"{t.min():g} … {t.max():g}"
-        raise EpsrtError(f"guidance_interval = ({low:g}, {high:g}) holds none of the plan's timesteps, {have}")
+        raise InputError(f"guidance_interval = ({low:g}, {high:g}) holds none of the plan's timesteps, {have}")
     return np.asarray(on)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError
 
 Samples = NDArray[np.float32]
 
@@ -15,11 +15,11 @@ SLACK = 0.1  # of the value range's width: how far beyond it an image may lie, a
 
 
 def array_of(name: str, given: ArrayLike) -> NDArray[Any]:
-    """Raises EpsrtError where lists are of different lengths."""
+    """Raises InputError where lists are of different lengths."""
     try:
         return np.asarray(given)
     except ValueError as error:
-        raise EpsrtError(f"{name} is no array ({error}): give rows of one length") from None
+        raise InputError(f"{name} is no array ({error}): give rows of one length") from None
 
 
 def images_of(
@@ -27,24 +27,24 @@ def images_of(
 ) -> Samples | None:
     """float32 [count, C, H, W] from [count, C, H, W] or [1, C, H, W], or None.
 
-    Raises EpsrtError for another shape or dtype, NaN, or values that are not `within` a value range.
+    Raises InputError for another shape or dtype, NaN, or values that are not `within` a value range.
     """
     if given is None:
         return None
     if given.ndim != 4 or given.shape[1:] != shape or len(given) not in (1, count) or given.dtype.kind != "f":
         want = ", ".join(map(str, shape))
-        raise EpsrtError(f"{name} is {given.dtype} {list(given.shape)}, not float [{count}, {want}]")
+        raise InputError(f"{name} is {given.dtype} {list(given.shape)}, not float [{count}, {want}]")
     with np.errstate(over="ignore"):
         images = np.array(given, np.float32, order="C")  # a copy: the caller's may change before it is drawn
     bad = np.flatnonzero(~np.isfinite(images).all((1, 2, 3)))
     if len(bad):
-        raise EpsrtError(f"{name} image {bad[0]} holds NaN or infinity")
+        raise InputError(f"{name} image {bad[0]} holds NaN or infinity")
     if within is not None:
         low, high = within
         slack = SLACK * (high - low)
         least, most = float(images.min()), float(images.max())
         if least < low - slack or most > high + slack:
-            raise EpsrtError(
+            raise InputError(
                 f"{name} holds values from {least:g} to {most:g}, and the bundle's images {low:g} to {high:g}: scale it"
             )
     return np.broadcast_to(images, (count, *shape))
@@ -53,7 +53,7 @@ def images_of(
 def mask_of(given: ArrayLike | None, count: int, shape: tuple[int, int, int]) -> Samples | None:
     """float32 [count, C, H, W], 1 where known pixels are kept, 0 where they are redrawn, from bool or float.
 
-    [H, W], or [n, c, H, W] where n is 1 or count and c is 1 or C. Raises EpsrtError for another shape or dtype, NaN, or
+    [H, W], or [n, c, H, W] where n is 1 or count and c is 1 or C. Raises InputError for another shape or dtype, NaN, or
     values outside [0, 1].
     """
     if given is None:
@@ -67,14 +67,14 @@ def mask_of(given: ArrayLike | None, count: int, shape: tuple[int, int, int]) ->
         and mask.shape[1] in (1, channels)
     )
     if not fits or mask.dtype.kind not in "fb":
-        raise EpsrtError(
+        raise InputError(
             f"mask is {mask.dtype} {list(mask.shape)}, not bool or float [{count}, 1, {height}, {width}] or "
             f"[{height}, {width}] (of 0 and 1: mask.astype(bool))"
         )
     values = mask.astype(np.float32)
     if not np.all((values >= 0) & (values <= 1)):
         kind = "NaN" if np.isnan(values).any() else f"values from {values.min():g} to {values.max():g}"
-        raise EpsrtError(f"mask holds {kind}: it is 1 where known is kept, 0 where it is redrawn")
+        raise InputError(f"mask holds {kind}: it is 1 where known is kept, 0 where it is redrawn")
     return np.broadcast_to(values, (count, *shape))
 
 
@@ -82,7 +82,7 @@ def to_images(samples: Samples, value_range: tuple[float, float] = (-1.0, 1.0)) 
     """uint8 [n, H, W, C] from float [n, C, H, W]; `value_range` maps to 0 … 255, what lies outside is clipped."""
     low, high = value_range
     if np.ndim(samples) != 4:
-        raise EpsrtError(f"to_images takes [n, C, H, W], not {list(np.shape(samples))}")
+        raise InputError(f"to_images takes [n, C, H, W], not {list(np.shape(samples))}")
     scaled = (np.asarray(samples, np.float32) - np.float32(low)) * np.float32(255 / (high - low))
     return np.ascontiguousarray(scaled.round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
 
@@ -91,6 +91,6 @@ def from_images(images: NDArray[np.uint8], value_range: tuple[float, float] = (-
     """float32 [n, C, H, W] from uint8 [n, H, W, C]: what `to_images` undoes."""
     low, high = value_range
     if images.ndim != 4 or images.dtype != np.uint8:
-        raise EpsrtError(f"from_images takes uint8 [n, H, W, C], not {images.dtype} {list(images.shape)}")
+        raise InputError(f"from_images takes uint8 [n, H, W, C], not {images.dtype} {list(images.shape)}")
     scaled = images.transpose(0, 3, 1, 2).astype(np.float32) * np.float32((high - low) / 255) + np.float32(low)
     return np.ascontiguousarray(scaled)

@@ -38,13 +38,17 @@ def describe(packages: Iterable[str] = PACKAGES, with_gpu: bool = True) -> dict[
     """
     cpu, flags = _processor()
     return {
-        "processor": cpu, "cores": cores(), **_quota(), "memory_mib": _memory(),
+        "processor": cpu,
+        "cores": cores(),
+        **_quota(),
+        "memory_mib": _memory(),
         **{name: None if flags is None else not flags.isdisjoint(any_of) for name, any_of in INSTRUCTIONS.items()},
-        "system": f"{platform.system()} {platform.machine()}", "kernel": platform.release(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "kernel": platform.release(),
         "python": platform.python_version(),
         "versions": {"epsrt": epsrt.__version__} | {p: version for p in packages if (version := installed(p))},
         **(gpu() if with_gpu else {}),
-    }  # fmt: skip
+    }
 
 
 def has_bf16() -> bool:
@@ -74,9 +78,11 @@ def gpu() -> dict[str, Any]:
         return {}
     first = driver.gpus[0]
     found = {
-        "name": first.name, "capability": first.arch, "memory_mib": first.memory >> 20,
+        "name": first.name,
+        "capability": first.arch,
+        "memory_mib": first.memory >> 20,
         "cuda": nvidia.dots(driver.version),
-    }  # fmt: skip
+    }
     return {"gpu": found | nvidia_smi("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epsrt.errors import BundleError
-from epsrt.levels import Prediction
+from epsrt.noise_levels import Prediction
 from epsrt.plan import FEATURES, STEP_COLUMNS
 from epsrt.schedule import Schedule
 
@@ -34,7 +34,7 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size: int  # bytes
 
 
-class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class StepGraph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A step graph: inputs x, m, z [batch, C, H, W], rows [batch, len(columns)] and what Bundle.inputs lists besides.
 
     Its outputs are x', m', x0. `features` are among epsrt.plan.FEATURES.
@@ -114,7 +114,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     null_label: int | None  # the label that means "no label", where the network knows one
     variance: LearnedVariance | None  # where the network returns 2C channels
     thresholding: Thresholding | None
-    graphs: tuple[Graph, ...]
+    graphs: tuple[StepGraph, ...]
     provenance: Provenance
     files: dict[str, FileEntry]
     sigma_data: float = 0.5  # the data's standard deviation, for EDM's preconditioning (arXiv 2206.00364, table 1)

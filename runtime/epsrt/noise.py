@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError
 
 START, STEP, KNOWN, FORWARD = range(4)  # streams: initial x_T, the steps' z, known pixels re-noised, forward noising
 
@@ -51,7 +51,7 @@ def normals(
     seed in [0, 2⁶⁴) is the key; index (of the sample), stream and n (a plan row's noise index) are in [0, 2³²), size in
     [1, 2³⁴). With r0 … r3 a counter's words and u = ((r >> 9) + ½)·2⁻²³, its normals are √(−2 ln u0)·cos 2πu1,
     √(−2 ln u0)·sin 2πu1 and the same of u2 and u3, within 4e-6 of exact arithmetic; a remainder of the last four is
-    dropped. `out`, if given, is filled and returned. Threads may call this at once. Raises EpsrtError for integers
+    dropped. `out`, if given, is filled and returned. Threads may call this at once. Raises InputError for integers
     outside these ranges, shapes that do not broadcast, or an `out` other than a writable C-contiguous float32 array of
     the result's shape.
     """
@@ -61,11 +61,11 @@ def normals(
         shape = (*np.broadcast(*given).shape, size)
     except ValueError:
         shapes = ", ".join(str(g.shape) for g in given)
-        raise EpsrtError(f"seed, index and n have shapes {shapes}: give shapes that broadcast together") from None
+        raise InputError(f"seed, index and n have shapes {shapes}: give shapes that broadcast together") from None
     if out is None:
         out = np.empty(shape, np.float32)
     elif out.dtype != np.float32 or out.shape != shape or not (out.flags.c_contiguous and out.flags.writeable):
-        raise EpsrtError(f"out is {out.dtype} {out.shape}: give a writable C-contiguous float32 array of shape {shape}")
+        raise InputError(f"out is {out.dtype} {out.shape}: give a writable C-contiguous float32 array of shape {shape}")
     words = np.empty((4, *shape[:-1]), np.uint64)
     words[0], words[1], words[2], words[3] = given[0] & _LOW, given[0] >> _HIGH, given[1], given[2]
     _fill(out.reshape(-1, size), words.reshape(4, -1), stream)
@@ -165,5 +165,5 @@ def _integers(name: str, value: Integers, bits: int) -> NDArray[np.uint64]:
 
 def _integer(name: str, value: Any, bits: int, start: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not start <= value < 1 << bits:
-        raise EpsrtError(f"{name} {value} is not an integer in [{start}, 2**{bits})")
+        raise InputError(f"{name} {value} is not an integer in [{start}, 2**{bits})")
     return int(value)

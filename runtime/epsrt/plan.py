@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from epsrt.errors import EpsrtError, typed
+from epsrt.errors import InputError, typed
 
 CLIP_OFF = 1e30  # larger than any sample, and finite in float32
 
@@ -51,7 +51,7 @@ class Plan:
     """A sampler: `table` float64 [steps, len(COLUMNS)], and `start`: x begins as start[0]·init + start[1]·z.
 
     `level` is (α, σ) of x = α·x0 + σ·ε as the first row reads it; ka and kb say the same of what each row leaves.
-    `name` is for people; nothing downstream depends on it. Raises EpsrtError when the table is empty, of another
+    `name` is for people; nothing downstream depends on it. Raises InputError when the table is empty, of another
     width, not finite in float32, or has a noise index n that is not an integer in [0, 2^24).
     """
 
@@ -63,40 +63,43 @@ class Plan:
     def __post_init__(self) -> None:
         table = np.array(self.table, dtype=np.float64)  # a copy: nobody else holds it
         if table.ndim != 2 or table.shape[1] != len(COLUMNS) or not len(table):
-            raise EpsrtError(f"a plan is a table [steps ≥ 1, {len(COLUMNS)}], not {list(table.shape)}: see Plan.of")
+            raise InputError(f"a plan is a table [steps ≥ 1, {len(COLUMNS)}], not {list(table.shape)}: see Plan.of")
         with np.errstate(over="ignore", invalid="ignore"):
             bad = np.argwhere(~np.isfinite(table.astype(np.float32)))  # as an engine takes it
         if len(bad):
             row, column = bad[0]
-            raise EpsrtError(f"plan {self.name!r}: {COLUMNS[column]} is {table[row, column]} in row {row}")
+            raise InputError(f"plan {self.name!r}: {COLUMNS[column]} is {table[row, column]} in row {row}")
         n = table[:, COLUMNS.index("n")]
         if np.any((n != np.floor(n)) | (n < 0) | (n >= MAX_N)):
-            raise EpsrtError(f"plan {self.name!r}: noise indices n must be integers in 0 … {MAX_N - 1}")
+            raise InputError(f"plan {self.name!r}: noise indices n must be integers in 0 … {MAX_N - 1}")
         for field, pair in (("start", self.start), ("level", self.level)):
             two = tuple(typed(f"plan {self.name!r}: {field}", value, 0.0) for value in pair)
             if len(two) != 2 or not np.isfinite(two).all():
-                raise EpsrtError(f"plan {self.name!r}: {field} = {pair} is not (signal, noise), two finite numbers")
+                raise InputError(f"plan {self.name!r}: {field} = {pair} is not (signal, noise), two finite numbers")
         table.flags.writeable = False
         object.__setattr__(self, "table", table)
 
     @classmethod
     def of(
-        cls, name: str, start: tuple[float, float] = (0.0, 1.0), level: tuple[float, float] = (0.0, 1.0),
+        cls,
+        name: str,
+        start: tuple[float, float] = (0.0, 1.0),
+        level: tuple[float, float] = (0.0, 1.0),
         **columns: ArrayLike,
-    ) -> Plan:  # fmt: skip
+    ) -> Plan:
         """A plan from named columns, each a number or a list [steps]; n counts 0, 1, … unless given.
 
         >>> Plan.of("euler", t=[2, 1], p=1.0, a=1.0, h=[-0.5, -0.5])
         """
         unknown = sorted(set(columns) - set(COLUMNS))
         if unknown:
-            raise EpsrtError(f"plan {name!r}: no column {unknown[0]!r}; the columns are {', '.join(COLUMNS)}")
+            raise InputError(f"plan {name!r}: no column {unknown[0]!r}; the columns are {', '.join(COLUMNS)}")
         arrays = {key: np.asarray(value, dtype=np.float64) for key, value in columns.items()}
         try:
             (steps,) = np.broadcast_shapes(*(a.shape for a in arrays.values()), (1,))
         except ValueError:
             shapes = ", ".join(f"{k} {list(a.shape)}" for k, a in arrays.items())
-            raise EpsrtError(f"plan {name!r}: columns must be lists of one length, got {shapes}") from None
+            raise InputError(f"plan {name!r}: columns must be lists of one length, got {shapes}") from None
         table = np.tile(np.array(list(DEFAULTS.values())), (steps, 1))
         table[:, COLUMNS.index("n")] = np.arange(steps)
         for key, value in arrays.items():
@@ -109,14 +112,14 @@ class Plan:
     def __getitem__(self, column: str) -> NDArray[np.float64]:
         """One column by name, float64 [steps]."""
         if column not in DEFAULTS:
-            raise EpsrtError(f"no column {column!r}; the columns are {', '.join(COLUMNS)}")
+            raise InputError(f"no column {column!r}; the columns are {', '.join(COLUMNS)}")
         return self.table[:, COLUMNS.index(column)]
 
     def cut(self, first: int, last: int | None = None, start: tuple[float, float] | None = None) -> Plan:
         """Rows first … last−1; each keeps its noise index."""
         begin, end, _ = slice(first, last).indices(len(self))
         if begin >= end:
-            raise EpsrtError(f"cut({first}, {last}) leaves none of the {len(self)} rows of plan {self.name!r}")
+            raise InputError(f"cut({first}, {last}) leaves none of the {len(self)} rows of plan {self.name!r}")
         level = self._level_at(begin)
         table = self.table[first:last]
         return replace(self, table=table, start=self.start if start is None else start, level=level)
@@ -131,7 +134,7 @@ class Plan:
         a row earlier.
         """
         if not 0 <= first < len(self):
-            raise EpsrtError(f"row {first} is outside 0 … {len(self) - 1}, the rows of plan {self.name!r}")
+            raise InputError(f"row {first} is outside 0 … {len(self) - 1}, the rows of plan {self.name!r}")
         at = {name: i for i, name in enumerate(COLUMNS)}
         table = self.table[first:].copy()
         row = table[0]
@@ -167,11 +170,11 @@ class Plan:
     def rows(self, columns: Sequence[str]) -> NDArray[np.float32]:
         """The table as an engine takes it, float32 [steps, len(columns)].
 
-        Raises EpsrtError when the plan uses a column that a graph of these columns has no place for.
+        Raises InputError when the plan uses a column that a graph of these columns has no place for.
         """
         for name, feature in NEEDS_FEATURE.items():
             if name not in columns and feature in self.features:
-                raise EpsrtError(f"plan {self.name!r} uses {feature} (column {name!r}), which this step graph lacks")
+                raise InputError(f"plan {self.name!r} uses {feature} (column {name!r}), which this step graph lacks")
         chosen = self.table[:, [COLUMNS.index(name) for name in columns]]
         return np.ascontiguousarray(chosen, dtype=np.float32)
 

@@ -14,12 +14,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from epsrt import noise, solvers
 from epsrt.bundle import Bundle
+from epsrt.engine import Closing, Size, image_shape
 from epsrt.engines import Engine, Lanes, open_engine
-from epsrt.engines.protocol import Closing, Size, image_shape
-from epsrt.errors import EpsrtError, OutOfMemoryError, whole
+from epsrt.errors import InputError, OutOfMemoryError, whole
 from epsrt.images import from_images, to_images
 from epsrt.plan import Plan
-from epsrt.requests import Request, Work, checked_plan, noise_of, own_scale, plan_of, prepare
+from epsrt.prepare import Request, Work, checked_plan, noise_of, own_scale, plan_of, prepare
 
 Samples = NDArray[np.float32]
 OnStep = Callable[[int, int], object]
@@ -49,16 +49,26 @@ class Sampler(Closing):
 
     @classmethod
     def open(
-        cls, path: str | Path, engine: str = "auto", *, precision: str | None = None, threads: int | None = None,
-        trust_engines: bool = False, may_build: bool = True,
-    ) -> Self:  # fmt: skip
+        cls,
+        path: str | Path,
+        engine: str = "auto",
+        *,
+        precision: str | None = None,
+        threads: int | None = None,
+        trust_engines: bool = False,
+        may_build: bool = True,
+    ) -> Self:
         """Open the bundle at `path` on the engine of that name; see epsrt.open_engine."""
         return cls(
             open_engine(
-                Bundle.open(path), engine, precision=precision, threads=threads, trust_engines=trust_engines,
+                Bundle.open(path),
+                engine,
+                precision=precision,
+                threads=threads,
+                trust_engines=trust_engines,
                 may_build=may_build,
             )
-        )  # fmt: skip
+        )
 
     def plan(self, method: str | None = None, steps: int | None = None, **options: Any) -> Plan:
         """The plan that `sample` would run: plan_of its bundle's manifest."""
@@ -127,17 +137,35 @@ class Sampler(Closing):
                         and what comes back is what there is: finished samples, and x0 estimates of those in work
 
         Images are float [n, C, H, W] in the value range, or [1, C, H, W] for all. n may be left out where something
-        else says how many. Raises EpsrtError on bad input, NotFiniteError on NaN.
+        else says how many. Raises InputError on bad input, NotFiniteError on NaN.
         """
         work = prepare(
             self.bundle,
             Request(
-                n=n, method=method, steps=steps, plan=plan, seed=seed, seeds=seeds, first=first, labels=labels,
-                guidance=guidance, guidance_rescale=guidance_rescale, guidance_interval=guidance_interval,
-                classifier=classifier, targets=targets, init=init, strength=strength, x=x, known=known, mask=mask,
-                resample=resample, jump=jump, size=size, options=options,
+                n=n,
+                method=method,
+                steps=steps,
+                plan=plan,
+                seed=seed,
+                seeds=seeds,
+                first=first,
+                labels=labels,
+                guidance=guidance,
+                guidance_rescale=guidance_rescale,
+                guidance_interval=guidance_interval,
+                classifier=classifier,
+                targets=targets,
+                init=init,
+                strength=strength,
+                x=x,
+                known=known,
+                mask=mask,
+                resample=resample,
+                jump=jump,
+                size=size,
+                options=options,
             ),
-        )  # fmt: skip
+        )
         engine = self._engine(work.features)
         most = self._batch(engine, batch, len(work.samples))
         groups = [slice(i, i + most) for i in range(0, len(work.samples), most)]
@@ -198,15 +226,21 @@ class Sampler(Closing):
 
         images  float [n, C, H, W] in the value range
         `more` are labels and other arguments of `sample`; give the same to `sample(x=latents, steps=steps)`. Returns
-        float32 [n, C, H, W]. Raises EpsrtError for a stochastic method: its noise cannot be undone.
+        float32 [n, C, H, W]. Raises InputError for a stochastic method: its noise cannot be undone.
         """
         more.setdefault("guidance", 1.0)
         return self.sample(method=solvers.inverse_of(method), steps=steps, init=images, **more)
 
     def latents(
-        self, n: int | None = None, *, seed: int = 0, seeds: Sequence[int] | None = None, first: int = 0,
-        size: tuple[int, int] | None = None, plan: Plan | None = None,
-    ) -> Samples:  # fmt: skip
+        self,
+        n: int | None = None,
+        *,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        first: int = 0,
+        size: tuple[int, int] | None = None,
+        plan: Plan | None = None,
+    ) -> Samples:
         """The noise that samples begin from, float32 [n, C, H, W]: given as x, with the same plan, it makes what its
         seed makes.
 
@@ -214,7 +248,7 @@ class Sampler(Closing):
         """
         plan = checked_plan(plan) or self.plan()
         if plan.start[0]:
-            raise EpsrtError(f"plan {plan.name!r} begins from images, not from noise: leave it out")
+            raise InputError(f"plan {plan.name!r} begins from images, not from noise: leave it out")
         pairs = noise_of(Request(n=n, seed=seed, seeds=seeds, first=first))
         count, shape = len(pairs), image_shape(self.bundle, size)
         scale = np.float32(plan.start[1] / own_scale(self.bundle.manifest, plan))
@@ -244,7 +278,7 @@ class Sampler(Closing):
         graph = self.bundle.graph(self.engine.graph.precision, features)
         with self._opening:
             if self._closed:
-                raise EpsrtError(f"the sampler of {self.bundle.path.name} is closed: open it again")
+                raise InputError(f"the sampler of {self.bundle.path.name} is closed: open it again")
             if graph.file not in self._engines:
                 self._engines[graph.file] = self.engine.on(graph)
             return self._engines[graph.file]
@@ -292,7 +326,7 @@ class Sampler(Closing):
     def _batch(self, engine: Engine, batch: int | None, n: int) -> int:
         most = engine.max_batch
         if batch is not None and not 1 <= whole("batch", batch) <= most:
-            raise EpsrtError(f"batch = {batch} is outside 1 … {most}, {engine.batch_limit}")
+            raise InputError(f"batch = {batch} is outside 1 … {most}, {engine.batch_limit}")
         return min(batch or most, n)
 
 
@@ -304,5 +338,5 @@ def _stops(answer: object) -> bool:
 def _at_least_one(name: str, value: int) -> int:
     value = whole(name, value)
     if value < 1:
-        raise EpsrtError(f"{name} = {value}: give at least 1")
+        raise InputError(f"{name} = {value}: give at least 1")
     return value

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from epsrt.errors import EpsrtError, typed
+from epsrt.errors import InputError, typed
 
 Array = NDArray[np.float64]
 Kind = Literal["linear", "scaled-linear", "cosine", "sigmoid", "given", "ve", "flow"]
@@ -32,7 +32,7 @@ class Schedule:
 
     t is 0 … T−1, and between whole ones λ = ln(α/σ) is linear; a flow's is any number above 0, up to T. `zero_snr`
     rescales √ᾱ so that the last step is pure noise (arXiv 2305.08891, algorithm 1).
-    Raises EpsrtError when T is outside 1 … 1,000,000, a β outside (0, 1) or lost in rounding, or ve's range is none.
+    Raises InputError when T is outside 1 … 1,000,000, a β outside (0, 1) or lost in rounding, or ve's range is none.
     """
 
     kind: Kind = "linear"
@@ -46,21 +46,21 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise EpsrtError(f"schedule kind {self.kind!r} is unknown: use one of {', '.join(KINDS)}")
+            raise InputError(f"schedule kind {self.kind!r} is unknown: use one of {', '.join(KINDS)}")
         for name in ("beta_start", "beta_end", "sigma_min", "sigma_max"):
             object.__setattr__(self, name, typed(name, getattr(self, name), 0.0))  # 80 is 80.0, in a manifest too
         typed("zero_snr", self.zero_snr, False)
         if (self.kind == "given") != bool(self.betas):
-            raise EpsrtError(f"a {self.kind} schedule {'needs' if self.kind == 'given' else 'takes no'} betas")
+            raise InputError(f"a {self.kind} schedule {'needs' if self.kind == 'given' else 'takes no'} betas")
         if self.kind == "given" and len(self.betas) != self.T:
-            raise EpsrtError(f"T is {self.T} but {len(self.betas)} betas are given: leave T to Schedule.given")
+            raise InputError(f"T is {self.T} but {len(self.betas)} betas are given: leave T to Schedule.given")
         if isinstance(self.T, bool) or not isinstance(self.T, (int, np.integer)) or not 1 <= self.T <= 1_000_000:
-            raise EpsrtError(f"a schedule has 1 to 1,000,000 steps, not T = {self.T!r}")
+            raise InputError(f"a schedule has 1 to 1,000,000 steps, not T = {self.T!r}")
         if not self.preserves_variance:
             if self.zero_snr:
-                raise EpsrtError(f"a {self.kind} schedule takes no zero_snr: it is for those made of betas")
+                raise InputError(f"a {self.kind} schedule takes no zero_snr: it is for those made of betas")
             if self.kind == "ve" and not (0 < self.sigma_min < self.sigma_max < np.inf and self.T > 1):
-                raise EpsrtError(
+                raise InputError(
                     f"a ve schedule needs 0 < sigma_min < sigma_max and T ≥ 2, not {self.sigma_min:g}, "
                     f"{self.sigma_max:g} and {self.T}"
                 )
@@ -70,16 +70,16 @@ class Schedule:
         fine[-1] |= self.kind == "given" and self.T > 1 and beta[-1] == 1 and not self.zero_snr
         if not fine.all():
             bad = int(np.argmin(fine))
-            raise EpsrtError(f"beta[{bad}] = {beta[bad]:g} is outside (0, 1): check the schedule's range")
+            raise InputError(f"beta[{bad}] = {beta[bad]:g} is outside (0, 1): check the schedule's range")
         if 1 - beta[0] == 1:
-            raise EpsrtError(f"beta[0] = {beta[0]:g} adds no noise that float64 can tell from none: raise it")
+            raise InputError(f"beta[0] = {beta[0]:g} adds no noise that float64 can tell from none: raise it")
 
     @classmethod
     def given(cls, betas: object, zero_snr: bool = False) -> Schedule:
         """A schedule from explicit betas, array-like of shape [T], each in (0, 1); the last may be 1."""
         flat = np.asarray(betas, dtype=np.float64)
         if flat.ndim != 1:
-            raise EpsrtError(f"betas must be a list of numbers, not an array of shape {list(flat.shape)}")
+            raise InputError(f"betas must be a list of numbers, not an array of shape {list(flat.shape)}")
         return cls("given", T=len(flat), betas=tuple(flat.tolist()), zero_snr=zero_snr)
 
     @classmethod
@@ -87,20 +87,20 @@ class Schedule:
         """A schedule from explicit ᾱ, array-like [T], decreasing in (0, 1); the last may be 0 (zero terminal SNR)."""
         bar = np.asarray(alpha_bar, dtype=np.float64)
         if bar.ndim != 1 or not bar.size:
-            raise EpsrtError(f"alpha_bar must be a list of numbers, not an array of shape {list(bar.shape)}")
+            raise InputError(f"alpha_bar must be a list of numbers, not an array of shape {list(bar.shape)}")
         fine = (bar > 0) & (bar < 1)
         fine[-1] |= bar[-1] == 0 and len(bar) > 1
         if not fine.all():
             bad = int(np.argmin(fine))
-            raise EpsrtError(
+            raise InputError(
                 f"alpha_bar[{bad}] = {bar[bad]:g} is outside (0, 1): only the last may be 0, for pure noise"
             )
         down = np.diff(bar) < 0
         if not down.all():
             bad = int(np.argmin(down)) + 1
-            raise EpsrtError(f"alpha_bar[{bad}] = {bar[bad]:g} is not below the one before it, {bar[bad - 1]:g}")
+            raise InputError(f"alpha_bar[{bad}] = {bar[bad]:g} is not below the one before it, {bar[bad - 1]:g}")
         if len(bar) > 1 and 0 < bar[-1] < 1e-15 * bar[-2]:
-            raise EpsrtError(f"alpha_bar[{len(bar) - 1}] = {bar[-1]:g} is lost beside {bar[-2]:g}: give 0, pure noise")
+            raise InputError(f"alpha_bar[{len(bar) - 1}] = {bar[-1]:g} is lost beside {bar[-2]:g}: give 0, pure noise")
         return cls.given(1 - bar / np.append(1.0, bar[:-1]))
 
     @property
@@ -133,7 +133,7 @@ class Schedule:
     def alpha_bar(self) -> Array:
         """ᾱ_t = ∏_{s ≤ t} (1 − β_s), float64 [T], decreasing in (0, 1) (0 last with zero_snr); read-only."""
         if not self.preserves_variance:
-            raise EpsrtError(f"a {self.kind} schedule has no betas and no ᾱ: use at(t) for α and σ")
+            raise InputError(f"a {self.kind} schedule has no betas and no ᾱ: use at(t) for α and σ")
         bar: Array = np.cumprod(1 - self._betas(), dtype=np.float64)
         if self.zero_snr:
             root = np.sqrt(bar)
@@ -158,7 +158,7 @@ class Schedule:
         """λ = ln(α/σ) at the noisiest whole timestep that is not pure noise, and at the cleanest."""
         finite = self.snr[self.snr > 0]
         if not finite.size:
-            raise EpsrtError("the schedule has no noise level below infinity: give it more than one timestep")
+            raise InputError("the schedule has no noise level below infinity: give it more than one timestep")
         return float(np.log(finite[-1]) / 2), float(np.log(finite[0]) / 2)
 
     @cached_property
@@ -169,11 +169,11 @@ class Schedule:
     def at(self, t: ArrayLike) -> tuple[Array, Array]:
         """α and σ at timesteps t, whole or fractional; float64, t's shape.
 
-        Raises EpsrtError outside 0 … T−1 (flow: 0 … T), and between the last two where the last is pure noise.
+        Raises InputError outside 0 … T−1 (flow: 0 … T), and between the last two where the last is pure noise.
         """
         t = np.asarray(t, np.float64)
         if not np.all((t >= 0) & (t <= self.span[1])):
-            raise EpsrtError(f"timesteps {np.min(t):g} … {np.max(t):g} leave the schedule, 0 … {self.span[1]}")
+            raise InputError(f"timesteps {np.min(t):g} … {np.max(t):g} leave the schedule, 0 … {self.span[1]}")
         match self.kind:
             case "ve":
                 power = t / (self.T - 1)
@@ -184,7 +184,7 @@ class Schedule:
         bar = self.alpha_bar[whole]
         if np.any(whole != t):
             if self.alpha_bar[-1] == 0 and np.any((t > self.T - 2) & (t < self.T - 1)):
-                raise EpsrtError(f"t between {self.T - 2} and {self.T - 1}, where ᾱ = 0, has no level: use whole ones")
+                raise InputError(f"t between {self.T - 2} and {self.T - 1}, where ᾱ = 0, has no level: use whole ones")
             between = np.interp(t, np.arange(self.T), self._log_snr)
             bar = np.where(whole == t, bar, 1 / (1 + np.exp(-2 * between)))
         return np.sqrt(bar), np.sqrt(1 - bar)

@@ -1,8 +1,8 @@
 """Samplers: pure functions (schedule, timesteps, …) -> Plan, in float64.
 
 In the formulas x = α·x0 + σ·ε now, α' and σ' are of the next row (1 and 0 after the last), ρ = ασ'/(α'σ), λ = ln(α/σ).
-All take epsrt.levels.Network's options too: prediction, sigma_data, clip. Where α² = ᾱ and σ² = 1 − ᾱ these are the
-papers' own formulas; the same rows serve every other schedule.
+All take the options of epsrt.noise_levels.Network too: prediction, sigma_data, clip. Where α² = ᾱ and σ² = 1 − ᾱ these
+are the papers' own formulas; the same rows serve every other schedule.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
-from epsrt import spacing as spacings
-from epsrt.errors import EpsrtError, one_of, typed
-from epsrt.levels import Levels, Network, visit
+from epsrt.errors import InputError, one_of, typed
+from epsrt.noise_levels import Levels, Network, visit
 from epsrt.plan import Plan
 from epsrt.schedule import Array, Schedule
+from epsrt.timesteps import OPTIONS, respaced, spaced
 
 Times = Sequence[float] | Array
 Columns = dict[str, Array]
@@ -26,9 +26,13 @@ VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log",
 
 
 def ddpm(
-    schedule: Schedule, timesteps: Times, *, variance: str = "fixed_small", compatible: str | None = None,
+    schedule: Schedule,
+    timesteps: Times,
+    *,
+    variance: str = "fixed_small",
+    compatible: str | None = None,
     **network: Unpack[Network],
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Ancestral sampling, DDPM (arXiv 2006.11239, eq. 7 and algorithm 2) on any sub-sequence of timesteps.
 
     variance  fixed_small: the posterior's β̃; fixed_large: β (section 3.2); with _log, the same number, which others
@@ -52,17 +56,27 @@ def ddpm(
             few = np.where(noisy, small, 1.0)  # where there is no noise, any number
             d, r = np.sqrt(few * large), np.log(large / few) / 2
         case _:
-            raise EpsrtError(f"variance {variance!r} is unknown: {one_of(variance, VARIANCES)}")
+            raise InputError(f"variance {variance!r} is unknown: {one_of(variance, VARIANCES)}")
     return _plan(
-        "ddpm", at, a=at.sigma_next / at.sigma * rho, b=at.alpha_next * (1 - rho**2),
-        d=np.where(noisy, d, 0.0), r=np.where(noisy, r, 0.0),
-    )  # fmt: skip
+        "ddpm",
+        at,
+        a=at.sigma_next / at.sigma * rho,
+        b=at.alpha_next * (1 - rho**2),
+        d=np.where(noisy, d, 0.0),
+        r=np.where(noisy, r, 0.0),
+    )
 
 
 def ddim(
-    schedule: Schedule, timesteps: Times, *, eta: float = 0.0, rederive: bool = False, compatible: str | None = None,
-    set_alpha_to_one: bool = True, **network: Unpack[Network],
-) -> Plan:  # fmt: skip
+    schedule: Schedule,
+    timesteps: Times,
+    *,
+    eta: float = 0.0,
+    rederive: bool = False,
+    compatible: str | None = None,
+    set_alpha_to_one: bool = True,
+    **network: Unpack[Network],
+) -> Plan:
     """DDIM (arXiv 2010.02502, eq. 12, σ from eq. 16): η = 0 is deterministic, η = 1 has DDPM's variance.
 
     `rederive` computes ε anew from the clipped x0 (diffusers' use_clipped_model_output); else it is the network's own.
@@ -71,14 +85,18 @@ def ddim(
     if _diffusers(compatible, schedule):
         at = _strided(at, set_alpha_to_one)
     elif not set_alpha_to_one:
-        raise EpsrtError("set_alpha_to_one = False is a convention of diffusers: give compatible='diffusers' too")
+        raise InputError("set_alpha_to_one = False is a convention of diffusers: give compatible='diffusers' too")
     return _first_order("ddim", at, eta, rederive)
 
 
 def ddim_inversion(
-    schedule: Schedule, timesteps: Times, *, compatible: str | None = None, set_alpha_to_one: bool = True,
+    schedule: Schedule,
+    timesteps: Times,
+    *,
+    compatible: str | None = None,
+    set_alpha_to_one: bool = True,
     **network: Unpack[Network],
-) -> Plan:  # fmt: skip
+) -> Plan:
     """DDIM backwards, image to noise (arXiv 2010.02502, section 4.3): begins from images, visits `timesteps` upwards.
 
     The network is told the level that a row goes to, as diffusers' is, so that a row undoes DDIM's, but for the x it
@@ -90,7 +108,7 @@ def ddim_inversion(
     eps = to.epsilon
     if _diffusers(compatible, schedule):
         if to.prediction not in ("epsilon", "v"):
-            raise EpsrtError(f"diffusers' inversion divides by σ = 0 for {to.prediction}: leave compatible out")
+            raise InputError(f"diffusers' inversion divides by σ = 0 for {to.prediction}: leave compatible out")
         before = _strided(to, set_alpha_to_one)
         alpha, sigma = before.alpha_next, before.sigma_next
         eps = replace(to, alpha=alpha, sigma=sigma).epsilon  # theirs reads v as if the network knew where x is
@@ -108,9 +126,15 @@ def euler_ancestral(schedule: Schedule, timesteps: Times, *, eta: float = 1.0, *
 
 
 def euler(
-    schedule: Schedule, timesteps: Times, *, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = np.inf,
-    s_noise: float = 1.0, **network: Unpack[Network],
-) -> Plan:  # fmt: skip
+    schedule: Schedule,
+    timesteps: Times,
+    *,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = np.inf,
+    s_noise: float = 1.0,
+    **network: Unpack[Network],
+) -> Plan:
     """Euler for the probability-flow ODE dx/dσ = (x − x0)/σ, α = 1: EDM's algorithm 2 without its correction.
 
     Churn as in `heun`. Without it, DDIM with ε from the clipped x0; x is in units of α.
@@ -122,9 +146,15 @@ def euler(
 
 
 def heun(
-    schedule: Schedule, timesteps: Times, *, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = np.inf,
-    s_noise: float = 1.0, **network: Unpack[Network],
-) -> Plan:  # fmt: skip
+    schedule: Schedule,
+    timesteps: Times,
+    *,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = np.inf,
+    s_noise: float = 1.0,
+    **network: Unpack[Network],
+) -> Plan:
     """Heun for the probability-flow ODE: EDM's algorithm 2 (arXiv 2206.00364), two rows a step, one in the last.
 
     Churn raises σ by γ = min(s_churn/S, √2 − 1) where s_tmin ≤ σ ≤ s_tmax and adds the noise that lacks, times s_noise;
@@ -171,7 +201,7 @@ def dpmpp_2s(schedule: Schedule, timesteps: Times, **network: Unpack[Network]) -
     """
     at = visit(schedule, timesteps, **network)
     if at.alpha[0] == 0:
-        raise EpsrtError(f"dpmpp-2s steps through the middle in λ, which is infinite at t = {at.t[0]:g}: use dpmpp-2m")
+        raise InputError(f"dpmpp-2s steps through the middle in λ, which is infinite at t = {at.t[0]:g}: use dpmpp-2m")
     step, rho = slice(0, len(at.t) - 1), at.ratio
     log_snr = np.log(at.alpha / at.sigma)
     mid = at.take(step).moved((log_snr[:-1] + log_snr[1:]) / 2)
@@ -193,24 +223,34 @@ def dpmpp_2m_sde(schedule: Schedule, timesteps: Times, **network: Unpack[Network
     at = visit(schedule, timesteps, **network)
     gain, back = at.alpha_next * (1 - at.ratio**2), _extrapolation(at)
     return _plan(
-        "dpmpp-2m-sde", at, a=at.sigma_next / at.sigma * at.ratio, b=gain * (1 + back), c=-gain * back, f=1.0,
+        "dpmpp-2m-sde",
+        at,
+        a=at.sigma_next / at.sigma * at.ratio,
+        b=gain * (1 + back),
+        c=-gain * back,
+        f=1.0,
         d=at.sigma_next * np.sqrt(1 - at.ratio**2),
-    )  # fmt: skip
+    )
 
 
 def langevin(
-    schedule: Schedule, timesteps: Times, *, each: int = 5, rate: float = 0.5, denoise: bool = True,
+    schedule: Schedule,
+    timesteps: Times,
+    *,
+    each: int = 5,
+    rate: float = 0.5,
+    denoise: bool = True,
     **network: Unpack[Network],
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Annealed Langevin dynamics (NCSN, arXiv 1907.05600, algorithm 1): `each` steps x + ½k·score + √k·z a level.
 
     k = rate·σ², the paper's ε/σ_L² = 0.2 with 100 steps a level; few need more. `denoise` ends with a row that takes x0
     (arXiv 2009.05475). x is in units of α; clip: None unless given, for a clipped x0 is no score.
     """
     if not 1 <= typed("each", each, 1) <= 1000:
-        raise EpsrtError(f"each = {each} is outside 1 … 1000, the steps a level")
+        raise InputError(f"each = {each} is outside 1 … 1000, the steps a level")
     if not 0 < rate < 2:
-        raise EpsrtError(f"rate = {rate} is outside (0, 2), where Langevin's steps do not diverge")
+        raise InputError(f"rate = {rate} is outside (0, 2), where Langevin's steps do not diverge")
     network.setdefault("clip", None)
     at = visit(schedule, timesteps, **network).exploding("langevin")
     counts = np.full(len(at.t), each)
@@ -235,7 +275,7 @@ def _level(at: Levels) -> tuple[float, float]:
 def _first_order(name: str, at: Levels, eta: float, rederive: bool) -> Plan:
     """x' = α'·x0 + k·ε + σ_up·z."""
     if not 0 <= eta <= 1:
-        raise EpsrtError(f"eta = {eta} is outside [0, 1]: 0 is deterministic DDIM, 1 has DDPM's variance")
+        raise InputError(f"eta = {eta} is outside [0, 1]: 0 is deterministic DDIM, 1 has DDPM's variance")
     up = eta * at.sigma_next * np.sqrt(1 - at.ratio**2)
     k = np.sqrt(np.maximum(at.sigma_next**2 - up**2, 0))  # "direction pointing to x_t"
     if rederive:  # ε = (x − α x0)/σ
@@ -269,9 +309,9 @@ def _churned(at: Levels, s_churn: float, s_tmin: float, s_tmax: float, s_noise: 
     """Levels raised by churn, the noise that each row adds for the next, and that of the start."""
     for name, value in (("s_churn", s_churn), ("s_tmin", s_tmin), ("s_noise", s_noise)):
         if not 0 <= value <= 1e6:
-            raise EpsrtError(f"{name} = {value} is outside 0 … 1e6")
+            raise InputError(f"{name} = {value} is outside 0 … 1e6")
     if not s_tmin <= s_tmax:
-        raise EpsrtError(f"s_tmax = {s_tmax} is below s_tmin = {s_tmin}: churn is for σ between them")
+        raise InputError(f"s_tmax = {s_tmax} is below s_tmin = {s_tmin}: churn is for σ between them")
     gamma = min(s_churn / len(at.t), np.sqrt(2) - 1)
     raised = at.sigma * (1 + gamma * ((at.sigma >= s_tmin) & (at.sigma <= s_tmax)))
     if at.prediction != "edm":
@@ -291,9 +331,9 @@ def _extrapolation(at: Levels) -> Array:
 
 def _diffusers(compatible: str | None, schedule: Schedule) -> bool:
     if compatible not in (None, "diffusers"):
-        raise EpsrtError(f"compatible = {compatible!r} is unknown: use 'diffusers', or leave it out")
+        raise InputError(f"compatible = {compatible!r} is unknown: use 'diffusers', or leave it out")
     if compatible and not schedule.preserves_variance:
-        raise EpsrtError(f"compatible='diffusers' is for schedules with ᾱ, not {schedule.kind}: leave it out")
+        raise InputError(f"compatible='diffusers' is for schedules with ᾱ, not {schedule.kind}: leave it out")
     return compatible is not None
 
 
@@ -340,21 +380,21 @@ NOT_TABLES = {
 
 
 def method_of(name: str) -> Method:
-    """The method of a name, with - or _. Raises EpsrtError for an unknown one, and for one that is no table."""
+    """The method of a name, with - or _. Raises InputError for an unknown one, and for one that is no table."""
     name = str(name).strip().lower().replace("_", "-")
     if name in NOT_TABLES:
-        raise EpsrtError(f"method {name!r} is not offered: it {NOT_TABLES[name]}")
+        raise InputError(f"method {name!r} is not offered: it {NOT_TABLES[name]}")
     if name not in METHODS:
-        raise EpsrtError(f"method {name!r} is unknown: {one_of(name, METHODS)}")
+        raise InputError(f"method {name!r} is unknown: {one_of(name, METHODS)}")
     return METHODS[name]
 
 
 def inverse_of(name: str) -> str:
-    """The method that undoes `name`. Raises EpsrtError for those that none undoes."""
+    """The method that undoes `name`. Raises InputError for those that none undoes."""
     found = method_of(name)
     if found not in (METHODS["ddim-inversion"], METHODS["ddim"]):
         why = "is stochastic, and its noise cannot be undone" if found.stochastic == "yes" else "has no inverse here"
-        raise EpsrtError(f"{name} {why}: invert with ddim-inversion, which ddim undoes")
+        raise InputError(f"{name} {why}: invert with ddim-inversion, which ddim undoes")
     return "ddim-inversion"
 
 
@@ -365,31 +405,36 @@ def options_of(name: str) -> dict[str, Any]:
 
 
 def make(
-    method: str, schedule: Schedule, *, steps: int | None = None, spacing: str = "trailing",
-    timesteps: Times | None = None, **options: Any,
-) -> Plan:  # fmt: skip
+    method: str,
+    schedule: Schedule,
+    *,
+    steps: int | None = None,
+    spacing: str = "trailing",
+    timesteps: Times | None = None,
+    **options: Any,
+) -> Plan:
     """The plan of a method by its name.
 
-    steps, spacing  how many timesteps (50 or T, or what a respacing string says), and which: epsrt.spacing.timesteps
+    steps, spacing  how many timesteps (50 or T, or what a respacing string says), and which: epsrt.timesteps.timesteps
     timesteps       explicit ones instead
     options         the method's own, the spacing's, and prediction, sigma_data, clip
 
-    Raises EpsrtError for an unknown method or spacing, and for an option that they do not take.
+    Raises InputError for an unknown method or spacing, and for an option that they do not take.
     """
     chosen, own = method_of(method), options_of(method)
-    of_spacing = {name: options.pop(name) for name in spacings.OPTIONS if name in options}
+    of_spacing = {name: options.pop(name) for name in OPTIONS if name in options}
     for name, value in options.items():
         if name in own:
             options[name] = typed(name, value, own[name])
         elif name not in Network.__annotations__:
             takers = [other for other in METHODS if name in options_of(other)]
             if not takers:
-                raise EpsrtError(f"{method} takes no option {name!r}: {one_of(name, [*own, *Network.__annotations__])}")
+                raise InputError(f"{method} takes no option {name!r}: {one_of(name, [*own, *Network.__annotations__])}")
             why = "is deterministic and " if chosen.stochastic == "no" and name != "compatible" else ""
-            raise EpsrtError(f"{method} {why}takes no option {name!r}, which is for {', '.join(takers)}")
+            raise InputError(f"{method} {why}takes no option {name!r}, which is for {', '.join(takers)}")
     if timesteps is None:
-        steps = min(50, schedule.T) if steps is None and not spacings.respaced(spacing) else steps
-        timesteps = spacings.timesteps(schedule, steps, spacing, **of_spacing)
+        steps = min(50, schedule.T) if steps is None and not respaced(spacing) else steps
+        timesteps = spaced(schedule, steps, spacing, **of_spacing)
     elif of_spacing:
-        raise EpsrtError(f"{next(iter(of_spacing))} is for a spacing, and the timesteps are given: leave one out")
+        raise InputError(f"{next(iter(of_spacing))} is for a spacing, and the timesteps are given: leave one out")
     return chosen.solver(schedule, timesteps, **options)

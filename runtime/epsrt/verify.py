@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from epsrt import verify_features
-from epsrt.engines import Engine, Sample
+from epsrt.engine import Engine, Sample
 from epsrt.errors import BundleError, EpsrtError, NotFiniteError
-from epsrt.levels import visit
 from epsrt.manifest import Rung
-from epsrt.measure import (
+from epsrt.noise_levels import visit
+from epsrt.parity import features as verify_features
+from epsrt.parity.measure import (
     Float,
     by_timestep,
     limits,
@@ -39,7 +39,7 @@ def verify(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
     variance      where it is learned: relative L2 of noise that it has scaled, at the same timesteps
     threshold     with dynamic thresholding: relative L2 of images whose quantiles lie below, in and above its range
     sizes         where the bundle has other sizes: relative L2 of the network's output at each of two
-    guidance, classifier, mask   what those features of the engine's step graph do: epsrt.verify_features
+    guidance, classifier, mask   what those features of the engine's step graph do: epsrt.parity.features
     step          relative L2 of one DDPM step from PyTorch's states, at the same timesteps
     trajectory    PSNR of the worst image and relative L2 of all, same noise, same rows, free-running; its peak is the
                   value range, or where x0 is not clipped what the recorded images span, if that is more. A guided graph
@@ -67,11 +67,15 @@ def verify(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
     _check_rows(engine, golden["step.rows"])
     rungs = []
     for name, measure, there in (
-        ("network", _network, True), ("variance", _variance, m.variance), ("threshold", _threshold, m.thresholding),
-        ("sizes", _sizes, m.sizes), ("guidance", verify_features.guidance, "guidance" in features),
+        ("network", _network, True),
+        ("variance", _variance, m.variance),
+        ("threshold", _threshold, m.thresholding),
+        ("sizes", _sizes, m.sizes),
+        ("guidance", verify_features.guidance, "guidance" in features),
         ("classifier", verify_features.classifier, "classifier" in features),
-        ("mask", verify_features.mask, "mask" in features), ("step", _step, True),
-    ):  # fmt: skip
+        ("mask", verify_features.mask, "mask" in features),
+        ("step", _step, True),
+    ):
         if there:
             rungs.append(measure(engine, golden))
             tell(name, 1.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from epsrt.cli import main
+from epsrt_command import main
 
 Refused = Callable[..., str]
 

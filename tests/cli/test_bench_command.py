@@ -76,9 +76,13 @@ def test_an_interrupt_keeps_what_there_is(number: signal.Signals, small_bundle_p
     command = [EPSRT, "bench", small_bundle_path, "--engine", "onnxruntime", "--threads", "1", "--batch", "1,4"]
     command += ["--steps", "100", "--seconds", "8", "--out", out]
     process = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "COLUMNS": "140"}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "140"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         deadline = time.monotonic() + 120
         while not out.exists() and process.poll() is None and time.monotonic() < deadline:

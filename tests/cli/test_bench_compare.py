@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from epsrt.bench.report import Figures, Of, Report, Request, Row, spread, with_ratios, write
-from epsrt.cli import main
+from epsrt_command import main
 
 Epsrt = Callable[..., tuple[int, str, str]]
 
@@ -42,9 +42,18 @@ def figures(rate: float = 100.0, noise: float = 0.0, memory: int = 1 << 26) -> F
 def written(path: Path, rows: dict[int, Figures | str], **changes: Any) -> Path:
     found = (Row("onnxruntime", "fp32", n, *((f,) if isinstance(f, str) else ("", f))) for n, f in rows.items())
     base = Report(
-        1, "2026-11-21T00:00:00+00:00", Of("x.epsrt", "d" * 64), Request("ddim", 20, None), tuple(rows), "VmHWM",
-        {"processor": "P", "cores": 2, "versions": {"onnxruntime": "1.31"}}, (), True, (), with_ratios(found),
-    )  # fmt: skip
+        1,
+        "2026-11-21T00:00:00+00:00",
+        Of("x.epsrt", "d" * 64),
+        Request("ddim", 20, None),
+        tuple(rows),
+        "VmHWM",
+        {"processor": "P", "cores": 2, "versions": {"onnxruntime": "1.31"}},
+        (),
+        True,
+        (),
+        with_ratios(found),
+    )
     write(path, msgspec.structs.replace(base, **changes))
     return path
 
@@ -74,8 +83,9 @@ def test_a_regression_is_one(epsrt: Epsrt, before: Path, tmp_path: Path) -> None
     assert code == 1
     assert report["regressed"] is True
     assert [(c["batch"], c["ratio"], c["verdict"]) for c in report["changes"] if c["what"] == "steps/s"] == [
-        (1, pytest.approx(1.1), "gain"), (8, 0.75, "regression"),
-    ]  # fmt: skip
+        (1, pytest.approx(1.1), "gain"),
+        (8, 0.75, "regression"),
+    ]
 
 
 def test_larger_is_a_regression(epsrt: Epsrt, before: Path, tmp_path: Path) -> None:
@@ -105,8 +115,9 @@ def test_other_machines_and_versions_are_a_note(epsrt: Epsrt, before: Path, tmp_
     code, _, err = epsrt("bench", "compare", before, written(tmp_path / "after.json", {1: figures()}, machine=machine))
     assert code == 0
     assert err.splitlines() == [
-        "note: the machines differ in processor: P and Q", "note: the versions differ: onnxruntime 1.31 → 1.32",
-    ]  # fmt: skip
+        "note: the machines differ in processor: P and Q",
+        "note: the versions differ: onnxruntime 1.31 → 1.32",
+    ]
 
 
 def test_what_was_cut_short_is_compared_as_far_as_it_goes(epsrt: Epsrt, before: Path, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_refuses_files_that_do_not_fit(checkpoint_path: Path, tmp_path: Path) ->
 
 
 def test_without_matplotlib_one_sentence_before_any_work(checkpoint_path: Path, tmp_path: Path) -> None:
-    code = "import sys; from epsrt.cli import main; sys.argv[0] = 'epsrt'; main()"
+    code = "import sys; from epsrt_command import main; sys.argv[0] = 'epsrt'; main()"
     arguments = ("bound", checkpoint_path, *FEW)
     done = run_python(code, *arguments, "--out", tmp_path / "never.png", blocked=("matplotlib", "torch"))
     assert done.returncode == 1

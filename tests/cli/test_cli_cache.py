@@ -10,10 +10,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from epsrt.cli import cache as command
-from epsrt.engines.cache import EngineCache
-from epsrt.engines.key import Key
+from epsrt.engines.cache.key import Key
+from epsrt.engines.cache.store import EngineCache
 from epsrt.errors import EpsrtError
+from epsrt_command.commands import cache as command
 from helpers import run_python, tree
 
 DIGITS, FACES = "3fa9" * 16, "77c0" * 16
@@ -92,9 +92,17 @@ def test_an_empty_cache(cache):
 def test_the_list(cache):
     old = store(cache, days=3)
     new = store(
-        cache, b"x" * (3 << 20), "faces[red].epsrt", bundle=FACES, engine="tensorrt-rtx", version="1.7.1.116", gpu="",
-        capabilities=("sm_89", "sm_120"), precision="fp32", profiles=((1, 1, 1), (2, 8, 32)),
-    )  # fmt: skip
+        cache,
+        b"x" * (3 << 20),
+        "faces[red].epsrt",
+        bundle=FACES,
+        engine="tensorrt-rtx",
+        version="1.7.1.116",
+        gpu="",
+        capabilities=("sm_89", "sm_120"),
+        precision="fp32",
+        profiles=((1, 1, 1), (2, 8, 32)),
+    )
     cache.keep_blob("timing", b"x" * 2000)
     lines = [" ".join(line.split()) for line in invoke().splitlines()]
     assert lines[0].startswith("Plans")
@@ -254,7 +262,7 @@ def test_refusals(cache, arguments, sentence):
 
 def test_without_filelock():
     code = """
-from epsrt.cli import cache
+from epsrt_command.commands import cache
 from epsrt.errors import EpsrtError
 try:
     cache.cache()

@@ -12,9 +12,9 @@ import typer
 from typer.testing import CliRunner
 
 from epsrt import Bundle, BundleError, __version__
-from epsrt.cli import doctor
 from epsrt.engines import nvidia, probe
 from epsrt.engines.probe import Driver, Gpu
+from epsrt_command.commands import doctor
 from helpers import run_python
 
 L4 = Driver((13, 0), (Gpu(0, "NVIDIA L4", (8, 9), 23 << 30), Gpu(1, "NVIDIA H200", (9, 0), 140 << 30)))
@@ -89,11 +89,15 @@ def test_a_machine_without_a_driver(run, machine):
     assert report["machine"]["CUDA_VISIBLE_DEVICES"] is None
     assert report["auto"] == "onnxruntime"
     assert report["engines"][0] == {
-        "engine": "tensorrt", "device": "cuda", "available": False, "library": "",
+        "engine": "tensorrt",
+        "device": "cuda",
+        "available": False,
+        "library": "",
         "reason": "no NVIDIA driver: libcuda.so.1 was not found; tensorrt is not installed",
         "command": 'install NVIDIA\'s driver 580 or newer (nvidia.com/drivers), then pip install "epsrt[tensorrt]"',
-        "builds": False, "precision": None,
-    }  # fmt: skip
+        "builds": False,
+        "precision": None,
+    }
     assert report["engines"][-1]["library"] == "onnxruntime 1.31.1"
     lines = run().splitlines()
     table, advice = lines[: lines.index("auto takes onnxruntime") - 7], lines[-8:]
@@ -137,9 +141,10 @@ class TestBundle:
         monkeypatch.setattr("epsrt.machine.has_bf16", lambda: True)
         report = json.loads(run(bundle_path, "--json"))
         assert report["bundle"] == {
-            "path": str(bundle_path), "digest": Bundle.open(bundle_path).manifest.digest,
+            "path": str(bundle_path),
+            "digest": Bundle.open(bundle_path).manifest.digest,
             "graphs": {"fp32": "step-fp32.onnx", "fp16": "step-fp16.onnx"},
-        }  # fmt: skip
+        }
         assert [e["precision"] for e in report["engines"]] == ["fp16"] * 4 + ["bf16", "fp32"]
         text = run(bundle_path)
         assert "in bf16 where its golden file proves it, else in fp32" in " ".join(text.split())
@@ -175,7 +180,7 @@ def test_help_has_examples(run):
 def test_it_imports_no_engines_library():
     code = """
 import sys
-from epsrt.cli import doctor
+from epsrt_command.commands import doctor
 doctor.examine()
 print({"onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "cuda.bindings", "torch"} & set(sys.modules))
 """

@@ -62,9 +62,14 @@ def test_guidance(drawn: Callable[..., Any], edited_bundle_path: Path) -> None:
     report, arrays = drawn(*options, "--guidance", "1,2,4", "--guidance-rescale", 0.7, "--guidance-interval", ":60")
     with Sampler.open(edited_bundle_path) as sampler:
         mine = sampler.sample(
-            method="ddim", steps=5, labels=[3, 4, 5], seed=2, guidance=[1, 2, 4], guidance_rescale=0.7,
+            method="ddim",
+            steps=5,
+            labels=[3, 4, 5],
+            seed=2,
+            guidance=[1, 2, 4],
+            guidance_rescale=0.7,
             guidance_interval=(0, 60),
-        )  # fmt: skip
+        )
     np.testing.assert_allclose(arrays["samples"], mine, atol=1e-5)
     assert report["guidance"] == [1, 2, 4]
     assert (report["guidance_rescale"], report["guidance_interval"]) == (0.7, ":60")
@@ -338,10 +343,10 @@ BEGUN = ("--strength", 0.5, "--init")
         (("--trajectory", "never.png", "--out", "never.png"), "--out and --trajectory name one file: choose two"),
         (("--trajectory", "a.gif", "-n", 101), "--trajectory shows 100 images at most, and 101 are asked for"),
     ],
-)  # fmt: skip
+)
 def test_sample_refuses(
     edited_bundle_path: Path, wrong: Path, refused: Refused, arguments: tuple[object, ...], sentence: str
-) -> None:  # fmt: skip
+) -> None:
     before = sorted(p.name for p in wrong.iterdir())
     target = () if "--out" in arguments else ("--out", "never.png")
     steps = () if "--steps" in arguments else ("--steps", 3)
@@ -358,15 +363,23 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
     holed = two.copy()
     holed[1, 0, 3, 3] = np.nan
     for name, arrays in {
-        "known": {"samples": image}, "two": {"samples": two}, "nan": {"samples": holed},
-        "large": {"samples": np.zeros((1, 1, 9, 8), np.float32)}, "whole": {"samples": image.astype(int)},
-        "colour": {"samples": np.zeros((1, 3, 8, 8), np.float32)}, "flat": {"samples": image[0, 0]},
-        "bright": {"samples": 255 * KNOWN}, "pickle": {"samples": np.array([{}], object)},
-        "labels": {"samples": two, "label": np.zeros(2)}, "labels-alone": {"label": np.zeros(2)},
-        "mask": {"mask": np.ones((8, 8), bool)}, "mask-large": {"mask": np.ones((8, 9), bool)},
-        "mask-whole": {"mask": np.ones((8, 8), int)}, "mask-nan": {"mask": holed[1, 0]},
+        "known": {"samples": image},
+        "two": {"samples": two},
+        "nan": {"samples": holed},
+        "large": {"samples": np.zeros((1, 1, 9, 8), np.float32)},
+        "whole": {"samples": image.astype(int)},
+        "colour": {"samples": np.zeros((1, 3, 8, 8), np.float32)},
+        "flat": {"samples": image[0, 0]},
+        "bright": {"samples": 255 * KNOWN},
+        "pickle": {"samples": np.array([{}], object)},
+        "labels": {"samples": two, "label": np.zeros(2)},
+        "labels-alone": {"label": np.zeros(2)},
+        "mask": {"mask": np.ones((8, 8), bool)},
+        "mask-large": {"mask": np.ones((8, 9), bool)},
+        "mask-whole": {"mask": np.ones((8, 8), int)},
+        "mask-nan": {"mask": holed[1, 0]},
         "mask-bright": {"mask": np.where(np.eye(8), 255.0, 0.0)},
-    }.items():  # fmt: skip
+    }.items():
         np.savez(folder / f"{name}.npz", **arrays)
     whole = (folder / "known.npz").read_bytes()
     (folder / "cut.npz").write_bytes(whole[: len(whole) // 2])

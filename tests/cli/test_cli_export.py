@@ -50,9 +50,11 @@ def test_thresholding_takes_both_numbers(checkpoint_path: Path, tmp_path: Path) 
 def test_inspect_shows_them(learned_bundle_path: Path, small_bundle_path: Path) -> None:
     text = run("inspect", learned_bundle_path).stdout
     for words in (
-        "epsilon, and log σ² as a fraction from log β̃ to log β", "by the 0.9 quantile of |x0|, at most 1.5 × the",
-        "learned variance, thresholding", "variance",
-    ):  # fmt: skip
+        "epsilon, and log σ² as a fraction from log β̃ to log β",
+        "by the 0.9 quantile of |x0|, at most 1.5 × the",
+        "learned variance, thresholding",
+        "variance",
+    ):
         assert words in text
     plain = run("inspect", small_bundle_path).stdout
     assert "quantile" not in plain
@@ -109,8 +111,12 @@ def test_masked_and_by_a_classifier(tmp_path: Path) -> None:
     text = run("inspect", out).stdout
     for words in (
         f"NoisyClassifier, 3 classes (a, b, c), {sum(p.numel() for p in judge.parameters()):,} parameters",
-        "judge.safetensors", m.classifier.source_sha256, "classifier, mask", "… s j ka kb", "step-mask-fp32.onnx",
-    ):  # fmt: skip
+        "judge.safetensors",
+        m.classifier.source_sha256,
+        "classifier, mask",
+        "… s j ka kb",
+        "step-mask-fp32.onnx",
+    ):
         assert words in text
     np.savez(tmp_path / "known.npz", samples=np.zeros((1, 1, 8, 8), np.float32))
     ask = ("--steps", 4, "--known", tmp_path / "known.npz", "--mask", ":4,:", "--classifier", 50)

@@ -32,18 +32,42 @@ def test_a_pipelines_folder(folder: Path, tmp_path: Path) -> None:
     assert m.sampling == Sampling("ddim", 50, "leading", options)
     text = run("inspect", out).stdout
     for words in (
-        "diffusers.UNet2DModel", "my-ddim/unet/diffusion_pytorch_model.safetensors, diffusers 0.",
-        m.provenance.source_sha256, "config: network", "block_out_channels [16, 32]", "config: scheduler",
-        "set_alpha_to_one False", "ddim, 50 steps, spacing leading",
-    ):  # fmt: skip
+        "diffusers.UNet2DModel",
+        "my-ddim/unet/diffusion_pytorch_model.safetensors, diffusers 0.",
+        m.provenance.source_sha256,
+        "config: network",
+        "block_out_channels [16, 32]",
+        "config: scheduler",
+        "set_alpha_to_one False",
+        "ddim, 50 steps, spacing leading",
+    ):
         assert words in text
     planned = json.loads(run("plan", "--bundle", out, "--json").stdout)
     assert planned["method"] == "ddim"
     assert planned["timesteps"] == [1.0 + 2 * i for i in range(50)][::-1]
     run("sample", out, "-n", 2, "--labels", 1, "--out", tmp_path / "theirs.npz")
-    run("sample", out, "-n", 2, "--labels", 1, "--out", tmp_path / "same.npz", "--method", "ddim", "--steps", 50,
-        "--spacing", "leading", "--set", "steps_offset=1", "--set", "compatible=diffusers", "--set",
-        "set_alpha_to_one=false")  # fmt: skip
+    run(
+        "sample",
+        out,
+        "-n",
+        2,
+        "--labels",
+        1,
+        "--out",
+        tmp_path / "same.npz",
+        "--method",
+        "ddim",
+        "--steps",
+        50,
+        "--spacing",
+        "leading",
+        "--set",
+        "steps_offset=1",
+        "--set",
+        "compatible=diffusers",
+        "--set",
+        "set_alpha_to_one=false",
+    )
     run("sample", out, "-n", 2, "--labels", 1, "--out", tmp_path / "ours.npz", "--spacing", "linspace")
     theirs, same, ours = (np.load(tmp_path / f"{name}.npz")["samples"] for name in ("theirs", "same", "ours"))
     np.testing.assert_array_equal(theirs, same)
@@ -73,6 +97,6 @@ def test_what_is_refused_leaves_nothing(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_commands_list_is_the_registrys() -> None:
-    from epsrt.cli.export import FAMILIES as named
+    from epsrt_command.commands.export import FAMILIES as named
 
     assert list(named) == list(FAMILIES)

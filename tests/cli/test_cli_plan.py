@@ -38,9 +38,25 @@ def test_plan_prints_its_rows() -> None:
 
 def test_plan_json_holds_the_table() -> None:
     report = json.loads(
-        run("plan", "--method", "heun", "--schedule", "ve", "--prediction", "edm", "--spacing", "karras",
-            "--steps", 5, "--set", "s_churn=2", "--set", "rho=5", "--json").stdout
-    )  # fmt: skip
+        run(
+            "plan",
+            "--method",
+            "heun",
+            "--schedule",
+            "ve",
+            "--prediction",
+            "edm",
+            "--spacing",
+            "karras",
+            "--steps",
+            5,
+            "--set",
+            "s_churn=2",
+            "--set",
+            "rho=5",
+            "--json",
+        ).stdout
+    )
     plan = make("heun", Schedule("ve"), steps=5, spacing="karras", prediction="edm", s_churn=2.0, rho=5)
     table = np.array([list(row.values()) for row in report["rows"]])
     np.testing.assert_array_equal(table, plan.table)
@@ -86,10 +102,7 @@ def test_plan_is_drawn(tmp_path: Path, arguments: tuple[str, ...]) -> None:
         (("--method", "dpmpp-2m", "--set", "s_churn=3"), "dpmpp-2m is deterministic and takes no option 's_churn'"),
         (("--set", "churn"), "--set 'churn' is not of the form NAME=VALUE"),
         (("--set", "spacing=karras"), "--set spacing: it has an option of its own"),
-        (
-            ("--set", "rederive=maybe", "--set", "rederive=true"),
-            "--set rederive was given twice",
-        ),
+        (("--set", "rederive=maybe", "--set", "rederive=true"), "--set rederive was given twice"),
         (("--set", "prediction=v"), "--set prediction: it has an option of its own, or is the bundle's"),
         (("--set", "manifest=3"), "--set manifest: it has an option of its own"),
         (("--timesteps", "9,5", "--steps", 2), "--timesteps says how many steps there are: leave --steps out"),
@@ -148,9 +161,11 @@ def test_inversion_takes_the_images_that_sample_wrote(bundle_path: Path, tmp_pat
     np.savez(tmp_path / "other.npz", images=np.zeros(3))
     np.savez(tmp_path / "pickle.npz", samples=np.array([{}], object))
     for name, words in (
-        ("bad.npz", "is no .npz that can be read"), ("array.npy", "is no picture that can be read"),
-        ("other.npz", "holds no samples"), ("pickle.npz", "is no .npz that can be read"),
-    ):  # fmt: skip
+        ("bad.npz", "is no .npz that can be read"),
+        ("array.npy", "is no picture that can be read"),
+        ("other.npz", "holds no samples"),
+        ("pickle.npz", "is no .npz that can be read"),
+    ):
         assert f"{name} {words}" in refusal(*ask, "--init", tmp_path / name, "--out", latents)
     np.savez(tmp_path / "none.npz", samples=np.zeros((0, 1, 8, 8), np.float32))
     assert "holds samples [0, 1, 8, 8], not" in refusal(*ask, "--init", tmp_path / "none.npz", "--out", latents)
@@ -162,8 +177,25 @@ def test_inversion_takes_the_images_that_sample_wrote(bundle_path: Path, tmp_pat
 
 def test_sample_takes_options_of_methods_and_spacings(bundle_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.npz"
-    run("sample", bundle_path, "--method", "heun", "--steps", 4, "--spacing", "karras", "--set", "rho=5",
-        "--set", "s_churn=1.5", "-n", 2, "--no-clip", "--out", out)  # fmt: skip
+    run(
+        "sample",
+        bundle_path,
+        "--method",
+        "heun",
+        "--steps",
+        4,
+        "--spacing",
+        "karras",
+        "--set",
+        "rho=5",
+        "--set",
+        "s_churn=1.5",
+        "-n",
+        2,
+        "--no-clip",
+        "--out",
+        out,
+    )
     with Sampler.open(bundle_path) as sampler, np.load(out, allow_pickle=False) as file:
         mine = sampler.sample(2, method="heun", steps=4, spacing="karras", rho=5, s_churn=1.5, clip=None)
         np.testing.assert_array_equal(file["samples"], mine)

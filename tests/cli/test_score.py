@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from test_cli import run
 
-from epsrt import metrics
 from epsrt.images import from_images
+from epsrt.score import metrics
 
 Refused = Callable[..., str]
 WEIGHTS = np.random.default_rng(2).standard_normal((64, 3)).astype(np.float32)
@@ -27,13 +27,15 @@ def extractor(path: Path, channels: int = 1, size: int | str = 8, value_range: s
     weights = np.resize(WEIGHTS, (channels * (8 if size == "S" else int(size)) ** 2, 3))
     graph = helper.make_graph(
         [
-            helper.make_node("Flatten", ["pixels"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], ["pool"]),
+            helper.make_node("Flatten", ["pixels"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "w"], ["pool"]),
             helper.make_node("Tanh", ["pool"], ["fc"]),
         ],
-        "projections", [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["N", channels, size, size])],
+        "projections",
+        [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["N", channels, size, size])],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 3]) for name in ("pool", "fc")],
         [numpy_helper.from_array(weights, "w")],
-    )  # fmt: skip
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     if value_range:
         helper.set_model_props(model, {"value_range": value_range})

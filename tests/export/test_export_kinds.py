@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from epsrt import Bundle, BundleError, EpsrtError, Sampler, Schedule, noise, open_engine, verify
-from epsrt.measure import relative_l2, worst_psnr
+from epsrt import Bundle, BundleError, EpsrtError, Sampler, Schedule, noise, open_engine
+from epsrt.parity.measure import relative_l2, worst_psnr
+from epsrt.verify import verify
 from epsrt_export import ParityError, export_network, golden, parity
 from epsrt_trainer.sample import ddim_loop, ddpm_loop
 from helpers import damaged, forge
@@ -264,9 +265,14 @@ class TestSamples:
         high = 1.0 if schedule.preserves_variance else float(schedule.at(ts[0])[1])
         network, start = denoiser(kind), np.float32(high) * drawn(noise.START, 0)
         truth = loop(
-            lambda x, t, label: network(x, t), schedule, start, ts, lambda i: drawn(noise.STEP, i),
-            prediction=prediction, sigma_data=SIGMA_DATA,
-        )  # fmt: skip
+            lambda x, t, label: network(x, t),
+            schedule,
+            start,
+            ts,
+            lambda i: drawn(noise.STEP, i),
+            prediction=prediction,
+            sigma_data=SIGMA_DATA,
+        )
         assert worst_psnr(images, truth.numpy(), (-1.0, 1.0)) > 100
 
     def test_the_law_of_the_data_comes_out(self, bundles):
@@ -306,10 +312,13 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("kind", "wrong"),
         [
-            ("edm-ve", {"sigma_data": 0.41}), ("edm-ve", {"prediction": "x0"}), ("score-ve", {"prediction": "epsilon"}),
-            ("velocity-flow", {"prediction": "v"}), ("v-zero", {"prediction": "velocity"}),
+            ("edm-ve", {"sigma_data": 0.41}),
+            ("edm-ve", {"prediction": "x0"}),
+            ("score-ve", {"prediction": "epsilon"}),
+            ("velocity-flow", {"prediction": "v"}),
+            ("v-zero", {"prediction": "velocity"}),
         ],
-    )  # fmt: skip
+    )
     def test_a_plan_of_another_network(self, tmp_path, monkeypatch, no_export, kind, wrong):
         make = parity.solvers.make
         monkeypatch.setattr(parity.solvers, "make", lambda *a, **k: make(*a, **{**k, **wrong}))
@@ -320,12 +329,16 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("kind", "edit"),
         [
-            ("edm-ve", {"sigma_data": 0.5}), ("edm-ve", {"prediction": "velocity"}),
-            ("edm-ve", {"prediction": "epsilon"}), ("score-ve", {"prediction": "epsilon"}),
-            ("velocity-flow", {"prediction": "v"}), ("velocity-flow", {"prediction": "score"}),
-            ("v-zero", {"prediction": "velocity"}), ("v-zero", {"clip": 2.0}),
+            ("edm-ve", {"sigma_data": 0.5}),
+            ("edm-ve", {"prediction": "velocity"}),
+            ("edm-ve", {"prediction": "epsilon"}),
+            ("score-ve", {"prediction": "epsilon"}),
+            ("velocity-flow", {"prediction": "v"}),
+            ("velocity-flow", {"prediction": "score"}),
+            ("v-zero", {"prediction": "velocity"}),
+            ("v-zero", {"clip": 2.0}),
         ],
-    )  # fmt: skip
+    )
     def test_a_manifest_of_another_network(self, copy_of, bundles, kind, edit):
         """The recorded rows pass whatever the manifest says, and samples are made by what it says."""
         path = copy_of(bundles(kind).path)
@@ -377,11 +390,7 @@ def test_plans_are_the_papers_loops_or_refused(schedule, prediction):
 @pytest.mark.parametrize(
     ("schedule", "arguments", "message"),
     [
-        (
-            FLOW,
-            {},
-            "ε-prediction says nothing of x0 at t = [0-9]+, where α = 0: use an x0, v or velocity network",
-        ),
+        (FLOW, {}, "ε-prediction says nothing of x0 at t = [0-9]+, where α = 0: use an x0, v or velocity network"),
         (FLOW, {"prediction": "score"}, "score-prediction says nothing of x0 at t = [0-9]+, where α = 0"),
         (FLOW, {"prediction": "edm"}, "edm-prediction says nothing of x0 at t = [0-9]+, where α = 0"),
         (ZERO, {"prediction": "edm"}, "edm-prediction says nothing of x0 at t = [0-9]+, where ᾱ = 0"),

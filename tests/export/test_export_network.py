@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from epsrt import Bundle, BundleError, EpsrtError, Sampler, Schedule, noise, verify
+from epsrt import Bundle, BundleError, EpsrtError, Sampler, Schedule, noise
 from epsrt.manifest import GOLDEN, MANIFEST, PARITY
-from epsrt.spacing import timesteps
+from epsrt.timesteps import spaced
+from epsrt.verify import verify
 from epsrt_export import ParityError, export_network, families, golden
 from epsrt_export import export as export_function
 from epsrt_export import parity as parity_module
@@ -143,7 +144,7 @@ class TestPlainModules:
         assert Bundle.open(small_bundle_path).manifest.provenance.network == "helpers.Tiny"
         x = torch.from_numpy(noise.normals(4, [0, 1, 2], noise.START, 0, 64).reshape(3, 1, 8, 8))
         network = tiny(seed=3)
-        truth = ddim_loop(lambda x, t, label: network(x, t), schedule, x, timesteps(schedule.T, 10))
+        truth = ddim_loop(lambda x, t, label: network(x, t), schedule, x, spaced(schedule.T, 10))
         with Sampler.open(small_bundle_path, "onnxruntime", threads=1) as sampler:
             np.testing.assert_allclose(sampler.sample(3, steps=10, seed=4), truth.numpy(), rtol=0, atol=3e-5)
 
@@ -161,10 +162,19 @@ class TestPlainModules:
     def test_x0_prediction_with_labels_another_shape_and_range_in_both_precisions(self, tmp_path):
         network = tiny(seed=5, channels=2, classes=4)
         bundle = put(
-            tmp_path / "x0.epsrt", network, Schedule("cosine", 40), shape=(2, 8, 6), prediction="x0", classes=4,
-            class_names=("a", "b", "c", "d"), value_range=(0.0, 2.0), precisions=("fp16", "fp32"), max_batch=3,
-            config={"some": 1}, training={"steps": 7},
-        )  # fmt: skip
+            tmp_path / "x0.epsrt",
+            network,
+            Schedule("cosine", 40),
+            shape=(2, 8, 6),
+            prediction="x0",
+            classes=4,
+            class_names=("a", "b", "c", "d"),
+            value_range=(0.0, 2.0),
+            precisions=("fp16", "fp32"),
+            max_batch=3,
+            config={"some": 1},
+            training={"steps": 7},
+        )
         m = bundle.manifest
         assert (m.shape, m.clip, m.null_label, m.class_names) == ((2, 8, 6), 2.0, None, ("a", "b", "c", "d"))
         assert (m.provenance.config, m.provenance.training) == ({"some": 1}, {"steps": 7})

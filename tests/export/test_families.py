@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from epsrt import Sampler, Schedule, noise, verify
-from epsrt.measure import worst_psnr
-from epsrt.spacing import timesteps
+from epsrt import Sampler, Schedule, noise
+from epsrt.parity.measure import worst_psnr
+from epsrt.timesteps import spaced
+from epsrt.verify import verify
 from epsrt_export import export
 from epsrt_export.redraw import redraw
 from epsrt_trainer.checkpoint import save_checkpoint
@@ -53,7 +54,7 @@ def test_a_dit_of_the_trainer(tmp_path, features):
     assert (p.network, p.family, p.config["time_features"]) == ("epsrt_trainer.dit.DiT", "epsrt", features)
     x = torch.from_numpy(noise.normals(7, range(4), noise.START, 0, 64).reshape(4, 1, 8, 8))
     labels = [0, 1, 2, 3]
-    truth = ddim_loop(network, schedule, x, timesteps(schedule, 20), label=torch.tensor(labels)).numpy()
+    truth = ddim_loop(network, schedule, x, spaced(schedule, 20), label=torch.tensor(labels)).numpy()
     with Sampler.open(bundle.path, "onnxruntime", threads=1) as sampler:
         images = sampler.sample(4, steps=20, seed=7, labels=[0, 1, 2, None], rederive=False)
         assert all(rung.passed for rung in verify(sampler.engine))

@@ -6,20 +6,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMPipeline,
-    DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
-    DiTTransformer2DModel,
-    UNet2DModel,
-)
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTTransformer2DModel, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from epsrt import BundleError, EpsrtError, Sampler, Schedule, noise
 from epsrt.files import sha256
 from epsrt.manifest import Sampling
-from epsrt.measure import worst_psnr
+from epsrt.parity.measure import worst_psnr
 from epsrt_export import export, families
 from epsrt_export.families.diffusers import WEIGHTS, Denoiser
 from epsrt_export.redraw import redraw
@@ -94,8 +87,10 @@ class TestThroughTheGate:
         assert p.version == json.loads((ddpm_folder / "unet" / "config.json").read_bytes())["_diffusers_version"]
         assert p.config["network"]["block_out_channels"] == [16, 32]
         assert p.config["scheduler"]["variance_type"] == "fixed_large"
-        unet, scheduler = (kind.from_pretrained(ddpm_folder / part) for kind, part in
-                           ((UNet2DModel, "unet"), (DDPMScheduler, "scheduler")))  # fmt: skip
+        unet, scheduler = (
+            kind.from_pretrained(ddpm_folder / part)
+            for kind, part in ((UNet2DModel, "unet"), (DDPMScheduler, "scheduler"))
+        )
         theirs = pipeline(scheduler, lambda x, t: unet(x, t).sample, 40, (3, 8, 8), monkeypatch)
         with Sampler.open(bundle.path, "onnxruntime", threads=1) as sampler:
             ours = sampler.sample(IMAGES, seed=SEED)
@@ -105,11 +100,18 @@ class TestThroughTheGate:
     def test_class_conditional_ddim_by_v(self, tmp_path, monkeypatch):
         model = diffusers_unet(num_class_embeds=4)
         scheduler = DDIMScheduler(
-            **{**DDPM, "num_train_timesteps": 200}, prediction_type="v_prediction", rescale_betas_zero_snr=True,
+            **{**DDPM, "num_train_timesteps": 200},
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
             timestep_spacing="trailing",
-        )  # fmt: skip
-        redraw(Denoiser(model, 3), Schedule(T=200, beta_start=1e-3, beta_end=0.3, zero_snr=True), (3, 8, 8), 4,
-               prediction="v")  # fmt: skip
+        )
+        redraw(
+            Denoiser(model, 3),
+            Schedule(T=200, beta_start=1e-3, beta_end=0.3, zero_snr=True),
+            (3, 8, 8),
+            4,
+            prediction="v",
+        )
         DDIMPipeline(model, scheduler).save_pretrained(tmp_path / "theirs")
         source = families.load("diffusers", tmp_path / "theirs", null_label=3)
         assert (source.classes, source.null_label) == (3, 3)
@@ -117,9 +119,7 @@ class TestThroughTheGate:
         assert (source.classes, source.null_label, source.prediction) == (4, None, "v")
         bundle = export(source, tmp_path / "some.epsrt", max_batch=4, precisions=("fp32",))
         labels = [0, 3, 1]
-        theirs = pipeline(
-            scheduler, lambda x, t: model(x, t, torch.tensor(labels)).sample, 50, (3, 8, 8), monkeypatch
-        )  # fmt: skip
+        theirs = pipeline(scheduler, lambda x, t: model(x, t, torch.tensor(labels)).sample, 50, (3, 8, 8), monkeypatch)
         with Sampler.open(bundle.path, "onnxruntime", threads=1) as sampler:
             ours = sampler.sample(IMAGES, seed=SEED, labels=labels)
         assert 0.2 < ours.std() < 1
@@ -147,9 +147,9 @@ class TestThroughTheGate:
 
     @pytest.mark.parametrize("variance", ["learned", "learned_range"])
     def test_a_variance_of_the_networks_own(self, tmp_path, variance):
-        DDPMPipeline(
-            diffusers_unet(out_channels=6), DDPMScheduler(**DDPM, variance_type=variance)
-        ).save_pretrained(tmp_path / "theirs")  # fmt: skip
+        DDPMPipeline(diffusers_unet(out_channels=6), DDPMScheduler(**DDPM, variance_type=variance)).save_pretrained(
+            tmp_path / "theirs"
+        )
         source = families.load("diffusers", tmp_path / "theirs")
         assert source.variance == variance
         x, t = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 30.0])

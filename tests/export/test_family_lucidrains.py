@@ -10,9 +10,9 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from epsrt import EpsrtError, Sampler, Schedule, noise, open_engine, solvers, spacing
+from epsrt import EpsrtError, Sampler, Schedule, noise, open_engine, solvers, timesteps
 from epsrt.errors import BundleError
-from epsrt.measure import worst_psnr
+from epsrt.parity.measure import worst_psnr
 from epsrt_export import export, families
 from epsrt_export.families import lucidrains, lucidrains_unet
 from epsrt_export.precision import half_copy
@@ -78,9 +78,13 @@ def saved(path, model, online=None):
     ema = EMA(online, beta=0.995, update_every=10)
     ema.ema_model.load_state_dict(model.state_dict())
     data = {
-        "step": 700, "model": online.state_dict(), "opt": torch.optim.Adam(online.parameters()).state_dict(),
-        "ema": ema.state_dict(), "scaler": None, "version": theirs.__version__,
-    }  # fmt: skip
+        "step": 700,
+        "model": online.state_dict(),
+        "opt": torch.optim.Adam(online.parameters()).state_dict(),
+        "ema": ema.state_dict(),
+        "scaler": None,
+        "version": theirs.__version__,
+    }
     torch.save(data, path)
     return path
 
@@ -107,9 +111,15 @@ def plan_of(source):
     by = source.sampling
     variance = {"variance": source.variance} if source.variance else {}
     return solvers.make(
-        by.method, source.schedule, steps=by.steps, spacing=by.spacing, prediction=source.prediction, clip=source.clip,
-        **variance, **by.options,
-    )  # fmt: skip
+        by.method,
+        source.schedule,
+        steps=by.steps,
+        spacing=by.spacing,
+        prediction=source.prediction,
+        clip=source.clip,
+        **variance,
+        **by.options,
+    )
 
 
 @torch.inference_mode()
@@ -290,7 +300,7 @@ class TestWhatTheFileSays:
 
         for total in (1000, 250):
             for steps in range(1, total):
-                ours, their = (np.array(ts) for ts in (spacing.timesteps(total, steps), visited(steps, total)))
+                ours, their = (np.array(ts) for ts in (timesteps.spaced(total, steps), visited(steps, total)))
                 assert set(ours - their) <= ({0} if total % steps == 0 else {0, 1, 2})
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from epsrt import BundleError, EpsrtError, Schedule
 from epsrt.files import sha256
 from epsrt.manifest import Sampling
-from epsrt.spacing import timesteps
+from epsrt.timesteps import spaced
 from epsrt_export.families import load, openai, statedict
 from epsrt_export.families.adm import ADMConfig, ADMUNet
 from epsrt_export.families.openai import guided, improved
@@ -81,13 +81,22 @@ def config_of(family, **flags):
 def theirs(c: ADMConfig) -> nn.Module:
     """OpenAI's network of that shape, called as forward(t, x, y)."""
     return guided_unet()(
-        c.image_size, c.in_channels, c.num_channels, c.in_channels * (1 + c.learn_sigma), c.num_res_blocks,
-        [c.image_size // r for r in c.attention_resolutions], channel_mult=c.channel_mult,
-        conv_resample=c.conv_resample, num_classes=c.num_classes or None, num_heads=c.num_heads,
-        num_head_channels=c.num_head_channels, num_heads_upsample=c.num_heads_upsample,
-        use_scale_shift_norm=c.use_scale_shift_norm, resblock_updown=c.resblock_updown,
+        c.image_size,
+        c.in_channels,
+        c.num_channels,
+        c.in_channels * (1 + c.learn_sigma),
+        c.num_res_blocks,
+        [c.image_size // r for r in c.attention_resolutions],
+        channel_mult=c.channel_mult,
+        conv_resample=c.conv_resample,
+        num_classes=c.num_classes or None,
+        num_heads=c.num_heads,
+        num_head_channels=c.num_head_channels,
+        num_heads_upsample=c.num_heads_upsample,
+        use_scale_shift_norm=c.use_scale_shift_norm,
+        resblock_updown=c.resblock_updown,
         use_new_attention_order=c.use_new_attention_order,
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def drawn(shapes, seed=0):
@@ -238,10 +247,18 @@ class TestFlags:
     def test_of_a_readme(self):
         family, _, flags = PUBLISHED["64x64_diffusion"]
         assert config_of(family, flags=flags) == ADMConfig(
-            image_size=64, num_channels=192, channel_mult=(1, 2, 3, 4), num_res_blocks=3,
-            attention_resolutions=(32, 16, 8), num_head_channels=64, num_classes=1000, learn_sigma=True, dropout=0.1,
-            resblock_updown=True, use_new_attention_order=True,
-        )  # fmt: skip
+            image_size=64,
+            num_channels=192,
+            channel_mult=(1, 2, 3, 4),
+            num_res_blocks=3,
+            attention_resolutions=(32, 16, 8),
+            num_head_channels=64,
+            num_classes=1000,
+            learn_sigma=True,
+            dropout=0.1,
+            resblock_updown=True,
+            use_new_attention_order=True,
+        )
         family, _, flags = PUBLISHED["cifar10_uncond_50M_500K"]
         assert config_of(family, flags=flags) == ADMConfig(
             image_size=32, channel_mult=(1, 2, 2, 2), num_res_blocks=3, learn_sigma=True, dropout=0.3, time_scale=0.25
@@ -263,9 +280,12 @@ class TestFlags:
             "channel_mult": [1, 2],
         }
         texts = {
-            "class_cond": "true", "num_classes": "7", "dropout": "0.5", "attention_resolutions": "8",
+            "class_cond": "true",
+            "num_classes": "7",
+            "dropout": "0.5",
+            "attention_resolutions": "8",
             "channel_mult": "1,2",
-        }  # fmt: skip
+        }
         line = "--class_cond=yes --num_classes 7 --dropout 5e-1 --attention_resolutions 8 --channel_mult '1, 2'"
         first = config_of("guided-diffusion", **typed)
         assert first == config_of("guided-diffusion", **texts) == config_of("guided-diffusion", flags=line)
@@ -309,7 +329,7 @@ class TestFlags:
         assert (found.method, found.steps, found.spacing) == (method, *visits)
         assert found.options == {"rederive": True, **({"variance": variance} if variance else {})}
         assert schedule == Schedule("linear", 1000)
-        assert len(timesteps(schedule, *visits)) == count
+        assert len(spaced(schedule, *visits)) == count
 
     @pytest.mark.parametrize(
         ("flags", "message"),
@@ -341,7 +361,7 @@ class TestFlags:
             ({"classifier_scale": 1.0}, "classifier_scale is of classifier guidance"),
             ({"flags": "--large_size 256 --small_size 64"}, "large_size is of super-resolution"),
         ],
-    )  # fmt: skip
+    )
     def test_refusals_come_before_the_file_is_read(self, tmp_path, flags, message):
         with pytest.raises(EpsrtError) as error:
             guided(tmp_path / "none.pt", **flags)
@@ -362,9 +382,16 @@ class TestSources:
         config = small(num_classes=10, learn_sigma=True, resblock_updown=True)
         path = saved(config)
         flags = {
-            **FLAGS, "class_cond": "True", "num_classes": 10, "learn_sigma": True, "resblock_updown": True,
-            "noise_schedule": "cosine", "timestep_respacing": 250, "use_fp16": True, "lr": "1e-4",
-        }  # fmt: skip
+            **FLAGS,
+            "class_cond": "True",
+            "num_classes": 10,
+            "learn_sigma": True,
+            "resblock_updown": True,
+            "noise_schedule": "cosine",
+            "timestep_respacing": 250,
+            "use_fp16": True,
+            "lr": "1e-4",
+        }
         source = load("guided-diffusion", path, **flags)
         assert (source.shape, source.classes, source.null_label) == ((3, 16, 16), 10, None)
         assert (source.prediction, source.variance, source.clip) == ("epsilon", "learned_range", 1.0)
@@ -498,7 +525,7 @@ class TestFilesThatAreRefused:
             ({"in_channels": 6}, "is it a super-resolution network?"),
             ({"num_channels": 64, "learn_sigma": True}, ": are num_channels, learn_sigma right?"),
         ],
-    )  # fmt: skip
+    )
     def test_other_networks_name_the_flag(self, saved, changes, message):
         path = saved(small(**changes))
         with pytest.raises(BundleError) as error:
@@ -531,10 +558,22 @@ def test_export_of_a_learned_sigma_and_classes(tmp_path):
         state[name] = torch.cat([state[name], size * torch.randn(state[name].shape, generator=generator)])
     torch.save(OrderedDict(state), tmp_path / "model.pt")
     source = guided(
-        tmp_path / "model.pt", image_size=8, num_channels=32, channel_mult="1,2", num_res_blocks=1, class_cond=True,
-        num_classes=4, attention_resolutions=4, resblock_updown=True, use_new_attention_order=True, learn_sigma=True,
-        diffusion_steps=40, noise_schedule="cosine", rescale_timesteps=True, timestep_respacing="20",
-    )  # fmt: skip
+        tmp_path / "model.pt",
+        image_size=8,
+        num_channels=32,
+        channel_mult="1,2",
+        num_res_blocks=1,
+        class_cond=True,
+        num_classes=4,
+        attention_resolutions=4,
+        resblock_updown=True,
+        use_new_attention_order=True,
+        learn_sigma=True,
+        diffusion_steps=40,
+        noise_schedule="cosine",
+        rescale_timesteps=True,
+        timestep_respacing="20",
+    )
     bundle = export(source, tmp_path / "x.epsrt", precisions=("fp32",), max_batch=2)
     m = bundle.manifest
     assert (m.shape, m.classes, m.variance, m.clip) == ((3, 8, 8), 4, "learned_range", 1.0)

@@ -100,9 +100,13 @@ def to_onnx(gradient, shape):
         program = torch.export.export(Around(gradient).eval(), given, dynamic_shapes=(batch,) * 3)
         fold_constants(program)
         made = torch.onnx.export(
-            program, dynamo=True, opset_version=21, verbose=False, input_names=["x", "rows", "target"],
+            program,
+            dynamo=True,
+            opset_version=21,
+            verbose=False,
+            input_names=["x", "rows", "target"],
             output_names=["out"],
-        )  # fmt: skip
+        )
     return ir.to_proto(made.model)
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from epsrt import Bundle, EpsrtError, Schedule, open_engine
-from epsrt.measure import LIMITS
+from epsrt.parity.measure import LIMITS
 from epsrt.plan import idle_row
 from epsrt.verify import verify, verify_all
 from epsrt_export import NoisedClassifier, ParityError, Source, export, graphs
-from epsrt_export.stepgraph import StepGraph
+from epsrt_export.stepgraph import StepModule
 from helpers import T, externals, forge, judge, tiny
 
 SCHEDULE = Schedule(T=T, beta_start=1e-3, beta_end=0.2)
@@ -133,7 +133,7 @@ class TestGate:
     @pytest.mark.parametrize("part", ["null_label", "gradient"])
     def test_an_export_that_misses_writes_nothing(self, tmp_path, monkeypatch, part):
         """The graph compares with another label than the golden file; or has another classifier's gradient."""
-        real = graphs.StepGraph
+        real = graphs.StepModule
 
         def wrong(network, columns, labelled, dtype, threshold, null_label, gradient):
             if part == "null_label":
@@ -144,7 +144,7 @@ class TestGate:
                     next(gradient.parameters()).mul_(1.05)
             return real(network, columns, labelled, dtype, threshold, null_label, gradient)
 
-        monkeypatch.setattr(graphs, "StepGraph", wrong)
+        monkeypatch.setattr(graphs, "StepModule", wrong)
         more = {"null_label": 2} if part == "null_label" else {}
         guide = None if part == "null_label" else NoisedClassifier(judge(classes=3), 3)
         with pytest.raises(ParityError, match=r"parity missed: (guidance|classifier) of the \1 graph in fp32"):
@@ -181,7 +181,7 @@ class TestStepGraph:
 
         network = learned(seed=3, classes=4)
         columns = step_columns("learned_range", ["guidance"])
-        step = StepGraph(network, columns, True, torch.float32, null_label=3)
+        step = StepModule(network, columns, True, torch.float32, null_label=3)
         x, label = torch.randn(2, 1, 8, 8), torch.tensor([0, 2])
         rows = self.rows(columns, a=0.0, h=1.0, d=1.0, r=1.0, w=3.0, t=7.0)
         z = torch.randn(2, 1, 8, 8)
@@ -197,7 +197,7 @@ class TestStepGraph:
         from epsrt.manifest import step_columns
 
         network, columns = tiny(seed=4, classes=3), step_columns(None, ["guidance"])
-        step = StepGraph(network, columns, True, torch.float32, null_label=2)
+        step = StepModule(network, columns, True, torch.float32, null_label=2)
         x, label = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
         with torch.no_grad():
             rows = self.rows(columns, a=0.0, h=1.0, w=5.0, phi=0.7, t=7.0)
@@ -216,7 +216,7 @@ class TestStepGraph:
                 return 0 * x + label[:, None, None, None]
 
         columns = step_columns(None, ["guidance"])
-        step = StepGraph(Flat(), columns, True, torch.float32, null_label=0)
+        step = StepModule(Flat(), columns, True, torch.float32, null_label=0)
         x = torch.randn(2, 1, 8, 8)
         rows = self.rows(columns, a=0.0, h=1.0, w=2.0, phi=0.7)
         assert torch.isfinite(step(x, x, x, rows, torch.tensor([1, 2]))[0]).all()

@@ -5,8 +5,9 @@ import onnx
 import pytest
 from torch import nn
 
-from epsrt import Bundle, BundleError, EngineError, EpsrtError, Sampler, open_engine, verify
-from epsrt.measure import LIMITS, relative_l2
+from epsrt import Bundle, BundleError, EngineError, EpsrtError, Sampler, open_engine
+from epsrt.parity.measure import LIMITS, relative_l2
+from epsrt.verify import verify
 from epsrt_export import ParityError, export_network
 from epsrt_export.int8 import calibration, quantise, states_of
 from helpers import tiny

@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from epsrt import Bundle, BundleError, EpsrtError, Sampler, Schedule, noise, open_engine, verify
+from epsrt import Bundle, BundleError, EpsrtError, Sampler, Schedule, noise, open_engine
 from epsrt.manifest import GOLDEN, Sizes
-from epsrt.measure import relative_l2, worst_psnr
+from epsrt.parity.measure import relative_l2, worst_psnr
 from epsrt.plan import STEP_COLUMNS
-from epsrt.spacing import timesteps
+from epsrt.timesteps import spaced
+from epsrt.verify import verify
 from epsrt_export import export, export_network
 from epsrt_export.golden import _other_sizes
 from epsrt_export.onnx_graph import _example, to_onnx
-from epsrt_export.stepgraph import StepGraph
+from epsrt_export.stepgraph import StepModule
 from epsrt_trainer.sample import ddim_loop
 from helpers import Tiny, forge, redraw, tiny, unet, weights
 
@@ -63,8 +64,9 @@ class TestABundle:
             }
             assert shapes == {
                 **{n: ["batch", 1, "height", "width"] for n in ("x", "m", "z", "x_next", "m_next", "x0")},
-                "rows": ["batch", len(STEP_COLUMNS)], **({"label": ["batch"]} if "label" in shapes else {}),
-            }  # fmt: skip
+                "rows": ["batch", len(STEP_COLUMNS)],
+                **({"label": ["batch"]} if "label" in shapes else {}),
+            }
 
     def test_fixed_graphs_keep_no_shape_arithmetic(self, sized, tmp_path):
         """What the CUDA provider would run on the CPU, and no CUDA graph could hold."""
@@ -87,7 +89,7 @@ class TestABundle:
 
     @pytest.mark.parametrize("size", [(16, 12), (2, 24)])
     def test_samples_of_other_sizes_are_pytorchs(self, sampler, network, schedule, size):
-        labels, ts = [3, 10], timesteps(schedule, STEPS, "trailing")
+        labels, ts = [3, 10], spaced(schedule, STEPS, "trailing")
         x = noise.normals(7, np.arange(2), noise.START, 0, size[0] * size[1]).reshape(2, 1, *size)
         with torch.no_grad():
             truth = ddim_loop(network, schedule, torch.from_numpy(x), ts, label=torch.tensor(labels))
@@ -243,7 +245,7 @@ class TestRefused:
 
     def test_what_they_suggest_exports(self):
         """Where its multiple is 4, Branches has one path."""
-        step = StepGraph(redraw(Branches()), STEP_COLUMNS, False, torch.float32)
+        step = StepModule(redraw(Branches()), STEP_COLUMNS, False, torch.float32)
         model = to_onnx(step, (1, 8, 8), sizes=Sizes(4, 24))
         assert model.graph.input[0].type.tensor_type.shape.dim[3].dim_param == "width"
 

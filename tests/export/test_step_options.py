@@ -16,7 +16,7 @@ from epsrt.manifest import Thresholding, step_columns
 from epsrt.plan import STEP_COLUMNS
 from epsrt_export import ParityError, export, export_network
 from epsrt_export.onnx_graph import to_onnx
-from epsrt_export.stepgraph import LARGEST_K, DynamicThreshold, StepGraph
+from epsrt_export.stepgraph import LARGEST_K, DynamicThreshold, StepModule
 from epsrt_trainer.sample import threshold
 from helpers import damaged, learned, tiny
 
@@ -45,7 +45,7 @@ class TestFormulas:
         given = {name: generator.standard_normal((3, *SHAPE), np.float32) for name in "xmz"}
         rows = generator.standard_normal((3, len(LEARNED))).astype(np.float32)
         rows[:, LEARNED.index("t")], rows[:, LEARNED.index("in_scale")] = [0, 30, 99], 1
-        model = to_onnx(StepGraph(network, LEARNED, False, torch.float32), SHAPE)
+        model = to_onnx(StepModule(network, LEARNED, False, torch.float32), SHAPE)
         x_next, m_next, x0 = session_of(model).run(None, given | {"rows": rows})
         k = {name: rows[:, i].astype(np.float64)[:, None, None, None] for i, name in enumerate(LEARNED)}
         with torch.no_grad():
@@ -61,7 +61,7 @@ class TestFormulas:
 
     def test_rows_without_it_and_idle_lanes_do_not_hear_of_it(self):
         """However large v is: exp(0·v) is 1, where exp(v)·0 would be NaN."""
-        step = StepGraph(learned(3, channels=2, centre=1e30), LEARNED, False, torch.float32)
+        step = StepModule(learned(3, channels=2, centre=1e30), LEARNED, False, torch.float32)
         x, z = torch.ones(1, *SHAPE), torch.full((1, *SHAPE), 2.0)
         with torch.no_grad():
             same, _, _ = step(x, x, z, torch.from_numpy(idle_row(LEARNED))[None])
@@ -127,9 +127,12 @@ class TestDiffusers:
         )
         bundle = put(tmp_path / "some.epsrt", network, variance=variance, thresholding=thresholding)
         options = {
-            "num_train_timesteps": 20, "beta_start": 5e-3, "beta_end": 0.4, "clip_sample": thresholding is None,
+            "num_train_timesteps": 20,
+            "beta_start": 5e-3,
+            "beta_end": 0.4,
+            "clip_sample": thresholding is None,
             "thresholding": thresholding is not None,
-        }  # fmt: skip
+        }
         if thresholding:
             options |= {"dynamic_thresholding_ratio": thresholding[0], "sample_max_value": thresholding[1]}
         for steps in (20, 10):
@@ -178,9 +181,14 @@ class TestManifestAndGolden:
 
     def test_both_precisions_and_labels(self, tmp_path):
         bundle = put(
-            tmp_path / "some.epsrt", learned(5, channels=2, classes=3), variance="learned_range", classes=3,
-            thresholding=(0.97, 2.0), value_range=(-2.0, 2.0), precisions=("fp32", "fp16"),
-        )  # fmt: skip
+            tmp_path / "some.epsrt",
+            learned(5, channels=2, classes=3),
+            variance="learned_range",
+            classes=3,
+            thresholding=(0.97, 2.0),
+            value_range=(-2.0, 2.0),
+            precisions=("fp32", "fp16"),
+        )
         names = ["network", "variance", "threshold", "step", "ddim-20", "ddpm-20", "batch"]
         assert [(r.name, r.precision) for r in bundle.parity()[3:]] == [(n, p) for p in ("fp32", "fp16") for n in names]
 
@@ -206,10 +214,10 @@ class TestTheGate:
 
     @pytest.mark.parametrize("wrong", [(0.91, 1.5), (0.9, 1.51)])
     def test_another_quantile_or_maximum(self, tmp_path, monkeypatch, wrong):
-        make = graphs_module.StepGraph
+        make = graphs_module.StepModule
         monkeypatch.setattr(
             graphs_module,
-            "StepGraph",
+            "StepModule",
             lambda *args: make(*args[:4], DynamicThreshold(*wrong, args[4].bound), *args[5:]),
         )
         with pytest.raises(ParityError, match=r"parity missed: threshold in fp32 on onnxruntime is .* at image [12]"):

@@ -11,7 +11,7 @@ from epsrt.engines import nvidia
 from gpu.stand_in.build import NoCompiler, build, environment
 from helpers import run_python
 
-KERNELS = Path(nvidia.__file__).with_name("kernels.cu")
+KERNELS = Path(nvidia.__file__).parent / "gpu" / "kernels.cu"
 WORDS = """
 extern "C" __global__ void words(const uint32* counters, const uint64* keys, uint32* out, int n) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -30,11 +30,12 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import fake_tensorrt as trt
 sys.modules["tensorrt"] = sys.modules["tensorrt_rtx"] = trt
 import epsrt
-from epsrt import Bundle, EngineError, NotFiniteError, Sample, Sampler, idle_row, noise, open_engine, verify
-from epsrt.engines import cuda, plans
-from epsrt.engines.cache import EngineCache
-from epsrt.engines.trt_build import BuildOptions
-from epsrt.engines.trt_library import library
+from epsrt import Bundle, EngineError, NotFiniteError, Sample, Sampler, idle_row, noise, open_engine
+from epsrt.verify import verify
+from epsrt.engines.gpu import cuda, engine_files as plans
+from epsrt.engines.cache.store import EngineCache
+from epsrt.engines.gpu.trt_build import BuildOptions
+from epsrt.engines.gpu.trt_library import library
 
 driver = ctypes.CDLL("libcuda.so.1")
 for name in ("stand_in_launches", "stand_in_count", "stand_in_live", "stand_in_live_bytes"):

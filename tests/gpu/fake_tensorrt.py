@@ -116,7 +116,7 @@ class IBuilderConfig:
         "num_compute_capabilities",
         "profiling_verbosity",
         "progress_monitor",
-    )  # fmt: skip
+    )
 
     def __init__(self) -> None:
         self._profiles, self._flags_set, self._targets, self._timing = [], {BuilderFlag.TF32}, {}, None

@@ -259,7 +259,7 @@ with Sampler(gpu) as sampler, Sampler(cpu) as plain:
     assert "batch = 7 is outside 1 … 6, the largest of the plan's batch profiles, 2:4:4, 6:6:6" in sentence
 assert "a batch of 7 is outside 1 … 6" in refused(gpu.lanes, 7)
 
-from epsrt.engines.tensorrt import choose_profile
+from epsrt.engines.gpu.tensorrt import choose_profile
 profiles = [(1, 1, 1), (1, 8, 64), (16, 32, 64), (128, 128, 128)]
 assert [choose_profile(profiles, b) for b in (1, 2, 16, 65)] == [(0, 1), (1, 2), (2, 16), (3, 128)]
 """,

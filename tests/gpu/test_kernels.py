@@ -8,7 +8,7 @@ from epsrt import EngineError
 
 pytest.importorskip("cuda.bindings", reason="needs cuda-bindings")
 
-from epsrt.engines import kernels
+from epsrt.engines.gpu import kernels
 
 HELPERS = """
 device = cuda.device()
@@ -99,7 +99,7 @@ for size in (1, 3, 4, 147, 3 * 32 * 32, 100_003):
 
 
 BEGUN = """
-from epsrt.engines.buffers import BEGIN, pack
+from epsrt.engines.gpu.buffers import BEGIN, pack
 lanes, shape = 4, (2, 5, 5)
 size = 50
 x, m, x0, known, mask = images = [cuda.Memory(4 * lanes * size, "test") for _ in range(5)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from epsrt import EngineError
-from epsrt.engines.cache import EngineCache
+from epsrt.engines.cache.store import EngineCache
 
 FAKE = """
 import fake_onnxruntime as fake
@@ -48,28 +48,35 @@ def run(on_stand_in: Run) -> Run:
 
 
 def test_samples_equal_the_cpu_engines(run: Run, bundle_path: Path) -> None:
-    run("""
+    run(
+        """
 gpu, cpu = opened(), open_engine(bundle, "onnxruntime", threads=1)
 with Sampler(gpu) as sampler, Sampler(cpu) as plain:
     for method, steps in (("ddim", 25), ("ddpm", 50), ("ddim", 1)):
         options = dict(method=method, steps=steps, seed=3, labels=[0, 1, None], first=7)
         close(sampler.sample(3, **options), plain.sample(3, **options))
 assert {kind for _, kind in fake.runs} == {"eager", "capture", "replay"}
-""", bundle_path)  # fmt: skip
+""",
+        bundle_path,
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_ladder_holds(run: Run, bundle_path: Path, precision: str) -> None:
-    run(f"""
+    run(
+        f"""
 rungs = verify(opened(precision="{precision}"))
 assert [r.name for r in rungs] == ["network", "step", "ddim-50", "ddpm-100", "batch"]
 assert all(r.passed and r.engine == "onnxruntime-cuda" for r in rungs), rungs
 assert {{o["CUDAExecutionProvider"]["use_tf32"] for o, _ in fake.sessions}} == {{"{int(precision == "fp16")}"}}
-""", bundle_path)  # fmt: skip
+""",
+        bundle_path,
+    )
 
 
 def test_nan_is_reported(run: Run, small_bundle_path: Path) -> None:
-    run("""
+    run(
+        """
 gpu = opened()
 rows = rows_of(gpu, 2, steps=25)
 rows[13, 1, gpu.columns.index("b")] = np.inf
@@ -79,11 +86,14 @@ with gpu.lanes(2) as lanes:
     assert np.isfinite(lanes.read(0)).all()
     said = refused(lanes.read, 1)
 assert said.startswith("lane 1 (seed 8, index 5) is not finite since its step 14 (t = 47)"), said
-""", small_bundle_path)  # fmt: skip
+""",
+        small_bundle_path,
+    )
 
 
 def test_what_it_asks_of_onnxruntime(run: Run, bundle_path: Path) -> None:
-    run("""
+    run(
+        """
 import contextlib, io
 with contextlib.redirect_stdout(io.StringIO()) as out:
     gpu = opened()
@@ -115,7 +125,9 @@ with gpu.lanes(2), contextlib.ExitStack() as stack:
     first, cpu = images(gpu, 2, seed=4), open_engine(bundle, "onnxruntime", threads=1)
     close(sampled(b, rows_of(gpu, 2), 4), first)  # b was not touched by what a did
     close(images(cpu, 2, seed=4), first)
-""", bundle_path)  # fmt: skip
+""",
+        bundle_path,
+    )
 
 
 THREADS = """
@@ -142,18 +154,24 @@ def together(*threads):
 
 def test_threads_at_once(run: Run, bundle_path: Path) -> None:
     """One captures, in the mode that forbids others to allocate and wait, while others make lanes, sample and close."""
-    run(THREADS + """
+    run(
+        THREADS
+        + """
 fake.knobs["capture"] = 0.02
 def work(seed):
     for batch in (1, 2, 3, 1):
         close(images(gpu, batch, "ddpm", seed), truth[batch, seed])
 together(*(guarded(work, seed) for seed in (0, 1)))
-""", bundle_path)  # fmt: skip
+""",
+        bundle_path,
+    )
 
 
 def test_lanes_move_between_threads(run: Run, bundle_path: Path) -> None:
     """onnxruntime keeps its graphs by thread: each new one captures anew, also under the number of one that ended."""
-    run(THREADS + """
+    run(
+        THREADS
+        + """
 lanes, rows = gpu.lanes(2), rows_of(gpu, 2, "ddpm")
 for i in range(2): lanes.write(i, Sample(1, i, label=i))
 fake.runs.clear()
@@ -179,11 +197,14 @@ kinds = [kind for _, kind in fake.runs]
 assert kinds.count("capture") == 10 and len(idents) < 5, (kinds, idents)
 close(read(lanes), truth[2, 1])
 lanes.close()
-""", bundle_path)  # fmt: skip
+""",
+        bundle_path,
+    )
 
 
 def test_it_is_refused(run: Run, bundle_path: Path) -> None:
-    run("""
+    run(
+        """
 fake.knobs["providers"] = ["CPUExecutionProvider"]
 assert refused(opened) == (
     "engine onnxruntime-cuda needs onnxruntime built for NVIDIA's GPUs, and this one has only CPUExecutionProvider: "
@@ -209,17 +230,20 @@ said = refused(tensorrt.lanes, 1)
 assert "it fell back to CUDAExecutionProvider; onnxruntime-tensorrt needs TensorRT 10, CUDA 13 and cuDNN 9" in said
 assert "a batch of 9 is outside 1 … 8" in refused(gpu.lanes, 9)
 fake.knobs["falls_back"] = False
-import epsrt.engines.onnxruntime_cuda as module
+import epsrt.engines.gpu.onnxruntime as module
 module.FREE = ("another",)
 assert "explicitly disabled" in refused(gpu.lanes, 1)
 import gc
 gc.collect()
 assert live() == before
-""", bundle_path)  # fmt: skip
+""",
+        bundle_path,
+    )
 
 
 def test_the_faster_layout_is_chosen_and_remembered(run: Run, small_bundle_path: Path) -> None:
-    run("""
+    run(
+        """
 def layouts(batch, engine=None):
     fake.sessions.clear()
     with (engine or opened()).lanes(batch):
@@ -242,11 +266,15 @@ assert layouts(2) == ["0", "1", "1"]  # a file that we did not write
 assert EngineCache().directory.is_dir()
 EngineCache().directory.chmod(0o777)
 assert layouts(2, gpu) == ["0", "1", "1"] and layouts(2, gpu) == ["1"]
-""", small_bundle_path)  # fmt: skip
+""",
+        small_bundle_path,
+    )
 
 
 def test_after_a_failure(run: Run, small_bundle_path: Path) -> None:
-    run(THREADS + """
+    run(
+        THREADS
+        + """
 gpu.lanes(4).close()
 before, rows = live(), rows_of(gpu, 2, "ddpm")
 def check(lanes, said):
@@ -289,11 +317,14 @@ said = fills("weights", 600 << 20)
 assert "onnxruntime cannot run " in said and said.endswith(" requested buffer of size 629145600"), said
 fake.knobs["weights"] = 256
 close(images(gpu, 2, "ddpm", 0), truth[2, 0])
-""", small_bundle_path)  # fmt: skip
+""",
+        small_bundle_path,
+    )
 
 
 def test_tensorrt_loads_only_what_it_wrote(run: Run, bundle_path: Path) -> None:
-    run("""
+    run(
+        """
 gpu, cpu = opened("onnxruntime-tensorrt", "fp16"), open_engine(bundle, "onnxruntime", precision="fp16", threads=1)
 assert np.abs(images(gpu, 2, "ddpm") - images(cpu, 2, "ddpm")).max() < 1e-2  # FP16, by two bindings in turn
 (providers, options), = fake.sessions
@@ -320,10 +351,12 @@ with gpu.lanes(1):  # of another batch: a folder of its own
 folder.chmod(0o770)
 assert "lets others write" in refused(gpu.lanes, 2)
 folder.chmod(0o700)
-from epsrt.cli.cache import cache
+from epsrt_command.commands.cache import cache
 cache(prune=True, older_than=None, bundle=None, everything=True, as_json=True)
 assert not [p for p in EngineCache().directory.rglob("*") if p.is_file()]
-""", bundle_path)  # fmt: skip
+""",
+        bundle_path,
+    )
 
 
 # EngineCache.kept_by, of which the above is the use
@@ -385,7 +418,8 @@ def test_one_at_a_time_keeps(cache: EngineCache) -> None:
 
 def test_other_sizes(run: Run, sized_bundle_path: Path) -> None:
     """A session a size, as its graph is recorded: no dimension is free in it; a layout and a cache for each."""
-    run("""
+    run(
+        """
 os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 gpu, cpu = opened(), open_engine(bundle, "onnxruntime", threads=1)
 with Sampler(gpu) as sampler, Sampler(cpu) as plain:
@@ -402,4 +436,6 @@ assert "a size of 6 × 8 is none of sized.epsrt" in refused(gpu.lanes, 1, (6, 8)
 with Sampler(opened("onnxruntime-tensorrt", "fp32")) as sampler:
     close(sampler.sample(1, steps=5, size=(4, 8)), Sampler(cpu).sample(1, steps=5, size=(4, 8)))
 assert len([f for f in os.listdir(EngineCache().directory / "libraries") if f.endswith("-1-4x8")]) == 1
-""", sized_bundle_path)  # fmt: skip
+""",
+        sized_bundle_path,
+    )

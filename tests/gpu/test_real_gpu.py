@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from epsrt import Bundle, EngineError, NotFiniteError, Sample, Sampler, idle_row, noise, open_engine, verify
+from epsrt import Bundle, EngineError, NotFiniteError, Sample, Sampler, idle_row, noise, open_engine
 from epsrt.engines import Engine, nvidia, probe
-from epsrt.measure import worst_psnr
+from epsrt.parity.measure import worst_psnr
+from epsrt.verify import verify
 
 PROBLEM = nvidia.driver().problem
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(PROBLEM), reason=PROBLEM)]
@@ -122,7 +123,7 @@ def test_threads_do_not_meet(gpu: Engine) -> None:
 
 
 def test_out_of_memory_is_a_sentence_and_passes(gpu: Engine) -> None:
-    from epsrt.engines import cuda
+    from epsrt.engines.gpu import cuda
 
     device, hogs = cuda.device(), []
     device.use()

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 
 from epsrt import Bundle
-from epsrt.engines.trt_build import BuildOptions, build, describe
-from epsrt.engines.trt_library import library
+from epsrt.engines.gpu.trt_build import BuildOptions, build, describe
+from epsrt.engines.gpu.trt_library import library
 from epsrt.errors import EngineError
-from epsrt.manifest import Graph
+from epsrt.manifest import StepGraph
 from helpers import diffusers_unet, tiny, unet
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx_cu13")
@@ -42,9 +42,13 @@ def graphs(request, tmp_path_factory, small_bundle_path) -> Bundle:
         )
     ]
     manifest = msgspec.structs.replace(
-        Bundle.open(small_bundle_path).manifest, shape=shape, max_batch=256, graphs=tuple(made), classes=classes,
+        Bundle.open(small_bundle_path).manifest,
+        shape=shape,
+        max_batch=256,
+        graphs=tuple(made),
+        classes=classes,
         null_label=null,
-    )  # fmt: skip
+    )
     return Bundle(folder, manifest)
 
 
@@ -110,8 +114,16 @@ def of_family(name: str):
         case "guided-diffusion":
             from epsrt_export.families.adm import ADMConfig, ADMUNet
 
-            config = ADMConfig(8, num_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,),
-                               learn_sigma=True, resblock_updown=True, num_classes=3)  # fmt: skip
+            config = ADMConfig(
+                8,
+                num_channels=32,
+                channel_mult=(1, 2),
+                num_res_blocks=1,
+                attention_resolutions=(4,),
+                learn_sigma=True,
+                resblock_updown=True,
+                num_classes=3,
+            )
             return ADMUNet(config), (3, 8, 8), "learned_range"
     from epsrt_export.families import lucidrains_unet
 
@@ -150,7 +162,7 @@ def test_builds_for_each_target(graphs: Bundle, precision: str) -> None:
     assert (told[0], max(told), len(told) > 500) == (0.0, 1.0, True)
 
 
-def holds_the_weights(plan: bytes, bundle: Bundle, graph: Graph) -> bool:
+def holds_the_weights(plan: bytes, bundle: Bundle, graph: StepGraph) -> bool:
     weights = (bundle.path / graph.weights).stat().st_size
     return 0.5 * weights < len(plan) < 10 * weights + (16 << 20)
 
@@ -172,8 +184,10 @@ def test_the_presets_other_steps_build(graphs: Bundle, precision: str) -> None:
 def test_half_precision_is_what_the_graph_says(graphs: Bundle) -> None:
     """Strongly typed: convolutions and products in half, softmax, norms and the fused step in float."""
     layers = describe(library("tensorrt-rtx"), graphs, graphs.graph("fp16"))
-    types = {kind: {t["type"] for layer in layers if layer["type"] == kind for t in layer["outputs"]} for kind in
-             ("CONVOLUTION", "MATRIX_MULTIPLY", "SOFTMAX", "NORMALIZATION")}  # fmt: skip
+    types = {
+        kind: {t["type"] for layer in layers if layer["type"] == kind for t in layer["outputs"]}
+        for kind in ("CONVOLUTION", "MATRIX_MULTIPLY", "SOFTMAX", "NORMALIZATION")
+    }
     assert types["CONVOLUTION"] == {"HALF"}
     assert types["SOFTMAX"] == types["NORMALIZATION"] == {"FLOAT"}
     assert "HALF" in types["MATRIX_MULTIPLY"]

@@ -118,7 +118,9 @@ def run(library: Path, code: str, gpus: int = 1, env: dict[str, str] | None = No
 
 
 def test_copies_run_as_late_as_they_may(library: Path) -> None:
-    run(library, """
+    run(
+        library,
+        """
 start()
 s, d, staging = stream(), device(4), pinned(4)
 assert np.isnan(seen(d, 4)).all() and int(d) % 256 == 0
@@ -155,11 +157,14 @@ assert (seen(d, 4) == 0).all()
 ok(cu.cuMemsetD32Async(d, 0, 4, s))
 ok(cu.cuStreamDestroy(s))
 assert (seen(d, 4) == 0).all()
-""")  # fmt: skip
+""",
+    )
 
 
 def test_kernels(library: Path) -> None:
-    run(library, """
+    run(
+        library,
+        """
 start()
 s, n = stream(), 1000
 x, y = device(n), device(n)
@@ -203,11 +208,14 @@ for value in (0.0, 0.5, 1.0, 1.5, -0.5, 7.25, 0.3, 123456.75):
     assert got[0] == exact.get(value, got[0]) and not np.signbit(got[1:2][got[1:2] == 0]).any()
     assert got.view(np.uint32)[5] == (0x80000001 * 6) >> 32 and list(got[6:]) == [-1, 7]
     assert seen(flag, 1, i32)[0] == 7
-""")  # fmt: skip
+""",
+    )
 
 
 def test_graphs(library: Path) -> None:
-    run(library, """
+    run(
+        library,
+        """
 start()
 s, n = stream(), 4
 x, y, staging = device(n), device(n), pinned(n)
@@ -260,11 +268,14 @@ ok(cu.cuStreamWaitEvent(s, back, 0))  # and a join
 graph = ok(cu.cuStreamEndCapture(s))
 assert ok(cu.cuGraphGetNodes(graph))[1] == 1
 assert code(cu.cuEventQuery(event)) == 907
-""")  # fmt: skip
+""",
+    )
 
 
 def test_what_spoils_a_capture(library: Path) -> None:
-    run(library, """
+    run(
+        library,
+        """
 start()
 s, other, x, y = stream(), stream(), device(4), device(4)
 event, recorded, data = ok(cu.cuEventCreate(2)), ok(cu.cuEventCreate(2)), np.zeros(4, np.float32)
@@ -336,11 +347,14 @@ begin(s)
 assert code(cu.cuStreamBeginCapture(s, cu.CUstreamCaptureMode(1))) == 401
 ok(cu.cuStreamEndCapture(s))
 ok(cu.cuStreamSynchronize(s))
-""")  # fmt: skip
+""",
+    )
 
 
 def test_streams_wait_for_events(library: Path) -> None:
-    run(library, """
+    run(
+        library,
+        """
 start()
 a, b, x = stream(), stream(), device(1)
 first, second = ok(cu.cuEventCreate(0)), ok(cu.cuEventCreate(0))
@@ -368,11 +382,14 @@ assert code(cu.cuEventElapsedTime(untimed, second)) == 400
 for event in (first, second, untimed):
     ok(cu.cuEventDestroy(event))
 assert code(cu.cuEventQuery(first)) == 400 and lib.stand_in_live(b"events") == 0
-""")  # fmt: skip
+""",
+    )
 
 
 def test_memory(library: Path) -> None:
-    run(library, """
+    run(
+        library,
+        """
 start()
 s = stream()
 assert ok(cu.cuDeviceTotalMem(0)) == 1 << 20
@@ -400,7 +417,9 @@ ok(cu.cuMemFreeHost(host.ctypes.data))
 assert code(cu.cuMemFreeHost(data.ctypes.data)) == 1
 ok(cu.cuMemFree(y))
 assert lib.stand_in_live_bytes() == 0 and lib.stand_in_live(b"device") == 0
-""", memory=1 << 20)  # fmt: skip
+""",
+        memory=1 << 20,
+    )
 
 
 @pytest.mark.parametrize(
@@ -415,7 +434,9 @@ assert lib.stand_in_live_bytes() == 0 and lib.stand_in_live(b"device") == 0
     ],
 )
 def test_a_fault_lasts(library: Path, code: str, error: int, text: str) -> None:
-    said = run(library, f"""
+    said = run(
+        library,
+        f"""
 start()
 s, x, spare = stream(), device(64), device(1024)
 def freed(call):  # a graph that outlives memory it uses
@@ -430,12 +451,15 @@ ok({code})
 assert code(cu.cuStreamSynchronize(s)) == {error}
 for call in (cu.cuCtxSynchronize, lambda: cu.cuMemAlloc(4), lambda: cu.cuStreamCreate(1), lambda: cu.cuMemFree(x)):
     assert code(call()) == {error}
-""")  # fmt: skip
+""",
+    )
     assert text in said
 
 
 def test_errors_before_work(library: Path) -> None:
-    run(library, """
+    run(
+        library,
+        """
 assert ok(cu.cuDriverGetVersion()) == 12080
 assert code(cu.cuDeviceGetCount()) == 3 and code(cu.cuMemAlloc(4)) == 3 and code(cu.cuCtxGetCurrent()) == 3
 ok(cu.cuInit(0))
@@ -475,7 +499,12 @@ ok(cu.cuCtxSetCurrent(0))
 for value, name, text in ((2, b"CUDA_ERROR_OUT_OF_MEMORY", b"out of memory"), (0, b"CUDA_SUCCESS", b"no error")):
     assert ok(cu.cuGetErrorName(cu.CUresult(value))) == name
     assert ok(cu.cuGetErrorString(cu.CUresult(value))) == text
-""", gpus=2, driver=12080, capability="9.0", name="A name")  # fmt: skip
+""",
+        gpus=2,
+        driver=12080,
+        capability="9.0",
+        name="A name",
+    )
 
 
 @pytest.mark.parametrize(
@@ -503,7 +532,9 @@ assert lib.cuInit(0) == 0 and lib.cuDeviceGetCount(ctypes.byref(n)) == 0 and n.v
 
 
 def test_failures_on_request(library: Path) -> None:
-    run(library, """
+    run(
+        library,
+        """
 start()
 lib.stand_in_fail(b"cuMemAlloc_v2", 2, 2)
 assert [code(cu.cuMemAlloc(4)) for i in range(3)] == [2, 2, 0]
@@ -511,12 +542,15 @@ assert lib.stand_in_count(b"cuMemAlloc_v2") == 3 and lib.stand_in_live(b"device"
 lib.stand_in_fail(b"cuStreamSynchronize", 1, 719)
 s = stream()
 assert [code(cu.cuStreamSynchronize(s)) for i in range(2)] == [719, 0]
-""")  # fmt: skip
+""",
+    )
 
 
 def test_threads(library: Path) -> None:
     """Each with a stream and host functions, which need Python's lock while another thread waits in the driver."""
-    run(library, """
+    run(
+        library,
+        """
 context = start()
 kernel("saxpy")
 shared = ok(cu.cuEventCreate(2))
@@ -557,13 +591,16 @@ for thread in threads:
     thread.join()
 assert not failures, failures[:3]
 assert lib.stand_in_launches(b"saxpy") == 8 * 30 * 3
-""")  # fmt: skip
+""",
+    )
 
 
 def test_a_real_image_loads(library: Path) -> None:
     if run_python("from cuda.bindings import nvrtc; nvrtc.nvrtcVersion()").returncode:
         pytest.skip("needs nvidia-cuda-nvrtc")
-    run(library, """
+    run(
+        library,
+        """
 from cuda.bindings import nvrtc
 start()
 def done(result):
@@ -578,7 +615,8 @@ function = ok(cu.cuModuleGetFunction(ok(cu.cuModuleLoadData(image)), b"nothing")
 ok(cu.cuLaunchKernel(function, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0))
 ok(cu.cuCtxSynchronize())
 assert lib.stand_in_launches(b"nothing") == 1
-""")  # fmt: skip
+""",
+    )
 
 
 def test_build_refuses(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import fake_tensorrt
 import pytest
 
-from epsrt.engines import tensorrt, trt_build, trt_library
+from epsrt.engines.gpu import tensorrt, trt_build, trt_library
 
 REFERENCE = Path(__file__).parent / "reference"
 RTX_ALONE = {  # what only TensorRT-RTX has, and only its branches use

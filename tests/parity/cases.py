@@ -12,7 +12,7 @@ import torch
 from toy import SIGMA_DATA, Toy, draw
 
 from epsrt import Plan, Schedule, solvers
-from epsrt.spacing import timesteps
+from epsrt.timesteps import spaced
 
 VP, VE, FLOW = Schedule(), Schedule("ve", sigma_min=0.02, sigma_max=40), Schedule("flow")
 CHURN = {"s_churn": 8.0, "s_tmin": 0.05, "s_tmax": 20.0, "s_noise": 1.007}
@@ -50,7 +50,7 @@ def in_sigma(schedule, clip):
 
 def of_edm(clip, churned, second_order):
     """EDM on karras spacing of a VE schedule; the first step's churn is in the plan's start."""
-    ts = timesteps(VE, 18, "karras")
+    ts = spaced(VE, 18, "karras")
     sigmas = [float(s) for s in VE.at(ts)[1]]
     network = Toy(VE, "edm")
     D = loops.edm_denoiser(network, SIGMA_DATA, clip)
@@ -65,7 +65,7 @@ def of_edm(clip, churned, second_order):
 
 def first_churned(clip, second_order):
     """As above with S_tmax = ∞: the first step is churned too, so x begins with its noise."""
-    ts = timesteps(VE, 18, "karras")
+    ts = spaced(VE, 18, "karras")
     sigmas = [float(s) for s in VE.at(ts)[1]]
     network = Toy(VE, "edm")
     D = loops.edm_denoiser(network, SIGMA_DATA, clip)
@@ -89,7 +89,7 @@ def row_noise(z, rows, each):
 
 def churned_vp(clip):
     """Churn between a VP schedule's own levels, of an ε network. The loop begins with the plan's x."""
-    ts = timesteps(1000, 18)
+    ts = spaced(1000, 18)
     sigmas = [s / a for a, s in levels_of(VP, ts)]
     u, z = draw(len(ts))
     plan = solvers.heun(VP, ts, clip=clip, **CHURN)
@@ -99,7 +99,7 @@ def churned_vp(clip):
 
 
 def ancestral(clip, eta=0.8):
-    ts = timesteps(1000, 25)
+    ts = spaced(1000, 25)
     levels = levels_of(VP, ts)
     x, z = draw(len(ts))
     truth = loops.euler_ancestral(in_sigma(VP, clip), [s / a for a, s in levels], x / levels[0][0], z, eta)
@@ -120,7 +120,7 @@ def maruyama_vp(clip):
 
 
 def maruyama_ve(clip):
-    ts = timesteps(VE, 60, "exponential")
+    ts = spaced(VE, 60, "exponential")
     sigmas = [float(s) for s in VE.at(ts)[1]]
     D = in_sigma(VE, clip)
     x, z = draw(len(ts))
@@ -130,7 +130,7 @@ def maruyama_ve(clip):
 
 
 def langevin(clip, denoise=True):
-    ts = timesteps(VE, 15, "exponential", sigma_max=10.0)
+    ts = spaced(VE, 15, "exponential", sigma_max=10.0)
     sigmas = [float(s) for s in VE.at(ts)[1]]
     D = in_sigma(VE, clip)
     x, z = draw(15 * 6 + 1)
@@ -142,7 +142,7 @@ def langevin(clip, denoise=True):
 
 
 def dpmpp(name, schedule, clip):
-    ts = timesteps(schedule, 20, "leading")
+    ts = spaced(schedule, 20, "leading")
     levels, x0 = levels_of(schedule, ts), denoiser(schedule, clip)
     x, z = draw(2 * len(ts))
     plan = solvers.make(name, schedule, timesteps=ts, clip=clip)
@@ -167,7 +167,7 @@ def _flow_level(lam):
 
 
 def flow(name, clip):
-    ts = timesteps(FLOW, 25, "leading" if clip else "trailing", shift=2.0)
+    ts = spaced(FLOW, 25, "leading" if clip else "trailing", shift=2.0)
     network, bound = Toy(FLOW, "velocity"), bounded(clip)
 
     def velocity(x, s):  # (x − x0)/s
@@ -180,7 +180,7 @@ def flow(name, clip):
 
 
 def inversion(clip, prediction="epsilon"):
-    ts = timesteps(1000, 25)
+    ts = spaced(1000, 25)
     network = Toy(VP, prediction)
     images, z = draw(len(ts))
     images = 0.4 + 0.6 * images

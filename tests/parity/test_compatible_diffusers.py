@@ -6,7 +6,7 @@ from theirs import TIGHT, DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, re
 from toy import Toy, draw, largest, run_plan
 
 from epsrt import EpsrtError, Schedule, solvers
-from epsrt.spacing import timesteps
+from epsrt.timesteps import spaced
 
 SCHEDULE = Schedule()
 SPACINGS = [("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 0)]
@@ -14,7 +14,7 @@ COUNTS = [2, 3, 7, 10, 12, 30, 37, 50, 112, 334]
 
 
 def chosen(steps, spacing, offset=0):
-    return timesteps(1000, steps, spacing, **({"steps_offset": offset} if offset else {}))
+    return spaced(1000, steps, spacing, **({"steps_offset": offset} if offset else {}))
 
 
 def agree(spacing, offset, steps):

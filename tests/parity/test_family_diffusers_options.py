@@ -7,7 +7,7 @@ from diffusers import DDPMPipeline
 from theirs import DDIMScheduler, DDPMScheduler, trajectory
 from toy import Toy, draw, run_plan
 
-from epsrt.requests import plan_of
+from epsrt.prepare import plan_of
 from epsrt_export import families
 from epsrt_export.export import manifest_of
 from helpers import diffusers_unet
@@ -98,9 +98,11 @@ def test_learned_variances(saved, variance, monkeypatch, diffusers, held):
 
 def test_steps_of_their_pipelines(saved):
     for kind, options, steps in (
-        (DDPMScheduler, {}, 1000), (DDIMScheduler, {}, 50), (DDPMScheduler, SMALL, 100),
+        (DDPMScheduler, {}, 1000),
+        (DDIMScheduler, {}, 50),
+        (DDPMScheduler, SMALL, 100),
         (DDIMScheduler, {"num_train_timesteps": 20}, 20),
-    ):  # fmt: skip
+    ):
         assert len(plan_and_network(saved(), kind(**options))[1]) == steps
 
 

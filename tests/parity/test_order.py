@@ -85,10 +85,12 @@ def error(method, schedule, prediction, steps, **options):
     mean, variance = carry(plan, schedule, prediction, scale * (alpha * MU + shift), scale**2 * share * v)
     slope = alpha / alpha2 * v2 / v if method in SDE else np.sqrt(v2 / v)
     left = v2 - slope**2 * v if method in SDE else 0.0
-    return np.array([
-        abs(mean / scale2 - (alpha2 * MU + slope * shift)),
-        abs(np.sqrt(variance) / scale2 - np.sqrt(slope**2 * share * v + left)),
-    ]) / np.sqrt(v2)  # fmt: skip
+    return np.array(
+        [
+            abs(mean / scale2 - (alpha2 * MU + slope * shift)),
+            abs(np.sqrt(variance) / scale2 - np.sqrt(slope**2 * share * v + left)),
+        ]
+    ) / np.sqrt(v2)
 
 
 def orders(method, schedule, prediction="epsilon", **options):

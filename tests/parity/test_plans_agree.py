@@ -5,9 +5,9 @@ import pytest
 from toy import SIGMA_DATA, Toy, draw, largest, run_plan
 
 from epsrt import Schedule, solvers
-from epsrt.levels import PREDICTIONS
+from epsrt.noise_levels import PREDICTIONS
 from epsrt.solvers import METHODS, make
-from epsrt.spacing import timesteps
+from epsrt.timesteps import spaced
 
 SCHEDULES = {
     "vp": Schedule(), "cosine": Schedule("cosine", 400), "ve": Schedule("ve", sigma_min=0.02, sigma_max=40),
@@ -25,7 +25,7 @@ CLIPS = [None, 0.7]
 
 def grid(kind, steps=20):
     """Timesteps that avoid α = 0, where five of the predictions are refused."""
-    return timesteps(SCHEDULES[kind], steps, "leading" if kind == "flow" else "trailing")
+    return spaced(SCHEDULES[kind], steps, "leading" if kind == "flow" else "trailing")
 
 
 def run(method, kind, ts, prediction="epsilon", **options):
@@ -94,7 +94,7 @@ def test_inversion_undoes_ddim(kind):
     """Up to the step's size, halved where there are twice as many."""
     schedule, gaps = SCHEDULES[kind], []
     for steps in (50, 100):
-        ts = timesteps(schedule, steps, "leading")
+        ts = spaced(schedule, steps, "leading")
         x, z = draw(steps, images=16)
         images = 0.4 + 0.6 * x
         noise = run_plan(solvers.ddim_inversion(schedule, ts), Toy(schedule), images, z)

@@ -9,7 +9,7 @@ from theirs import TIGHT, DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, re
 from toy import Toy, draw, largest, run_plan
 
 from epsrt import Schedule, solvers
-from epsrt.spacing import timesteps
+from epsrt.timesteps import spaced
 
 SCHEDULE = Schedule()
 PREDICTIONS = ("epsilon", "x0", "v")
@@ -34,7 +34,7 @@ def test_ddpm(variance, clip, steps, monkeypatch, diffusers, held):
     x, z = draw(steps)
     made = ready(DDPMScheduler, steps, variance_type=variance, **clipping(clip))
     theirs = trajectory(made, Toy(SCHEDULE), x, z, monkeypatch)
-    plan = solvers.ddpm(SCHEDULE, timesteps(1000, steps, "leading"), variance=variance, clip=clip)
+    plan = solvers.ddpm(SCHEDULE, spaced(1000, steps, "leading"), variance=variance, clip=clip)
     ours = run_plan(plan, Toy(SCHEDULE), x, z)
     figure = 2e-4 if clip is None else 4e-5
     held(f"ddpm {variance}, clip {clip}", diffusers, ours, theirs, figure if diffusers == "float32" else TIGHT)
@@ -46,7 +46,7 @@ def test_ddpm_of_other_predictions(prediction, clip, monkeypatch, diffusers, hel
     x, z = draw(50)
     made = ready(DDPMScheduler, 50, prediction, **clipping(clip))
     theirs = trajectory(made, Toy(SCHEDULE, prediction), x, z, monkeypatch)
-    plan = solvers.ddpm(SCHEDULE, timesteps(1000, 50, "leading"), prediction=prediction, clip=clip)
+    plan = solvers.ddpm(SCHEDULE, spaced(1000, 50, "leading"), prediction=prediction, clip=clip)
     ours = run_plan(plan, Toy(SCHEDULE, prediction), x, z)
     held(f"ddpm of {prediction}", diffusers, ours, theirs, 4e-5 if diffusers == "float32" else TIGHT)
 
@@ -57,7 +57,7 @@ def test_ddpm_with_a_learned_variance(variance, around, clip, monkeypatch, diffu
     x, z = draw(50)
     made = ready(DDPMScheduler, 50, variance_type=variance, **clipping(clip))
     theirs = trajectory(made, (Squared if variance == "learned" else Toy)(SCHEDULE, learned=around), x, z, monkeypatch)
-    plan = solvers.ddpm(SCHEDULE, timesteps(1000, 50, "leading"), variance=variance, clip=clip)
+    plan = solvers.ddpm(SCHEDULE, spaced(1000, 50, "leading"), variance=variance, clip=clip)
     ours = run_plan(plan, Toy(SCHEDULE, learned=around), x, z)
     held(f"ddpm {variance}", diffusers, ours, theirs, 4e-5 if diffusers == "float32" else TIGHT)
     assert largest(run_plan(plan, Toy(SCHEDULE, learned=around + 0.1), x, z), ours) > 1e-3  # it is the network's
@@ -69,7 +69,7 @@ def test_fixed_large_log_is_nan_in_diffusers_and_fixed_large_here(monkeypatch):
     made = ready(DDPMScheduler, 50, variance_type="fixed_large_log")
     assert torch.isnan(trajectory(made, Toy(SCHEDULE), x, z, monkeypatch)).all()
     plans = [
-        solvers.ddpm(SCHEDULE, timesteps(1000, 50, "leading"), variance=name)
+        solvers.ddpm(SCHEDULE, spaced(1000, 50, "leading"), variance=name)
         for name in ("fixed_large_log", "fixed_large")
     ]
     assert (plans[0].table == plans[1].table).all()
@@ -86,7 +86,7 @@ def test_ddim(prediction, steps, eta, clip, rederive, monkeypatch, diffusers, he
     more = {"eta": eta, "use_clipped_model_output": rederive}
     theirs = trajectory(made, Toy(SCHEDULE, prediction), x, z, monkeypatch, **more)
     options = {"prediction": prediction, "eta": eta, "clip": clip, "rederive": rederive}
-    plan = solvers.ddim(SCHEDULE, timesteps(1000, steps, "leading"), **options)
+    plan = solvers.ddim(SCHEDULE, spaced(1000, steps, "leading"), **options)
     ours = run_plan(plan, Toy(SCHEDULE, prediction), x, z)
     held(f"ddim η = {eta:g}", diffusers, ours, theirs, 8e-5 if diffusers == "float32" else TIGHT)
 
@@ -106,7 +106,7 @@ def test_ddim_inversion(clip, steps, monkeypatch, diffusers, held):
     images = 0.4 + 0.6 * draw(0)[0]
     made = ready(DDIMInverseScheduler, steps, **clipping(clip))
     theirs = trajectory(made, Toy(SCHEDULE), images, [None] * steps, monkeypatch)
-    plan = solvers.ddim_inversion(SCHEDULE, timesteps(1000, steps, "leading"), clip=clip)
+    plan = solvers.ddim_inversion(SCHEDULE, spaced(1000, steps, "leading"), clip=clip)
     ours = run_plan(plan, Toy(SCHEDULE), images, [0] * len(plan))
     held(f"ddim-inversion, clip {clip}", diffusers, ours, theirs, 8e-5 if diffusers == "float32" else TIGHT)
 
@@ -116,7 +116,7 @@ def test_the_comparison_sees_small_mistakes(monkeypatch):
     x, z = draw(50)
     made = ready(DDIMScheduler, 50, **clipping(1.0))
     theirs = trajectory(made, Toy(SCHEDULE), x, z, monkeypatch, eta=0.5)
-    ts = timesteps(1000, 50, "leading")
+    ts = spaced(1000, 50, "leading")
     assert largest(run_plan(solvers.ddim(SCHEDULE, ts, eta=0.5), Toy(SCHEDULE), x, z), theirs) < 1e-4
     for plan in (
         solvers.ddim(Schedule(beta_end=0.0198), ts, eta=0.5),

@@ -5,7 +5,7 @@ import pytest
 from toy import Toy, draw, run_plan
 
 from epsrt import Schedule, solvers
-from epsrt.spacing import timesteps
+from epsrt.timesteps import spaced
 from epsrt_trainer.sample import ddim_loop, ddpm_loop
 
 SCHEDULES = [Schedule(), Schedule("cosine", 400), Schedule("sigmoid", 333, zero_snr=False)]
@@ -24,7 +24,7 @@ def compare(loop, plan, schedule, ts, prediction, learned=None, **options):
 @pytest.mark.parametrize("spacing", ["trailing", "quadratic", "linspace"])
 def test_ddpm_is_the_papers(spacing, variance, clip, prediction):
     for schedule in SCHEDULES:
-        ts = timesteps(schedule.T, 37, spacing)
+        ts = spaced(schedule.T, 37, spacing)
         options = {"prediction": prediction, "clip": clip, "variance": variance}
         assert compare(ddpm_loop, solvers.ddpm(schedule, ts, **options), schedule, ts, **options) <= 1e-9
 
@@ -34,7 +34,7 @@ def test_ddpm_is_the_papers(spacing, variance, clip, prediction):
 @pytest.mark.parametrize(("variance", "around"), [("learned", -4.0), ("learned_range", 0.2)])
 def test_ddpm_with_a_learned_variance_is_the_papers(variance, around, clip, prediction):
     for schedule in SCHEDULES:
-        ts = timesteps(schedule.T, 37, "trailing")
+        ts = spaced(schedule.T, 37, "trailing")
         options = {"prediction": prediction, "clip": clip, "variance": variance}
         plan = solvers.ddpm(schedule, ts, **options)
         assert compare(ddpm_loop, plan, schedule, ts, learned=around, **options) <= 1e-9
@@ -46,7 +46,7 @@ def test_ddpm_with_a_learned_variance_is_the_papers(variance, around, clip, pred
 @pytest.mark.parametrize("spacing", ["trailing", "quadratic", "linspace"])
 def test_ddim_is_the_papers(spacing, eta, clip, prediction):
     for schedule in SCHEDULES:
-        ts = timesteps(schedule.T, 37, spacing)
+        ts = spaced(schedule.T, 37, spacing)
         options = {"prediction": prediction, "clip": clip, "eta": eta}
         assert compare(ddim_loop, solvers.ddim(schedule, ts, **options), schedule, ts, **options) <= 1e-9
 
@@ -54,7 +54,7 @@ def test_ddim_is_the_papers(spacing, eta, clip, prediction):
 @pytest.mark.parametrize("prediction", ["x0", "v"])
 @pytest.mark.parametrize("loop", [ddpm_loop, ddim_loop])
 def test_zero_snr_agrees_too(loop, prediction):
-    zero, ts = Schedule(T=200, zero_snr=True), timesteps(200, 20)
+    zero, ts = Schedule(T=200, zero_snr=True), spaced(200, 20)
     method = {"ddpm_loop": solvers.ddpm, "ddim_loop": solvers.ddim}[loop.__name__]
     assert compare(loop, method(zero, ts, prediction=prediction), zero, ts, prediction) <= 1e-9
 

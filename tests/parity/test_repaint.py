@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy import Toy, draw, largest, run_plan
 
-from epsrt import Schedule, resampled, spacing
+from epsrt import Schedule, resampled, timesteps
 from epsrt.solvers import METHODS, make
 
 T = 96
@@ -59,7 +59,7 @@ def repaint(toy, pairs, x, known, mask, z, z2):
 @pytest.mark.parametrize(("steps", "jump", "times"), [(12, 3, 3), (12, 1, 2), (16, 5, 4), (8, 7, 3), (6, 2, 1)])
 def test_resampled_ddpm_is_repaints_algorithm(steps, jump, times):
     toy, pairs = Toy(SCHEDULE), walk_of(steps, jump, times)
-    plan = make("ddpm", SCHEDULE, timesteps=spacing.timesteps(SCHEDULE, steps, "leading"), clip=None)
+    plan = make("ddpm", SCHEDULE, timesteps=timesteps.spaced(SCHEDULE, steps, "leading"), clip=None)
     plan = resampled(plan, times, jump)
     x, z = draw(len(plan), seed=1)
     known, z2 = draw(len(plan), seed=2)
@@ -125,7 +125,7 @@ def test_begun_plans_are_the_last_rows(method):
     if method == "ddim-inversion":
         return
     each = {"each": 1, "denoise": False} if method == "langevin" else {}
-    ts = spacing.timesteps(SCHEDULE, 10, "trailing")
+    ts = timesteps.spaced(SCHEDULE, 10, "trailing")
     whole, last = (make(method, SCHEDULE, timesteps=t, clip=None, **each) for t in (ts, ts[6:]))
     begun = whole.begun(len(whole) - len(last))
     assert begun.start == begun.level == tuple(whole.levels[len(whole) - len(last)])

@@ -21,7 +21,7 @@ from theirs import (
 from toy import Toy, begin, draw, run_plan
 
 from epsrt import Schedule, solvers
-from epsrt.spacing import timesteps
+from epsrt.timesteps import spaced
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # theirs
 SCHEDULE, FLOW = Schedule(), Schedule("flow")
@@ -41,7 +41,7 @@ def test_euler_and_heun(kind, spacing, prediction, monkeypatch, diffusers, held)
     for steps in (10, 50):
         x, z = draw(2 * steps)
         made = ready(kind, steps, prediction, timestep_spacing=spacing, **BETAS)
-        plan = OURS[kind](SCHEDULE, timesteps(1000, steps, spacing), prediction=prediction, clip=None)
+        plan = OURS[kind](SCHEDULE, spaced(1000, steps, spacing), prediction=prediction, clip=None)
         if spacing == "leading":
             assert plan.start[1] == pytest.approx(float(made.init_noise_sigma), rel=1e-5)
         network = Toy(SCHEDULE, prediction)
@@ -53,7 +53,7 @@ def test_euler_and_heun(kind, spacing, prediction, monkeypatch, diffusers, held)
 def test_heun_clipped(prediction, monkeypatch, diffusers, held):
     x, z = draw(40)
     made = ready(HeunDiscreteScheduler, 20, prediction, timestep_spacing="leading", clip_sample=True, **BETAS)
-    plan = solvers.heun(SCHEDULE, timesteps(1000, 20, "leading"), prediction=prediction, clip=1.0)
+    plan = solvers.heun(SCHEDULE, spaced(1000, 20, "leading"), prediction=prediction, clip=1.0)
     theirs = trajectory(made, Toy(SCHEDULE, prediction), begin(plan, x), z, monkeypatch)
     held("heun, clip 1", diffusers, run_plan(plan, Toy(SCHEDULE, prediction), x, z), theirs, at_most(diffusers, 1e-5))
 
@@ -65,9 +65,9 @@ def test_karras_and_exponential_spacing(kind, named, spacing, monkeypatch, diffu
     """Their σ range is that of the timesteps which the other spacing would have chosen."""
     x, z = draw(40)
     made = ready(kind, 20, timestep_spacing=spacing, **{f"use_{named}_sigmas": True}, **BETAS)
-    alpha, sigma = SCHEDULE.at([timesteps(1000, 20, spacing)[i] for i in (-1, 0)])
+    alpha, sigma = SCHEDULE.at([spaced(1000, 20, spacing)[i] for i in (-1, 0)])
     low, high = sigma / alpha
-    ts = timesteps(SCHEDULE, 20, named, sigma_min=low, sigma_max=high)
+    ts = spaced(SCHEDULE, 20, named, sigma_min=low, sigma_max=high)
     plan = OURS[kind](SCHEDULE, ts, clip=None)
     np.testing.assert_allclose(plan["t"], made.timesteps.numpy(), rtol=0, atol=0.02 if diffusers == "float32" else 1e-7)
     theirs = trajectory(made, Toy(SCHEDULE), begin(plan, x), z, monkeypatch)
@@ -79,7 +79,7 @@ def test_karras_and_exponential_spacing(kind, named, spacing, monkeypatch, diffu
 def test_euler_ancestral(spacing, prediction, monkeypatch, diffusers, held):
     for steps in (10, 50):
         x, z = draw(steps)
-        ts = timesteps(1000, steps, spacing)
+        ts = spaced(1000, steps, spacing)
         made = ready(EulerAncestralDiscreteScheduler, steps, prediction, timestep_spacing=spacing)
         network = Toy(SCHEDULE, prediction)
         theirs = trajectory(made, network, x / float(SCHEDULE.at(ts[0])[0]), z, monkeypatch)
@@ -97,7 +97,7 @@ def test_euler_ancestral(spacing, prediction, monkeypatch, diffusers, held):
 def test_dpmpp_2m(solver, algorithm, figure, clip, spacing, prediction, monkeypatch, diffusers, held):
     for steps in (5, 14, 40):
         x, z = draw(steps)
-        ts = timesteps(1000, steps, spacing)
+        ts = spaced(1000, steps, spacing)
         made = ready(DPMSolverMultistepScheduler, ts, prediction, algorithm_type=algorithm, **CLIP[clip])
         network = Toy(SCHEDULE, prediction)
         theirs = trajectory(made, network, x, z, monkeypatch)
@@ -129,7 +129,7 @@ def test_dpmpp_2s(clip, prediction, monkeypatch, diffusers, held):
     """Their grid contains the middles, at whole timesteps: it is given ours, and so is the network."""
     for steps in (5, 20):
         x, z = draw(2 * steps)
-        plan = solvers.dpmpp_2s(SCHEDULE, timesteps(1000, steps), prediction=prediction, clip=clip)
+        plan = solvers.dpmpp_2s(SCHEDULE, spaced(1000, steps), prediction=prediction, clip=clip)
         made = ready(DPMSolverSinglestepScheduler, len(plan), prediction, lower_order_final=True, **CLIP[clip])
         assert made.order_list == [1, 2] * (steps - 1) + [1]
         alpha, sigma = SCHEDULE.at(plan["t"])
@@ -147,7 +147,7 @@ def test_flow_euler(steps, shift, monkeypatch, diffusers, held):
     x, z = draw(steps)
     made = FlowMatchEulerDiscreteScheduler(shift=shift)
     made.set_timesteps(sigmas=np.linspace(1, 1 / 1000, steps))
-    ts = timesteps(FLOW, steps, "linspace", shift=shift)
+    ts = spaced(FLOW, steps, "linspace", shift=shift)
     np.testing.assert_allclose(ts, made.timesteps.numpy(), rtol=1e-6)
     plan = solvers.flow_euler(FLOW, ts, prediction="velocity", clip=None)
     network = Toy(FLOW, "velocity")
@@ -163,7 +163,7 @@ def test_flow_heun(steps, shift, monkeypatch, diffusers, held):
     made.set_timesteps(steps)
     ts = made.sigmas.unique().flip(0)[:-1].double() * 1000  # theirs ends at a sigma_min that is shifted twice
     if shift == 1:
-        np.testing.assert_allclose(timesteps(FLOW, steps, "linspace"), ts, rtol=1e-6)
+        np.testing.assert_allclose(spaced(FLOW, steps, "linspace"), ts, rtol=1e-6)
     plan = solvers.flow_heun(FLOW, ts.tolist(), prediction="velocity", clip=None)
     network = Toy(FLOW, "velocity")
     theirs = trajectory(made, network, x, z, monkeypatch)

@@ -18,8 +18,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from epsrt import Bundle, EngineError, EpsrtError, NotFiniteError, machine, open_engine, requests
-from epsrt.bench import alone, run, timing
+from epsrt import Bundle, EngineError, EpsrtError, NotFiniteError, machine, open_engine
+from epsrt import prepare as requests
+from epsrt.bench import isolated as alone
+from epsrt.bench import run, timing
 from epsrt.bench.compare import compare, judged, noise_band
 from epsrt.bench.report import (
     Case,
@@ -192,9 +194,16 @@ def test_a_real_engine_runs_a_course(bundle: Bundle) -> None:
 
 def task(path: Path, **changes: Any) -> alone.Task:
     given = {
-        "bundle": str(path), "engine": "onnxruntime", "precision": "fp32", "threads": 1, "trust_engines": False,
-        "method": "ddim", "steps": 2, "label": None, "batch": 2,
-    }  # fmt: skip
+        "bundle": str(path),
+        "engine": "onnxruntime",
+        "precision": "fp32",
+        "threads": 1,
+        "trust_engines": False,
+        "method": "ddim",
+        "steps": 2,
+        "label": None,
+        "batch": 2,
+    }
     return alone.Task(**{**given, **changes})
 
 
@@ -212,7 +221,7 @@ def test_memory_is_the_process_s_own(small_bundle_path: Path) -> None:
     code = """
 import sys
 import numpy as np
-from epsrt.bench import alone
+from epsrt.bench import isolated as alone
 import msgspec
 ballast = np.ones(400 << 20, np.uint8)
 print(alone.run(msgspec.json.decode(sys.argv[1], type=alone.Task)).memory, alone.peak_memory()[0])
@@ -453,9 +462,18 @@ def report(rows: dict[tuple[str, int], Figures | str], **changes: Any) -> Report
         Row(engine, "fp32", batch, *((f,) if isinstance(f, str) else ("", f))) for (engine, batch), f in rows.items()
     )
     base = Report(
-        1, "2026-11-21T00:00:00+00:00", Of("x.epsrt", "d" * 64), Request("ddim", 20, None), (1,), "VmHWM",
-        {"processor": "P", "cores": 2, "versions": {"onnxruntime": "1.31"}}, (), True, (), with_ratios(found),
-    )  # fmt: skip
+        1,
+        "2026-11-21T00:00:00+00:00",
+        Of("x.epsrt", "d" * 64),
+        Request("ddim", 20, None),
+        (1,),
+        "VmHWM",
+        {"processor": "P", "cores": 2, "versions": {"onnxruntime": "1.31"}},
+        (),
+        True,
+        (),
+        with_ratios(found),
+    )
     return msgspec.structs.replace(base, **changes)
 
 

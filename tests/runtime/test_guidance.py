@@ -145,7 +145,7 @@ class TestClassifier:
     def test_column_j_moves_every_prediction_as_epsilon(self, prediction):
         """ε̂ = ε − σ·g, said in each prediction's own output: x0 and ε that are read from it move alike."""
         from epsrt import Schedule
-        from epsrt.levels import visit
+        from epsrt.noise_levels import visit
 
         schedule = Schedule(T=100, beta_start=1e-3, beta_end=0.2)
         at = visit(schedule, [90, 40, 3], prediction=prediction, sigma_data=0.4)
@@ -234,7 +234,7 @@ def test_what_is_one_a_sample_may_be_any_list(sampler):
 
 
 def test_one_weight_for_all_takes_the_memory_of_one(sampler):
-    from epsrt.requests import Request, prepare
+    from epsrt.prepare import Request, prepare
 
     request = Request(n=5000, steps=100, labels=3, guidance=2.0)
     own = prepare(sampler.bundle, request).own
@@ -250,7 +250,7 @@ def test_weights_that_are_no_numbers(sampler, weight):
 
 
 def test_only_guided_samples_cost_a_second_plan(sampler, monkeypatch):
-    from epsrt import requests
+    from epsrt import prepare as requests
 
     made, make = [], requests.plan_of
     monkeypatch.setattr(requests, "plan_of", lambda *args, **more: made.append(more) or make(*args, **more))

@@ -1,4 +1,4 @@
-"""epsrt.metrics against torch-fidelity, clean-fid, scipy and plain loops; epsrt.features; their sentences."""
+"""epsrt.score.metrics against torch-fidelity, clean-fid, scipy and plain loops; the features; their sentences."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 import scipy.linalg
 from onnx import TensorProto, helper, numpy_helper
 
-from epsrt import metrics
 from epsrt.errors import EpsrtError
-from epsrt.features import Extractor, range_of
+from epsrt.score import metrics
+from epsrt.score.features import Extractor, range_of
 from helpers import run_python
 
 # What torch-fidelity 0.4.0 and clean-fid 0.1.35 say of `feature_set`, on torch 2.13.0, from their wheels, torchvision
@@ -296,15 +296,20 @@ def extractor_file(
         last = helper.make_node("Identity", [f"{name}-2"], [name])
         nodes.append(last if flat else helper.make_node("Unsqueeze", [f"{name}-2", "last"], [name]))
     arrays = {
-        "axes": np.array([2, 3]), "weights": MEANS.T, "one": np.float32(1), "two": np.float32(2), "last": np.array([2]),
-    }  # fmt: skip
+        "axes": np.array([2, 3]),
+        "weights": MEANS.T,
+        "one": np.float32(1),
+        "two": np.float32(2),
+        "last": np.array([2]),
+    }
     graph = helper.make_graph(
-        nodes, "extractor",
+        nodes,
+        "extractor",
         [helper.make_tensor_value_info("image", kind, shape)]
         + [helper.make_tensor_value_info(f"more{i}", TensorProto.FLOAT, ["N"]) for i in range(inputs - 1)],
         [helper.make_tensor_value_info(o, TensorProto.FLOAT, [shape[0], 2] + ([] if flat else [1])) for o in outputs],
         [numpy_helper.from_array(np.asarray(a), n) for n, a in arrays.items()],
-    )  # fmt: skip
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     if value_range is not None:
         helper.set_model_props(model, {"value_range": value_range})
@@ -425,14 +430,17 @@ def test_features_that_are_not_finite_are_refused(tmp_path):
 def test_features_of_another_count_than_the_images_are_refused(tmp_path):
     path = tmp_path / "e.onnx"
     nodes = [
-        helper.make_node("Reshape", ["image", "to"], ["x"]), helper.make_node("ReduceMean", ["x"], ["one"], keepdims=0),
+        helper.make_node("Reshape", ["image", "to"], ["x"]),
+        helper.make_node("ReduceMean", ["x"], ["one"], keepdims=0),
         helper.make_node("Expand", ["one", "two"], ["features"]),
-    ]  # fmt: skip
+    ]
     graph = helper.make_graph(
-        nodes, "one", [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 3, 8, 8])],
+        nodes,
+        "one",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 3, 8, 8])],
         [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["M", 4])],
         [numpy_helper.from_array(np.array([-1]), "to"), numpy_helper.from_array(np.array([1, 4]), "two")],
-    )  # fmt: skip
+    )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
     with pytest.raises(
         EpsrtError, match=r"its features of 5 images are \[1, 4\], not \[5, D\]: .* leave the batch free"
@@ -456,6 +464,6 @@ def test_ranges_are_read():
 
 
 def test_features_without_onnxruntime_are_one_sentence():
-    done = run_python("import epsrt.metrics\nimport epsrt.features", blocked=("onnxruntime",))
+    done = run_python("import epsrt.score.metrics\nimport epsrt.score.features", blocked=("onnxruntime",))
     assert done.returncode == 1
     assert "which needs onnxruntime (No module named 'onnxruntime'): pip install \"epsrt[cpu]\"" in done.stderr

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from epsrt import BundleError, EpsrtError, Plan, Sampler, noise, to_images
-from epsrt.spacing import timesteps
+from epsrt.timesteps import spaced
 from epsrt_trainer.sample import ddim_loop, ddpm_loop
 
 STEPS = 8
@@ -35,7 +35,7 @@ def test_samples_are_float32_images_in_range(ten):
 def test_samples_are_pytorchs(sampler, network, schedule, loop):
     """The whole way, against a loop written from the paper on the module that was exported."""
     label, index = [3, 10, 7, 0], np.arange(4)
-    ts = timesteps(schedule.T, STEPS, "linspace")
+    ts = spaced(schedule.T, STEPS, "linspace")
     x = torch.from_numpy(noise.normals(11, index, noise.START, 0, 64).reshape(4, 1, 8, 8))
 
     def draw(i):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from epsrt import EpsrtError, noise
-from epsrt.requests import plan_of
+from epsrt.prepare import plan_of
 from epsrt.solvers import METHODS
 
 STEPS = 6

@@ -12,12 +12,7 @@ from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
 from epsrt import EpsrtError, Schedule
 
 RANGE = (1e-4, 0.02)
-DIFFUSERS = {
-    "linear": "linear",
-    "scaled-linear": "scaled_linear",
-    "cosine": "squaredcos_cap_v2",
-    "sigmoid": "sigmoid",
-}
+DIFFUSERS = {"linear": "linear", "scaled-linear": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
 
 
 def product(betas):

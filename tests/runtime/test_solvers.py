@@ -6,7 +6,7 @@ import pytest
 from epsrt import EpsrtError, Plan, Schedule, solvers
 from epsrt.plan import CLIP_OFF
 from epsrt.solvers import METHODS, ddim, ddpm, make
-from epsrt.spacing import timesteps
+from epsrt.timesteps import spaced
 
 SCHEDULE = Schedule(T=100, beta_start=1e-3, beta_end=0.2)
 ALL = range(99, -1, -1)
@@ -30,7 +30,7 @@ def test_the_last_ddpm_step_adds_no_noise(variance):
 
 
 def test_deterministic_ddim_adds_no_noise_and_eta_one_adds_ddpms():
-    ts = timesteps(100, 20)
+    ts = spaced(100, 20)
     assert not ddim(SCHEDULE, ts).stochastic
     np.testing.assert_allclose(ddim(SCHEDULE, ts, eta=1.0)["d"], ddpm(SCHEDULE, ts)["d"], rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(ddim(SCHEDULE, ts, eta=0.5)["d"], ddpm(SCHEDULE, ts)["d"] / 2, rtol=1e-9, atol=1e-12)
@@ -40,7 +40,7 @@ def test_deterministic_ddim_adds_no_noise_and_eta_one_adds_ddpms():
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
 def test_a_perfect_network_is_led_to_its_image(make_plan, prediction):
     """With the true ε of x = √A x0 + √(1−A) ε, x0 is exact in each row, and so is the last x."""
-    plan = make_plan(SCHEDULE, timesteps(100, 7), prediction=prediction, clip=None)
+    plan = make_plan(SCHEDULE, spaced(100, 7), prediction=prediction, clip=None)
     x0, generator = 0.3, np.random.default_rng(0)
     x = generator.standard_normal()
     for i in range(len(plan)):
@@ -169,7 +169,7 @@ def test_churn_stays_within_the_levels_that_the_network_knows():
 
 
 def test_learned_variance_spans_the_two_fixed_ones():
-    ts = timesteps(SCHEDULE, 20)
+    ts = spaced(SCHEDULE, 20)
     small, large, learned = (ddpm(SCHEDULE, ts, variance=v) for v in ("fixed_small", "fixed_large", "learned_range"))
     np.testing.assert_allclose(learned["d"] * np.exp(-learned["r"]), small["d"], rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose((learned["d"] * np.exp(learned["r"]))[:-1], large["d"][:-1], rtol=1e-12)
@@ -184,7 +184,7 @@ def test_learned_variance_spans_the_two_fixed_ones():
 
 def test_compatible_with_diffusers_looks_back_by_whole_strides():
     """t − ⌊T/S⌋, not the list's next; before 0, ᾱ is 1 or that of t = 0."""
-    ts = timesteps(SCHEDULE, 8)
+    ts = spaced(SCHEDULE, 8)
     assert [int(t) for t in ts] == [99, 87, 74, 61, 49, 37, 24, 11]
     plan = ddim(SCHEDULE, ts, compatible="diffusers")
     bar = SCHEDULE.alpha_bar
@@ -215,7 +215,7 @@ def test_clip_is_a_bound_or_off():
 
 def test_make_passes_on_steps_spacing_and_options():
     plan = make("ddim", SCHEDULE, steps=5, spacing="linspace", eta=0.5, prediction="v", clip=3.0)
-    same = ddim(SCHEDULE, timesteps(100, 5, "linspace"), eta=0.5, prediction="v", clip=3.0)
+    same = ddim(SCHEDULE, spaced(100, 5, "linspace"), eta=0.5, prediction="v", clip=3.0)
     np.testing.assert_array_equal(plan.table, same.table)
     assert plan.name == "ddim"
     assert isinstance(plan, Plan)

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from epsrt import Bundle, BundleError, open_engine, verify
+from epsrt import Bundle, BundleError, open_engine
 from epsrt.manifest import GOLDEN
-from epsrt.measure import LIMITS, network_outputs, relative_l2, worst_psnr
+from epsrt.parity.measure import LIMITS, network_outputs, relative_l2, worst_psnr
+from epsrt.verify import verify
 from helpers import edit_graph, forge, weights
 
 NAMES = ["network", "step", "ddim-50", "ddpm-100", "batch"]

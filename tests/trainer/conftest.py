@@ -15,9 +15,16 @@ from epsrt_trainer.unet import UNetConfig
 @pytest.fixture
 def config() -> UNetConfig:
     return UNetConfig(
-        1, 4, base_channels=8, channel_multipliers=(1, 2), residual_blocks=1, attention_resolutions=(2,), heads=2,
-        classes=3, null_label=True,
-    )  # fmt: skip
+        1,
+        4,
+        base_channels=8,
+        channel_multipliers=(1, 2),
+        residual_blocks=1,
+        attention_resolutions=(2,),
+        heads=2,
+        classes=3,
+        null_label=True,
+    )
 
 
 @pytest.fixture

@@ -16,9 +16,14 @@ from epsrt_trainer.checkpoint import KEY, Training, load_checkpoint, read_traini
 def saved(tmp_path, network, config, schedule):
     training = Training(steps=7, seed=3, loss=0.1, run={"train": {"lr": 2e-4}})
     return save_checkpoint(
-        tmp_path / "a.safetensors", network, config, schedule,
-        prediction="v", class_names=("a", "b", "c"), training=training,
-    )  # fmt: skip
+        tmp_path / "a.safetensors",
+        network,
+        config,
+        schedule,
+        prediction="v",
+        class_names=("a", "b", "c"),
+        training=training,
+    )
 
 
 def damage(path, change=lambda meta: None, tensors=lambda t: None, raw=None):
@@ -59,9 +64,14 @@ def test_a_checkpoint_from_before_there_were_time_features(saved, config):
 def test_the_same_values_give_the_same_bytes(saved, tmp_path, network, config, schedule):
     got = load_checkpoint(saved)
     again = save_checkpoint(
-        tmp_path / "b.safetensors", got.network, got.config, got.schedule,
-        prediction=got.prediction, class_names=got.class_names, training=got.training,
-    )  # fmt: skip
+        tmp_path / "b.safetensors",
+        got.network,
+        got.config,
+        got.schedule,
+        prediction=got.prediction,
+        class_names=got.class_names,
+        training=got.training,
+    )
     assert again.read_bytes() == saved.read_bytes()
 
 

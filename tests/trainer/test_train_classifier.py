@@ -25,9 +25,15 @@ FAST = TrainConfig(
 def judge() -> ClassifierConfig:
     """For the images of conftest.py."""
     return ClassifierConfig(
-        1, 4, base_channels=8, channel_multipliers=(1, 2), residual_blocks=1, attention_resolutions=(4,), heads=2,
+        1,
+        4,
+        base_channels=8,
+        channel_multipliers=(1, 2),
+        residual_blocks=1,
+        attention_resolutions=(4,),
+        heads=2,
         classes=3,
-    )  # fmt: skip
+    )
 
 
 def inputs():

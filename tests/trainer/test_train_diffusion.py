@@ -38,9 +38,13 @@ def test_what_sampled_networks_return_inverts(a, s):
     y, sigma = x / a, s / a
     c_skip, c_out = sd**2 / (sigma**2 + sd**2), sigma * sd / (sigma**2 + sd**2) ** 0.5  # arXiv 2206.00364, table 1
     outs = {
-        "epsilon": eps, "x0": x0, "v": a * eps - s * x0, "score": -(x - a * x0) / s**2,  # ∇ log N(x; a x0, s²)
-        "edm": (x0 - c_skip * y) / c_out, "velocity": eps - x0,  # d/ds of (1 − s) x0 + s ε
-    }  # fmt: skip
+        "epsilon": eps,
+        "x0": x0,
+        "v": a * eps - s * x0,
+        "score": -(x - a * x0) / s**2,  # ∇ log N(x; a x0, s²)
+        "edm": (x0 - c_skip * y) / c_out,
+        "velocity": eps - x0,  # d/ds of (1 − s) x0 + s ε
+    }
     assert tuple(outs) == OUTPUTS
     for prediction, out in outs.items():
         torch.testing.assert_close(predicted_x0(prediction, x, out, a, s, sd), x0, rtol=1e-9, atol=1e-9)
@@ -118,10 +122,7 @@ def test_zero_terminal_snr(weighting):
 
 def test_unknown_names():
     x = torch.zeros(1)
-    for call in (
-        lambda: loss_weights(Schedule(), "score", "simple"),
-        lambda: target("score", x, x, 1, 1),
-    ):
+    for call in (lambda: loss_weights(Schedule(), "score", "simple"), lambda: target("score", x, x, 1, 1)):
         with pytest.raises(EpsrtError, match="'score' is unknown"):
             call()
     for read in (predicted_x0, predicted_epsilon):

@@ -304,10 +304,16 @@ def tiny_arguments(folder: Path, out: str, **settings: object) -> list[str]:
         labels = np.arange(20) % 2
         np.savez(data, images=np.random.default_rng(0).integers(0, 255, (20, 1, 4, 4), np.uint8), labels=labels)
     chosen = {
-        "network.image_size": 4, "network.base_channels": 8, "network.attention_resolutions": "[]",
-        "network.classes": 2, "train.steps": 6, "train.batch": 8, "train.log_every": 1, "train.dtype": "fp32",
+        "network.image_size": 4,
+        "network.base_channels": 8,
+        "network.attention_resolutions": "[]",
+        "network.classes": 2,
+        "train.steps": 6,
+        "train.batch": 8,
+        "train.log_every": 1,
+        "train.dtype": "fp32",
         "train.checkpoint_every": 4,
-    } | settings  # fmt: skip
+    } | settings
     sets = [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
     return ["--data", str(data), "--out", str(folder / out), "--device", "cpu", *sets]
 

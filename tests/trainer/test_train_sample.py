@@ -166,9 +166,13 @@ def exact(schedule, prediction, mean=0.4, variance=0.09, sigma_data=0.6):
         eps = s * (x - a * mean) / (a**2 * variance + s**2)
         total = s**2 + sigma_data**2
         return {
-            "epsilon": eps, "x0": x0, "v": a * eps - s * x0, "score": -eps / s, "velocity": eps - x0,
+            "epsilon": eps,
+            "x0": x0,
+            "v": a * eps - s * x0,
+            "score": -eps / s,
+            "velocity": eps - x0,
             "edm": (x0 - sigma_data**2 / total * x) * sqrt(total) / (s * sigma_data),
-        }[prediction]  # fmt: skip
+        }[prediction]
 
     return network
 

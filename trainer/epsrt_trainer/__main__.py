@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import EpsrtError, InputError
 from epsrt_trainer.data import load
 from epsrt_trainer.log import Progress
 from epsrt_trainer.presets import PRESETS, preset
@@ -31,12 +31,19 @@ def main(argv: list[str] | None = None) -> int:
         chosen = preset(options.preset, options.set)
         spec = options.data or chosen.data
         if not spec:
-            raise EpsrtError(f"preset {options.preset} comes without data: give --data")
+            raise InputError(f"preset {options.preset} comes without data: give --data")
         data = load(spec, size=options.size, skip_broken=options.skip_broken, log=_say if first else None)
         path = train(
-            data, chosen.network, chosen.schedule, chosen.train, options.out,
-            resume=not options.fresh, progress=_report, device=options.device, tensorboard=options.tensorboard,
-        )  # fmt: skip
+            data,
+            chosen.network,
+            chosen.schedule,
+            chosen.train,
+            options.out,
+            resume=not options.fresh,
+            progress=_report,
+            device=options.device,
+            tensorboard=options.tensorboard,
+        )
     except (EpsrtError, OSError) as error:
         _say(f"error: {error}")
         return 1

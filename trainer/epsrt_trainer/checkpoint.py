@@ -14,7 +14,7 @@ import safetensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from epsrt.errors import BundleError, EpsrtError
+from epsrt.errors import BundleError, EpsrtError, InputError
 from epsrt.files import sha256, whole_file
 from epsrt.schedule import Schedule
 from epsrt_trainer.classifier import ClassifierConfig
@@ -96,19 +96,19 @@ def save_checkpoint(
     prediction   what a diffusion network returns, epsilon unless given; a classifier has none
     value_range  what the pixels of the training images span
     class_names  one a class, or None
-    Raises EpsrtError when the suffix, the range or the number of class names is wrong, or a classifier's has a
+    Raises InputError when the suffix, the range or the number of class names is wrong, or a classifier's has a
     prediction.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise EpsrtError(f"{path} is no name for a checkpoint: end it in .safetensors")
+        raise InputError(f"{path} is no name for a checkpoint: end it in .safetensors")
     if not value_range[0] < value_range[1]:
-        raise EpsrtError(f"value_range {value_range} is empty: give (low, high)")
+        raise InputError(f"value_range {value_range} is empty: give (low, high)")
     if class_names is not None and len(class_names) != config.classes:
-        raise EpsrtError(f"{len(class_names)} class names for a network of {config.classes} classes: give one a class")
+        raise InputError(f"{len(class_names)} class names for a network of {config.classes} classes: give one a class")
     if isinstance(config, ClassifierConfig):
         if prediction is not None:
-            raise EpsrtError(f"prediction = {prediction!r} of a classifier, which returns logits: leave it out")
+            raise InputError(f"prediction = {prediction!r} of a classifier, which returns logits: leave it out")
     else:
         prediction = prediction or "epsilon"
     plain: dict[str, Any] = msgspec.to_builtins(config)
@@ -163,10 +163,18 @@ def _load(path: Path) -> tuple[_Meta, NetworkConfig, dict[str, Any]]:
         raise BundleError(f"{path} describes no network: {error}") from error
     _check_tensors(path, tensors, network.state_dict())
     network.load_state_dict(tensors, assign=True)
-    return meta, config, {
-        "sha256": sha256(path), "network": network.eval().requires_grad_(False), "schedule": meta.schedule,
-        "value_range": meta.value_range, "class_names": meta.class_names, "training": meta.training,
-    }  # fmt: skip
+    return (
+        meta,
+        config,
+        {
+            "sha256": sha256(path),
+            "network": network.eval().requires_grad_(False),
+            "schedule": meta.schedule,
+            "value_range": meta.value_range,
+            "class_names": meta.class_names,
+            "training": meta.training,
+        },
+    )
 
 
 def read_training(path: str | Path) -> Training | None:
@@ -189,11 +197,11 @@ def read_safetensors(path: Path, weights: bool = True) -> tuple[dict[str, Tensor
 
 
 def decode(raw: Any, cls: type[T]) -> T:
-    """A dataclass from plain values. Raises EpsrtError for a wrong type or an unknown field, with its path."""
+    """A dataclass from plain values. Raises InputError for a wrong type or an unknown field, with its path."""
     try:
         value = msgspec.convert(raw, cls)
     except msgspec.ValidationError as error:
-        raise EpsrtError(_one_line(error)) from error
+        raise InputError(_one_line(error)) from error
     _no_unknown(raw, value, "")
     return value
 
@@ -224,7 +232,7 @@ def _no_unknown(raw: Any, value: Any, where: str) -> None:
     names = {f.name for f in dataclasses.fields(value)}
     for name, inner in raw.items():
         if name not in names:
-            raise EpsrtError(f"{where}{name} is no setting: use one of {', '.join(sorted(names))}")
+            raise InputError(f"{where}{name} is no setting: use one of {', '.join(sorted(names))}")
         _no_unknown(inner, getattr(value, name), f"{where}{name}.")
 
 

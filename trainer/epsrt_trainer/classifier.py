@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError
 from epsrt_trainer.embeddings import TimeEmbedding, check_conditions
 from epsrt_trainer.unet import Block, EncoderConfig, group_norm, initialise, middle, way_down, zero
 
@@ -17,7 +17,7 @@ class ClassifierConfig(EncoderConfig):
     """The shape of a NoisyClassifier: a U-Net's way down. See EncoderConfig, which says what `dropout` … mean.
 
     classes  at least 2
-    Raises EpsrtError when the numbers do not fit together.
+    Raises InputError when the numbers do not fit together.
     """
 
     classes: int = 0
@@ -25,7 +25,7 @@ class ClassifierConfig(EncoderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.classes < 2:
-            raise EpsrtError(f"classes = {self.classes}: a classifier tells at least 2 apart, so set network.classes")
+            raise InputError(f"classes = {self.classes}: a classifier tells at least 2 apart, so set network.classes")
         check_conditions(self.classes, False, self.time_features, self.fourier_scale)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError
 from epsrt.schedule import Schedule
 from epsrt_trainer.classifier import ClassifierConfig
 from epsrt_trainer.data import Images
@@ -17,7 +17,7 @@ from epsrt_trainer.networks import NetworkConfig
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. Raises EpsrtError for a value outside its range.
+    """How to train. Raises InputError for a value outside its range.
 
     A classifier learns by cross-entropy at every t alike: it is trained with the prediction and weighting of the
     defaults, which it does not have, label_drop = 0 and sample_every = 0, and other values are refused.
@@ -59,18 +59,18 @@ class TrainConfig:
         for name in ("steps", "batch", "threads", "log_every", "checkpoint_every", "sample_every"):
             low = int(name in ("steps", "batch"))
             if getattr(self, name) < low:
-                raise EpsrtError(f"{name} = {getattr(self, name)} is below {low}")
+                raise InputError(f"{name} = {getattr(self, name)} is below {low}")
         for name in ("warmup", "weight_decay", "clip_norm", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise EpsrtError(f"{name} = {getattr(self, name)} must be 0 or more")
+                raise InputError(f"{name} = {getattr(self, name)} must be 0 or more")
         if not 0 < self.lr < math.inf:
-            raise EpsrtError(f"lr = {self.lr} must be above 0")
+            raise InputError(f"lr = {self.lr} must be above 0")
         for name in ("ema_decay", "label_drop"):
             if not 0 <= getattr(self, name) < 1:
-                raise EpsrtError(f"{name} = {getattr(self, name)} is outside [0, 1)")
+                raise InputError(f"{name} = {getattr(self, name)} is outside [0, 1)")
         for name, known in {"lr_decay": ("constant", "cosine"), "dtype": ("fp32", "bf16", "auto")}.items():
             if getattr(self, name) not in known:
-                raise EpsrtError(f"{name} {getattr(self, name)!r} is unknown: use {', '.join(known)}")
+                raise InputError(f"{name} {getattr(self, name)!r} is unknown: use {', '.join(known)}")
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -80,24 +80,24 @@ class TrainConfig:
 
 
 def check(data: Images, network: NetworkConfig, schedule: Schedule, config: TrainConfig, out: Path) -> None:
-    """Raises EpsrtError where data, network, schedule, settings and the checkpoint's name do not fit together."""
+    """Raises InputError where data, network, schedule, settings and the checkpoint's name do not fit together."""
     wanted = (network.image_channels, network.image_size, network.image_size)
     if data.shape != wanted:
         shapes = ["×".join(map(str, shape)) for shape in (data.shape, wanted)]
-        raise EpsrtError(f"the images are {shapes[0]} but the network takes {shapes[1]}: set network.image_size")
+        raise InputError(f"the images are {shapes[0]} but the network takes {shapes[1]}: set network.image_size")
     if out.suffix != ".safetensors":
-        raise EpsrtError(f"{out} is no name for a checkpoint: end it in .safetensors")
+        raise InputError(f"{out} is no name for a checkpoint: end it in .safetensors")
     if network.classes and data.classes > network.classes:
-        raise EpsrtError(f"the data have {data.classes} classes but the network {network.classes}: set network.classes")
+        raise InputError(f"the data have {data.classes} classes but the network {network.classes}: set network.classes")
     if isinstance(network, ClassifierConfig) and data.labels is None:
-        raise EpsrtError("the data have no labels: a classifier learns from nothing else, so give labelled images")
+        raise InputError("the data have no labels: a classifier learns from nothing else, so give labelled images")
     if network.classes and data.labels is None:
-        raise EpsrtError(f"the network has {network.classes} classes but the data no labels: set network.classes = 0")
+        raise InputError(f"the network has {network.classes} classes but the data no labels: set network.classes = 0")
     if isinstance(network, ClassifierConfig):
         _check_classifier(schedule, config)
         return
     if network.classes and (config.label_drop > 0) != network.null_label:
-        raise EpsrtError(
+        raise InputError(
             f"label_drop = {config.label_drop} with null_label = {network.null_label}: "
             "a null label is learned by dropping labels (10–20 %), and dropping needs one"
         )
@@ -107,10 +107,10 @@ def check(data: Images, network: NetworkConfig, schedule: Schedule, config: Trai
 def _check_classifier(schedule: Schedule, config: TrainConfig) -> None:
     """Refuse what would be ignored."""
     if config.label_drop:
-        raise EpsrtError(f"label_drop = {config.label_drop} of a classifier, which learns labels: set label_drop = 0")
+        raise InputError(f"label_drop = {config.label_drop} of a classifier, which learns labels: set label_drop = 0")
     if config.sample_every:
-        raise EpsrtError(f"sample_every = {config.sample_every}: a classifier draws no samples, set sample_every = 0")
+        raise InputError(f"sample_every = {config.sample_every}: a classifier draws no samples, set sample_every = 0")
     for name, default in (("prediction", TrainConfig.prediction), ("weighting", TrainConfig.weighting)):
         if getattr(config, name) != default:
-            raise EpsrtError(f"{name} = {getattr(config, name)}: a classifier has none, leave it out ({default})")
+            raise InputError(f"{name} = {getattr(config, name)}: a classifier has none, leave it out ({default})")
     _ = schedule.alpha_bar  # refuses a schedule that has none

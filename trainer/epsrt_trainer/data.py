@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError
 from epsrt_trainer import readers
 
 
@@ -33,18 +33,18 @@ class Images:
     def __post_init__(self) -> None:
         shape = list(self.images.shape)
         if self.images.ndim != 4 or not all(shape):
-            raise EpsrtError(f"images have shape {shape}: they must be [N, C, H, W], none of them 0")
+            raise InputError(f"images have shape {shape}: they must be [N, C, H, W], none of them 0")
         if self.images.dtype not in (torch.uint8, torch.float32):
-            raise EpsrtError(f"images are {self.images.dtype}: give uint8, or float32 in [−1, 1]")
+            raise InputError(f"images are {self.images.dtype}: give uint8, or float32 in [−1, 1]")
         if self.images.dtype == torch.float32:
             low, high = float(self.images.min()), float(self.images.max())
             if not (low >= -1 and high <= 1):  # NaN too
-                raise EpsrtError(f"float images span {low:g} … {high:g}: scale them to [−1, 1]")
+                raise InputError(f"float images span {low:g} … {high:g}: scale them to [−1, 1]")
         if self.labels is not None:
             if self.labels.shape != (shape[0],) or self.labels.dtype != torch.int64:
-                raise EpsrtError(f"labels are {self.labels.dtype} {list(self.labels.shape)}: give int64 [{shape[0]}]")
+                raise InputError(f"labels are {self.labels.dtype} {list(self.labels.shape)}: give int64 [{shape[0]}]")
             if int(self.labels.min()) < 0 or (self.class_names and int(self.labels.max()) >= len(self.class_names)):
-                raise EpsrtError(f"labels span {int(self.labels.min())} … {int(self.labels.max())}: count them from 0")
+                raise InputError(f"labels span {int(self.labels.min())} … {int(self.labels.max())}: count them from 0")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -92,15 +92,15 @@ def load(
     size         of an image folder: crop each image to its central square and resize it to size × size
     skip_broken  of an image folder: leave unreadable files out, each with a sentence in `.skipped` and to `log`,
                  where they would otherwise be refused
-    Raises EpsrtError naming the file that is missing, broken, of another size or not of its format.
+    Raises InputError naming the file that is missing, broken, of another size or not of its format.
     """
     path = Path(spec)
     if (size is not None or skip_broken) and not readers.is_image_folder(path):
-        raise EpsrtError(f"size and skip_broken are for image folders, which {spec} is not: leave them out")
+        raise InputError(f"size and skip_broken are for image folders, which {spec} is not: leave them out")
     if str(spec) == "digits":
         found = readers.digits()
     elif not path.exists():
-        raise EpsrtError(f"{spec} does not exist: give digits, a folder, an .npz file or MNIST's IDX files")
+        raise InputError(f"{spec} does not exist: give digits, a folder, an .npz file or MNIST's IDX files")
     elif path.suffix == ".npz":
         found = readers.npz(path)
     elif readers.is_idx(path):
@@ -110,7 +110,7 @@ def load(
     elif path.is_dir():
         found = readers.image_folder(path, size, skip_broken)
     else:
-        raise EpsrtError(f"{path} is not a data set that epsrt reads: give a folder, an .npz file or MNIST's IDX files")
+        raise InputError(f"{path} is not a data set that epsrt reads: give a folder, an .npz file or MNIST's IDX files")
     for sentence in found.skipped:
         if log:
             log(sentence)

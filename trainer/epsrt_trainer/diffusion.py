@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError
 from epsrt.schedule import Array, Schedule
 
 Prediction = Literal["epsilon", "x0", "v"]  # what a network can be trained for here
@@ -38,7 +38,7 @@ def target(prediction: Prediction, x0: Tensor, eps: Tensor, signal: Tensor | flo
             return x0
         case "v":
             return signal * eps - noise * x0
-    raise EpsrtError(f"prediction {prediction!r} is unknown: use one of {', '.join(PREDICTIONS)}")
+    raise InputError(f"prediction {prediction!r} is unknown: use one of {', '.join(PREDICTIONS)}")
 
 
 def predicted_x0(
@@ -52,11 +52,11 @@ def predicted_x0(
     edm       c_skip·y + c_out·F of y = x/α, whose noise is s = σ/α (arXiv 2206.00364, eq. 7 and table 1)
     velocity  ε − x0, with x solved for x0 (arXiv 2209.03003)
 
-    Raises EpsrtError for ε, score and edm where signal = 0: x holds nothing of x0 there, and nor does the output.
+    Raises InputError for ε, score and edm where signal = 0: x holds nothing of x0 there, and nor does the output.
     """
     if signal == 0 and prediction in ("epsilon", "score", "edm"):
         name = "ε" if prediction == "epsilon" else prediction
-        raise EpsrtError(
+        raise InputError(
             f"{name}-prediction cannot start from α = 0 (ᾱ = 0, zero terminal SNR; or a flow's end): use x0, v or "
             "velocity"
         )
@@ -75,7 +75,7 @@ def predicted_x0(
             return c_skip * y + c_out * out
         case "velocity":
             return (x - noise * out) / (signal + noise)
-    raise EpsrtError(f"prediction {prediction!r} is unknown: use one of {', '.join(OUTPUTS)}")
+    raise InputError(f"prediction {prediction!r} is unknown: use one of {', '.join(OUTPUTS)}")
 
 
 def predicted_epsilon(
@@ -103,13 +103,13 @@ def loss_weights(schedule: Schedule, prediction: Prediction, weighting: Weightin
     min-snr  min(SNR, 5) for x0, min(SNR, 5)/SNR for ε, min(SNR, 5)/(SNR + 1) for v (arXiv 2303.09556, section 3.4)
 
     An error of x0 counts SNR times in ε and 1/(1−ᾱ) times in v, squared: the three are one weighting.
-    Raises EpsrtError for ε with a schedule that ends at ᾱ = 0: nothing of x0 can be learned or sampled there.
+    Raises InputError for ε with a schedule that ends at ᾱ = 0: nothing of x0 can be learned or sampled there.
     """
     if prediction not in PREDICTIONS:
-        raise EpsrtError(f"prediction {prediction!r} is unknown: use one of {', '.join(PREDICTIONS)}")
+        raise InputError(f"prediction {prediction!r} is unknown: use one of {', '.join(PREDICTIONS)}")
     bar = schedule.alpha_bar
     if prediction == "epsilon" and bar[-1] == 0:
-        raise EpsrtError("ε-prediction cannot learn from ᾱ = 0 (zero terminal SNR): set prediction to v or x0")
+        raise InputError("ε-prediction cannot learn from ᾱ = 0 (zero terminal SNR): set prediction to v or x0")
     match weighting:
         case "simple":
             return np.ones(schedule.T)
@@ -121,7 +121,7 @@ def loss_weights(schedule: Schedule, prediction: Prediction, weighting: Weightin
         case "min-snr":
             of_x0 = np.minimum(schedule.snr, GAMMA)
         case _:
-            raise EpsrtError(f"weighting {weighting!r} is unknown: use one of {', '.join(WEIGHTINGS)}")
+            raise InputError(f"weighting {weighting!r} is unknown: use one of {', '.join(WEIGHTINGS)}")
     match prediction:
         case "x0":
             return of_x0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError
 from epsrt_trainer.embeddings import PositionEmbedding, TimeEmbedding, TimeFeatures, check_conditions
 
 TIME_CHANNELS = 256  # sines and cosines of the time, for every width (DiT, appendix A)
@@ -16,7 +16,7 @@ TIME_CHANNELS = 256  # sines and cosines of the time, for every width (DiT, appe
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """The shape of a DiT; the defaults are DiT-S/2's. Raises EpsrtError when the numbers do not fit together.
+    """The shape of a DiT; the defaults are DiT-S/2's. Raises InputError when the numbers do not fit together.
 
     image_channels, image_size  images, or latents, are [image_channels, image_size, image_size]
     patch_size                  a token is patch_size × patch_size pixels; it divides image_size
@@ -44,17 +44,17 @@ class DiTConfig:
     def __post_init__(self) -> None:
         for name in ("image_channels", "image_size", "patch_size", "width", "depth", "heads"):
             if getattr(self, name) < 1:
-                raise EpsrtError(f"{name} = {getattr(self, name)} makes no network: give at least 1")
+                raise InputError(f"{name} = {getattr(self, name)} makes no network: give at least 1")
         if self.image_size % self.patch_size:
-            raise EpsrtError(
+            raise InputError(
                 f"patch_size = {self.patch_size} does not divide image_size = {self.image_size}: give one that does"
             )
         if self.width % 4:
-            raise EpsrtError(f"width = {self.width} is not a multiple of 4: rows and columns take a sine and a cosine")
+            raise InputError(f"width = {self.width} is not a multiple of 4: rows and columns take a sine and a cosine")
         if self.width % self.heads:
-            raise EpsrtError(f"heads = {self.heads} does not divide width = {self.width}: give a number that does")
+            raise InputError(f"heads = {self.heads} does not divide width = {self.width}: give a number that does")
         if not (self.mlp_ratio < math.inf and self.width * self.mlp_ratio >= 1):  # NaN too
-            raise EpsrtError(f"mlp_ratio = {self.mlp_ratio} leaves the MLP no width: the paper has 4")
+            raise InputError(f"mlp_ratio = {self.mlp_ratio} leaves the MLP no width: the paper has 4")
         check_conditions(self.classes, self.null_label, self.time_features, self.fourier_scale)
 
     @property
@@ -162,23 +162,23 @@ class DiT(nn.Module):
         x      [B, C, image_size, image_size], the network's dtype
         t      [B], timesteps in [0, T), float32 or integer
         label  [B] int64 in [0, classes], == classes only with a null label; None exactly when unconditional
-        Returns [B, C, image_size, image_size], x's dtype. Raises EpsrtError when a label is missing or surplus, and for
+        Returns [B, C, image_size, image_size], x's dtype. Raises InputError when a label is missing or surplus, and for
         images of another size.
         """
         config = self.config
         height, across = x.shape[-2:]
         if height != config.image_size or across != config.image_size:
-            raise EpsrtError(
+            raise InputError(
                 f"the images are {height}×{across} but the network's positions are of {config.image_size}×"
                 f"{config.image_size}: resize the images, or train with another network.image_size"
             )
         condition = self.time_embed(t)
         if self.label_embed is not None:
             if label is None:
-                raise EpsrtError(f"the network has {config.classes} classes but got no label: give [B] int64")
+                raise InputError(f"the network has {config.classes} classes but got no label: give [B] int64")
             condition = condition + self.label_embed(label)
         elif label is not None:
-            raise EpsrtError("a label was given but the network is unconditional: leave it out")
+            raise InputError("a label was given but the network is unconditional: leave it out")
         condition = F.silu(condition)
         h = self.position(self.stem(x).flatten(2).transpose(1, 2), x.dtype)  # [B, tokens, width]
         for block in self.blocks:

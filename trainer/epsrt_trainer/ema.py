@@ -7,19 +7,19 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError
 
 
 class EMA:
     """A copy of the network, `.network`, whose weights trail those of training.
 
     The decay ramps up as min(decay, (1 + n)/(10 + n)) at update n = 0, 1, …, so that early weights are soon forgotten.
-    Raises EpsrtError when decay is outside [0, 1).
+    Raises InputError when decay is outside [0, 1).
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
-            raise EpsrtError(f"ema_decay = {decay} is outside [0, 1)")
+            raise InputError(f"ema_decay = {decay} is outside [0, 1)")
         self.decay = decay
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self._ours: list[Tensor] = list(self.network.parameters())

@@ -10,20 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError
 
 TimeFeatures = Literal["sinusoidal", "fourier"]
 FOURIER_SPAN = 1000.0  # timesteps over which a Fourier frequency of 1 turns once
 
 
 def check_conditions(classes: int, null_label: bool, time_features: str, fourier_scale: float) -> None:
-    """Refuse what no network can be conditioned on: the part that every config shares. Raises EpsrtError."""
+    """Refuse what no network can be conditioned on: the part that every config shares. Raises InputError."""
     if classes < 0 or (null_label and not classes):
-        raise EpsrtError(f"classes = {classes} with null_label = {null_label}: it needs classes")
+        raise InputError(f"classes = {classes} with null_label = {null_label}: it needs classes")
     if time_features not in ("sinusoidal", "fourier"):
-        raise EpsrtError(f"time_features {time_features!r} is unknown: use sinusoidal or fourier")
+        raise InputError(f"time_features {time_features!r} is unknown: use sinusoidal or fourier")
     if not 0 < fourier_scale < math.inf:
-        raise EpsrtError(f"fourier_scale = {fourier_scale} must be above 0: 16 suits timesteps up to 1,000")
+        raise InputError(f"fourier_scale = {fourier_scale} must be above 0: 16 suits timesteps up to 1,000")
 
 
 class Exact(nn.Module):

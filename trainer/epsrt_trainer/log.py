@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Log:
             try:
                 from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
             except ImportError as error:
-                raise EpsrtError("tensorboard is not installed: pip install tensorboard, or leave it out") from error
+                raise InputError("tensorboard is not installed: pip install tensorboard, or leave it out") from error
             self.board = SummaryWriter(str(self.path.with_suffix("").with_suffix(".tensorboard")), purge_step=step)
 
     def write(self, report: Progress) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError
 from epsrt_trainer.classifier import ClassifierConfig, NoisyClassifier
 from epsrt_trainer.dit import DiT, DiTConfig
 from epsrt_trainer.unet import UNet, UNetConfig
@@ -27,13 +27,13 @@ def kind_of(config: NetworkConfig) -> str:
     for kind, (cls, _) in KINDS.items():
         if type(config) is cls:
             return kind
-    raise EpsrtError(f"{type(config).__name__} configures no known network: use one of {', '.join(KINDS)}")
+    raise InputError(f"{type(config).__name__} configures no known network: use one of {', '.join(KINDS)}")
 
 
 def config_type(kind: str) -> type[NetworkConfig]:
-    """The config class of a kind. Raises EpsrtError for an unknown one."""
+    """The config class of a kind. Raises InputError for an unknown one."""
     if kind not in KINDS:
-        raise EpsrtError(f"network kind {kind!r} is unknown: this epsrt knows {', '.join(KINDS)}")
+        raise InputError(f"network kind {kind!r} is unknown: this epsrt knows {', '.join(KINDS)}")
     return KINDS[kind][0]
 
 

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError
 from epsrt.schedule import Schedule
 from epsrt_trainer.checkpoint import decode
 from epsrt_trainer.classifier import ClassifierConfig
@@ -91,19 +91,19 @@ PRESETS: dict[str, Preset[NetworkConfig]] = {
 def preset(name: str, settings: Iterable[str] = ()) -> Preset[NetworkConfig]:
     """A preset by name, settings changed: "train.steps=10", "network.heads=2", "schedule.kind=cosine".
 
-    A value is read as JSON, else taken as text. Raises EpsrtError for an unknown preset or setting, a value of the
+    A value is read as JSON, else taken as text. Raises InputError for an unknown preset or setting, a value of the
     wrong type and one that its config refuses.
     """
     if name not in PRESETS:
-        raise EpsrtError(f"preset {name!r} is unknown: use one of {', '.join(PRESETS)}")
+        raise InputError(f"preset {name!r} is unknown: use one of {', '.join(PRESETS)}")
     plain: dict[str, Any] = msgspec.to_builtins(PRESETS[name])
     for setting in settings:
         key, equals, text = setting.partition("=")
         part, _, field = key.strip().partition(".")
         if not equals or part not in ("network", "schedule", "train") or not field:
-            raise EpsrtError(f"setting {setting!r} is not of the form train.steps=10 (or network.…, schedule.…)")
+            raise InputError(f"setting {setting!r} is not of the form train.steps=10 (or network.…, schedule.…)")
         if field not in plain[part]:
-            raise EpsrtError(f"{part}.{field} is no setting: use one of {', '.join(sorted(plain[part]))}")
+            raise InputError(f"{part}.{field} is no setting: use one of {', '.join(sorted(plain[part]))}")
         try:
             plain[part][field] = msgspec.json.decode(text)
         except msgspec.DecodeError:

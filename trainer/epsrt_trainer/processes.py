@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError
 
 T = TypeVar("T")
 
@@ -57,16 +57,16 @@ class Group:
 def group(device: str | None = None) -> Iterator[Group]:
     """The processes of this run: torchrun's environment, gloo on CPUs and nccl on GPUs; else this process alone.
 
-    device  "cpu", "cuda", "cuda:1", …; None: CUDA where there is one. Raises EpsrtError when it is not there.
+    device  "cpu", "cuda", "cuda:1", …; None: CUDA where there is one. Raises InputError when it is not there.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         where = torch.device(name)
     except RuntimeError as error:
-        raise EpsrtError(f"device {name!r} is unknown: use cpu or cuda") from error
+        raise InputError(f"device {name!r} is unknown: use cpu or cuda") from error
     if where.type not in ("cpu", "cuda") or (where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count()):
-        raise EpsrtError(f"device {name!r} is not here ({torch.cuda.device_count()} CUDA devices): use cpu")
+        raise InputError(f"device {name!r} is not here ({torch.cuda.device_count()} CUDA devices): use cpu")
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if world == 1:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import EpsrtError, InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -35,7 +35,7 @@ def digits() -> Found:
     try:
         from sklearn.datasets import load_digits  # of the [train] extra; no other data set needs it
     except ImportError as error:
-        raise EpsrtError('the digits come with scikit-learn: pip install "epsrt[train]"') from error
+        raise InputError('the digits come with scikit-learn: pip install "epsrt[train]"') from error
     data = load_digits()
     images = (data.images[:, None] / 8 - 1).astype(np.float32)
     return Found(images, data.target, tuple(str(name) for name in data.target_names))
@@ -46,28 +46,28 @@ def npz(path: Path) -> Found:
     try:
         with np.load(path, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
-                raise EpsrtError(f"{path} is a single array, not an .npz archive: save it with np.savez(images=…)")
+                raise InputError(f"{path} is a single array, not an .npz archive: save it with np.savez(images=…)")
             if "images" not in file:
-                raise EpsrtError(f"{path} has no array `images` (it has {', '.join(file.files) or 'none'})")
+                raise InputError(f"{path} has no array `images` (it has {', '.join(file.files) or 'none'})")
             images, labels = file["images"], file.get("labels")
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise EpsrtError(f"{path} is not a readable .npz file: {error}") from error
+        raise InputError(f"{path} is not a readable .npz file: {error}") from error
     except ValueError as error:
         if isinstance(error, EpsrtError):
             raise
-        raise EpsrtError(f"{path} holds pickled objects, which epsrt never loads: save plain arrays") from error
+        raise InputError(f"{path} holds pickled objects, which epsrt never loads: save plain arrays") from error
     if images.ndim == 3:
         images = images[:, None]
     elif images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
         images = images.transpose(0, 3, 1, 2)
     if images.ndim != 4:
-        raise EpsrtError(f"{path}: images have shape {list(images.shape)}, not [N, C, H, W]")
+        raise InputError(f"{path}: images have shape {list(images.shape)}, not [N, C, H, W]")
     if images.dtype != np.uint8:
         if not np.issubdtype(images.dtype, np.floating):
-            raise EpsrtError(f"{path}: images are {images.dtype}; save uint8, or floats in [−1, 1]")
+            raise InputError(f"{path}: images are {images.dtype}; save uint8, or floats in [−1, 1]")
         images = images.astype(np.float32)
     if labels is not None and (labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer)):
-        raise EpsrtError(f"{path}: labels are {labels.dtype} {list(labels.shape)}; save integers [{len(images)}]")
+        raise InputError(f"{path}: labels are {labels.dtype} {list(labels.shape)}; save integers [{len(images)}]")
     return Found(images, labels)
 
 
@@ -88,7 +88,7 @@ def idx(path: Path) -> Found:
         return Found(images)
     labels = _read_idx(labels_path, 1)
     if len(labels) != len(images):
-        raise EpsrtError(f"{labels_path} has {len(labels)} labels for {len(images)} images: take both from one set")
+        raise InputError(f"{labels_path} has {len(labels)} labels for {len(images)} images: take both from one set")
     return Found(images, labels)
 
 
@@ -103,11 +103,11 @@ def cifar10(path: Path) -> Found:
     for file in sorted(path.glob("data_batch_*.bin")):
         raw = np.fromfile(file, np.uint8)
         if not len(raw) or len(raw) % 3073:
-            raise EpsrtError(f"{file} has {len(raw):,} bytes, not a multiple of 3,073: download it again")
+            raise InputError(f"{file} has {len(raw):,} bytes, not a multiple of 3,073: download it again")
         parts.append(raw.reshape(-1, 3073))
     rows = np.concatenate(parts)
     if rows[:, 0].max() > 9:
-        raise EpsrtError(f"{path} has the label {rows[:, 0].max()}: this is not CIFAR-10's binary version")
+        raise InputError(f"{path} has the label {rows[:, 0].max()}: this is not CIFAR-10's binary version")
     return Found(rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0], CIFAR10)
 
 
@@ -119,15 +119,15 @@ def is_image_folder(path: Path) -> bool:
 def image_folder(path: Path, size: int | None, skip_broken: bool) -> Found:
     """Subfolders are classes in the order of their names; without any, the images have no labels."""
     if size is not None and size < 1:
-        raise EpsrtError(f"size = {size} is no image size: give at least 1")
+        raise InputError(f"size = {size} is no image size: give at least 1")
     folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     files = [(file, label) for label, folder in enumerate(folders) for file in _files(folder)]
     flat = _files(path)
     if folders and flat:
-        raise EpsrtError(f"{path} has both class folders and images ({flat[0].name}): use one or the other")
+        raise InputError(f"{path} has both class folders and images ({flat[0].name}): use one or the other")
     files = files or [(file, -1) for file in flat]
     if not files:
-        raise EpsrtError(f"{path} holds no images: epsrt reads {', '.join(SUFFIXES)}")
+        raise InputError(f"{path} holds no images: epsrt reads {', '.join(SUFFIXES)}")
     kept, labels, skipped = [], [], []
     for file, label in files:
         try:
@@ -138,12 +138,12 @@ def image_folder(path: Path, size: int | None, skip_broken: bool) -> Found:
                 raise
             skipped.append(f"skipped: {error}")
     if not kept:
-        raise EpsrtError(f"{path} holds no readable image: {len(skipped)} were skipped")
+        raise InputError(f"{path} holds no readable image: {len(skipped)} were skipped")
     channels = max(pixels.shape[2] for _, pixels in kept)
     first, like = kept[0]
     for file, pixels in kept:
         if pixels.shape[:2] != like.shape[:2]:
-            raise EpsrtError(
+            raise InputError(
                 f"{file} is {pixels.shape[1]}×{pixels.shape[0]} but {first.name} is {like.shape[1]}×{like.shape[0]}: "
                 "give size to crop and resize them all"
             )
@@ -164,11 +164,11 @@ def _read_image(path: Path, size: int | None) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as image:
             if image.mode in ("I", "F") or image.mode.startswith("I;"):
-                raise EpsrtError(f"{path} has more than 8 bits a channel ({image.mode}): convert it to 8 bits")
+                raise InputError(f"{path} has more than 8 bits a channel ({image.mode}): convert it to 8 bits")
             grey = image.mode in ("1", "L", "LA")
             pixels = image.convert("L" if grey else "RGB")
     except (*BROKEN, Image.DecompressionBombError) as error:
-        raise EpsrtError(
+        raise InputError(
             f"{path} is not a readable image ({error}): mend or remove it, or skip broken files"
         ) from error
     if size is not None:
@@ -191,11 +191,11 @@ def _read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise EpsrtError(f"{path} is not a whole gzip file ({error}): download it again") from error
+        raise InputError(f"{path} is not a whole gzip file ({error}): download it again") from error
     head = 4 + 4 * ndim
     if raw[:4] != bytes([0, 0, 8, ndim]) or len(raw) < head:
-        raise EpsrtError(f"{path} starts with {raw[:4].hex(' ')}, not IDX's 00 00 08 0{ndim}: download it again")
+        raise InputError(f"{path} starts with {raw[:4].hex(' ')}, not IDX's 00 00 08 0{ndim}: download it again")
     shape = np.frombuffer(raw, ">u4", ndim, offset=4).tolist()
     if len(raw) - head != int(np.prod(shape)):
-        raise EpsrtError(f"{path} holds {len(raw) - head:,} bytes where its header says {shape}: download it again")
+        raise InputError(f"{path} holds {len(raw) - head:,} bytes where its header says {shape}: download it again")
     return np.frombuffer(raw, np.uint8, offset=head).reshape(shape).copy()

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError
 from epsrt.schedule import Schedule
 from epsrt_trainer.checkpoint import read_training
 from epsrt_trainer.classifier import ClassifierConfig
@@ -46,14 +46,14 @@ def identity(data: Images, network: NetworkConfig, schedule: Schedule, config: o
 
 
 def steps_done(out: Path, run: dict[str, Any], steps: int) -> int:
-    """How many steps of this run are on disk. Raises EpsrtError when what is there is another run."""
+    """How many steps of this run are on disk. Raises InputError when what is there is another run."""
     finished = read_training(out)
     state = read_run(beside(out, ".state.safetensors"))
     of_checkpoint = [(finished.run, finished.steps)] if finished else []
     for there, done in of_checkpoint + ([state] if state else []):
         if (difference := _difference(_completed(there), run)) or done > steps:
             what = difference or f"more steps ({done:,})"
-            raise EpsrtError(f"{out} holds another run, with {what}: give another name, or start afresh over it")
+            raise InputError(f"{out} holds another run, with {what}: give another name, or start afresh over it")
     if finished and finished.steps == steps:
         return steps
     return state[1] if state else 0

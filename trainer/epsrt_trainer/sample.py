@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError
 from epsrt.schedule import Schedule
 from epsrt_trainer.diffusion import SIGMA_DATA, Output, predicted_epsilon, predicted_x0
 
@@ -63,7 +63,7 @@ def ddpm_loop(
     The rest is described above the function.
     """
     if variance not in VARIANCES:
-        raise EpsrtError(f"variance {variance!r} is unknown: use one of {', '.join(VARIANCES)}")
+        raise InputError(f"variance {variance!r} is unknown: use one of {', '.join(VARIANCES)}")
     x = x_T
     for i, (alpha, sigma), (alpha_next, sigma_next), t in _steps(schedule, x_T, timesteps):
         x_in, time = network_input(prediction, x, t, alpha, sigma, sigma_data)
@@ -87,7 +87,7 @@ def _deviation(variance: Variance, beta: float, posterior: float, v: Tensor | No
         case "fixed_large":
             return sqrt(beta)
     if v is None:
-        raise EpsrtError(f"variance {variance!r} needs a network that returns twice the channels: use fixed_small")
+        raise InputError(f"variance {variance!r} needs a network that returns twice the channels: use fixed_small")
     if variance == "learned":
         return torch.exp(v / 2)
     share = (v + 1) / 2
@@ -116,9 +116,9 @@ def ddim_loop(
     The rest is described above the functions.
     """
     if not 0 <= eta <= 1:
-        raise EpsrtError(f"eta = {eta} is outside [0, 1]")
+        raise InputError(f"eta = {eta} is outside [0, 1]")
     if eta and noise is None:
-        raise EpsrtError(f"eta = {eta} needs noise: give a function of the row, or eta = 0")
+        raise InputError(f"eta = {eta} needs noise: give a function of the row, or eta = 0")
     x = x_T
     for i, (alpha, sigma), (alpha_next, sigma_next), t in _steps(schedule, x_T, timesteps):
         x_in, time = network_input(prediction, x, t, alpha, sigma, sigma_data)
@@ -157,7 +157,7 @@ def _steps(schedule: Schedule, x: Tensor, timesteps: Sequence[float]) -> list[tu
     inside = all(low <= t <= high or (schedule.kind == "flow" and 0 < t < low) for t in ts)
     if not ts or not inside or any(a <= b for a, b in pairwise(ts)):
         few = ", ".join(f"{t:g}" for t in ts[:5])
-        raise EpsrtError(f"timesteps must descend within {low} … {high}, not [{few}]{' …' if ts[5:] else ''}")
+        raise InputError(f"timesteps must descend within {low} … {high}, not [{few}]{' …' if ts[5:] else ''}")
     levels = [(float(alpha), float(sigma)) for alpha, sigma in map(schedule.at, ts)] + [(1.0, 0.0)]
     one = torch.ones(x.shape[0], dtype=torch.float32, device=x.device)
     return [(i, levels[i], levels[i + 1], one * t) for i, t in enumerate(ts)]
@@ -177,7 +177,7 @@ def threshold(x0: Tensor, ratio: float, maximum: float, bound: float = 1.0) -> T
 def _bounded(x0: Tensor, clip: float | None, thresholding: tuple[float, float] | None) -> Tensor:
     if thresholding is not None:
         if clip is None:
-            raise EpsrtError("thresholding scales x0 to the bound that clip gives: set clip")
+            raise InputError("thresholding scales x0 to the bound that clip gives: set clip")
         return threshold(x0, *thresholding, bound=clip)
     return x0 if clip is None else x0.clamp(-clip, clip)
 

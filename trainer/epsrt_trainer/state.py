@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from epsrt.errors import BundleError, EpsrtError
+from epsrt.errors import BundleError, InputError
 from epsrt.files import whole_file
 from epsrt_trainer.checkpoint import read_safetensors
 from epsrt_trainer.ema import EMA
@@ -69,7 +69,7 @@ class State:
         self.logged = float(mean[0] / mean[1])
         self.losses.zero_()
         if not math.isfinite(self.logged):
-            raise EpsrtError(f"the loss is {self.logged} at step {self.step}: lower lr, or set clip_norm = 1")
+            raise InputError(f"the loss is {self.logged} at step {self.step}: lower lr, or set clip_norm = 1")
         return self.logged
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import EpsrtError, InputError
 from epsrt.schedule import Schedule
 from epsrt_trainer.checkpoint import Training, save_checkpoint
 from epsrt_trainer.classifier import ClassifierConfig
@@ -76,14 +76,14 @@ def train(
     tensorboard  also write NAME.tensorboard/; needs the tensorboard package
     Under torchrun every process calls this; the batch is split evenly and rank 0 writes. With another number of
     processes a run resumes too, equal to rounding (dropout apart).
-    Raises EpsrtError when data, network and config do not fit together, when the files are of another run, and when
+    Raises InputError when data, network and config do not fit together, when the files are of another run, and when
     the loss is not finite.
     """
     out = Path(out)
     check(data, network_config, schedule, config, out)
     with group(device) as processes:
         if config.batch % processes.world:
-            raise EpsrtError(f"batch = {config.batch} cannot be split over {processes.world} processes evenly")
+            raise InputError(f"batch = {config.batch} cannot be split over {processes.world} processes evenly")
         run = identity(data, network_config, schedule, config)
         found, error = 0, None
         try:
@@ -120,18 +120,29 @@ def train(
             summary = Training(state.step, config.seed, state.logged, run)
             named = data.class_names is not None and len(data.class_names) == network_config.classes
             save_checkpoint(
-                out, state.ema.network, network_config, schedule,
+                out,
+                state.ema.network,
+                network_config,
+                schedule,
                 prediction=None if isinstance(network_config, ClassifierConfig) else config.prediction,
-                class_names=data.class_names if named else None, training=summary,
-            )  # fmt: skip
+                class_names=data.class_names if named else None,
+                training=summary,
+            )
         processes.share(None)  # nobody returns before the file is there
     return out
 
 
 def _loop(
-    data: Images, schedule: Schedule, config: TrainConfig, state: State, out: Path, run: dict[str, Any],
-    processes: Group, log: Log, progress: Callable[[Progress], object] | None,
-) -> None:  # fmt: skip
+    data: Images,
+    schedule: Schedule,
+    config: TrainConfig,
+    state: State,
+    out: Path,
+    run: dict[str, Any],
+    processes: Group,
+    log: Log,
+    progress: Callable[[Progress], object] | None,
+) -> None:
     device, share = processes.device, config.batch // processes.world
     mine = slice(processes.rank * share, (processes.rank + 1) * share)
     bar = schedule.alpha_bar
@@ -188,9 +199,11 @@ def _loop(
             if processes.first and not last and config.checkpoint_every and done % config.checkpoint_every == 0:
                 state.save(beside(out, ".state.safetensors"), run)
             if (
-                processes.first and config.sample_every and done % config.sample_every == 0
+                processes.first
+                and config.sample_every
+                and done % config.sample_every == 0
                 and not isinstance(model_config, ClassifierConfig)
-            ):  # fmt: skip
+            ):
                 picture = beside(out, f".{done:06d}.png")
                 save_grid(picture, state.ema.network, model_config, schedule, config.prediction, config.seed)
 

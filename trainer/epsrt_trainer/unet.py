@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError
 from epsrt_trainer.embeddings import TimeEmbedding, TimeFeatures, check_conditions
 
 M = TypeVar("M", bound=nn.Module)
@@ -18,7 +18,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The shape of the way down, which UNet and NoisyClassifier share. Raises EpsrtError where its numbers do not fit.
+    """The shape of the way down, which UNet and NoisyClassifier share. Raises InputError where its numbers do not fit.
 
     image_channels, image_size  images are [image_channels, image_size, image_size]
     base_channels               width of the first level, a multiple of 4
@@ -49,28 +49,28 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         for name in ("image_channels", "image_size", "base_channels", "residual_blocks", "heads", "groups"):
             if getattr(self, name) < 1:
-                raise EpsrtError(f"{name} = {getattr(self, name)} makes no network: give at least 1")
+                raise InputError(f"{name} = {getattr(self, name)} makes no network: give at least 1")
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
-            raise EpsrtError(f"channel_multipliers = {self.channel_multipliers} must be one or more numbers from 1 up")
+            raise InputError(f"channel_multipliers = {self.channel_multipliers} must be one or more numbers from 1 up")
         halvings = len(self.channel_multipliers) - 1
         if self.image_size % 2**halvings:
-            raise EpsrtError(
+            raise InputError(
                 f"image_size = {self.image_size} cannot be halved {halvings} times: give fewer channel_multipliers"
             )
         if self.base_channels % 4:
-            raise EpsrtError(f"base_channels = {self.base_channels} is not a multiple of 4")
+            raise InputError(f"base_channels = {self.base_channels} is not a multiple of 4")
         for size in self.attention_resolutions:
             if size not in self.sizes:
-                raise EpsrtError(
+                raise InputError(
                     f"attention_resolutions names {size} but the feature maps are {self.sizes} pixels wide"
                 )
         for size, width in zip(self.sizes, self.widths, strict=True):
             if (size in self.attention_resolutions or size == self.sizes[-1]) and width % self.heads:
-                raise EpsrtError(f"heads = {self.heads} does not divide the width {width} of the {size}-pixel level")
+                raise InputError(f"heads = {self.heads} does not divide the width {width} of the {size}-pixel level")
         if not 0 <= self.dropout < 1:
-            raise EpsrtError(f"dropout = {self.dropout} is outside [0, 1)")
+            raise InputError(f"dropout = {self.dropout} is outside [0, 1)")
         if self.conditioning not in ("scale-shift", "additive"):
-            raise EpsrtError(f"conditioning {self.conditioning!r} is unknown: use scale-shift or additive")
+            raise InputError(f"conditioning {self.conditioning!r} is unknown: use scale-shift or additive")
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -243,15 +243,15 @@ class UNet(nn.Module):
         x      [B, C, H, W], the network's dtype
         t      [B], timesteps in [0, T), float32 or integer
         label  [B] int64 in [0, classes], == classes only with a null label; None exactly when unconditional
-        Returns [B, C, H, W], x's dtype. Raises EpsrtError when a label is missing or surplus.
+        Returns [B, C, H, W], x's dtype. Raises InputError when a label is missing or surplus.
         """
         condition = self.time_embed(t)
         if self.label_embed is not None:
             if label is None:
-                raise EpsrtError(f"the network has {self.config.classes} classes but got no label: give [B] int64")
+                raise InputError(f"the network has {self.config.classes} classes but got no label: give [B] int64")
             condition = condition + self.label_embed(label)
         elif label is not None:
-            raise EpsrtError("a label was given but the network is unconditional: leave it out")
+            raise InputError("a label was given but the network is unconditional: leave it out")
         condition = F.silu(condition)
         h = self.stem(x)
         skips = [h]

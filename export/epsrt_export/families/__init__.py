@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from epsrt.errors import EpsrtError, one_of
+from epsrt.errors import InputError, one_of
 from epsrt_export.source import Source
 
 # name -> module here, and its loader
@@ -26,23 +26,23 @@ FAMILIES = {
 def load(family: str, path: str | Path, /, **options: Any) -> Source:
     """Read what a family's owner has saved. The options are the loader's own.
 
-    Raises EpsrtError for an unknown family or option, a package that is needed and missing, and files that are not
+    Raises InputError for an unknown family or option, a package that is needed and missing, and files that are not
     what the family writes.
     """
     if family not in FAMILIES:
-        raise EpsrtError(f"family {family!r} is unknown: {one_of(family, FAMILIES)}")
+        raise InputError(f"family {family!r} is unknown: {one_of(family, FAMILIES)}")
     module, function = FAMILIES[family]
     try:
         loader = getattr(import_module(f"epsrt_export.families.{module}"), function)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("epsrt"):
             raise
-        raise EpsrtError(f"--from {family} needs {error.name}: pip install {error.name}") from None
+        raise InputError(f"--from {family} needs {error.name}: pip install {error.name}") from None
     taken = inspect.signature(loader).parameters.values()
     names = [p.name for p in taken if p.kind is p.KEYWORD_ONLY]
     for name in options if all(p.kind is not p.VAR_KEYWORD for p in taken) else ():
         if name not in names:
             what = f"{one_of(name, names)}" if names else "it takes none"
-            raise EpsrtError(f"{family} takes no option {name!r}: {what}")
+            raise InputError(f"{family} takes no option {name!r}: {what}")
     source: Source = loader(path, **options)
     return source

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError
 
 GROUPS = 32
 PERIOD = 10_000  # of the slowest sine of the time features
@@ -19,7 +19,7 @@ MOST = {"image_size": 65536, "in_channels": 65536, "num_channels": 65536, "num_r
 
 @dataclass(frozen=True)
 class ADMConfig:
-    """The shape of a network, in their flags' words. Raises EpsrtError where the numbers do not fit together.
+    """The shape of a network, in their flags' words. Raises InputError where the numbers do not fit together.
 
     image_size             height and width in pixels; each level but the first halves them
     num_channels           the base width; level i is channel_mult[i] times as wide, a multiple of 32
@@ -58,19 +58,19 @@ class ADMConfig:
     def __post_init__(self) -> None:
         for name, most in MOST.items():
             if not 1 <= getattr(self, name) <= most:
-                raise EpsrtError(f"{name} = {getattr(self, name)} makes no network: give 1 … {most}")
+                raise InputError(f"{name} = {getattr(self, name)} makes no network: give 1 … {most}")
         if not self.channel_mult or self.num_channels % 2 or any(w < 1 or w % GROUPS for w in self.widths):
-            raise EpsrtError(
+            raise InputError(
                 f"num_channels = {self.num_channels} times channel_mult = {list(self.channel_mult)} gives levels of "
                 f"{list(self.widths)} channels: the norms need multiples of {GROUPS}"
             )
         halvings = len(self.channel_mult) - 1
         if self.image_size % 2**halvings:
-            raise EpsrtError(f"image_size = {self.image_size} cannot be halved {halvings} times: shorten channel_mult")
+            raise InputError(f"image_size = {self.image_size} cannot be halved {halvings} times: shorten channel_mult")
         if bad := [r for r in self.attention_resolutions if r < 1]:
-            raise EpsrtError(f"attention_resolutions names {bad[0]}: give sizes in pixels, such as 16,8")
+            raise InputError(f"attention_resolutions names {bad[0]}: give sizes in pixels, such as 16,8")
         if not 0 <= self.dropout < 1:
-            raise EpsrtError(f"dropout = {self.dropout} is outside [0, 1)")
+            raise InputError(f"dropout = {self.dropout} is outside [0, 1)")
         for width in {w for level, w in enumerate(self.widths) if self.attended(level) or level == halvings}:
             for up in (False, True):
                 self.heads(width, up)
@@ -84,14 +84,14 @@ class ADMConfig:
         return any(self.image_size // r == 2**level for r in self.attention_resolutions)
 
     def heads(self, width: int, up: bool) -> int:
-        """Attention heads for `width` channels, on the way up or elsewhere. Raises EpsrtError where they do not fit."""
+        """Attention heads for `width` channels, on the way up or elsewhere. Raises InputError where they do not fit."""
         if self.num_head_channels != -1:
             name, parts, heads = "num_head_channels", self.num_head_channels, width // max(self.num_head_channels, 1)
         else:
             name = "num_heads_upsample" if up and self.num_heads_upsample != -1 else "num_heads"
             parts = heads = getattr(self, name)
         if parts < 1 or width % parts:
-            raise EpsrtError(f"{name} = {parts} does not divide the {width} channels of an attention")
+            raise InputError(f"{name} = {parts} does not divide the {width} channels of an attention")
         return heads
 
 
@@ -220,14 +220,14 @@ class ADMUNet(nn.Module):
         x      [B, in_channels, H, W], the weights' dtype; H and W any multiples of 2^(levels − 1)
         t      [B], timesteps of the schedule, float32 or integer
         label  [B] int64 in [0, num_classes); None exactly when unconditional
-        Returns [B, in_channels, H, W], or with learn_sigma [B, 2·in_channels, H, W]. Raises EpsrtError when a label is
+        Returns [B, in_channels, H, W], or with learn_sigma [B, 2·in_channels, H, W]. Raises InputError when a label is
         missing or surplus.
         """
         angle = (t.to(torch.float32) * self.config.time_scale)[:, None] * self.frequencies
         waves = torch.cat([angle.cos(), angle.sin()], dim=1)
         condition = self.time_embed(waves.to(x.dtype))
         if (label is not None) != (self.label_emb is not None):
-            raise EpsrtError(f"{self.config.num_classes} classes and {'no' if label is None else 'a'} label do not fit")
+            raise InputError(f"{self.config.num_classes} classes and {'no' if label is None else 'a'} label do not fit")
         if self.label_emb is not None:
             condition = condition + self.label_emb(label)
         condition = F.silu(condition)

@@ -25,12 +25,21 @@ def of(checkpoint: Checkpoint) -> Source:
     """A loaded checkpoint as a source."""
     c, config = checkpoint, checkpoint.config
     return Source(
-        c.network, c.schedule, (config.image_channels, config.image_size, config.image_size),
-        prediction=c.prediction, value_range=c.value_range, classes=config.classes, class_names=c.class_names or (),
+        c.network,
+        c.schedule,
+        (config.image_channels, config.image_size, config.image_size),
+        prediction=c.prediction,
+        value_range=c.value_range,
+        classes=config.classes,
+        class_names=c.class_names or (),
         null_label=config.classes if config.null_label else None,
-        family="epsrt", name=Path(c.path).name, sha256=c.sha256,
-        config=dataclasses.asdict(config), training=msgspec.to_builtins(c.training), sampling=SAMPLING,
-    )  # fmt: skip
+        family="epsrt",
+        name=Path(c.path).name,
+        sha256=c.sha256,
+        config=dataclasses.asdict(config),
+        training=msgspec.to_builtins(c.training),
+        sampling=SAMPLING,
+    )
 
 
 def load_classifier(path: str | Path) -> NoisedClassifier:
@@ -38,6 +47,11 @@ def load_classifier(path: str | Path) -> NoisedClassifier:
     c = trained.load_classifier(path)
     config = c.config
     return NoisedClassifier(
-        c.network, config.classes, class_names=c.class_names or (), name=c.path.name, sha256=c.sha256,
-        schedule=c.schedule, shape=(config.image_channels, config.image_size, config.image_size),
-    )  # fmt: skip
+        c.network,
+        config.classes,
+        class_names=c.class_names or (),
+        name=c.path.name,
+        sha256=c.sha256,
+        schedule=c.schedule,
+        shape=(config.image_channels, config.image_size, config.image_size),
+    )

@@ -15,7 +15,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from epsrt.errors import BundleError, EpsrtError, one_of, typed
+from epsrt.errors import BundleError, InputError, one_line, one_of, typed
 from epsrt.files import sha256
 from epsrt.manifest import LearnedVariance, Sampling
 from epsrt.schedule import Schedule
@@ -43,7 +43,7 @@ def load(path: str | Path, *, null_label: int | None = None, size: int | None = 
     Samples of the bundle are by default those of the pipeline, noise aside (compatible="diffusers"), a DiTPipeline's
     guidance by 4 too; a DiT's are latents, which its autoencoder would decode.
 
-    Raises EpsrtError for a class or option of theirs that has no equal here: none is ignored. BundleError where files
+    Raises InputError for a class or option of theirs that has no equal here: none is ignored. BundleError where files
     are missing, damaged, of another width, or hold pickled weights alone.
     """
     root = Path(path)
@@ -56,23 +56,36 @@ def load(path: str | Path, *, null_label: int | None = None, size: int | None = 
     dit = isinstance(network, diffusers.DiTTransformer2DModel)
     channels, returned = network.config["in_channels"], network.config["out_channels"] or network.config["in_channels"]
     if returned not in (channels, 2 * channels):
-        raise EpsrtError(f"{folder} takes {channels} channels and returns {returned}: neither as many, nor twice")
+        raise InputError(f"{folder} takes {channels} channels and returns {returned}: neither as many, nor twice")
     by = _options(root, scheduler, returned == 2 * channels, dit)
     classes, null_label = _classes(folder, network, null_label)
     own, T = scheduler["_class_name"], by.schedule.T
     denoiser = Denoiser(network, channels, by.variance == "learned").eval()
     return Source(
-        denoiser, by.schedule, (channels, *_size(folder, network, size)),
-        prediction=by.prediction, value_range=LATENTS if dit else (-1.0, 1.0), clip=by.clip,
-        classes=classes, null_label=null_label, variance=by.variance, thresholding=by.thresholding,
+        denoiser,
+        by.schedule,
+        (channels, *_size(folder, network, size)),
+        prediction=by.prediction,
+        value_range=LATENTS if dit else (-1.0, 1.0),
+        clip=by.clip,
+        classes=classes,
+        null_label=null_label,
+        variance=by.variance,
+        thresholding=by.thresholding,
         sampling=Sampling(
-            "ddpm" if own == "DDPMScheduler" else "ddim", min(T, STEPS[own]), by.spacing, by.sampling,
+            "ddpm" if own == "DDPMScheduler" else "ddim",
+            min(T, STEPS[own]),
+            by.spacing,
+            by.sampling,
             guidance=DIT_GUIDANCE if dit else 1.0,
         ),
-        family="diffusers", name=f"{root.resolve().name}/{(folder / WEIGHTS).relative_to(root)}",
-        version=str(config.get("_diffusers_version", "")), sha256=sha256(folder / WEIGHTS),
-        origin=f"diffusers.{type(network).__name__}", config={"network": config, "scheduler": scheduler},
-    )  # fmt: skip
+        family="diffusers",
+        name=f"{root.resolve().name}/{(folder / WEIGHTS).relative_to(root)}",
+        version=str(config.get("_diffusers_version", "")),
+        sha256=sha256(folder / WEIGHTS),
+        origin=f"diffusers.{type(network).__name__}",
+        config={"network": config, "scheduler": scheduler},
+    )
 
 
 class Denoiser(nn.Module):
@@ -110,17 +123,17 @@ def _options(root: Path, config: dict[str, Any], twice: bool, dit: bool) -> _Opt
     known = {key: p.default for key, p in parameters.items() if key != "self"}
     for key, value in config.items():
         if not key.startswith("_") and key not in known and not (key in DEAD and value in (None, "pt", "np")):
-            raise EpsrtError(f"{root}: {name} has no option {key} = {value!r}: {one_of(key, known)}")
+            raise InputError(f"{root}: {name} has no option {key} = {value!r}: {one_of(key, known)}")
     given = {key: config.get(key, default) for key, default in known.items()}
     for key, default in known.items():  # a string "false" is true to Python
         if isinstance(default, (bool, int, float, str)):
             given[key] = typed(f"{root}: {name}'s {key}", given[key], default)
     prediction = given["prediction_type"]
     if prediction not in PREDICTIONS:
-        raise EpsrtError(f"{root}: prediction_type {prediction!r} is unknown: {one_of(prediction, PREDICTIONS)}")
+        raise InputError(f"{root}: prediction_type {prediction!r} is unknown: {one_of(prediction, PREDICTIONS)}")
     schedule = _schedule(root, name, given)
     if given["rescale_betas_zero_snr"] and prediction == "epsilon":
-        raise EpsrtError(
+        raise InputError(
             f"{root}: rescale_betas_zero_snr and prediction_type epsilon contradict each other: at the last timestep ε "
             "says nothing of the image"
         )
@@ -130,52 +143,57 @@ def _options(root: Path, config: dict[str, Any], twice: bool, dit: bool) -> _Opt
     clip = given["clip_sample_range"] if given["clip_sample"] else None
     sampling: dict[str, bool | int | float | str | None] = {"compatible": "diffusers"}
     if given["timestep_spacing"] not in ("leading", "linspace", "trailing"):
-        raise EpsrtError(f"{root}: timestep_spacing {given['timestep_spacing']!r}: use leading, linspace or trailing")
+        raise InputError(f"{root}: timestep_spacing {given['timestep_spacing']!r}: use leading, linspace or trailing")
     if given["timestep_spacing"] == "leading":  # the others do not look at it
         sampling["steps_offset"] = given["steps_offset"]
     variance: LearnedVariance | None = "learned_range" if twice and dit else None  # their pipeline drops it for DDIM
     if name == "DDIMScheduler":
         sampling["set_alpha_to_one"] = given["set_alpha_to_one"]
         if twice and not dit:
-            raise EpsrtError(f"{root}: the model returns a variance too, which DDIMScheduler cannot take: save DDPM's")
+            raise InputError(f"{root}: the model returns a variance too, which DDIMScheduler cannot take: save DDPM's")
     else:
         variance = _variance(root, given["variance_type"], twice)
         if variance is None:
             sampling["variance"] = given["variance_type"]
     return _Options(
-        schedule, PREDICTIONS[prediction], 1.0 if thresholding else clip, thresholding, variance,
-        given["timestep_spacing"], sampling,
-    )  # fmt: skip
+        schedule,
+        PREDICTIONS[prediction],
+        1.0 if thresholding else clip,
+        thresholding,
+        variance,
+        given["timestep_spacing"],
+        sampling,
+    )
 
 
 def _variance(root: Path, kind: str, twice: bool) -> LearnedVariance | None:
     fixed = ("fixed_small", "fixed_small_log", "fixed_large")
     if kind == "fixed_large_log":
-        raise EpsrtError(f"{root}: variance_type fixed_large_log gives NaN in diffusers itself: write fixed_large")
+        raise InputError(f"{root}: variance_type fixed_large_log gives NaN in diffusers itself: write fixed_large")
     if kind in fixed and not twice:
         return None
     if kind in ("learned", "learned_range") and twice:
         return "learned" if kind == "learned" else "learned_range"
     if kind in fixed or kind in ("learned", "learned_range"):
         returns = "a variance beside its prediction" if twice else "no variance"
-        raise EpsrtError(f"{root}: variance_type {kind} and a model that returns {returns} contradict each other")
-    raise EpsrtError(f"{root}: variance_type {kind!r} is unknown: {one_of(kind, (*fixed, 'learned', 'learned_range'))}")
+        raise InputError(f"{root}: variance_type {kind} and a model that returns {returns} contradict each other")
+    raise InputError(f"{root}: variance_type {kind!r} is unknown: {one_of(kind, (*fixed, 'learned', 'learned_range'))}")
 
 
 def _schedule(root: Path, name: str, given: dict[str, Any]) -> Schedule:
     kind, T, zero = given["beta_schedule"], given["num_train_timesteps"], given["rescale_betas_zero_snr"]
     if (betas := given["trained_betas"]) is not None:
         if not isinstance(betas, list):
-            raise EpsrtError(f"{root}: trained_betas = {betas!r} is not a list of numbers")
+            raise InputError(f"{root}: trained_betas = {betas!r} is not a list of numbers")
         if len(betas) != T:
-            raise EpsrtError(f"{root}: {len(betas)} trained_betas and num_train_timesteps = {T} contradict each other")
+            raise InputError(f"{root}: {len(betas)} trained_betas and num_train_timesteps = {T} contradict each other")
         return Schedule.given([typed(f"{root}: trained_betas", beta, 0.0) for beta in betas], zero_snr=zero)
     if kind == "laplace" and name == "DDPMScheduler":
         theirs: Tensor = vars(SCHEDULERS[name](T, beta_schedule=kind))["betas"]  # type: ignore[no-untyped-call]
         return Schedule.given(theirs.double().numpy(), zero_snr=zero)
     takes = [*KINDS, "laplace"] if name == "DDPMScheduler" else [key for key in KINDS if key != "sigmoid"]
     if kind not in takes:
-        raise EpsrtError(f"{root}: {name} has no beta_schedule {kind!r}: {one_of(kind, takes)}, or trained_betas")
+        raise InputError(f"{root}: {name} has no beta_schedule {kind!r}: {one_of(kind, takes)}, or trained_betas")
     if kind == "squaredcos_cap_v2":  # has no range
         return Schedule("cosine", T, zero_snr=zero)
     return Schedule(KINDS[kind], T, given["beta_start"], given["beta_end"], zero_snr=zero)  # type: ignore[arg-type]
@@ -191,7 +209,7 @@ def _scheduler(root: Path, folder: Path) -> dict[str, Any]:
         )
     config = _json(found, "the scheduler's")
     if str(config.get("_class_name")) not in SCHEDULERS:
-        raise EpsrtError(
+        raise InputError(
             f"{found}: scheduler class {config.get('_class_name')!r} is not among {', '.join(SCHEDULERS)}: save one of "
             "these, made from_config of it; the sampler is chosen when sampling"
         )
@@ -202,7 +220,7 @@ def _network(folder: Path, config: dict[str, Any]) -> Any:
     """The model with its weights, eval mode, float32. A weight that is missing would stay random: all must be there."""
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in MODELS:
-        raise EpsrtError(f"{folder}: model class {name!r} is not among {', '.join(MODELS)}: export it from Python")
+        raise InputError(f"{folder}: model class {name!r} is not among {', '.join(MODELS)}: export it from Python")
     if not (folder / WEIGHTS).is_file():
         if list(folder.glob("*.bin")):
             raise BundleError(
@@ -214,22 +232,26 @@ def _network(folder: Path, config: dict[str, Any]) -> Any:
     parameters = inspect.signature(MODELS[name].__init__).parameters
     for key, value in config.items():
         if not key.startswith("_") and key not in parameters:
-            raise EpsrtError(f"{folder}: {name} has no option {key!r}: {one_of(key, parameters)}")
+            raise InputError(f"{folder}: {name} has no option {key!r}: {one_of(key, parameters)}")
         most = DEEPEST if key in ("layers_per_block", "num_layers") else LARGEST
         if isinstance(value, (int, float)) and not value <= most:  # or building it would not end
-            raise EpsrtError(f"{folder}: {key} = {str(value)[:24]} is more than any network's {most}")
+            raise InputError(f"{folder}: {key} = {str(value)[:24]} is more than any network's {most}")
     if config.get("class_embed_type") is not None:
-        raise EpsrtError(
+        raise InputError(
             f"{folder}: class_embed_type {config['class_embed_type']!r} takes no class numbers: export it from Python"
         )
     try:
         with _quiet():
             network, info = MODELS[name].from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True,
+                folder,
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
                 torch_dtype=torch.float32,
-            )  # fmt: skip
+            )
     except Exception as error:  # theirs: ValueError, RuntimeError, TypeError, OSError, safetensors' own
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise BundleError(
             f"{folder}: diffusers cannot load {name} ({reason}): config.json and weights differ"
         ) from error
@@ -247,26 +269,26 @@ def _classes(folder: Path, network: Any, null_label: int | None) -> tuple[int, i
     config = network.config
     if isinstance(network, diffusers.DiTTransformer2DModel):
         if null_label is not None:
-            raise EpsrtError(f"null_label = {null_label}: a DiT's is {config['num_embeds_ada_norm']}, leave it out")
+            raise InputError(f"null_label = {null_label}: a DiT's is {config['num_embeds_ada_norm']}, leave it out")
         return config["num_embeds_ada_norm"], config["num_embeds_ada_norm"]
     count = config["num_class_embeds"] or 0
     if null_label is None:
         return count, None
     if null_label != count - 1 or not null_label:
-        raise EpsrtError(f"null_label = {null_label} is not the last of the model's {count} class embeddings")
+        raise InputError(f"null_label = {null_label} is not the last of the model's {count} class embeddings")
     return count - 1, null_label
 
 
 def _size(folder: Path, network: Any, size: int | None) -> tuple[int, int]:
     own = network.config["sample_size"]
     if own is None and size is None:
-        raise EpsrtError(f"{folder} does not say its sample_size: give size")
+        raise InputError(f"{folder} does not say its sample_size: give size")
     if own is not None and size is not None:
-        raise EpsrtError(f"size = {size} was given, and {folder} says its sample_size itself, {own}: leave size out")
+        raise InputError(f"size = {size} was given, and {folder} says its sample_size itself, {own}: leave size out")
     chosen: Any = size if own is None else own
     sides = list(chosen) if isinstance(chosen, (list, tuple)) else [chosen, chosen]
     if len(sides) != 2:
-        raise EpsrtError(f"{folder}: sample_size = {chosen} is neither one number nor a height and a width")
+        raise InputError(f"{folder}: sample_size = {chosen} is neither one number nor a height and a width")
     whose = "size" if own is None else f"{folder}: sample_size"
     return typed(whose, sides[0], 0), typed(whose, sides[1], 0)
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epsrt.errors import BundleError, EpsrtError, one_of, typed
+from epsrt.errors import BundleError, EpsrtError, InputError, one_of, typed
 from epsrt.files import sha256
 from epsrt.manifest import Sampling
 from epsrt.schedule import Array, Schedule
@@ -83,7 +83,7 @@ def load(
 
     LearnedGaussianDiffusion's networks always predict ε, whatever its objective says, and a variance "learned_range".
 
-    Raises EpsrtError where the package is missing, for an option that contradicts the file or is missing,
+    Raises InputError where the package is missing, for an option that contradicts the file or is missing,
     self-conditioning, whose network takes the last x0 too, and continuous time; BundleError for files that are damaged
     or none of these.
     """
@@ -95,10 +95,17 @@ def load(
     tensors, buffers = _parts(state, path)
     facts = _facts(tensors, path)
     given = {
-        "dim": dim, "init_dim": init_dim, "out_dim": out_dim, "dim_mults": dim_mults, "channels": channels,
-        "learned_variance": learned_variance, "learned_sinusoidal_dim": learned_sinusoidal_dim,
-        "attn_dim_head": attn_dim_head, "attn_heads": attn_heads, "full_attn": full_attn,
-    }  # fmt: skip
+        "dim": dim,
+        "init_dim": init_dim,
+        "out_dim": out_dim,
+        "dim_mults": dim_mults,
+        "channels": channels,
+        "learned_variance": learned_variance,
+        "learned_sinusoidal_dim": learned_sinusoidal_dim,
+        "attn_dim_head": attn_dim_head,
+        "attn_heads": attn_heads,
+        "full_attn": full_attn,
+    }
     if learned_sinusoidal_cond is not None or random_fourier_features is not None:
         given["learned_sinusoidal_cond"] = bool(learned_sinusoidal_cond or random_fourier_features)
     for name, value in given.items():
@@ -119,18 +126,27 @@ def load(
     adapt(network, package)
     normalized = typed("auto_normalize", auto_normalize, True)
     return Source(
-        network, schedule, (facts["channels"], height, width), prediction=prediction,
-        value_range=(-1.0, 1.0) if normalized else (0.0, 1.0), clip=1.0,
+        network,
+        schedule,
+        (facts["channels"], height, width),
+        prediction=prediction,
+        value_range=(-1.0, 1.0) if normalized else (0.0, 1.0),
+        clip=1.0,
         variance="learned_range" if facts["learned_variance"] else None,
-        sampling=sampling, family=PACKAGE, name=path.name, sha256=sha256(path),
+        sampling=sampling,
+        family=PACKAGE,
+        name=path.name,
+        sha256=sha256(path),
         version=str(found.get("version") or "") if training else "",
         config={
             **{name: list(value) if isinstance(value, tuple) else value for name, value in config.items()},
-            "sinusoidal_pos_emb_theta": theta, "image_size": [height, width], "beta_schedule": kind,
+            "sinusoidal_pos_emb_theta": theta,
+            "image_size": [height, width],
+            "beta_schedule": kind,
             "auto_normalize": normalized,
         },
         training=training,
-    )  # fmt: skip
+    )
 
 
 def _weights(found: Any, path: Path, ema: bool | None) -> tuple[Tensors, dict[str, Any]]:
@@ -142,11 +158,11 @@ def _weights(found: Any, path: Path, ema: bool | None) -> tuple[Tensors, dict[st
     parts = {name: found[name] for name in ("model", "ema") if isinstance(found.get(name), Mapping)}
     if not parts:
         if ema is not None:
-            raise EpsrtError(f"ema = {ema} is for a Trainer's file, and {path} holds one set of weights: leave it out")
+            raise InputError(f"ema = {ema} is for a Trainer's file, and {path} holds one set of weights: leave it out")
         return _checked(found, path), {}
     which = "ema" if ema or (ema is None and "ema" in parts) else "model"
     if which not in parts:
-        raise EpsrtError(f"ema = {ema}, but {path} holds only the weights of {', '.join(parts)}: leave it out")
+        raise InputError(f"ema = {ema}, but {path} holds only the weights of {', '.join(parts)}: leave it out")
     state = _checked(parts[which], path)
     if which == "ema":  # ema_pytorch keeps the model in training beside its average
         state = {n.removeprefix("ema_model."): v for n, v in state.items() if n.startswith("ema_model.")}
@@ -174,7 +190,7 @@ def _parts(state: Tensors, path: Path) -> tuple[Tensors, Tensors]:
             "Python, with export_network"
         )
     if "betas" not in state:
-        raise EpsrtError(
+        raise InputError(
             f"{path} is of a diffusion in continuous time (it holds no betas), whose network is told log SNR and not a "
             "timestep: export it from Python, with export_network and an adapter"
         )
@@ -198,7 +214,7 @@ def _facts(tensors: Tensors, path: Path) -> dict[str, Any]:
     if first[1] == 2 * last[0]:
         raise _self_conditioned(path)
     if last[0] not in (first[1], 2 * first[1]):
-        raise EpsrtError(
+        raise InputError(
             f"{path}: its network returns {last[0]} channels for {first[1]}: ε, x0 or v has as many, with a learned "
             "variance twice as many; others are exported from Python, with export_network and an adapter"
         )
@@ -209,12 +225,18 @@ def _facts(tensors: Tensors, path: Path) -> dict[str, Any]:
     full = tuple(f"downs.{i}.2.to_out.weight" in tensors for i in range(stages))
     fourier = "time_mlp.0.weights" in tensors
     return {
-        "dim": dim, "init_dim": first[0], "out_dim": last[0], "dim_mults": tuple(w // dim for w in widths),
-        "channels": first[1], "learned_variance": last[0] == 2 * first[1], "learned_sinusoidal_cond": fourier,
+        "dim": dim,
+        "init_dim": first[0],
+        "out_dim": last[0],
+        "dim_mults": tuple(w // dim for w in widths),
+        "channels": first[1],
+        "learned_variance": last[0] == 2 * first[1],
+        "learned_sinusoidal_cond": fourier,
         "learned_sinusoidal_dim": 2 * size("time_mlp.0.weights")[0] if fourier else None,
         "attn_dim_head": tuple(m[3 if here else 2] for m, here in zip(memory, full, strict=True)),
-        "attn_heads": tuple(m[1] for m in memory), "full_attn": full,
-    }  # fmt: skip
+        "attn_heads": tuple(m[1] for m in memory),
+        "full_attn": full,
+    }
 
 
 def _self_conditioned(path: Path) -> EpsrtError:
@@ -236,7 +258,7 @@ def _agree(name: str, value: Any, fact: Any, path: Path) -> None:
         said = typed(name, value, 0 if fact is None else fact)
     if said != fact:
         shown = ",".join(map(str, fact)) if isinstance(fact, tuple) else fact
-        raise EpsrtError(
+        raise InputError(
             f"{name} = {value} contradicts {path}, whose network has {name} = {shown}: leave it out, or give the file "
             "that it is of"
         )
@@ -251,11 +273,11 @@ def _list(name: str, value: Any, like: Any) -> tuple[Any, ...]:
 
 def _image_size(value: Size | None, multiple: int) -> tuple[int, int]:
     if value is None:
-        raise EpsrtError("image_size is not in the file: give it, such as image_size=32, or 32,48 for height and width")
+        raise InputError("image_size is not in the file: give it, such as image_size=32, or 32,48 for height and width")
     size = _list("image_size", value, 0)
     size = size * 2 if len(size) == 1 else size
     if len(size) != 2 or min(size) < 1 or any(n % multiple for n in size):
-        raise EpsrtError(f"image_size = {value} does not suit the network, which takes multiples of {multiple}")
+        raise InputError(f"image_size = {value} does not suit the network, which takes multiples of {multiple}")
     return size[0], size[1]
 
 
@@ -265,21 +287,21 @@ def _schedule(
     """The schedule, and what they call it ("given" where it is none of theirs)."""
     T = 1000 if timesteps is None else typed("timesteps", timesteps, 1)
     if kind is not None and kind not in BETA_SCHEDULES:
-        raise EpsrtError(f"beta_schedule {kind!r} is unknown: {one_of(kind, BETA_SCHEDULES)}")
+        raise InputError(f"beta_schedule {kind!r} is unknown: {one_of(kind, BETA_SCHEDULES)}")
     if T < 1:
-        raise EpsrtError(f"timesteps = {T} makes no diffusion: give at least 1")
+        raise InputError(f"timesteps = {T} makes no diffusion: give at least 1")
     if not buffers:
         if kind is None:
-            raise EpsrtError(f"{path} is a Unet alone: say beta_schedule, one of {', '.join(BETA_SCHEDULES)}")
+            raise InputError(f"{path} is a Unet alone: say beta_schedule, one of {', '.join(BETA_SCHEDULES)}")
         return _named(package, kind, T), kind
     kept = buffers["betas"].double().numpy()
     if timesteps is not None and len(kept) != T:
-        raise EpsrtError(f"timesteps = {T} contradicts {path}, which has {len(kept)} betas: leave it out")
+        raise InputError(f"timesteps = {T} contradicts {path}, which has {len(kept)} betas: leave it out")
     fits = [k for k in BETA_SCHEDULES if np.allclose(_betas(package, k, len(kept)), kept, rtol=1e-5, atol=0)]
     found = fits[0] if fits else "given"
     if kind not in (None, found):
         whose = f"are of {found}" if fits else f"are none of {', '.join(BETA_SCHEDULES)}"
-        raise EpsrtError(f"beta_schedule = {kind} contradicts {path}, whose betas {whose}: leave it out")
+        raise InputError(f"beta_schedule = {kind} contradicts {path}, whose betas {whose}: leave it out")
     return (_named(package, found, len(kept)) if fits else Schedule.given(kept)), found
 
 
@@ -299,10 +321,10 @@ def _named(package: Any, kind: str, T: int) -> Schedule:
 
 def _prediction(buffers: Tensors, schedule: Schedule, objective: str | None, learned: bool, path: Path) -> str:
     if objective is not None and objective not in OBJECTIVES:
-        raise EpsrtError(f"objective {objective!r} is unknown: {one_of(str(objective), OBJECTIVES)}")
+        raise InputError(f"objective {objective!r} is unknown: {one_of(str(objective), OBJECTIVES)}")
     if learned:
         if objective not in (None, "pred_noise"):
-            raise EpsrtError(
+            raise InputError(
                 f"objective = {objective} is not of {path}: a network with a learned variance is trained and sampled "
                 "by LearnedGaussianDiffusion, which takes ε from it whatever its objective: leave it out"
             )
@@ -310,10 +332,10 @@ def _prediction(buffers: Tensors, schedule: Schedule, objective: str | None, lea
     fits = _objectives(buffers["loss_weight"].double().numpy(), schedule.snr) if "loss_weight" in buffers else []
     if objective is None:
         if len(fits) != 1:
-            raise EpsrtError(f"{path} does not say what its network predicts: say objective, {', '.join(OBJECTIVES)}")
+            raise InputError(f"{path} does not say what its network predicts: say objective, {', '.join(OBJECTIVES)}")
         return OBJECTIVES[fits[0]]
     if fits and objective not in fits:
-        raise EpsrtError(
+        raise InputError(
             f"objective = {objective} contradicts {path}, whose loss weights are of {' or '.join(fits)}: leave it out"
         )
     return OBJECTIVES[objective]
@@ -330,9 +352,9 @@ def _objectives(weight: Array, snr: Array) -> list[str]:
 def _sampling(T: int, steps: int | None, eta: float) -> Sampling:
     steps = T if steps is None else typed("sampling_timesteps", steps, 1)
     if not 1 <= steps <= T:
-        raise EpsrtError(f"sampling_timesteps = {steps} is outside 1 … {T}, the timesteps of the training")
+        raise InputError(f"sampling_timesteps = {steps} is outside 1 … {T}, the timesteps of the training")
     if not 0 <= eta <= 1:
-        raise EpsrtError(f"ddim_sampling_eta = {eta} is outside [0, 1]: 0 is deterministic")
+        raise InputError(f"ddim_sampling_eta = {eta} is outside [0, 1]: 0 is deterministic")
     if steps == T:
         return Sampling("ddpm", T)
     return Sampling("ddim", steps, options={"eta": eta, "rederive": True})

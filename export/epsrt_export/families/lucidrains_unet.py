@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError
 
 PACKAGE = "denoising-diffusion-pytorch"
 THEIRS = "denoising_diffusion_pytorch.denoising_diffusion_pytorch"
@@ -69,7 +69,7 @@ def theirs() -> Any:
         with _pictures():
             return import_module(THEIRS)
     except ImportError as error:
-        raise EpsrtError(
+        raise InputError(
             f"--from {PACKAGE} needs the package that the network was trained with ({error}): pip install {PACKAGE}"
         ) from None
 

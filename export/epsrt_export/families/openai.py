@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from epsrt.errors import EpsrtError, one_of, typed
+from epsrt.errors import InputError, one_of, typed
 from epsrt.files import sha256
 from epsrt.manifest import Sampling
 from epsrt.schedule import Schedule
-from epsrt.spacing import respaced, timesteps
+from epsrt.timesteps import respaced, spaced
 from epsrt_export.families import statedict
 from epsrt_export.families.adm import ADMConfig, ADMUNet
 from epsrt_export.families.statedict import Shapes
@@ -84,7 +84,7 @@ def guided(path: str | Path, /, **flags: Any) -> Source:
 
     The source's sampling is the script's: p_sample_loop, or its DDIM, which derives ε anew from the clipped x0, where
     use_ddim says so or, when it says nothing, timestep_respacing begins with "ddim".
-    Raises EpsrtError for a flag that is unknown or has no such value, for classifier guidance and super-resolution,
+    Raises InputError for a flag that is unknown or has no such value, for classifier guidance and super-resolution,
     and BundleError where the file is damaged, not a state dict, or not of the network that the flags describe.
     """
     return _load("guided-diffusion", GUIDED, GUIDED_MULT, Path(path), flags)
@@ -100,12 +100,19 @@ def _load(family: str, defaults: Flags, mults: Mapping[int, str], path: Path, gi
     statedict.load_into(network, tensors, path, _doubts)
     flags["channel_mult"] = ",".join(f"{mult:g}" for mult in config.channel_mult)
     return Source(
-        network, schedule, (config.in_channels, config.image_size, config.image_size),
+        network,
+        schedule,
+        (config.in_channels, config.image_size, config.image_size),
         prediction="x0" if flags["predict_xstart"] else "epsilon",
         clip=1.0 if flags.get("clip_denoised", True) else None,
-        classes=config.num_classes, variance="learned_range" if config.learn_sigma else None, sampling=sampling,
-        family=family, name=path.name, sha256=sha256(path), config=flags,
-    )  # fmt: skip
+        classes=config.num_classes,
+        variance="learned_range" if config.learn_sigma else None,
+        sampling=sampling,
+        family=family,
+        name=path.name,
+        sha256=sha256(path),
+        config=flags,
+    )
 
 
 def _flags(family: str, defaults: Flags, given: Flags) -> Flags:
@@ -116,18 +123,18 @@ def _flags(family: str, defaults: Flags, given: Flags) -> Flags:
     flags = dict(defaults)
     for name, value in given.items():
         if name.startswith("classifier_"):
-            raise EpsrtError(
+            raise InputError(
                 f"{name} is of classifier guidance, which needs the gradient of a second network in each step: leave "
                 "it out, and the diffusion network is exported alone"
             )
         if name in SUPER_RESOLUTION:
-            raise EpsrtError(
+            raise InputError(
                 f"{name} is of super-resolution, whose network takes a second image in each step: no bundle can hold it"
             )
         if name not in known:
             if name in GUIDED:
-                raise EpsrtError(f"{name} is a flag of guided-diffusion, not of {family}: leave it out, or name that")
-            raise EpsrtError(f"{family} has no flag {name!r}: {one_of(name, [*known, 'flags'])}")
+                raise InputError(f"{name} is a flag of guided-diffusion, not of {family}: leave it out, or name that")
+            raise InputError(f"{family} has no flag {name!r}: {one_of(name, [*known, 'flags'])}")
         flags[name] = _typed(name, value, known[name])
     return flags
 
@@ -138,14 +145,14 @@ def _words(text: Any) -> Flags:
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise EpsrtError(f"flags = {text!r} cannot be split into words ({error}): mend its quotes") from None
+        raise InputError(f"flags = {text!r} cannot be split into words ({error}): mend its quotes") from None
     found, rest = {}, iter(words)
     for word in rest:
         name, equals, value = word.removeprefix("--").partition("=")
         if not equals:
             value = next(rest, "--")
         if not word.startswith("--") or (not equals and value.startswith("--")):
-            raise EpsrtError(f'flags go wrong at {word!r}: write them as "--image_size 64 --class_cond True"')
+            raise InputError(f'flags go wrong at {word!r}: write them as "--image_size 64 --class_cond True"')
         found[name] = value
     return found
 
@@ -156,7 +163,7 @@ def _typed(name: str, value: Any, like: Any) -> Any:
     if isinstance(like, bool):
         word = str(value).lower()
         if word not in (*YES, *NO):
-            raise EpsrtError(f"{name} = {value!r} is not true or false")
+            raise InputError(f"{name} = {value!r} is not true or false")
         return word in YES
     if isinstance(value, str):
         with contextlib.suppress(ValueError):  # typed says what is wrong
@@ -168,14 +175,14 @@ def _network(family: str, flags: Flags, mults: Mapping[int, str]) -> ADMConfig:
     size = flags["image_size"]
     mult = flags.get("channel_mult") or mults.get(size)
     if mult is None:
-        raise EpsrtError(
+        raise InputError(
             f"{family} has no channel_mult for image_size = {size}, only for {', '.join(map(str, sorted(mults)))}: "
             "give the one of the training, such as channel_mult=1,2,2,2"
         )
     if "num_classes" in flags and not flags["class_cond"]:
-        raise EpsrtError(f"num_classes = {flags['num_classes']} is for networks with class_cond: give class_cond=true")
+        raise InputError(f"num_classes = {flags['num_classes']} is for networks with class_cond: give class_cond=true")
     if flags["class_cond"] and flags.get("num_classes", 1) < 1:
-        raise EpsrtError(f"num_classes = {flags['num_classes']} makes no class: give at least 1")
+        raise InputError(f"num_classes = {flags['num_classes']} makes no class: give at least 1")
     same = {name: flags[name] for name in ADMConfig.__dataclass_fields__ if name in flags}
     return ADMConfig(
         **{
@@ -192,24 +199,24 @@ def _numbers(name: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...
     try:
         return tuple(kind(word) for word in text.split(",") if text)
     except ValueError:
-        raise EpsrtError(f"{name} = {text!r} is not a list of numbers such as 1,2,4") from None
+        raise InputError(f"{name} = {text!r} is not a list of numbers such as 1,2,4") from None
 
 
 def _diffusion(flags: Flags) -> tuple[Schedule, Sampling]:
     """The schedule, and how the scripts sample it."""
     T, kind, spacing = flags["diffusion_steps"], flags["noise_schedule"], flags["timestep_respacing"].replace(" ", "")
     if T < 1:
-        raise EpsrtError(f"diffusion_steps = {T} makes no diffusion: give at least 1")
+        raise InputError(f"diffusion_steps = {T} makes no diffusion: give at least 1")
     if kind not in ("linear", "cosine"):
-        raise EpsrtError(f"noise_schedule {kind!r} is unknown: {one_of(kind, ('linear', 'cosine'))}")
+        raise InputError(f"noise_schedule {kind!r} is unknown: {one_of(kind, ('linear', 'cosine'))}")
     scale = 1000 / T  # β of other T, such that ᾱ ends where it does at 1,000
     if kind == "linear" and scale * 0.02 >= 1:
-        raise EpsrtError(f"diffusion_steps = {T} is too few for a linear noise_schedule, whose last β is 20/{T}")
+        raise InputError(f"diffusion_steps = {T} is too few for a linear noise_schedule, whose last β is 20/{T}")
     schedule = Schedule("cosine", T) if kind == "cosine" else Schedule("linear", T, scale * 1e-4, scale * 0.02)
     if spacing and not respaced(spacing):
-        raise EpsrtError(f"timestep_respacing = {spacing!r} is none: write 250, 10,10,15 or ddim25")
+        raise InputError(f"timestep_respacing = {spacing!r} is none: write 250, 10,10,15 or ddim25")
     if spacing:
-        timesteps(schedule, None, spacing)  # refused now, not when it is sampled
+        spaced(schedule, None, spacing)  # refused now, not when it is sampled
     method = "ddim" if flags.get("use_ddim", spacing.startswith("ddim")) else "ddpm"
     options: dict[str, bool | int | float | str | None] = {"rederive": True}
     if not flags["learn_sigma"]:

@@ -12,7 +12,7 @@ import msgspec
 
 from epsrt.bench.report import LEAST, STARTS, Case, Report, spread, startup
 from epsrt.engines import PRECISIONS
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError
 
 BAND = 0.05
 MOST = 9  # rounds that count against their noise
@@ -57,21 +57,24 @@ class Comparison:
 def compare(a: Report, b: Report, band: float = BAND) -> Comparison:
     """Match the cases of two reports and judge each figure.
 
-    Raises EpsrtError where they measured different things: another bundle or request, or no case in common.
+    Raises InputError where they measured different things: another bundle or request, or no case in common.
     """
     _check_alike(a, b)
     in_a, in_b = a.measured, b.measured
     lost = tuple((case, reason) for case in in_a if case not in in_b and (reason := _why_lost(case, a, b)))
     common = [case for case in in_a if case in in_b]
     if not common and not lost:
-        raise EpsrtError(
+        raise InputError(
             f"no case is in both: A has {_named(in_a)}, and B {_named(in_b)}: measure the same engines and batches"
         )
     gone = {case for case, _ in lost}
     return Comparison(
-        tuple(_changes(a, b, common, band)), lost, tuple(c for c in in_a if c not in in_b and c not in gone),
-        tuple(c for c in in_b if c not in in_a), tuple(_warnings(a, b)),
-    )  # fmt: skip
+        tuple(_changes(a, b, common, band)),
+        lost,
+        tuple(c for c in in_a if c not in in_b and c not in gone),
+        tuple(c for c in in_b if c not in in_a),
+        tuple(_warnings(a, b)),
+    )
 
 
 def _why_lost(case: Case, a: Report, b: Report) -> str:
@@ -143,7 +146,7 @@ def _start(engine: str, precision: str, a: tuple[float, ...], b: tuple[float, ..
 
 def _check_alike(a: Report, b: Report) -> None:
     if a.bundle.digest != b.bundle.digest:
-        raise EpsrtError(
+        raise InputError(
             f"A is of the bundle {a.bundle.name} ({a.bundle.digest[:12]}), B of {b.bundle.name} "
             f"({b.bundle.digest[:12]}): other work takes other time, measure one bundle twice"
         )
@@ -151,7 +154,7 @@ def _check_alike(a: Report, b: Report) -> None:
         one, other = getattr(a.request, name), getattr(b.request, name)
         if one != other:
             words = ("all" if value is None else value for value in (one, other))
-            raise EpsrtError(
+            raise InputError(
                 f"the requests differ in {name}, {' and '.join(map(str, words))}: other work takes other time, measure "
                 "both with the same options"
             )

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import InputError
 from epsrt.files import whole_file
 
 FORMAT = 1
@@ -134,23 +134,23 @@ def write(path: Path, report: Report) -> None:
 
 
 def read(path: Path) -> Report:
-    """A report from its file. Raises EpsrtError where that is none, or of another version."""
+    """A report from its file. Raises InputError where that is none, or of another version."""
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "does not exist"
-        raise EpsrtError(f'{path} {what}: give a file that "epsrt bench --out" wrote')
+        raise InputError(f'{path} {what}: give a file that "epsrt bench --out" wrote')
     if path.stat().st_size > LIMIT:
-        raise EpsrtError(f"{path} is {path.stat().st_size} bytes, more than any bench's results: it is something else")
+        raise InputError(f"{path} is {path.stat().st_size} bytes, more than any bench's results: it is something else")
     raw = path.read_bytes()
     try:
         version = msgspec.json.decode(raw, type=_Version).format
         if version != FORMAT:
-            raise EpsrtError(f"{path} has format {version}, this epsrt reads {FORMAT}: measure again with this one")
+            raise InputError(f"{path} has format {version}, this epsrt reads {FORMAT}: measure again with this one")
         report = msgspec.json.decode(raw, type=Report)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise EpsrtError(f"{path} holds no bench's results ({error}): it is damaged, measure again") from None
+        raise InputError(f"{path} holds no bench's results ({error}): it is damaged, measure again") from None
     cases = [row.case for row in report.rows if row.case]
     if len(set(cases)) < len(cases) or report.complete == bool(report.missing) or set(cases) & set(report.missing):
-        raise EpsrtError(f"{path} contradicts itself about its cases: it is damaged, measure again")
+        raise InputError(f"{path} contradicts itself about its cases: it is damaged, measure again")
     return report
 
 

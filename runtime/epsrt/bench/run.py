@@ -12,14 +12,15 @@ from time import perf_counter
 
 import msgspec
 
-from epsrt import machine, requests
-from epsrt.bench import alone
+from epsrt import machine
+from epsrt import prepare as requests
+from epsrt.bench import isolated as alone
 from epsrt.bench.report import FORMAT, STARTS, Case, Of, Opened, Report, Request, Row, with_ratios
 from epsrt.bench.timing import Course, alternate
 from epsrt.bundle import Bundle
 from epsrt.engines import ENGINES, Engine, open_engine, probe
-from epsrt.engines.cache import EngineCache
-from epsrt.errors import EngineError, EpsrtError, one_of, whole
+from epsrt.engines.cache.store import EngineCache
+from epsrt.errors import EngineError, EpsrtError, InputError, one_of, whole
 
 STARTS_S = 3.0  # for all starts of a case, unless the first takes longer
 Tell = Callable[[str, float], object]
@@ -28,7 +29,7 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What to measure. Raises EpsrtError for what can be seen to be wrong.
+    """What to measure. Raises InputError for what can be seen to be wrong.
 
     engines     names of epsrt.engines.ENGINES, "auto", or "all": those that run here
     precisions  None: the engine's best
@@ -48,17 +49,17 @@ class Asked:
     def __post_init__(self) -> None:
         for name in self.engines:
             if name not in ("all", "auto", *ENGINES):
-                raise EpsrtError(f"engine {name!r} is unknown: {one_of(name, ('all', 'auto', *ENGINES))}")
+                raise InputError(f"engine {name!r} is unknown: {one_of(name, ('all', 'auto', *ENGINES))}")
         if not self.engines or not self.precisions or not self.batches:
-            raise EpsrtError("there is nothing to measure: give an engine, a precision and a batch at least")
+            raise InputError("there is nothing to measure: give an engine, a precision and a batch at least")
         for batch in self.batches:
             if whole("batch", batch) < 1:
-                raise EpsrtError(f"batch = {batch}: give at least 1")
+                raise InputError(f"batch = {batch}: give at least 1")
         if self.seconds is None:
             if whole("rounds", self.rounds) < 1:
-                raise EpsrtError(f"rounds = {self.rounds}: give at least 1")
+                raise InputError(f"rounds = {self.rounds}: give at least 1")
         elif not 0 < self.seconds < math.inf:
-            raise EpsrtError(f"seconds = {self.seconds} is no time to measure for: give a number above 0")
+            raise InputError(f"seconds = {self.seconds} is no time to measure for: give a number above 0")
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,13 @@ class Ready:
 def opened(bundle: Bundle, asked: Asked, stack: ExitStack, tell: Tell) -> Ready:
     """Open what was asked for; `stack` closes it.
 
-    Raises EpsrtError where the bundle cannot do what was asked, where an engine that was named does not open, and where
+    Raises InputError where the bundle cannot do what was asked, where an engine that was named does not open, and where
     none does.
     """
     requests.plan_of(bundle.manifest, asked.method, asked.steps)
     largest, most = max(asked.batches), bundle.manifest.max_batch
     if largest > most:
-        raise EpsrtError(f"batch = {largest} is outside 1 … {most}, the largest of {bundle.path.name}")
+        raise InputError(f"batch = {largest} is outside 1 … {most}, the largest of {bundle.path.name}")
     engines: list[Engine] = []
     openings: list[Opened] = []
     refused: list[Row] = []
@@ -99,9 +100,13 @@ def opened(bundle: Bundle, asked: Asked, stack: ExitStack, tell: Tell) -> Ready:
         begin = perf_counter()
         try:
             engine = open_engine(
-                bundle, name, precision=precision, threads=asked.threads, trust_engines=asked.trust_engines,
+                bundle,
+                name,
+                precision=precision,
+                threads=asked.threads,
+                trust_engines=asked.trust_engines,
                 on_progress=hear,
-            )  # fmt: skip
+            )
         except EpsrtError as error:
             if named:
                 raise
@@ -131,11 +136,18 @@ def bench(bundle: Bundle, asked: Asked, ready: Ready, say: Say = lambda sentence
     batches = tuple(sorted(set(asked.batches)))
     cases = {Case(e.name, e.precision, batch): e for batch in batches for e in ready.engines}
     report = Report(
-        FORMAT, datetime.now(UTC).isoformat(timespec="seconds"), Of(bundle.path.name, bundle.manifest.digest),
-        Request(plan.name, len(plan), asked.threads), batches,
+        FORMAT,
+        datetime.now(UTC).isoformat(timespec="seconds"),
+        Of(bundle.path.name, bundle.manifest.digest),
+        Request(plan.name, len(plan), asked.threads),
+        batches,
         f"peak resident memory of a process that does only this ({alone.peak_memory()[1]}), without the GPU's",
-        machine.describe(), ready.openings, False, tuple(cases), ready.refused,
-    )  # fmt: skip
+        machine.describe(),
+        ready.openings,
+        False,
+        tuple(cases),
+        ready.refused,
+    )
     yield report
     for batch in batches:
         say(f"batch {batch}: {', '.join(f'{e.name} {e.precision}' for e in ready.engines)} …")
@@ -161,9 +173,13 @@ def _pairs(asked: Asked) -> Iterator[tuple[str, str | None, bool]]:
 
 
 def _measured(
-    bundle: Bundle, asked: Asked, group: dict[Case, Engine], request: requests.Request, label: int | None,
+    bundle: Bundle,
+    asked: Asked,
+    group: dict[Case, Engine],
+    request: requests.Request,
+    label: int | None,
     started: set[tuple[str, str]],
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     """The rows of one batch; `started` are engines and precisions that need not be started for their own sake."""
     failed: dict[Case, str] = {}
 
@@ -175,9 +191,17 @@ def _measured(
         courses = []
         for case in group:
             task = alone.Task(
-                str(bundle.path), case.engine, case.precision, asked.threads, asked.trust_engines, asked.method,
-                asked.steps, label, case.batch, (case.engine, case.precision) not in started,
-            )  # fmt: skip
+                str(bundle.path),
+                case.engine,
+                case.precision,
+                asked.threads,
+                asked.trust_engines,
+                asked.method,
+                asked.steps,
+                label,
+                case.batch,
+                (case.engine, case.precision) not in started,
+            )
             try:
                 found[case] = _alone(task)
             except EpsrtError as error:  # here it would fail as well, and take the other cases with it

@@ -15,10 +15,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from epsrt import requests
+from epsrt import prepare as requests
 from epsrt.bench.report import LEAST, Case, Figures, spread
+from epsrt.engine import Closing, Rows
 from epsrt.engines import Engine
-from epsrt.engines.protocol import Closing, Rows
 from epsrt.errors import EpsrtError
 
 WARM_S, WARM_STEPS = 0.3, 2  # of the first steps, which are not counted
@@ -43,7 +43,7 @@ class Course(Closing):
     """A case's lanes, and what they have been timed to take. `seconds`: about all that its rounds may take; None: as
     long as whole trajectories do.
 
-    Raises EpsrtError, like all that runs a step: the case cannot be measured then.
+    Raises InputError, like all that runs a step: the case cannot be measured then.
     """
 
     def __init__(self, case: Case, engine: Engine, request: requests.Request, seconds: float | None):
@@ -94,12 +94,16 @@ class Course(Closing):
         """Needs one round at least."""
         steps = sorted(self.timed.steps)
         return Figures(
-            steps_per_s=1 / statistics.median(self.timed.step), spread=spread(self.timed.step),
+            steps_per_s=1 / statistics.median(self.timed.step),
+            spread=spread(self.timed.step),
             images_per_s=self.case.batch / statistics.median(self.timed.request),
-            step_ms_p50=1e3 * float(np.quantile(steps, 0.5)), step_ms_p95=1e3 * float(np.quantile(steps, 0.95)),
-            rounds_ms=tuple(1e3 * s for s in self.timed.step), steps_a_round=self.steps_a_round, memory=memory,
+            step_ms_p50=1e3 * float(np.quantile(steps, 0.5)),
+            step_ms_p95=1e3 * float(np.quantile(steps, 0.95)),
+            rounds_ms=tuple(1e3 * s for s in self.timed.step),
+            steps_a_round=self.steps_a_round,
+            memory=memory,
             startup_s=startup_s,
-        )  # fmt: skip
+        )
 
     def close(self) -> None:
         self._lanes.close()

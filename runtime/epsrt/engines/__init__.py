@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable
 
 from epsrt.bundle import Bundle
-from epsrt.engines.protocol import Engine, Lanes, Sample
+from epsrt.engine import Engine, Lanes, Sample
 from epsrt.errors import EngineError
 
 __all__ = ["ENGINES", "Engine", "Lanes", "Sample", "open_engine"]
@@ -55,20 +55,20 @@ def open_engine(
             raise EngineError(f"engine {name} runs in {' or '.join(known)}, not in {precision}: ask for another engine")
         graph = bundle.graph(graph_precision(bundle, name, precision), features)
         if name == "openvino":
-            from epsrt.engines.openvino_cpu import open_openvino
+            from epsrt.engines.cpu.openvino import open_openvino
 
             return open_openvino(bundle, graph, precision, threads, may_build=may_build, on_progress=on_progress)
         if name == "onnxruntime":
-            from epsrt.engines.onnxruntime_cpu import OnnxRuntimeCpu
+            from epsrt.engines.cpu.onnxruntime import OnnxRuntimeCpu
 
             return OnnxRuntimeCpu(bundle, graph, threads)
         if threads is not None:
             raise EngineError(f"threads = {threads} is for a CPU engine, and {name} runs on the GPU: leave it out")
         if name.startswith("onnxruntime"):
-            from epsrt.engines.onnxruntime_cuda import OnnxRuntimeCuda
+            from epsrt.engines.gpu.onnxruntime import OnnxRuntimeCuda
 
             return OnnxRuntimeCuda(bundle, graph, name)
-        from epsrt.engines.plans import open_plan
+        from epsrt.engines.gpu.engine_files import open_plan
 
         return open_plan(name, bundle, graph, trust_engines=trust_engines, may_build=may_build, on_progress=on_progress)
 

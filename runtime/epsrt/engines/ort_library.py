@@ -7,7 +7,7 @@ from typing import Any
 from epsrt.bundle import Bundle
 from epsrt.engines.probe import both_onnxruntimes
 from epsrt.errors import EngineError
-from epsrt.manifest import Graph
+from epsrt.manifest import StepGraph
 
 try:
     import onnxruntime as ort
@@ -26,7 +26,7 @@ def refuse_both_packages() -> None:
 
 
 def check_signature(
-    session: Any, bundle: Bundle, graph: Graph, batch: int | None = None, shape: tuple[int, int, int] | None = None
+    session: Any, bundle: Bundle, graph: StepGraph, batch: int | None = None, shape: tuple[int, int, int] | None = None
 ) -> None:
     """Raw pointers are bound, so inputs and outputs must be what the manifest says.
 
@@ -36,9 +36,10 @@ def check_signature(
     own: tuple[int | None, ...] = m.shape if m.sizes is None else (m.shape[0], None, None)
     image = [batch, *(own if shape is None else shape)]
     kinds = {
-        "image": ("tensor(float)", image), "rows": ("tensor(float)", [batch, len(graph.columns)]),
+        "image": ("tensor(float)", image),
+        "rows": ("tensor(float)", [batch, len(graph.columns)]),
         "label": ("tensor(int64)", [batch]),
-    }  # fmt: skip
+    }
     want = {name: kinds[kind] for name, kind in bundle.inputs(graph).items()}
     want |= dict.fromkeys(("x_next", "m_next", "x0"), kinds["image"])
     have = {

@@ -18,9 +18,10 @@ from epsrt import (
     open_engine,
     solvers,
 )
-from epsrt.engines import ENGINES, host, probe
+from epsrt.engines import ENGINES, probe
+from epsrt.engines.cpu import lanes as host
 from epsrt.plan import STEP_COLUMNS
-from epsrt.spacing import timesteps
+from epsrt.timesteps import spaced
 from helpers import edit_graph, forge, run_python, weights
 
 STEPS = 12
@@ -28,11 +29,11 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def plans(schedule):
-    ts = timesteps(schedule.T, STEPS)
+    ts = spaced(schedule.T, STEPS)
     return {
         "ddpm": solvers.ddpm(schedule, ts),
         "ddim": solvers.ddim(schedule, ts),
-        "noisy ddim": solvers.ddim(schedule, timesteps(schedule.T, STEPS, "linspace"), eta=0.7),
+        "noisy ddim": solvers.ddim(schedule, spaced(schedule.T, STEPS, "linspace"), eta=0.7),
     }
 
 
@@ -139,8 +140,7 @@ except EngineError as error:
             open_engine(Bundle.open(path), "onnxruntime")
 
     @pytest.mark.parametrize(
-        ("fields", "name"),
-        [({"shape": [1, 8, 9]}, "x"), ({"shape": [3, 8, 8]}, "x"), ({"classes": 2}, "label")],
+        ("fields", "name"), [({"shape": [1, 8, 9]}, "x"), ({"shape": [3, 8, 8]}, "x"), ({"classes": 2}, "label")]
     )
     def test_a_manifest_of_other_shapes_is_refused_before_any_pointer_is_bound(
         self, copy_of, small_bundle_path, fields, name

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from epsrt import Bundle, EngineError, NotFiniteError, Sample, Sampler, idle_row, open_engine, solvers
-from epsrt.engines import compiled, openvino_cpu, probe
-from epsrt.engines.cache import EngineCache
+from epsrt.engines import probe
+from epsrt.engines.cache.store import EngineCache
+from epsrt.engines.cpu import compiled
+from epsrt.engines.cpu import openvino as openvino_cpu
 from epsrt.machine import physical_cores
-from epsrt.measure import LIMITS, relative_l2
-from epsrt.spacing import timesteps
+from epsrt.parity.measure import LIMITS, relative_l2
+from epsrt.timesteps import spaced
 from helpers import forge, run_python
 
 bf16 = pytest.mark.skipif(not openvino_cpu.has_bf16(), reason="this processor has neither AVX512-BF16 nor AMX")
@@ -66,7 +68,7 @@ class TestSteps:
         engine = open_engine(Bundle.open(bundle_path), "openvino", precision="fp32", threads=threads)
         assert (engine.name, engine.device, engine.precision, engine.threads) == ("openvino", "cpu", "fp32", threads)
         for make in (solvers.ddpm, solvers.ddim):
-            rows = make(schedule, timesteps(schedule.T, 12)).rows(engine.columns)
+            rows = make(schedule, spaced(schedule.T, 12)).rows(engine.columns)
             np.testing.assert_allclose(drawn(engine, batch, rows), drawn(rival, batch, rows), atol=2e-5)
 
     def test_guided_by_the_sampler(self, engine, rival):
@@ -76,7 +78,7 @@ class TestSteps:
                 np.testing.assert_allclose(a, b, atol=5e-5)
 
     def test_lanes_are_refilled_and_idle(self, schedule, engine):
-        rows = solvers.ddpm(schedule, timesteps(schedule.T, 8)).rows(engine.columns)
+        rows = solvers.ddpm(schedule, spaced(schedule.T, 8)).rows(engine.columns)
         whole = drawn(engine, 1, rows)
         idle = np.tile(idle_row(engine.columns), (len(rows), 1))
         with engine.lanes(2) as lanes:
@@ -87,7 +89,7 @@ class TestSteps:
             np.testing.assert_allclose(lanes.read(1), whole[0], atol=1e-6)
 
     def test_two_threads(self, schedule, engine):
-        rows = solvers.ddim(schedule, timesteps(schedule.T, 8)).rows(engine.columns)
+        rows = solvers.ddim(schedule, spaced(schedule.T, 8)).rows(engine.columns)
         alone, got = [drawn(engine, 2, rows, label) for label in (1, 5)], {}
         runs = [
             threading.Thread(target=lambda i=i, y=y: got.update({i: drawn(engine, 2, rows, y)}))
@@ -191,7 +193,7 @@ class TestCompiledModels:
 
     def test_are_kept(self, small_bundle_path, cache, schedule, monkeypatch):
         first = self.opened(small_bundle_path)
-        rows = solvers.ddim(schedule, timesteps(schedule.T, 4)).rows(first.columns)
+        rows = solvers.ddim(schedule, spaced(schedule.T, 4)).rows(first.columns)
         want = drawn(first, 2, rows)
         (entry,) = cache.entries()
         key = entry.record.key
@@ -228,7 +230,7 @@ class TestCompiledModels:
         """They are mapped: lanes still run when their engine is closed and the file removed."""
         self.opened(small_bundle_path).lanes(1)
         engine = self.opened(small_bundle_path)
-        rows = solvers.ddim(schedule, timesteps(schedule.T, 4)).rows(engine.columns)
+        rows = solvers.ddim(schedule, spaced(schedule.T, 4)).rows(engine.columns)
         want = drawn(engine, 1, rows)
         with engine.lanes(1) as lanes:
             lanes.write(0, Sample(seed=3))

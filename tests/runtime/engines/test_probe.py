@@ -65,11 +65,7 @@ class TestDriver:
                 "NVIDIA's driver supports CUDA 12.4, and 13.0 is needed; install NVIDIA's driver 580 or newer",
                 "install NVIDIA's driver 580 or newer (nvidia.com/drivers)",
             ),
-            (
-                {},
-                "this machine has no NVIDIA GPU; use engine onnxruntime, or a machine with one",
-                "",
-            ),
+            ({}, "this machine has no NVIDIA GPU; use engine onnxruntime, or a machine with one", ""),
             (
                 {"CUDA_VISIBLE_DEVICES": "", "FAKE_GPUS": "NVIDIA L4:89"},
                 'CUDA_VISIBLE_DEVICES is "", which leaves no GPU; unset it, or give it numbers from nvidia-smi -L',
@@ -226,17 +222,21 @@ class TestState:
             ("tensorrt", ALL | {"tensorrt": "10.9.0.34"}, "tensorrt 10.9.0.34 is older than 10.16", "tensorrt"),
             ("tensorrt", ALL | {"cuda-bindings": "12.9.4"}, "cuda-bindings 12.9.4 is older than 13", "tensorrt"),
             (
-                "tensorrt", ALL | {"tensorrt": "10.15", "filelock": "3.2"},
-                "tensorrt 10.15 is older than 10.16; filelock 3.2 is older than 3.12", "tensorrt",
+                "tensorrt",
+                ALL | {"tensorrt": "10.15", "filelock": "3.2"},
+                "tensorrt 10.15 is older than 10.16; filelock 3.2 is older than 3.12",
+                "tensorrt",
             ),
             (
-                "onnxruntime-cuda", ALL | {"onnxruntime-gpu": "1.26.0"},
-                "onnxruntime-gpu 1.26.0 is older than 1.27", "gpu",
+                "onnxruntime-cuda",
+                ALL | {"onnxruntime-gpu": "1.26.0"},
+                "onnxruntime-gpu 1.26.0 is older than 1.27",
+                "gpu",
             ),
             ("onnxruntime", {}, "onnxruntime is not installed", "cpu"),
             ("onnxruntime", {"onnxruntime": "1.16.3"}, "onnxruntime 1.16.3 is older than 1.22", "cpu"),
         ],
-    )  # fmt: skip
+    )
     def test_libraries(self, machine, name, packages, reason, command):
         machine(packages, lost=["onnxruntime"] if not packages else [])
         found = probe.state(name)

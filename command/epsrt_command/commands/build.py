@@ -1,0 +1,165 @@
+"""epsrt build: a bundle's step graph becomes a TensorRT plan in the engine cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from typer import Option
+
+from epsrt.bundle import Bundle
+from epsrt.errors import InputError, one_of
+from epsrt.manifest import FEATURES_OF_ALL, Sizes, StepGraph
+from epsrt.plan import FEATURES
+from epsrt_command import show
+
+CHOICES = tuple(f for f in FEATURES if f not in FEATURES_OF_ALL)  # the others come by themselves
+
+EXAMPLES = """\
+[bold]Examples[/]
+
+epsrt build out/digits.epsrt
+
+epsrt build cifar.epsrt --batch 1:1:1 --batch 2:8:64 --precision fp16 --level 5
+
+epsrt build out/digits.epsrt --features guidance
+
+epsrt build cifar.epsrt --engine tensorrt-rtx --target sm89,sm120 --ship
+"""
+
+
+def build(
+    bundle: show.BundleArgument,
+    engine: Annotated[
+        str | None, Option(help="tensorrt or tensorrt-rtx; by default the first installed, with --target tensorrt-rtx.")
+    ] = None,
+    precision: Annotated[str | None, Option(help="fp16 or fp32; by default fp16 where the bundle has it.")] = None,
+    features: Annotated[
+        list[str] | None,
+        Option(metavar=",".join(CHOICES), help="What the step must have besides; may be repeated. By default nothing."),
+    ] = None,
+    batch: Annotated[
+        list[str] | None,
+        Option(metavar="MIN:OPT:MAX", help="A batch profile, e.g. 1:8:64; may be repeated. By default the bundle's."),
+    ] = None,
+    target: Annotated[
+        str | None, Option(metavar="sm89,sm120", help="Build for these GPUs, none needed here (tensorrt-rtx).")
+    ] = None,
+    level: Annotated[int | None, Option(help="Optimisation level, 0 (fast to build) to 5 (fast to run).")] = None,
+    workspace: Annotated[int | None, Option(help="MiB of scratch memory a kernel may use.")] = None,
+    hardware_compatible: Annotated[
+        str, Option(help="none; ampere+: also for newer GPUs; same-capability: for others of this GPU's kind.")
+    ] = "none",
+    version_compatible: Annotated[bool, Option("--version-compatible", help="Also for later TensorRTs.")] = False,
+    refittable: Annotated[bool, Option("--refittable", help="Weights can be replaced in the plan.")] = False,
+    stripped: Annotated[bool, Option("--stripped", help="Leave the weights out; opening puts them in.")] = False,
+    again: Annotated[bool, Option("--again", help="Build even if the cache has just this plan.")] = False,
+    ship: Annotated[bool, Option("--ship", help="Also put the plan into the bundle, in engines/.")] = False,
+    inspect: Annotated[
+        bool, Option("--inspect", help="Print the layers as JSON: the plan's on its GPU, else the parsed network's.")
+    ] = False,
+    as_json: show.JsonOption = False,
+) -> None:
+    """Build a TensorRT plan of the fused step and keep it in the engine cache, where the engines find it."""
+    from epsrt.engines import graph_precision, nvidia
+    from epsrt.engines.cache.store import EngineCache
+    from epsrt.engines.gpu.engine_files import make_plan, targets_of
+    from epsrt.engines.gpu.trt_build import BuildOptions, describe
+    from epsrt.engines.gpu.trt_library import library
+
+    opened = Bundle.open(bundle)
+    name = engine or _default(target)
+    if name not in ("tensorrt", "tensorrt-rtx"):
+        raise InputError(f"engine {name} is not built ahead: use tensorrt or tensorrt-rtx")
+    graph = opened.graph(graph_precision(opened, name, precision), _features(features or ()))
+    profiles = tuple(map(_profile, batch or ()))
+    lib = library(name)
+    options = BuildOptions(
+        profiles,
+        level,
+        workspace,
+        hardware_compatible,  # type: ignore[arg-type]
+        version_compatible,
+        refittable,
+        stripped,
+        targets_of(lib, [t for t in (target or "").split(",") if t]),
+    )
+    with show.progress() as tell:
+        made = make_plan(lib, opened, graph, options, again=again, say=show.note, on_progress=tell)
+    entry, record = made.entry, made.entry.record
+    assert record is not None
+    if ship:
+        entry = EngineCache().ship(entry, bundle)
+    if inspect:
+        if nvidia.driver().problem or target:
+            print(json.dumps({"Network": describe(lib, opened, graph)}, indent=1))
+        else:
+            print(_information(opened, name, graph))
+        return
+    facts: dict[str, Any] = {
+        "plan": str(entry.path),
+        "engine": f"{record.key.engine} {record.key.version}",
+        "for": ", ".join(filter(None, (record.key.gpu, *record.key.capabilities))),
+        "graph": graph.file,
+        "batches": ", ".join(":".join(map(str, p)) for p in record.key.profiles),
+        **({} if (m := opened.manifest).sizes is None else {"sizes": _sizes(m.shape, m.sizes)}),
+        "bytes": record.size,
+        "built_now": made.built is not None,
+        **record.summary,
+    }
+    if as_json:
+        show.print_json(facts)
+        return
+    facts["bytes"] = show.size(record.size)
+    facts["peak_memory"] = show.size(record.summary["peak_memory"])
+    if made.built is None:
+        facts["seconds"] = f"none now: it was built {record.built[:16].replace('T', ' ')} UTC"
+    del facts["built_now"]
+    table = show.table(f"Plan of {bundle}", "", "")
+    for title, value in facts.items():
+        table.add_row(title.replace("_", " "), str(value))
+    show.out().print(table)
+
+
+def _default(target: str | None) -> str:
+    """TensorRT-RTX for other machines, else the first that is installed."""
+    from epsrt.engines import probe
+
+    if target:
+        return "tensorrt-rtx"
+    return next((name for name in ("tensorrt", "tensorrt-rtx") if probe.state(name).library), "tensorrt")
+
+
+def _features(given: Iterable[str]) -> list[str]:
+    names = [name.strip() for words in given for name in words.split(",")]
+    for name in names:
+        if name not in CHOICES:
+            raise InputError(f"--features {name!r} is no feature of a step: {one_of(name, CHOICES)}")
+    return names
+
+
+def _profile(text: str) -> tuple[int, int, int]:
+    parts = text.split(":")
+    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+        raise InputError(f"--batch {text} is no profile: give min:opt:max, e.g. 1:8:64")
+    least, likely, most = map(int, parts)
+    return least, likely, most
+
+
+def _sizes(shape: tuple[int, int, int], sizes: Sizes) -> str:
+    """The least, likely and largest height × width of the plan's profiles."""
+    least, largest = sizes.multiple, sizes.largest
+    return f"{least}x{least}:{shape[1]}x{shape[2]}:{largest}x{largest}"
+
+
+def _information(bundle: Bundle, name: str, graph: StepGraph) -> str:
+    from contextlib import closing
+
+    from epsrt.engines import open_engine
+    from epsrt.engines.gpu.tensorrt import TensorRt
+
+    opened = open_engine(bundle, name, precision=graph.precision, features=graph.features, may_build=False)
+    with closing(opened) as running:
+        assert isinstance(running, TensorRt)
+        return running.information()

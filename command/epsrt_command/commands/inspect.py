@@ -1,0 +1,95 @@
+"""epsrt inspect: what a bundle holds, as a person wants to read it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from epsrt_command import show
+
+EXAMPLES = """\
+[bold]Examples[/]
+
+epsrt inspect out/digits.epsrt
+
+epsrt inspect out/digits.epsrt --json | jq .manifest.schedule
+"""
+
+
+def inspect(bundle: show.BundleArgument, as_json: show.JsonOption = False) -> None:
+    """Show what a bundle holds, where it came from and how well it was proven. Verifies every file first."""
+    from epsrt.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    m, rungs = opened.manifest, opened.parity()
+    if as_json:
+        show.print_json({"manifest": msgspec.to_builtins(m), "parity": msgspec.to_builtins(rungs)})
+        return
+    console, p, s = show.out(), m.provenance, m.schedule
+    facts = show.table(f"{bundle}", "", "")
+    alpha, sigma = s.at(s.span)
+    span = f", β {s.beta_start:g} … {s.beta_end:g}" if s.kind in ("linear", "scaled-linear", "sigmoid") else ""
+    classes = f"{m.classes}{_some(m.class_names)}" if m.classes else "none: unconditional"
+    if m.null_label is not None:
+        classes += f", null label {m.null_label}"
+    facts.add_row(
+        "images", f"{' × '.join(map(str, m.shape))} (C × H × W), values {m.value_range[0]:g} … {m.value_range[1]:g}"
+    )
+    if m.sizes is not None:
+        facts.add_row("sizes", f"height and width: multiples of {m.sizes.multiple} up to {m.sizes.largest}")
+    facts.add_row("classes", classes)
+    variance = {None: "", "learned": ", and log σ²", "learned_range": ", and log σ² as a fraction from log β̃ to log β"}
+    facts.add_row("predicts", f"{m.prediction}{variance[m.variance]}")
+    if by := m.thresholding:
+        facts.add_row("x0", f"thresholded by the {by.ratio:g} quantile of |x0|, at most {by.maximum:g} × the values")
+    facts.add_row("schedule", f"{s.kind}, T = {s.T}{span}{', zero terminal SNR' if s.zero_snr else ''}")
+    if s.preserves_variance:
+        facts.add_row("ᾱ", f"{s.alpha_bar[0]:.6g} … {s.alpha_bar[-1]:.3g}")
+    else:
+        facts.add_row("α, σ", f"{alpha[0]:.6g}, {sigma[0]:.3g} … {alpha[1]:.3g}, {sigma[1]:.6g}")
+    own = m.sampling
+    how = ", ".join(f"{key} {value}" for key, value in {"spacing": own.spacing, **own.options}.items())
+    bounded = "x0 not clipped" if m.clip is None else f"x0 in ±{m.clip:g}"
+    guided = f", guidance {own.guidance:g} where there is a label" if own.guidance != 1 else ""
+    facts.add_row("samples by", f"{own.method}, {own.steps or 'any'} steps, {how}, {bounded}{guided}")
+    if m.prediction == "edm":
+        facts.add_row("σ_data", f"{m.sigma_data:g}")
+    facts.add_row("batch", f"1 … {m.max_batch}")
+    facts.add_row("network", f"{p.network}, {p.parameters:,} parameters")
+    whose = f", {p.family}{f' {p.version}' if p.version else ''}" if p.family != "module" else ""
+    facts.add_row("from", f"{p.source}{whose}, sha256 {p.source_sha256}")
+    if (judge := m.classifier) is not None:
+        told = f"{judge.classes} classes{_some(judge.class_names)}"
+        facts.add_row("classifier", f"{judge.network}, {told}, {judge.parameters:,} parameters")
+        facts.add_row("", f"from {judge.source}, sha256 {judge.source_sha256}")
+    facts.add_row("made with", ", ".join(f"{name} {version}" for name, version in p.versions.items()))
+    for title, values in (("config", p.config), ("training", p.training)):
+        for name, part in _parts(title, values):
+            facts.add_row(name, ", ".join(f"{key} {value}" for key, value in part.items()))
+    facts.add_row("digest", m.digest)
+    console.print(facts, "")
+    graphs = show.table("Step graphs", "file", "precision", "features", "weights", "columns")
+    graphs.columns[0].no_wrap = True
+    plain = m.graphs[0].columns
+    for g in m.graphs:
+        more = ["…", *g.columns[len(plain) :]] if g.columns[: len(plain)] == plain != g.columns else g.columns
+        graphs.add_row(g.file, g.precision, ", ".join(g.features) or "plain", g.weights, " ".join(more))
+    console.print(graphs, "")
+    files = show.table("Files", "file", "size", "sha256", right=("size",))
+    for name, entry in m.files.items():
+        files.add_row(name, show.size(entry.size), entry.sha256[:16] + "…")
+    console.print(files, "")
+    console.print(show.rung_table(rungs))
+
+
+def _some(names: tuple[str, ...]) -> str:
+    """The first class names, in brackets."""
+    return f" ({', '.join(names[:12])}{', …' if len(names) > 12 else ''})" if names else ""
+
+
+def _parts(title: str, values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Plain values as rows, those in a dict of their own under its name."""
+    plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
+    nested = [(f"{title}: {key}", value) for key, value in values.items() if isinstance(value, dict) and value]
+    return ([(title, plain)] if plain else []) + nested

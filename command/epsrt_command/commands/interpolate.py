@@ -1,0 +1,170 @@
+"""epsrt interpolate: the way from one sample to another."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from typer import Option
+
+from epsrt.editing import slerp
+from epsrt.errors import InputError
+from epsrt_command import options, planning, show
+
+EXAMPLES = """\
+[bold]Examples[/]
+
+epsrt interpolate out/digits.epsrt --seeds 1,2,3 --labels 3 --out strip.png
+
+epsrt interpolate out/digits.epsrt --seeds 1,2 --frames 30 --labels 8 --guidance 2 --out walk.gif
+
+epsrt interpolate out/digits.epsrt --latents latents.npz --labels 7 --method dpmpp-2m --steps 20 --out frames.npz
+"""
+
+MOST = 10_000  # frames
+
+
+def interpolate(
+    bundle: show.BundleArgument,
+    seeds: Annotated[str | None, Option(help="Whose noise to walk between, with commas.", show_default=False)] = None,
+    latents: Annotated[
+        Path | None,
+        Option(help="Or latents, .npz of epsrt invert; with the label that they share, and --no-clip, unless given."),
+    ] = None,
+    frames: Annotated[int, Option(help="From each to the next, both counted.")] = 9,
+    method: planning.MethodOption = None,
+    steps: planning.StepsOption = None,
+    labels: Annotated[str | None, Option(help="The class of all frames, by number or name.")] = None,
+    guidance: options.GuidanceOption = None,
+    guidance_rescale: options.RescaleOption = 0.0,
+    guidance_interval: options.IntervalOption = None,
+    size: options.SizeOption = None,
+    spacing: planning.SpacingOption = None,
+    timesteps: planning.TimestepsOption = None,
+    eta: planning.EtaOption = None,
+    clip: planning.ClipOption = None,
+    more: planning.SetOption = None,
+    out: Annotated[
+        Path, Option("--out", "-o", help=".png: a row a pair; .gif: there and back; .npz; no suffix: a folder of PNGs.")
+    ] = Path("strip.png"),
+    engine: show.EngineOption = "auto",
+    precision: options.PrecisionOption = None,
+    batch: options.BatchOption = None,
+    threads: options.ThreadsOption = None,
+    trust_engines: show.TrustOption = False,
+    as_json: show.JsonOption = False,
+) -> None:
+    """Walk between latents on the sphere (slerp), each frame drawn by a deterministic sampler."""
+    from epsrt.bundle import Bundle
+    from epsrt.engine import image_shape
+    from epsrt.prepare import plan_of
+    from epsrt_command import drawing, inputs, pictures
+
+    opened = Bundle.open(bundle)
+    m, extent = opened.manifest, options.size_of(size)
+    pictures.check_target(out, m.shape[0], kinds=(".png", ".gif", ".npz", ""))
+    options.check_apart(out=out, latents=latents)
+    if (seeds is None) == (latents is None):
+        raise InputError("give either --seeds, such as 1,2, or --latents: what to walk between")
+    classes = options.classes_of("label", labels, options.names_in(opened)[0])
+    if classes is not None and len(classes) > 1:
+        raise InputError(f"--labels gives {len(classes)} classes: all frames have one, the way leads through the noise")
+    w = None if guidance is None else options.numbers("--guidance", guidance)
+    given = planning.options(steps, spacing, timesteps, eta, None, clip, m.bound, more)
+    # seeds' own samples are at the ends of the way; a clipped step does not undo an inverted one
+    given.setdefault("clip", m.clip if latents is None else None)
+    plan = plan_of(m, method, **given)
+    if plan.start[0]:
+        raise InputError(f"{plan.name} begins from images: walk between latents with a sampler, such as ddim")
+    if plan.stochastic:
+        raise InputError(f"{plan.name} is stochastic here, so frames would differ by their noise: use --method ddim")
+    ends, numbers = None, None if seeds is None else options.whole_numbers("--seeds", seeds)
+    if latents is not None:
+        ends, kept = inputs.latents(latents, opened, extent)
+        if classes is None and kept is not None:
+            if len(set(kept)) > 1:
+                raise InputError(f"{latents} has latents of several classes: say by --labels which one the frames have")
+            classes = kept[:1]
+    count = len(numbers or []) if ends is None else len(ends)
+    total = _count(count, frames)
+    asked: dict[str, Any] = {
+        "method": method,
+        **given,
+        "labels": options.one_or_each(classes),
+        "guidance": options.one_or_each(w),
+        "guidance_rescale": guidance_rescale,
+        "guidance_interval": options.interval_of(guidance_interval),
+    }
+    if ends is None:
+        drawing.checked(opened, {**asked, "seeds": numbers, "size": extent})
+        asked["x"] = np.zeros((total, *image_shape(opened, extent)), np.float32)  # until there is a sampler to say
+    else:
+        asked["x"] = _walk(ends, frames)
+    work = drawing.checked(opened, asked)
+    with drawing.sampler_of(opened, work, engine, precision, threads, trust_engines) as sampler:
+        if numbers is not None:
+            asked["x"] = _walk(sampler.latents(seeds=numbers, plan=plan, size=extent), frames)
+        started = time.perf_counter()
+        samples = drawing.draw(sampler, asked, work, batch, None)
+        seconds = time.perf_counter() - started
+        images = sampler.to_images(samples)
+        runs = sampler.engine
+    label = drawing.kept_of(opened, work)["label"]
+    match out.suffix.lower():
+        case ".gif":
+            shown = [pictures.grid(image[None]) for image in images]
+            pictures.animate(out, shown + shown[-2:0:-1])
+        case ".png":
+            rows = [range(i * (frames - 1), (i + 1) * (frames - 1) + 1) for i in range(count - 1)]
+            pictures.save_grid(out, images[list(itertools.chain(*rows))], columns=frames)
+        case _:
+            pictures.save(out, samples, images, label=label, position=np.arange(len(samples)) / (frames - 1))
+    weight = drawing.weights_of(work, "w", 1.0)
+    if as_json:
+        show.print_json(
+            {
+                "out": str(out),
+                "n": len(samples),
+                "frames": frames,
+                "seeds": numbers,
+                "latents": None if latents is None else str(latents),
+                "size": list(samples.shape[2:]),
+                "method": plan.name,
+                "steps": len(plan),
+                "labels": classes,
+                "guidance": weight,
+                "engine": runs.name,
+                "precision": runs.precision,
+                "seconds": round(seconds, 4),
+                "bundle": m.digest,
+            }
+        )
+        return
+    guided = f", guidance {drawing.weight_words(weight)}" if weight != 1 else ""
+    typer.echo(
+        f"{out}: {len(samples)} frames between {count} latents, {plan.name} in {len(plan)} steps{guided} on "
+        f"{runs.name} {runs.precision}, {seconds:.2f} s"
+    )
+
+
+def _count(ends: int, frames: int) -> int:
+    """How many frames there are: neighbouring pairs share one."""
+    if ends < 2:
+        raise InputError(f"there is no way from {ends} to the next: give two --seeds or latents at least")
+    if frames < 2:
+        raise InputError(f"--frames {frames}: both ends are counted, so give at least 2")
+    total = (ends - 1) * (frames - 1) + 1
+    if total > MOST:
+        raise InputError(f"--frames {frames} between {ends} are {total} in all: {MOST} are the most at once")
+    return total
+
+
+def _walk(ends: NDArray[np.float32], frames: int) -> NDArray[np.float32]:
+    """float32 [_count(len(ends), frames), C, H, W], by way of each of the ends."""
+    between = [slerp(a, b, np.arange(1, frames) / (frames - 1)) for a, b in itertools.pairwise(ends)]
+    return np.concatenate([ends[:1], *between])

@@ -1,0 +1,141 @@
+"""epsrt plan: a sampler as its table, and drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, get_args
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from typer import Option
+
+from epsrt.errors import InputError
+from epsrt.noise_levels import PREDICTIONS
+from epsrt.plan import CLIP_OFF, COLUMNS, DEFAULTS, Plan
+from epsrt.schedule import Kind, Schedule
+from epsrt.solvers import METHODS, make, options_of
+from epsrt_command import planning, show
+
+EXAMPLES = """\
+[bold]Examples[/]
+
+epsrt plan --list
+
+epsrt plan --method dpmpp-2m --steps 20 --spacing karras --out plan.png
+
+epsrt plan --method ddpm --steps 1000 --bundle out/digits.epsrt --json
+
+epsrt plan --method heun --schedule ve --prediction edm --spacing karras --steps 18 --set s_churn=40
+"""
+
+
+def plan(
+    method: planning.MethodOption = None,
+    steps: planning.StepsOption = None,
+    bundle: Annotated[
+        Path | None, Option("--bundle", "-b", help="Take schedule, prediction and clip from it.", show_default=False)
+    ] = None,
+    schedule: Annotated[
+        str | None, Option(help=f"Without a bundle: {', '.join(k for k in get_args(Kind) if k != 'given')} (linear).")
+    ] = None,
+    prediction: Annotated[
+        str | None, Option(help=f"Without a bundle, what the network returns: {', '.join(PREDICTIONS)} (epsilon).")
+    ] = None,
+    spacing: planning.SpacingOption = None,
+    timesteps: planning.TimestepsOption = None,
+    eta: planning.EtaOption = None,
+    variance: planning.VarianceOption = None,
+    clip: planning.ClipOption = None,
+    more: planning.SetOption = None,
+    out: Annotated[Path | None, Option("--out", "-o", help="Also draw it: .png or .svg.")] = None,
+    listed: Annotated[bool, Option("--list", help="List every method, and stop.")] = False,
+    as_json: show.JsonOption = False,
+) -> None:
+    """Show a sampler's table: one row a network evaluation. Or list the samplers."""
+    if listed:
+        _list(as_json)
+        return
+    if out is not None:
+        from epsrt_command import charts
+
+        charts.check_target(out)
+    if bundle is not None:
+        if schedule is not None or prediction is not None:
+            raise InputError("--bundle says which schedule and prediction: leave --schedule and --prediction out")
+        from epsrt.bundle import Bundle
+        from epsrt.prepare import plan_of
+
+        m = Bundle.open(bundle).manifest
+        given = planning.options(steps, spacing, timesteps, eta, variance, clip, m.bound, more)
+        visited, prediction, made = m.schedule, m.prediction, plan_of(m, method, **given)
+    else:
+        visited = Schedule("linear" if schedule is None else schedule)  # type: ignore[arg-type]
+        prediction = "epsilon" if prediction is None else prediction
+        given = planning.options(steps, spacing, timesteps, eta, variance, clip, 1.0, more)
+        made = make(method or "ddim", visited, prediction=prediction, **given)
+    if prediction == "edm":  # it is told ¼ ln σ
+        t, alpha, sigma = visited.level(-4 * made["t"])
+    else:
+        t, (alpha, sigma) = made["t"], visited.at(made["t"])
+    if out is not None:
+        title = f"{made.name}, {len(made)} rows" + (f", {spacing} timesteps" if spacing and timesteps is None else "")
+        charts.save(charts.plan(visited, t, title), out)
+    with np.errstate(divide="ignore"):
+        log_snr = np.log(alpha / sigma)
+    if as_json:
+        rows = [dict(zip(COLUMNS, row, strict=True)) for row in made.table.tolist()]
+        show.print_json(
+            {
+                "method": made.name,
+                "start": list(made.start),
+                "stochastic": made.stochastic,
+                "timesteps": t.tolist(),
+                "alpha": alpha.tolist(),
+                "sigma": sigma.tolist(),
+                "rows": rows,
+            }
+        )
+        return
+    for line in show.lines(_table(made, log_snr), right=True):
+        typer.echo(line)
+    begin = " + ".join(f"{k:.6g}·{what}" for k, what in zip(made.start, ("init", "z"), strict=True) if k)
+    where = f"; {out}" if out is not None else ""
+    typer.echo(f"\n{made.name}: {len(made)} rows, x begins as {begin}; columns not shown hold their defaults{where}")
+
+
+def _table(made: Plan, log_snr: NDArray[np.float64]) -> list[list[str]]:
+    used = [name for name in COLUMNS if name == "t" or np.any(made[name] != DEFAULTS[name])]
+    if np.array_equal(made["n"], np.arange(len(made))):
+        used.remove("n")
+    used = [name for name in used if name not in ("j", "ka", "kb")]  # of other graphs than the plain
+    table = [["row", "λ", *used]]
+    for i in range(len(made)):
+        cells = ["off" if n == "clip" and made[n][i] == CLIP_OFF else f"{made[n][i] + 0.0:.5g}" for n in used]
+        table.append([str(i), f"{log_snr[i]:.4g}", *cells])
+    return table
+
+
+def _list(as_json: bool) -> None:
+    if as_json:
+        show.print_json(
+            [
+                {
+                    "method": name,
+                    "order": m.order,
+                    "evaluations_a_step": m.evaluations,
+                    "stochastic": m.stochastic,
+                    "options": {k: v if v != np.inf else None for k, v in options_of(name).items()},
+                    "paper": m.paper,
+                }
+                for name, m in METHODS.items()
+            ]
+        )
+        return
+    table = [["method", "order", "evaluations", "stochastic", "paper", "options"]]
+    for name, m in METHODS.items():
+        options = ", ".join(f"{k}={v}" for k, v in options_of(name).items())
+        stochastic = m.stochastic if m.stochastic in ("no", "yes") else f"{m.stochastic} > 0"
+        table.append([name, str(m.order), m.evaluations, stochastic, m.paper, options])
+    for line in show.lines(table):
+        typer.echo(line)

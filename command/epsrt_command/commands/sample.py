@@ -1,0 +1,227 @@
+"""epsrt sample: draw images from a bundle."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Option
+
+from epsrt.errors import InputError
+from epsrt_command import options, planning, show
+
+EXAMPLES = """\
+[bold]Examples[/]
+
+epsrt sample out/digits.epsrt --steps 50 --labels 0,1,2,3,4,5,6,7,8,9 --seed 1 --out grid.png
+
+epsrt sample out/digits.epsrt --method ddpm --steps 1000 -n 64 --labels 7 --out sevens.npz
+
+epsrt sample out/digits.epsrt --method dpmpp-2m --steps 10 --spacing karras --set rho=5
+
+epsrt sample out/digits.epsrt -n 500 --eta 0.5 --out folder/ --json
+
+epsrt sample out/digits.epsrt --labels 3,5 --guidance 2 --trajectory forming.gif
+
+epsrt sample out/digits.epsrt --init sevens.npz --strength 0.6 --labels 1 --out ones.png
+
+epsrt sample out/digits.epsrt --latents latents.npz --method ddim --steps 50     (of epsrt invert)
+
+epsrt sample masked.epsrt --known photo.png --mask 0:16,: -n 8 --resample 10     (exported with --masked)
+
+epsrt sample masked.epsrt --known photo.png --size 64x64 --at 0,16 --out wide.png     (and with --sizes)
+
+epsrt sample guided.epsrt --classifier 2 --labels 3 -n 8     (exported with --classifier)
+"""
+
+
+def sample(
+    bundle: show.BundleArgument,
+    method: planning.MethodOption = None,
+    steps: planning.StepsOption = None,
+    n: Annotated[
+        int | None, Option("-n", help="How many images; by default one a label or given image, or 10.")
+    ] = None,
+    labels: options.LabelsOption = None,
+    seed: Annotated[int, Option(help="0 to 2^64 − 1. The same seed gives the same images, everywhere.")] = 0,
+    first: Annotated[int, Option(help="Index of the first image: continues an earlier run of this seed.")] = 0,
+    guidance: options.GuidanceOption = None,
+    guidance_rescale: options.RescaleOption = 0.0,
+    guidance_interval: options.IntervalOption = None,
+    classifier: Annotated[
+        str | None, Option(metavar="W", help="Weight of the bundle's classifier; one an image with commas.")
+    ] = None,
+    targets: Annotated[str | None, Option(help="Classes that the classifier guides to; by default --labels.")] = None,
+    init: Annotated[Path | None, Option(help=f"Images to begin from: {options.FILES}. With --strength.")] = None,
+    strength: Annotated[
+        float | None, Option(help="How much of --init is drawn anew: above 0 to 1, the share of the steps that run.")
+    ] = None,
+    latents: Annotated[
+        Path | None,
+        Option(help="Latents to begin from, .npz of epsrt invert; with its labels, and --no-clip, unless given."),
+    ] = None,
+    known: Annotated[Path | None, Option(help="Images of which a part is kept, files as for --init.")] = None,
+    mask: Annotated[
+        str | None,
+        Option(
+            metavar="FILE|T:B,L:R",
+            help="What is kept of --known: a picture (white kept, black redrawn), .npz, or TOP:BOTTOM,LEFT:RIGHT.",
+        ),
+    ] = None,
+    at: Annotated[
+        str | None, Option(metavar="TOP,LEFT", help="Where a smaller --known lies on the image, all around it drawn.")
+    ] = None,
+    resample: Annotated[int, Option(help="RePaint's: how often each stretch of steps is run, with --known.")] = 1,
+    jump: Annotated[int | None, Option(help="How many steps such a stretch has; by default 10.")] = None,
+    size: options.SizeOption = None,
+    spacing: planning.SpacingOption = None,
+    timesteps: planning.TimestepsOption = None,
+    eta: planning.EtaOption = None,
+    variance: planning.VarianceOption = None,
+    clip: planning.ClipOption = None,
+    more: planning.SetOption = None,
+    out: Annotated[Path, Option("--out", "-o", help=".png: a grid; .npz; no suffix: a folder of PNGs.")] = Path(
+        "samples.png"
+    ),
+    trajectory: Annotated[
+        Path | None, Option(help="Also how the images form: .png (a strip, a row an image) or .gif.")
+    ] = None,
+    engine: show.EngineOption = "auto",
+    precision: options.PrecisionOption = None,
+    batch: options.BatchOption = None,
+    threads: options.ThreadsOption = None,
+    trust_engines: show.TrustOption = False,
+    as_json: show.JsonOption = False,
+) -> None:
+    """Draw images from a bundle: from noise, from latents, from other images, or around what is known."""
+    from epsrt.bundle import Bundle
+    from epsrt.prepare import plan_of
+    from epsrt_command import drawing, inputs, pictures
+    from epsrt_command.trajectory import Trajectory
+
+    opened = Bundle.open(bundle)
+    m, extent = opened.manifest, options.size_of(size)
+    pictures.check_target(out, m.shape[0])
+    read = {"init": init, "latents": latents, "known": known, "mask": None if mask is None else Path(mask)}
+    options.check_apart(out=out, trajectory=trajectory)
+    for name, file in read.items():
+        options.check_apart(**{"out": out, name: file})
+        options.check_apart(**{"trajectory": trajectory, name: file})
+    _check_together(init=init, latents=latents, strength=strength, jump=jump, resample=resample)
+    if targets is not None and classifier is None:
+        raise InputError("--targets are what a classifier guides to: give --classifier, its weight, or --labels")
+    if resample != 1 and known is None:
+        raise InputError(f"--resample {resample} is about what is not known: give --known, and --mask")
+    names, judged = options.names_in(opened)
+    classes, goals = options.classes_of("label", labels, names), options.classes_of("target", targets, judged)
+    w = None if guidance is None else options.numbers("--guidance", guidance)
+    s = [0.0] if classifier is None else options.numbers("--classifier", classifier)
+    between, place = options.interval_of(guidance_interval), options.place_of(at)
+    given = planning.options(steps, spacing, timesteps, eta, variance, clip, m.bound, more)
+    plan_of(m, method, **given)  # refuses what is no option of the method: --set seed=3
+    begin = None if init is None else inputs.images(init, opened, extent)
+    x, kept = (None, None) if latents is None else inputs.latents(latents, opened, extent)
+    classes = kept if classes is None else classes
+    pixels, part = inputs.masked(known, mask, place, extent, opened)
+    if n is None:
+        counts = [len(v) for v in (classes, goals, w, s) if v is not None and len(v) > 1]
+        n = (counts or [len(a) for a in (begin, x, pixels) if a is not None] or [10])[0]
+    asked: dict[str, Any] = {
+        "n": n,
+        "method": method,
+        **given,
+        "seed": seed,
+        "first": first,
+        "size": extent,
+        "labels": options.one_or_each(classes),
+        "guidance": options.one_or_each(w),
+        "guidance_rescale": guidance_rescale,
+        "guidance_interval": between,
+        "classifier": options.one_or_each(s),
+        "targets": options.one_or_each(goals),
+        "init": begin,
+        "strength": strength,
+        "x": x,
+        "known": pixels,
+        "mask": part,
+        "resample": resample,
+        "jump": 10 if jump is None else jump,
+    }
+    work = drawing.checked(opened, asked)
+    name = work.plan.name.removesuffix("-resampled")
+    film = None if trajectory is None else Trajectory(trajectory, len(work.plan), n, m.shape[0])
+    with drawing.sampler_of(opened, work, engine, precision, threads, trust_engines) as sampler:
+        started = time.perf_counter()
+        samples = drawing.draw(sampler, asked, work, batch, film)
+        seconds = time.perf_counter() - started
+        images = sampler.to_images(samples)
+        runs = sampler.engine
+    pictures.save(out, samples, images, **drawing.kept_of(opened, work))
+    if film is not None:
+        film.save()
+    weight, pull = drawing.weights_of(work, "w", 1.0), drawing.weights_of(work, "s", 0.0)
+    if as_json:
+        show.print_json(
+            {
+                "out": str(out),
+                "n": n,
+                "size": list(samples.shape[2:]),
+                "method": name,
+                "steps": len(work.plan),
+                "seed": seed,
+                "first": first,
+                "labels": classes,
+                "guidance": weight,
+                "guidance_rescale": guidance_rescale,
+                "guidance_interval": guidance_interval,
+                "classifier": pull,
+                "targets": goals,
+                "init": _text(init),
+                "strength": strength,
+                "latents": _text(latents),
+                "known": _text(known),
+                "mask": mask,
+                "at": at,
+                "resample": resample,
+                "jump": asked["jump"] if resample > 1 else None,
+                "trajectory": _text(trajectory),
+                "engine": runs.name,
+                "precision": runs.precision,
+                "seconds": round(seconds, 4),
+                "images_per_second": round(n / seconds, 2),
+                "bundle": m.digest,
+            }
+        )
+        return
+    asides = {
+        f"guidance {drawing.weight_words(weight)}": weight != 1,
+        f"classifier {drawing.weight_words(pull)}": pull != 0,
+        f"from {init}": init is not None,
+        f"strength {strength}": strength is not None,
+        f"from {latents}": latents is not None,
+        f"known pixels of {known}": known is not None,
+        f"resampled {resample} times": resample > 1,
+    }
+    typer.echo(
+        f"{out}: {n} images, {name} in {len(work.plan)} steps"
+        f"{''.join(f', {words}' for words, there in asides.items() if there)} on {runs.name} {runs.precision}, "
+        f"{seconds:.2f} s, {n / seconds:.1f} images/s{'' if trajectory is None else f'; {trajectory}'}"
+    )
+
+
+def _check_together(
+    init: Path | None, latents: Path | None, strength: float | None, jump: int | None, resample: int
+) -> None:
+    """What Sampler.sample would say in other names than those of the options."""
+    if init is not None and latents is not None:
+        raise InputError("--init and --latents were both given: begin from images, noised, or from latents as they are")
+    if strength is not None and init is None:
+        raise InputError("--strength says how far images are noised: give --init, which they are")
+    if jump is not None and resample == 1:
+        raise InputError("--jump is how far --resample goes back: give that too, e.g. 10")
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

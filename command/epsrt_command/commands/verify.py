@@ -1,0 +1,77 @@
+"""epsrt verify: replay the golden file on an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.table import Table
+
+from epsrt.manifest import Rung
+from epsrt_command import show
+
+EXAMPLES = """\
+[bold]Examples[/]
+
+epsrt verify out/digits.epsrt
+
+epsrt verify out/digits.epsrt --engine onnxruntime --precision fp16 --json
+"""
+
+
+def verify(
+    bundle: show.BundleArgument,
+    engine: show.EngineOption = "auto",
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16, bf16 or int8; by default all that run.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of a CPU engine; by default all cores.")] = None,
+    trust_engines: show.TrustOption = False,
+    as_json: show.JsonOption = False,
+) -> None:
+    """Prove parity of every step graph with PyTorch, without PyTorch. Exits 1 on a miss."""
+    from epsrt.bundle import Bundle
+    from epsrt.engines import open_engine, runnable
+    from epsrt.verify import verify_all
+
+    opened = Bundle.open(bundle)
+    rungs, names = [], []
+    with show.progress() as tell:
+        precisions = [precision] if precision else runnable(opened, engine)
+        if precision is None:  # what runs unasked may be another: bf16
+            with closing(
+                open_engine(opened, engine, threads=threads, trust_engines=trust_engines, on_progress=tell)
+            ) as e:
+                precisions = list(dict.fromkeys([*precisions, e.precision]))
+        for each in precisions:
+            running = open_engine(
+                opened, engine, precision=each, threads=threads, trust_engines=trust_engines, on_progress=tell
+            )
+            names.append(running.name)
+            with closing(running):
+                rungs += verify_all(running, lambda name, fraction, each=each: tell(f"{each} {name}", fraction))  # type: ignore[misc]
+    passed = all(r.passed for r in rungs)
+    if as_json:
+        show.print_json({"bundle": opened.manifest.digest, "passed": passed, "rungs": msgspec.to_builtins(rungs)})
+    else:
+        console = show.out()
+        console.print(show.rung_table(rungs), "")
+        for graphs in (("", "guidance"), ("",)):
+            by_t = _by_timestep([r for r in rungs if r.by_timestep and r.graph in graphs])
+            if (
+                console.measure(by_t, options=console.options.update(max_width=1000)).maximum <= console.width
+            ):  # else the plainest step graph's alone
+                break
+        console.print(by_t, "")
+        console.print(f"{bundle}: {'verified' if passed else 'FAILED'} on {' and '.join(dict.fromkeys(names))}")
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _by_timestep(rungs: Sequence[Rung]) -> Table:
+    heads = [f"{r.graph} {r.name} {r.precision}".strip() for r in rungs]
+    made = show.table("Relative L2 by timestep", "t", *heads, right=("t", *heads))
+    for row in zip(*(r.by_timestep for r in rungs), strict=True):
+        made.add_row(str(row[0][0]), *("–" if e is None else f"{e:.1e}" for _, e in row))
+    return made

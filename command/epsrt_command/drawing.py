@@ -1,0 +1,91 @@
+"""What sample, invert and interpolate do alike: check all before work begins, open, draw, and say what was drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epsrt.bundle import Bundle
+from epsrt.engines import open_engine
+from epsrt.prepare import Request, Work, prepare
+from epsrt.sampler import Sampler
+from epsrt_command import show
+from epsrt_command.trajectory import Trajectory
+
+Images = NDArray[np.float32]
+ON_GPU = 10  # steps between two looks at a GPU, at least: it takes them in chunks
+
+
+def checked(bundle: Bundle, asked: dict[str, Any]) -> Work:
+    """What Sampler.sample would do with the arguments. Raises InputError, long before an engine is built for it."""
+    own = {f.name for f in fields(Request)}  # the others are the method's and the spacing's
+    options = {name: value for name, value in asked.items() if name not in own}
+    work = prepare(bundle, Request(options=options, **{name: asked[name] for name in asked.keys() & own}))
+    bundle.graph(bundle.manifest.graphs[0].precision, work.features)
+    return work
+
+
+@contextmanager
+def sampler_of(
+    bundle: Bundle, work: Work, engine: str, precision: str | None, threads: int | None, trust_engines: bool
+) -> Iterator[Sampler]:
+    """A sampler on the step graph that the work needs."""
+    with show.progress() as tell:
+        running = open_engine(
+            bundle,
+            engine,
+            precision=precision,
+            features=work.features,
+            threads=threads,
+            trust_engines=trust_engines,
+            on_progress=tell,
+        )
+    with Sampler(running) as sampler:
+        yield sampler
+
+
+def draw(sampler: Sampler, asked: dict[str, Any], work: Work, batch: int | None, film: Trajectory | None) -> Images:
+    """The samples, with a bar on stderr while they form, and their x0 estimates for the film."""
+    rows = len(work.plan)
+    with show.progress() as tell:
+        what = f"{work.plan.name}-{rows}"
+        if film is None:
+            least = 1 if sampler.engine.device == "cpu" else ON_GPU
+            return sampler.sample(
+                **asked, batch=batch, every=max(least, rows // 50), on_step=lambda done, all: tell(what, done / all)
+            )
+        for i, samples in enumerate(sampler.stream(**asked, batch=batch, every=film.every), 1):
+            film.add(sampler.to_images(samples))
+            tell(what, min(1.0, i * film.every / rows))
+    return samples
+
+
+def kept_of(bundle: Bundle, work: Work) -> dict[str, Any]:
+    """What an .npz says of each sample."""
+    each = work.samples
+    return {
+        "seed": np.array([s.seed for s in each], np.uint64),
+        "index": [s.index for s in each],
+        "label": [s.label for s in each] if bundle.labelled else [],
+        **({"target": [s.target for s in each]} if "classifier" in work.features else {}),
+    }
+
+
+def weights_of(work: Work, column: str, none: float) -> float | list[float]:
+    """The guidance (column w) or classifier's weight (s) of all samples, or of each where they differ."""
+    if column not in work.own:
+        return none
+    values = work.own[column]  # [rows, n]; an interval may have switched some rows off
+    strongest: list[float] = values[np.abs(values - none).argmax(axis=0), np.arange(values.shape[1])].tolist()
+    return strongest[0] if len(set(strongest)) == 1 else strongest
+
+
+def weight_words(weights: float | list[float]) -> str:
+    """For people."""
+    several = weights if isinstance(weights, list) else [weights]
+    return ", ".join(f"{w:g}" for w in several[:4]) + (", …" if len(several) > 4 else "")

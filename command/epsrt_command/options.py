@@ -1,0 +1,125 @@
+"""Options that sample, invert and interpolate share, and how their texts are read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+from typer import Option
+
+from epsrt.bundle import Bundle
+from epsrt.errors import InputError
+
+LabelsOption = Annotated[
+    str | None, Option(help="Classes, by number or name: one for all, or one an image, with commas.")
+]
+SizeOption = Annotated[
+    str | None, Option(metavar="HxW", help="Height and width, e.g. 16x24, of a bundle with sizes; by default its own.")
+]
+GuidanceOption = Annotated[
+    str | None,
+    Option(
+        metavar="W", help="Weight of classifier-free guidance, 1 is none; one an image with commas; else the bundle's."
+    ),
+]
+RescaleOption = Annotated[
+    float, Option(metavar="PHI", help="0 to 1, 0.7 is usual: rescale what is guided, against too bright images.")
+]
+IntervalOption = Annotated[
+    str | None, Option(metavar="LOW:HIGH", help="Guide at these timesteps alone; either end may be left out.")
+]
+PrecisionOption = Annotated[str | None, Option(help="fp32, fp16, bf16 or int8; by default the engine's best.")]
+BatchOption = Annotated[int | None, Option(help="Images at once, at most; by default the bundle's largest.")]
+ThreadsOption = Annotated[int | None, Option(help="Of a CPU engine; by default all cores.")]
+FILES = "an .npz of epsrt sample, a picture, or a folder of pictures"
+
+T = TypeVar("T")
+
+
+def one_or_each(values: list[T] | None) -> T | list[T] | None:
+    """A list of one is for all samples."""
+    return values[0] if values is not None and len(values) == 1 else values
+
+
+def size_of(text: str | None) -> tuple[int, int] | None:
+    """HEIGHTxWIDTH."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text.strip().lower())
+    if match is None:
+        raise InputError(f"--size {text!r} is not HEIGHTxWIDTH, such as 16x24")
+    return int(match[1]), int(match[2])
+
+
+def place_of(text: str | None) -> tuple[int, int] | None:
+    """TOP,LEFT."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,6})\s*,\s*([0-9]{1,6})", text.strip())
+    if match is None:
+        raise InputError(f"--at {text!r} is not TOP,LEFT in pixels, such as 0,16")
+    return int(match[1]), int(match[2])
+
+
+def interval_of(text: str | None) -> tuple[float, float] | None:
+    """LOW:HIGH, without an end for as far as it goes."""
+    if text is None:
+        return None
+    low, colon, high = text.partition(":")
+    if not colon:
+        raise InputError(f"--guidance-interval {text!r} is not LOW:HIGH, two timesteps such as 100:700")
+    ends = (low.strip() or "-inf", high.strip() or "inf")
+    return numbers("--guidance-interval", ends[0])[0], numbers("--guidance-interval", ends[1])[0]
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """With commas between them."""
+    found = []
+    for word in text.split(","):
+        try:
+            found.append(float(word))
+        except ValueError:
+            raise InputError(f"{option}: {word.strip()!r} is not a number") from None
+    return found
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """With commas between them."""
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        if not re.fullmatch(r"-?[0-9]{1,20}", word):
+            raise InputError(f"{option}: {word!r} is not a whole number")
+    return [int(word) for word in words]
+
+
+def classes_of(what: str, text: str | None, names: tuple[str, ...]) -> list[int] | None:
+    """Numbers or class names, with commas between them; `what` says of which kind."""
+    if text is None:
+        return None
+    found = []
+    for word in (w.strip() for w in text.split(",")):
+        if word in names:
+            found.append(names.index(word))
+        elif re.fullmatch(r"-?[0-9]{1,18}", word):
+            found.append(int(word))
+        else:
+            known = f"; the classes are {', '.join(names)}" if names else ""
+            raise InputError(f"{what} {word!r} is neither a number nor a class name{known}")
+    return found
+
+
+def names_in(bundle: Bundle) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The class names of the network and of the classifier, each those of the other where it has none of its own."""
+    m, judge = bundle.manifest, bundle.manifest.classifier
+    if judge is None:
+        return m.class_names, ()
+    judged = judge.class_names or (m.class_names if judge.classes == m.classes else ())
+    return (m.class_names if bundle.labelled else judged), judged
+
+
+def check_apart(**paths: Path | None) -> None:
+    """Refuse two options that name one file to write."""
+    given = [(name, path.resolve()) for name, path in paths.items() if path is not None]
+    if len({path for _, path in given}) < len(given):
+        raise InputError(f"{' and '.join(f'--{name}' for name, _ in given)} name one file: choose two")

@@ -1,0 +1,121 @@
+"""How a command's options become a plan: shared by epsrt plan and epsrt sample."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from typer import Option
+
+from epsrt.errors import InputError
+from epsrt.solvers import METHODS
+from epsrt.timesteps import SPACINGS
+
+MethodOption = Annotated[
+    str | None,
+    Option(help=f"The sampler: {', '.join(METHODS)}; by default the bundle's, else ddim. See epsrt plan --list."),
+]
+StepsOption = Annotated[
+    int | None, Option(help="How many; by default the bundle's, else 50, or what a respacing string says.")
+]
+SpacingOption = Annotated[
+    str | None,
+    Option(
+        help=f"Which timesteps: {', '.join(SPACINGS)}, or a respacing string: ddim25; 10,10,15. By default the "
+        "bundle's, else trailing."
+    ),
+]
+TimestepsOption = Annotated[
+    str | None, Option(help="Explicit ones instead, descending, with commas: 999,640,300,120.", show_default=False)
+]
+EtaOption = Annotated[float | None, Option(help="η of ddim (default 0) and euler-ancestral (1), 0 to 1.")]
+VarianceOption = Annotated[
+    str | None,
+    Option(
+        help="ddpm's: fixed_small, fixed_large, either with _log, learned, learned_range; by default the network's."
+    ),
+]
+ClipOption = Annotated[
+    bool | None,
+    Option(help="Bound the estimate of x0 to the value range in each step, or not; by default the method's."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    Option(
+        "--set",
+        "-s",
+        metavar="NAME=VALUE",
+        show_default=False,
+        help="Another option of the method or spacing, e.g. s_churn=20, rho=5, compatible=diffusers; may be repeated.",
+    ),
+]
+
+
+RESERVED = ("manifest", "method", "prediction", "schedule", "spacing", "steps", "timesteps")
+
+
+def options(
+    steps: int | None,
+    spacing: str | None,
+    timesteps: str | None,
+    eta: float | None,
+    variance: str | None,
+    clip: bool | None,
+    bound: float,
+    more: list[str] | None,
+) -> dict[str, Any]:
+    """The keyword arguments of epsrt.solvers.make; `bound` is what --clip clips to."""
+    found: dict[str, Any] = {"steps": steps}
+    if spacing is not None:
+        found["spacing"] = spacing
+    if timesteps is not None:
+        if steps is not None:
+            raise InputError("--timesteps says how many steps there are: leave --steps out")
+        found["timesteps"] = [_number(word) for word in timesteps.split(",")]
+    for name, value in (("eta", eta), ("variance", variance)):
+        if value is not None:
+            found[name] = value
+    if clip is not None:
+        found["clip"] = bound if clip else None
+    for name, value in settings(more).items():
+        if name in RESERVED or name in found:
+            raise InputError(f"--set {name}: it has an option of its own, or is the bundle's")
+        found[name] = value
+    return found
+
+
+def settings(texts: Iterable[str] | None) -> dict[str, Any]:
+    """NAME=VALUE, each a --set, by name. Raises InputError for another form, and for a name that comes twice."""
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        name = name.strip()
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise InputError(f"--set {text!r} is not of the form NAME=VALUE")
+        if name in found:
+            raise InputError(f"--set {name} was given twice")
+        found[name] = _value(value.strip())
+    return found
+
+
+def _value(text: str) -> bool | int | float | str | None:
+    """true, false, null, a number, or a word."""
+    constants = {"true": True, "false": False, "null": None, "none": None}
+    if text.lower() in constants:
+        return constants[text.lower()]
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _number(word: str) -> float:
+    value = _value(word.strip())
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"--timesteps: {word!r} is not a number")
+    return value

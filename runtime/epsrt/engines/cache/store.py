@@ -1,0 +1,342 @@
+"""The engine cache: plans that were built here, in the user's cache directory, and plans that came with a bundle.
+
+    engines/<bundle, 16 hex>/<key, 16 hex>.plan    what the library built
+                             <key, 16 hex>.json    its record: the key, the plan's size and SHA-256; its time: last used
+                             <key, 16 hex>.lock    held while it is built
+    timing/NAME.bin, timing/NAME.json              other native data that a library wants back; its size and SHA-256
+    libraries/NAME/                                what a library keeps and loads by itself
+
+A plan is native code: nothing in the cache is used that another user could have written, and no plan whose bytes are
+not those that were recorded. A bundle may bring plans in its own `engines/`: who loads one says that it is trusted.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from mmap import mmap
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from filelock import FileLock, Timeout
+
+from epsrt.engines.cache import private
+from epsrt.engines.cache.key import Key, Record, Wanted, differences
+from epsrt.errors import EngineError
+from epsrt.manifest import FileEntry
+
+T = TypeVar("T")
+ENGINES, TIMING, LIBRARIES = "engines", "timing", "libraries"
+LOCK = ".lock"
+_KEPT = re.compile(r"([0-9a-f]{16})\.(plan|json)")
+_LEFT = re.compile(r"\.?([0-9a-f]{16})\.([0-9a-f]{12}\.(plan|json)|lock)")  # whole_file's temporaries, and locks
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A plan's place. `damage` says what is wrong with it, as far as one sees without reading it; "" if nothing is."""
+
+    path: Path
+    record: Record | None  # None: it cannot be read
+    damage: str
+    size: int  # bytes on disk, the record's too
+    used: float  # when it was last loaded, or else built: seconds since 1970
+    shipped: bool  # it came with a bundle
+
+    @property
+    def record_path(self) -> Path:
+        return self.path.with_suffix(".json")
+
+    @property
+    def built(self) -> str:
+        """An ISO time in UTC; "" if it is not known."""
+        return self.record.built if self.record else ""
+
+
+def pick(entries: Iterable[Entry], wanted: Wanted) -> Entry | None:
+    """The most recently built of the entries that fit."""
+    fit = [e for e in entries if e.record and e.path.is_file() and not differences(e.record.key, wanted)]
+    return max(fit, key=lambda e: e.built, default=None)
+
+
+def shipped(bundle: Path) -> list[Entry]:
+    """The plans that came with a bundle; `pick` finds one that fits, and `refusal` says why not to load it unasked."""
+    return _entries(bundle / ENGINES, shipped=True)
+
+
+def refusal(entry: Entry, command: str = "") -> EngineError:
+    """What to raise instead of loading a plan that came with a bundle, where nobody said that it is trusted.
+
+    `command` is what builds one's own; "" for that of the bundle's plainest graph.
+    """
+    bundle, engine = shlex.quote(str(entry.path.parents[1])), entry.record.key.engine if entry.record else "auto"
+    command = command or f"epsrt build {bundle} --engine {engine}"
+    return EngineError(
+        f"{entry.path} came with the bundle: a plan is native code that runs unchecked, and hashes only detect damage: "
+        f'pass --trust-engines if you trust who sent it, or run "{command}" to build your own'
+    )
+
+
+class EngineCache:
+    """The cache in `directory`, by default the user's own. It is made when something is first locked or stored."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = (directory or private.cache_directory()).resolve()  # links that lead here are the user's own
+
+    def find(self, wanted: Wanted) -> Entry | None:
+        """The most recently built plan that fits. Raises EngineError if others can write the cache."""
+        return pick(self._of(wanted.bundle), wanted)
+
+    def have(self, key: Key) -> Entry | None:
+        """The plan of exactly this key, if it seems whole. Raises EngineError if others can write the cache."""
+        return next((e for e in self._of(key.bundle) if e.path.stem == key.name and not e.damage), None)
+
+    def _of(self, bundle: str) -> list[Entry]:
+        folder = self.directory / ENGINES / bundle[:16]
+        try:
+            private.check(self.directory, folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return []  # nothing was built yet
+        return _entries(folder)
+
+    def why_rebuild(self, wanted: Wanted) -> str:
+        """One sentence for when `find` finds nothing: how the nearest plan of the bundle, or of its name, differs."""
+        near = [
+            (differences(e.record.key, wanted), e.damage)
+            for e in sorted(self.entries(), key=lambda e: e.built, reverse=True)
+            if e.record and e.record.key.engine == wanted.engine
+            if wanted.bundle == e.record.key.bundle or wanted.bundle_name == e.record.bundle_name
+        ]
+        if not near:
+            return f"no plan of {wanted.bundle_name} for {wanted.engine} was built yet"
+        parts, damage = min(near, key=lambda one: len(one[0]))
+        nearest = "; ".join(parts) or f"built for just this, but {damage}"
+        return f"{wanted.bundle_name} has no plan for this: the nearest was {nearest}"
+
+    def read(self, entry: Entry) -> bytes:
+        """A plan's bytes like `load`, but it does not count as used."""
+        return self._get(entry, private.read)
+
+    def _get(self, entry: Entry, read: Callable[[Path, str, int], T | None], used: bool = False) -> T:
+        mend = 'run "epsrt cache --prune", then "epsrt build"'
+        if entry.shipped:
+            mend = f"copy the bundle again, or remove {entry.path.parent}"
+        try:
+            if not entry.shipped:
+                private.check(self.directory, entry.path)
+                private.check(self.directory, entry.record_path)
+            plan = read(entry.path, entry.record.sha256, entry.record.size) if entry.record else None
+        except OSError as error:
+            raise EngineError(f"{entry.path} cannot be read ({error.strerror}): {mend}") from None
+        if plan is None:
+            fault = entry.damage or "its SHA-256 differs"
+            raise EngineError(f"{entry.path} does not hold the bytes that its record tells of ({fault}): {mend}")
+        if used and not entry.shipped:
+            with suppress(OSError):
+                os.utime(entry.record_path)
+        return plan
+
+    def load(self, entry: Entry) -> bytes:
+        """A plan's bytes, to be used: read once, their size and SHA-256 compared with the record.
+
+        Raises EngineError if they differ, or, of a plan that did not come with a bundle, if others can write the cache.
+        """
+        return self._get(entry, private.read, used=True)
+
+    def map(self, entry: Entry) -> mmap:
+        """Like `load`, but mapped: see private.mapped."""
+        return self._get(entry, private.mapped, used=True)
+
+    def store(self, key: Key, plan: private.Data, *, bundle_name: str, summary: dict[str, Any] | None = None) -> Entry:
+        """Keep a plan, in the place of an older one of its key. Call it under `lock(key)`.
+
+        Raises EngineError, and leaves nothing behind, if the disk is full, or the cache not writable or not private.
+        """
+        path = private.folder(self.directory, ENGINES, key.bundle[:16]) / f"{key.name}.plan"
+        built, size = datetime.now(UTC).isoformat(timespec="microseconds"), memoryview(plan).nbytes
+        record = Record(key, hashlib.sha256(plan).hexdigest(), size, built, bundle_name, summary or {})
+        try:
+            private.write(path, plan, path.with_suffix(".json"), record)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise EngineError(f"{path} cannot be written ({error.strerror}): {private.ELSEWHERE}") from None
+            takes, free = size / 2**20, shutil.disk_usage(path.parent).free / 2**20
+            raise EngineError(
+                f"{self.directory} is full ({error.strerror}): the plan takes {takes:.1f} MiB, {free:.1f} MiB are free"
+                ': run "epsrt cache --prune", or set EPSRT_CACHE to a larger place'
+            ) from None
+        return _look(path)
+
+    @contextmanager
+    def lock(self, key: Key, on_wait: Callable[[str], object] | None = None) -> Iterator[None]:
+        """Hold the right to build a plan. `find` it again under the lock: another process may just have built it.
+
+        `on_wait` gets one sentence if another process holds the lock. A process that ends, however it does, lets go.
+        """
+        held = FileLock(private.folder(self.directory, ENGINES, key.bundle[:16]) / f"{key.name}.lock", mode=0o600)
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            if on_wait is not None:
+                on_wait("another process is building the same plan: waiting for it")
+            held.acquire(poll_interval=0.2)
+        try:
+            yield
+        finally:
+            held.release()
+
+    def entries(self) -> list[Entry]:
+        """All plans in the cache, damaged ones too."""
+        return [entry for folder in _folders(self.directory / ENGINES) for entry in _entries(folder)]
+
+    def remove(self, entry: Entry) -> int | None:
+        """Remove a plan; returns the bytes freed, None if a process is building it and it was left alone."""
+        with _idle(entry.path.with_suffix(".lock")) as idle:
+            return private.unlink(entry.record_path) + private.unlink(entry.path) if idle else None
+
+    def sweep(self) -> list[tuple[Path, int]]:
+        """Remove what killed processes left: temporaries (returned, with their bytes), locks, empty directories."""
+        swept = []
+        for folder in _folders(self.directory / ENGINES):
+            for name in _names(folder, _LEFT):
+                with _idle(folder / f"{name}.lock") as idle:
+                    swept += [(p, private.unlink(p)) for p in sorted(folder.glob(f".{name}.*")) if idle]
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+        return swept + [(p, private.unlink(p)) for p in self.blobs() if p.match(f"{TIMING}/.*")]
+
+    def blob(self, name: str) -> bytes | None:
+        """What `keep_blob` kept; None if it is missing or damaged, or if others can write it."""
+        path, record = self._blob(name)
+        try:
+            private.check(self.directory, path)
+            private.check(self.directory, record)
+            kept = msgspec.json.decode(record.read_bytes(), type=FileEntry)
+            return private.read(path, kept.sha256, kept.size)
+        except (EngineError, OSError, msgspec.DecodeError, UnicodeDecodeError):
+            return None
+
+    def keep_blob(self, name: str, data: private.Data) -> bool:
+        """Keep native data that only saves time, a timing cache, say; False if it could not be kept."""
+        path, record = self._blob(name)
+        try:
+            private.folder(self.directory, TIMING)
+            private.write(path, data, record, FileEntry(hashlib.sha256(data).hexdigest(), memoryview(data).nbytes))
+        except (EngineError, OSError):
+            return False
+        return True
+
+    def directory_for(self, name: str) -> Path:
+        """A directory for what a library keeps by itself, and loads unchecked. Raises EngineError."""
+        folder = private.folder(self.directory, LIBRARIES, name)
+        folder.chmod(0o700)  # its files have what mode the library gives them
+        return folder
+
+    @contextmanager
+    def kept_by(self, library: str) -> Iterator[Path]:
+        """`directory_for` a library, for one process at a time: only what is as it was at the last end is still there.
+
+        Where an exception ends it, nothing is vouched for that is new. Raises EngineError.
+        """
+        folder = self.directory_for(_plain(library))
+        with FileLock(folder / LOCK, mode=0o600):
+            known = msgspec.json.decode(self.blob(f"{library}.files") or b"{}", type=dict[str, str])
+            for name, sha256 in _hashes(folder).items():
+                if known.get(name) != sha256:
+                    private.unlink(folder / name)
+            yield folder
+            self.keep_blob(f"{library}.files", msgspec.json.encode(_hashes(folder)))
+
+    def blobs(self) -> list[Path]:
+        """All files beside the plans: those of `keep_blob` and their records, and what libraries keep."""
+        folders = [f for f in _folders(self.directory) if f.name == TIMING] + _folders(self.directory / LIBRARIES)
+        return sorted(p for folder in folders for p in folder.iterdir() if not p.is_dir())
+
+    def _blob(self, name: str) -> tuple[Path, Path]:
+        plain = _plain(name)
+        return self.directory / TIMING / f"{plain}.bin", self.directory / TIMING / f"{plain}.json"
+
+    def ship(self, entry: Entry, bundle: Path) -> Entry:
+        """Copy a plan into a bundle's own `engines/`. Raises EngineError as `load`, OSError if it cannot be written."""
+        plan, path = self.read(entry), bundle / ENGINES / entry.path.name
+        assert entry.record is not None  # or read had refused
+        private.write(path, plan, path.with_suffix(".json"), entry.record, mode=0o666)
+        return _look(path, shipped=True)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "-", name)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file in a directory, by its name; "" of links, which are nobody's own files."""
+    hashes = {}
+    for path in folder.iterdir():
+        if path.is_symlink():
+            hashes[path.name] = ""
+        elif path.is_file() and path.name != LOCK:
+            with path.open("rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def _folders(path: Path) -> list[Path]:
+    """The directories in a directory. Links are not followed: what they lead to is not the cache's to remove."""
+    inside = path.iterdir() if path.is_dir() and not path.is_symlink() else ()
+    return sorted(p for p in inside if p.is_dir() and not p.is_symlink())
+
+
+def _names(folder: Path, pattern: re.Pattern[str]) -> list[str]:
+    """The plans that the matching files of a directory belong to."""
+    matches = (pattern.fullmatch(p.name) for p in folder.iterdir()) if folder.is_dir() else ()
+    return sorted({match[1] for match in matches if match})
+
+
+def _entries(folder: Path, shipped: bool = False) -> list[Entry]:
+    return [_look(folder / f"{name}.plan", shipped) for name in _names(folder, _KEPT)]
+
+
+def _look(path: Path, shipped: bool = False) -> Entry:
+    """A plan's entry, whatever state it is in."""
+    record, damage, stats = None, "", []
+    for each in (path.with_suffix(".json"), path):
+        with suppress(OSError):
+            stats.append(each.lstat())
+    try:
+        record = msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=Record)
+        if record.key.name != path.stem:
+            record, damage = None, "its record is another plan's"
+        elif not path.is_file():
+            damage = "the plan is missing"
+        elif path.stat().st_size != record.size:
+            damage = f"it has {path.stat().st_size} bytes, its record says {record.size}"
+    except FileNotFoundError:
+        damage = "its record is missing"
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        damage = f"its record cannot be read: {error}"
+    return Entry(path, record, damage, sum(s.st_size for s in stats), stats[0].st_mtime if stats else 0.0, shipped)
+
+
+@contextmanager
+def _idle(lock: Path) -> Iterator[bool]:
+    """Whether nobody builds under a lock; if so nobody can begin to until the context ends, and its file is removed."""
+    held = FileLock(lock, mode=0o600)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.unlink(missing_ok=True)
+        held.release()

@@ -1,0 +1,1 @@
+"""Engines in the host's memory: onnxruntime and OpenVINO on the CPU."""

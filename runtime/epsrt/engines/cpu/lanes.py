@@ -1,0 +1,135 @@
+"""Lanes in the host's memory, whatever CPU engine runs the step: NumPy buffers, noise, the check for NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epsrt import noise
+from epsrt.engine import Closing, Engine, Images, Rows, Sample, check_lane, check_rows, check_sample, not_finite
+from epsrt.errors import NotFiniteError
+from epsrt.plan import idle_row
+
+NOISE_BLOCK = 1 << 16  # normals drawn at once: enough to hide NumPy's call overhead, small enough for a cache
+
+Arrays = dict[str, NDArray[Any]]
+Run = Callable[[], None]
+Bind = Callable[[Arrays, Arrays], Run]  # inputs and outputs by name, [batch, …] each -> what runs a step on them
+
+
+class HostLanes(Closing):
+    """See protocol.Lanes. Owns its NumPy buffers; two bindings of them alternate, so that x and x' only swap.
+
+    `bind` binds the engine to buffers that live as long as the lanes; what it returns may raise EngineError.
+    """
+
+    def __init__(self, engine: Engine, batch: int, image: tuple[int, int, int], bind: Bind):
+        self.batch, self.shape, self._graph = batch, image, engine.graph
+        self._columns = {name: i for i, name in enumerate(engine.columns)}
+        shape = (batch, *image)
+        self._x = [np.zeros(shape, np.float32) for _ in range(2)]
+        self._m = [np.zeros(shape, np.float32) for _ in range(2)]
+        self._x0 = np.zeros(shape, np.float32)
+        self._size = self._x0[0].size
+        self._row = np.tile(idle_row(engine.columns), (batch, 1))
+        self._fixed: Arrays = {  # what else the graph takes: z, label, target, known, mask, z2
+            name: np.zeros(shape, np.float32) if kind == "image" else np.zeros(batch, np.int64)
+            for name, kind in engine.bundle.inputs(engine.graph).items()
+            if name not in ("x", "m", "rows")
+        }
+        self._now = 0  # which of the two x holds the state
+        self._runs = [
+            bind(
+                {"x": self._x[now], "m": self._m[now], "rows": self._row, **self._fixed},
+                {"x_next": self._x[1 - now], "m_next": self._m[1 - now], "x0": self._x0},
+            )
+            for now in range(2)
+        ]
+        self._samples = [Sample() for _ in range(batch)]
+        self._seeds = np.zeros(batch, np.uint64)
+        self._indices = np.zeros(batch, np.int64)
+        self._steps = np.zeros(batch, np.int64)
+        self._broken: dict[int, str] = {}  # lane -> since when
+
+    def write(self, index: int, sample: Sample) -> None:
+        check_lane(index, self.batch)
+        x, (signal, scale) = self._x[self._now][index], sample.start
+        check_sample(sample, x.shape, self._graph)
+        x.fill(0)
+        if scale:
+            x += np.float32(scale) * noise.normals(sample.seed, sample.index, sample.stream, 0, x.size).reshape(x.shape)
+        if sample.init is not None and signal:
+            x += np.float32(signal) * sample.init
+        self._m[self._now][index] = 0
+        self._x0[index] = 0
+        for name in ("label", "target", "known", "mask"):
+            if name in self._fixed:
+                given = getattr(sample, name)
+                self._fixed[name][index] = 0 if given is None else given
+        self._samples[index] = sample
+        self._seeds[index], self._indices[index], self._steps[index] = sample.seed, sample.index, 0
+        self._broken.pop(index, None)
+
+    def advance(self, rows: Rows) -> None:
+        check_rows(rows, *self._row.shape)
+        block = max(1, NOISE_BLOCK // (self.batch * self._size))
+        for first in range(0, len(rows), block):
+            part = rows[first : first + block]
+            drawn = {"z": self._draw(part, noise.STEP, "d")}
+            if "mask" in self._fixed:
+                drawn["z2"] = self._draw(part, noise.KNOWN, "kb", self._masked)
+            for i, row in enumerate(part):
+                np.copyto(self._row, row)
+                for name, z in drawn.items():
+                    if z is not None:
+                        np.copyto(self._fixed[name], z[i])
+                self._runs[self._now]()
+                self._now ^= 1
+                self._steps += 1
+                if not np.isfinite(self._x[self._now].sum()):
+                    self._note_broken()
+
+    def wait(self) -> None:
+        """Steps have run when `advance` returns."""
+
+    def read(self, index: int, what: Literal["x", "x0"] = "x") -> Images:
+        check_lane(index, self.batch)
+        if index in self._broken:
+            raise NotFiniteError(self._broken[index])
+        source: Images = self._x[self._now] if what == "x" else self._x0
+        return source[index].copy()  # type: ignore[no-any-return]
+
+    @property
+    def _masked(self) -> NDArray[np.bool_]:
+        return np.array([sample.mask is not None for sample in self._samples])
+
+    def _draw(
+        self, rows: Rows, stream: int, column: str, lanes: NDArray[np.bool_] | bool = True
+    ) -> NDArray[np.float32] | None:
+        """Noise for rows [steps, batch, columns], as [steps, batch, C, H, W]: where a column is not 0, in some lanes.
+
+        None where that is nowhere.
+        """
+        noisy = (rows[:, :, self._columns[column]] != 0) & lanes
+        if not noisy.any():
+            return None
+        n = rows[:, :, self._columns["n"]].astype(np.int64)
+        shape = (*noisy.shape, *self.shape)
+        if noisy.all():
+            return noise.normals(self._seeds, self._indices, stream, n, self._size).reshape(shape)
+        z = np.zeros((*noisy.shape, self._size), np.float32)
+        step, lane = np.nonzero(noisy)
+        z[step, lane] = noise.normals(self._seeds[lane], self._indices[lane], stream, n[step, lane], self._size)
+        return z.reshape(shape)
+
+    def _note_broken(self) -> None:
+        for lane, x in enumerate(self._x[self._now]):
+            if lane not in self._broken and not np.isfinite(x).all():
+                t = float(self._row[lane, self._columns["t"]])
+                self._broken[lane] = not_finite(lane, self._samples[lane], int(self._steps[lane]), t)
+
+    def close(self) -> None:
+        self._runs.clear()

@@ -1,0 +1,268 @@
+"""The step graph on OpenVINO's CPU plugin: a model of static shapes for each batch, in FP32 or bf16."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache, partial
+from math import gcd
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epsrt.bundle import Bundle
+from epsrt.engine import Size, check_batch, check_threads, image_shape
+from epsrt.engines.cache.key import Options
+from epsrt.engines.cpu.compiled import Compiled, CompiledModels
+from epsrt.engines.cpu.lanes import Arrays, HostLanes, Run
+from epsrt.errors import BundleError, EngineError, one_line
+from epsrt.machine import physical_cores
+from epsrt.manifest import Rung, StepGraph
+from epsrt.verify import verify
+
+try:
+    import openvino as ov
+    from openvino import opset13
+except ImportError as error:
+    raise EngineError(f'engine openvino needs its library ({error}): pip install "epsrt[openvino]"') from None
+
+LARGE = 4096  # elements of a weight that is worth to be halved
+KEPT_MODELS = 4  # of an engine: for each batch and size that it met last, each with weights of its own
+
+OnProgress = Callable[[str, float], object]
+log = logging.getLogger("epsrt")
+
+
+class OpenVino:
+    """Engine "openvino"; see protocol.Engine. bf16 and fp32 run the bundle's FP32 graph.
+
+    A batch is cut into as many equal parts as divide it and the threads: each is an inference request on threads of its
+    own, which so wait for each other less often. `others(graph)` opens another step graph as this one was.
+    """
+
+    name = "openvino"
+    batch_limit = "the bundle's largest"
+    device = "cpu"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        graph: StepGraph,
+        precision: str,
+        threads: int | None,
+        others: Callable[[StepGraph], OpenVino],
+    ):
+        check_threads(threads)
+        self.bundle, self.graph, self.precision = bundle, graph, precision
+        self.columns = graph.columns
+        self.max_batch = bundle.manifest.max_batch
+        self.threads = threads or physical_cores()
+        self._hint = "bf16" if precision == "bf16" else "f32"  # around int8, FP32 is nearer and no slower
+        self._others = others
+        self._kept = CompiledModels(bundle, graph, precision, ov.__version__.split("-")[0], processor())
+        self._models: OrderedDict[tuple[int, ...], Compiled] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def lanes(self, batch: int, size: Size | None = None) -> HostLanes:
+        """See protocol.Engine."""
+        check_batch(batch, self)
+        image, parts = image_shape(self.bundle, size), gcd(batch, self.threads)
+        model = self._model(batch // parts, image, parts)
+        return HostLanes(self, batch, image, partial(self._bind, model, parts))
+
+    def on(self, graph: StepGraph) -> OpenVino:
+        """See protocol.Engine."""
+        return self._others(graph)
+
+    def close(self) -> None:
+        """Release the models; lanes keep theirs."""
+        with self._lock:
+            self._models.clear()
+
+    def proof(self, on_progress: OnProgress | None = None, may_measure: bool = True) -> list[Rung] | None:
+        """The engine's rungs of epsrt.verify, measured once for this bundle, library and processor, then kept.
+
+        None where they were not measured and may not be, or the golden file does not suffice.
+        """
+        rungs = self._kept.proof()
+        if rungs is not None or not may_measure:
+            return rungs
+        with self._kept.proving():
+            rungs = self._kept.proof()  # another process may just have measured it
+            if rungs is None:
+                try:
+                    tell = on_progress and (lambda name, share: on_progress(f"{self.precision} {name}", share))
+                    rungs = verify(self, tell)
+                except BundleError as error:
+                    log.warning("%s cannot be proven: %s", self.precision, error)
+                    return None
+                self._kept.keep_proof(rungs)
+        return rungs
+
+    def _model(self, batch: int, image: tuple[int, int, int], parts: int) -> Compiled:
+        """Compiled for `parts` requests at once, each of `batch` images, on all threads together."""
+        key = (batch, *image, parts)
+        config = {
+            "INFERENCE_PRECISION_HINT": self._hint,
+            "NUM_STREAMS": parts,
+            "INFERENCE_NUM_THREADS": self.threads,
+            "ENABLE_CPU_PINNING": False,  # or two processes would share one core, and the other would idle
+        }
+        options: Options = {"parts": parts, "threads": self.threads, "size": "{}x{}".format(*image[1:])}
+        with self._lock:
+            if key not in self._models:
+
+                def load(memory: NDArray[np.uint8]) -> Any:
+                    return core().import_model(ov.Tensor(memory, shared_memory=True), "CPU", config)
+
+                compile = partial(self._compile, batch, image, config)
+                self._models[key] = self._kept.get(batch, options, load, compile)
+            self._models.move_to_end(key)
+            while len(self._models) > KEPT_MODELS:
+                self._models.popitem(last=False)
+            return self._models[key]
+
+    def _compile(self, batch: int, image: tuple[int, int, int], config: dict[str, Any]) -> Any:
+        model = self._read()
+        self._check_signature(model)
+        if self._hint == "bf16":
+            keep_sines(model)
+            halve_weights(model)
+        shapes = {"image": (batch, *image), "rows": (batch, len(self.columns)), "label": (batch,)}
+        try:
+            model.reshape({name: shapes[kind] for name, kind in self.bundle.inputs(self.graph).items()})
+            return core().compile_model(model, "CPU", config)
+        except RuntimeError as error:
+            raise EngineError(
+                f"OpenVINO cannot compile {self.bundle.path / self.graph.file}: {one_line(error)}"
+            ) from None
+
+    def _bind(self, compiled: Compiled, parts: int, inputs: Arrays, outputs: Arrays) -> Run:
+        requests = []
+        for part in range(parts):
+            request: Any = compiled.model.create_infer_request()
+            for name, array in {**inputs, **outputs}.items():
+                mine = len(array) // parts
+                request.set_tensor(name, ov.Tensor(array[part * mine : (part + 1) * mine], shared_memory=True))
+            requests.append(request)
+
+        def run(held: Compiled = compiled) -> None:  # the requests read from its memory
+            try:
+                for request in requests:
+                    request.start_async()
+                for request in requests:
+                    request.wait()
+            except RuntimeError as error:
+                for request in requests:  # none may go on writing
+                    with suppress(RuntimeError):
+                        request.cancel()
+                        request.wait()
+                raise EngineError(f"OpenVINO failed in a step of {self.bundle.path}: {one_line(error)}") from None
+
+        return run
+
+    def _read(self) -> Any:
+        file = self.bundle.path / self.graph.file
+        try:
+            return core().read_model(file)
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO refuses {file}: {one_line(error)}; export the bundle again") from None
+
+    def _check_signature(self, model: Any) -> None:
+        """Memory of ours is bound, so inputs and outputs must be what the manifest says."""
+        m = self.bundle.manifest
+        image = f"[?,{m.shape[0]},?,?]" if m.sizes else "[?,{},{},{}]".format(*m.shape)
+        kinds = {"image": f"f32 {image}", "rows": f"f32 [?,{len(self.columns)}]", "label": "i64 [?]"}
+        want = {name: kinds[kind] for name, kind in self.bundle.inputs(self.graph).items()}
+        want |= dict.fromkeys(("x_next", "m_next", "x0"), kinds["image"])
+        have = {
+            port.any_name: f"{port.element_type.to_string()} {port.partial_shape.to_string()}"
+            for port in [*model.inputs, *model.outputs]
+        }
+        if have != want:
+            name = next(k for k in [*want, *have] if have.get(k) != want.get(k))
+            raise EngineError(
+                f"{self.bundle.path / self.graph.file}: {name} is {have.get(name)}, the manifest implies "
+                f"{want.get(name)}: export the bundle again"
+            )
+
+
+def open_openvino(
+    bundle: Bundle,
+    graph: StepGraph,
+    precision: str | None = None,
+    threads: int | None = None,
+    *,
+    may_build: bool = True,
+    on_progress: OnProgress | None = None,
+) -> OpenVino:
+    """The engine in a precision; None: bf16 where the processor has it and the golden file proves it, else FP32.
+
+    The proof is epsrt.verify's, once a bundle, library and processor; with may_build=False only a kept one counts.
+    Raises EngineError for bf16 on a processor without it.
+    """
+
+    def on(graph: StepGraph) -> OpenVino:
+        return open_openvino(bundle, graph, precision, threads, may_build=may_build, on_progress=on_progress)
+
+    if precision == "bf16" and not has_bf16():
+        raise EngineError(
+            f"precision bf16 needs a processor with AVX512-BF16 or AMX, and {processor()} has neither: use fp32"
+        )
+    if precision is None and has_bf16():
+        half = OpenVino(bundle, graph, "bf16", threads, on)
+        rungs = half.proof(on_progress, may_build)
+        if rungs is not None and all(rung.passed for rung in rungs):
+            return half
+        missed = next((rung for rung in rungs or () if not rung.passed), None)
+        if missed is not None:
+            log.info("%s runs in fp32: in bf16 it misses %s", bundle.path.name, missed.name)
+        half.close()
+    return OpenVino(bundle, graph, precision or "fp32", threads, on)
+
+
+def keep_sines(model: Any) -> None:
+    """Make the sines of embeddings outputs: what leads to one stays in FP32.
+
+    t as a bf16 would be a neighbour's, 664 for 666, and the error of a step ten times as large.
+    """
+    for op in model.get_ordered_ops():
+        if op.get_type_name() in ("Sin", "Cos"):
+            model.add_outputs(op.output(0))
+
+
+def halve_weights(model: Any) -> None:
+    """Round large weights to bf16, as the plugin does when it packs them: a kept model takes half the memory."""
+    for op in model.get_ordered_ops():
+        if op.get_type_name() != "Constant" or op.get_element_type() != ov.Type.f32 or op.data.size < LARGE:
+            continue
+        users = op.output(0).get_target_inputs()
+        if {user.get_node().get_type_name() for user in users} <= {"Convolution", "MatMul"}:
+            halved = ov.Tensor(ov.Type.bf16, op.get_output_shape(0))
+            bits = op.data.view(np.uint32)
+            halved.data.view(np.uint16)[...] = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # to nearest, ties to even
+            wide = opset13.convert(ov.op.Constant(halved), "f32")
+            wide.get_rt_info()["decompression_0"] = ""  # or it would be folded, and the weight be FP32 again
+            for user in users:
+                user.replace_source_output(wide.output(0))
+
+
+@cache
+def core() -> Any:
+    """One a process: it loads the plugin."""
+    return ov.Core()
+
+
+@cache
+def processor() -> str:
+    return str(core().get_property("CPU", "FULL_DEVICE_NAME")).strip()
+
+
+@cache
+def has_bf16() -> bool:
+    """Whether the plugin computes in bf16 here: with AVX512-BF16 or AMX."""
+    return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

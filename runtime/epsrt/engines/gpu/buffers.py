@@ -1,0 +1,84 @@
+"""What a step reads and writes on the device, and samples on their way there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epsrt.engine import Images, Sample
+
+Kind = Literal["image", "rows", "label"]  # of a graph's input, as Bundle.inputs has it
+DTYPES: dict[Kind, type[np.float32] | type[np.int64]] = {"image": np.float32, "rows": np.float32, "label": np.int64}
+MOVING = ("x", "m", "rows")  # inputs at another address every step
+
+BEGIN = np.dtype(
+    [
+        ("seed", "u8"),
+        ("label", "i8"),
+        ("target", "i8"),
+        ("index", "u4"),
+        ("stream", "u4"),
+        ("lane", "i4"),
+        ("signal", "f4"),
+        ("scale", "f4"),
+        ("init", "i4"),
+        ("known", "i4"),
+        ("unused", "i4"),
+    ]
+)  # struct Begin of kernels.cu
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Device addresses that a step reads and writes, for `width` lanes of images of `shape`. Two x and m alternate.
+
+    columns  how many a row has
+    inputs   all that the step graph takes, and the kind of each
+    fixed    address of each input that stays where it is: z, label, target, known, mask, z2, those that there are
+    """
+
+    width: int
+    shape: tuple[int, int, int]  # C, H, W
+    columns: int
+    inputs: Mapping[str, Kind]
+    x: tuple[int, int]
+    m: tuple[int, int]
+    x0: int
+    fixed: Mapping[str, int]
+
+    def extents(self, kind: Kind) -> tuple[int, ...]:
+        """The shape of a kind of input; outputs are images."""
+        return {"image": (self.width, *self.shape), "rows": (self.width, self.columns), "label": (self.width,)}[kind]
+
+    def sources(self, now: int, rows: int) -> dict[str, int]:
+        """Address of each input that moves, for a step from x[now]."""
+        return {"x": self.x[now], "m": self.m[now], "rows": rows}
+
+    def results(self, now: int) -> dict[str, int]:
+        """Address of each output of a step from x[now]."""
+        return {"x_next": self.x[1 - now], "m_next": self.m[1 - now], "x0": self.x0}
+
+    def optional(self, *names: str) -> tuple[int, ...]:
+        """Address of each of these inputs, 0 for those that the graph does not take."""
+        return tuple(self.fixed.get(name, 0) for name in names)
+
+
+def pack(samples: Mapping[int, Sample]) -> tuple[NDArray[Any], list[Images]]:
+    """Samples by lane, as the kernel `begin` takes them: BEGIN [len(samples)], and the images that it counts."""
+    begins, images = np.zeros(len(samples), BEGIN), list[Images]()
+
+    def placed(*given: Images | None) -> int:
+        if given[0] is None:
+            return -1
+        images.extend(image.ravel() for image in given if image is not None)
+        return len(images) - len(given)
+
+    for i, (lane, s) in enumerate(samples.items()):
+        init = placed(s.init if s.start[0] != 0 else None)
+        known = placed(s.known, s.mask)
+        begins[i] = (s.seed, s.label, s.target, s.index, s.stream, lane, *s.start, init, known, 0)
+    return begins, images

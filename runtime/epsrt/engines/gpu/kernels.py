@@ -1,0 +1,52 @@
+"""kernels.cu as machine code, by NVRTC: no driver and no GPU needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from epsrt.errors import EngineError, one_line
+
+try:
+    from cuda.bindings import nvrtc
+except ImportError as error:
+    raise EngineError(f'NVRTC needs cuda-bindings ({error}): pip install "epsrt[gpu]"') from None
+
+SOURCE = Path(__file__).with_name("kernels.cu")
+
+
+def compile_kernels(arch: str) -> bytes:
+    """kernels.cu as machine code for `arch`, e.g. "sm_90"; as PTX of the newest that NVRTC knows where arch is newer.
+
+    Needs NVRTC, no driver. Raises EngineError with the compiler's words.
+    """
+    try:
+        known = sorted(_call(nvrtc.nvrtcGetSupportedArchs()))
+    except RuntimeError as error:  # what cuda-bindings raises where the library is missing
+        reason = one_line(error)
+        raise EngineError(f"NVRTC cannot be loaded ({reason}): pip install nvidia-cuda-nvrtc") from None
+    native = int(arch.removeprefix("sm_")) in known
+    target = arch if native else f"compute_{known[-1]}"
+    program = _call(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, [], []))
+    options = [f"--gpu-architecture={target}".encode(), b"--std=c++17"]
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = b" " * _call(nvrtc.nvrtcGetProgramLogSize(program))
+            _call(nvrtc.nvrtcGetProgramLog(program, log))
+            raise EngineError(f"NVRTC does not compile {SOURCE.name} for {target}: {log.decode().strip()}")
+        size, get = (
+            (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN) if native else (nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
+        )
+        code = b" " * _call(size(program))
+        _call(get(program, code))
+        return bytes(code)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _call(result: tuple[Any, ...]) -> Any:
+    status, *values = result
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise EngineError(f"NVRTC reports {status.name}: {nvrtc.nvrtcGetErrorString(status)[1].decode()}")
+    return values[0] if values else None

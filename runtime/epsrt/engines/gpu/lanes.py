@@ -1,0 +1,303 @@
+"""Lanes on the GPU, whatever engine runs the step: device buffers, noise, captured chunks of steps, one flag a lane.
+
+An engine brings a Runner, which enqueues one step. Nothing returns to the host before `read`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from epsrt import noise
+from epsrt.bundle import Bundle
+from epsrt.engine import Closing, Images, Rows, Sample, check_lane, check_rows, check_sample, not_finite
+from epsrt.engines.gpu import cuda
+from epsrt.engines.gpu.buffers import MOVING, Buffers, Kind, pack
+from epsrt.errors import EngineError, NotFiniteError
+from epsrt.manifest import StepGraph
+from epsrt.plan import idle_row
+
+log = logging.getLogger("epsrt")
+
+CHUNK = 10  # steps in one captured graph, at most
+KEPT_GRAPHS = 8  # of a lanes object: one for each length and kind of chunk that it met
+TABLE_BYTES = 32 << 20  # of rows uploaded at once: a thousand steps of a batch of 256 fit
+ALIGNMENT = 256  # what TensorRT wants of every address
+
+# input -> its stream, and the column that it is multiplied by
+NOISES = {"z": (noise.STEP, "d"), "z2": (noise.KNOWN, "kb")}
+
+_i32, _pointer = ctypes.c_int32, ctypes.c_void_p
+
+
+class Runner(Protocol):
+    """An engine's execution context, bound to the buffers of one lanes object."""
+
+    capturable: bool  # whether its work may be recorded in a graph of ours
+
+    def enqueue(self, now: int, rows: int) -> None:
+        """Give one step to the stream: from x[now], m[now] and the rows at an address to x[1 − now], m[1 − now], x0.
+
+        Raises EngineError when the engine refuses.
+        """
+
+    def close(self) -> None: ...
+
+
+MakeRunner = Callable[[Buffers, cuda.Stream], Runner]
+
+
+class DeviceLanes(Closing):
+    """See protocol.Lanes. Owns its stream, its buffers and the runner that `make` returns.
+
+    `batch` lanes for the caller; `width` ≥ batch for the engine, where its profiles begin higher: the rest stay idle.
+    Raises EngineError, with everything released, when the device's memory does not suffice.
+    """
+
+    def __init__(
+        self,
+        device: cuda.Device,
+        bundle: Bundle,
+        graph: StepGraph,
+        shape: tuple[int, int, int],
+        batch: int,
+        width: int,
+        make: MakeRunner,
+        chunk: int = CHUNK,
+    ):
+        self.batch, self.shape, self.graph = batch, shape, graph
+        self.capturing = True  # until a capture fails
+        self._whole = True  # False while steps are given to the stream, and for good where that failed
+        self._device, self._columns, self._width, self._chunk = device, graph.columns, width, chunk
+        self._at = {name: i for i, name in enumerate(graph.columns)}
+        self._size = int(np.prod(shape))
+        device.use()
+        with ExitStack() as stack:
+            self._allocate(stack, bundle, make)
+            self._open = stack.pop_all()
+
+    def _allocate(self, stack: ExitStack, bundle: Bundle, make: MakeRunner) -> None:
+        width, image = self._width, 4 * self._width * self._size
+
+        self._stream = cuda.Stream(self._device)
+        stack.callback(self._stream.close)
+
+        def memory(size: int) -> int:
+            made = cuda.Memory(size, f"a batch of {width}")
+            stack.callback(made.close)
+            self._stream.zero(made.pointer, size)
+            return made.pointer
+
+        inputs = bundle.inputs(self.graph)
+        sizes: dict[Kind, int] = {"image": image, "label": 8 * width}
+        fixed = {name: memory(sizes[kind]) for name, kind in inputs.items() if name not in MOVING}
+        self._state = Buffers(
+            width,
+            self.shape,
+            len(self._columns),
+            inputs,
+            (memory(image), memory(image)),
+            (memory(image), memory(image)),
+            memory(image),
+            fixed,
+        )
+        self._noises = {name: made for name, made in NOISES.items() if name in inputs}
+        self._seeds, self._indices = memory(8 * width), memory(4 * width)
+        self._broken = memory(8 * width)  # step [width] int32, then t [width] float32
+        self._row_bytes = -(-4 * width * (len(self._columns) + 1) // ALIGNMENT) * ALIGNMENT  # a step's rows and numbers
+        self._slots = memory(self._chunk * self._row_bytes)  # where captured graphs find their rows
+        self._table = cuda.Table(self._stream, f"a batch of {width}")
+        stack.callback(self._table.close)
+        self._images: dict[str, Images] = {}  # what was read since the state last changed
+        self._landing = cuda.Pinned(image + 8 * width)
+        stack.callback(self._landing.close)
+        self._graphs: OrderedDict[tuple[int, ...], cuda.CudaGraph] = OrderedDict()
+        stack.callback(self._drop_graphs)
+        self._pending: dict[int, Sample] = {}  # written, not yet on the device
+        self._samples = [Sample() for _ in range(width)]
+        self._masked = np.zeros(self.batch, np.bool_)
+        self._steps = np.zeros(width, np.int32)
+        self._runner = make(self._state, self._stream)
+        stack.callback(self._runner.close)
+        stack.callback(self._stream.synchronize)  # the first to run at the end: nothing is freed in use
+        # The engine sets itself up in its first run, which must not happen in a capture.
+        rows = self._table.upload(self._idle(1))
+        for now in (0, 1):
+            self._runner.enqueue(now, rows)
+        self._stream.synchronize()
+
+    def write(self, index: int, sample: Sample) -> None:
+        check_lane(index, self.batch)
+        check_sample(sample, self.shape, self.graph)
+        given = ((name, getattr(sample, name)) for name in ("init", "known", "mask"))
+        kept: dict[str, Any] = {name: np.array(image, np.float32) for name, image in given if image is not None}
+        self._pending[index] = replace(sample, **kept)  # the caller's may change
+        self._masked[index] = sample.mask is not None
+        self._samples[index] = sample
+        self._steps[index] = 0
+        self._images.clear()
+
+    def advance(self, rows: Rows) -> None:
+        check_rows(rows, self.batch, len(self._columns))
+        self._check_whole()
+        self._device.use()
+        self._begin()
+        self._images.clear()
+        self._whole = False
+        most = max(1, TABLE_BYTES // self._row_bytes)
+        for first in range(0, len(rows), most):
+            part = rows[first : first + most]
+            table = self._table_of(part)
+            cells, at = self._cells(table), self._table.upload(table)
+            noisy = [(cells[:, :, self._at[column]] != 0).any(axis=1) for _, column in self._noises.values()]
+            for i in range(0, len(part), self._chunk):
+                count = min(self._chunk, len(part) - i)
+                self._run(at + i * self._row_bytes, count, *(bool(steps[i : i + count].any()) for steps in noisy))
+        self._whole = True
+
+    def wait(self) -> None:
+        self._device.use()
+        self._stream.synchronize()
+
+    def read(self, index: int, what: Literal["x", "x0"] = "x") -> Images:
+        check_lane(index, self.batch)
+        self._check_whole()
+        self._device.use()
+        self._begin()
+        if what not in self._images:
+            self._fetch(what)
+        step, t = self._flags[0].view(np.int32)[index], self._flags[1][index]
+        if step:
+            raise NotFiniteError(not_finite(index, self._samples[index], int(step), float(t)))
+        return self._images[what][index].copy()  # type: ignore[no-any-return]
+
+    def time_steps(self, steps: int) -> float:
+        """Milliseconds a step of the engine alone, idle rows, on the device's clock.
+
+        What the lanes hold is kept, but where a mask is 1, x becomes what is known: idle rows do that.
+        """
+        self._device.use()
+        self._begin()
+        table = self._table.upload(self._idle(1))
+        begin, end = cuda.Event(timing=True), cuda.Event(timing=True)
+        steps += steps % 2  # back to x[0]
+        try:
+            for event in (None, begin):  # the first round warms up
+                if event:
+                    event.record(self._stream)
+                for i in range(steps):
+                    self._runner.enqueue(i % 2, table)
+            end.record(self._stream)
+            self._stream.synchronize()
+            return end.since(begin) / steps
+        finally:
+            begin.close()
+            end.close()
+
+    def _check_whole(self) -> None:
+        if not self._whole:
+            raise EngineError("an earlier advance of these lanes failed: what they hold is lost, make new lanes")
+
+    def _fetch(self, what: str) -> None:
+        image = 4 * self._width * self._size
+        self._stream.download(self._landing.array[:image], self._state.x[0] if what == "x" else self._state.x0)
+        self._stream.download(self._landing.array[image:], self._broken)
+        self._stream.synchronize()
+        host = self._landing.array.copy()
+        self._images[what] = host[:image].view(np.float32).reshape(self._width, *self.shape)
+        self._flags = host[image:].view(np.float32).reshape(2, self._width)
+
+    def _begin(self) -> None:
+        """Put what was written into its lanes, all in one launch."""
+        if not self._pending:
+            return
+        begins, images = pack(self._pending)
+        at, s = self._table.upload(begins, *images), self._state
+        own = s.x[0], s.m[0], s.x0, self._seeds, self._indices, self._broken
+        addresses = (*own, *s.optional("label", "target", "known", "mask"), at, at + begins.nbytes)
+        self._stream.launch("begin", len(begins), self._size, *map(_pointer, addresses), _i32(self._size))
+        self._pending = {}
+
+    def _table_of(self, rows: Rows) -> Rows:
+        """Rows for the device, float32 [steps, row_bytes / 4]: each step's rows [width, columns], then its numbers."""
+        table, wide = self._idle(len(rows)), len(self._columns)
+        own = self._cells(table)[:, : self.batch]
+        own[...] = rows
+        if "kb" in self._at:  # where nothing is known, no noise need be drawn for it
+            own[:, ~self._masked, self._at["kb"]] = 0
+        numbers = table[:, self._width * wide : self._width * (wide + 1)].view(np.int32)
+        numbers[...] = self._steps + np.arange(1, len(rows) + 1, dtype=np.int32)[:, None]
+        self._steps += len(rows)
+        return table
+
+    def _cells(self, table: Rows) -> Rows:
+        """The rows of a table, float32 [steps, width, columns], a view."""
+        wide = len(self._columns)
+        return table[:, : self._width * wide].reshape(len(table), self._width, wide)
+
+    def _idle(self, steps: int) -> Rows:
+        table = np.zeros((steps, self._row_bytes // 4), np.float32)
+        table[:, : self._width * len(self._columns)] = np.tile(idle_row(self._columns), self._width)
+        return table
+
+    def _run(self, rows: int, count: int, *noisy: bool) -> None:
+        graph = self._graph(count, *noisy) if self.capturing and self._runner.capturable else None
+        if graph is None:
+            self._enqueue(rows, count, *noisy)
+            return
+        self._stream.copy(self._slots, rows, count * self._row_bytes)
+        self._stream.replay(graph)
+
+    def _graph(self, count: int, *noisy: bool) -> cuda.CudaGraph | None:
+        """The captured graph of `count` steps on the rows in the slots; None once a capture has failed."""
+        key = count, *noisy
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+            return self._graphs[key]
+        try:
+            graph = self._stream.capture(lambda: self._enqueue(self._slots, count, *noisy))
+        except EngineError as error:
+            self.capturing = False
+            log.warning("steps are enqueued one by one, which is slower: CUDA cannot capture them (%s)", error)
+            return None
+        if len(self._graphs) == KEPT_GRAPHS:
+            self._stream.synchronize()  # it may be running
+            self._graphs.popitem(last=False)[1].close()
+        self._graphs[key] = graph
+        return graph
+
+    def _enqueue(self, rows: int, count: int, *noisy: bool) -> None:
+        """Give `count` steps to the stream, from x[0] to x[0]; `noisy` says which of the noises are drawn."""
+        s, wide = self._state, len(self._columns)
+        size, columns = _i32(self._size), _i32(wide)
+        drawn = [(name, *made) for (name, made), wanted in zip(self._noises.items(), noisy, strict=False) if wanted]
+        for i in range(count):
+            now, row = i % 2, rows + i * self._row_bytes
+            for name, number, column in drawn:
+                addresses = (s.fixed[name], row, self._seeds, self._indices)
+                places = (_i32(self._at[column]), _i32(self._at["n"]), ctypes.c_uint32(number))
+                self._stream.launch("noise", s.width, self._size, *map(_pointer, addresses), size, columns, *places)
+            self._runner.enqueue(now, row)
+            checked = (s.x[1 - now], row, row + 4 * s.width * wide, self._broken, self._broken + 4 * s.width)
+            place = _i32(self._at["t"])
+            self._stream.launch("check", s.width, self._size, *map(_pointer, checked), size, columns, place)
+        if count % 2:
+            for state in (s.x, s.m):
+                self._stream.copy(state[0], state[1], 4 * s.width * self._size)
+
+    def _drop_graphs(self) -> None:
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
+
+    def close(self) -> None:
+        """Wait for the stream and release everything. A second call does nothing."""
+        self._device.use()
+        self._open.close()

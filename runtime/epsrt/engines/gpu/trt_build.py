@@ -1,0 +1,257 @@
+"""Build a TensorRT plan from a bundle's step graph. Strongly typed: the graph says every precision."""
+
+from __future__ import annotations
+
+import resource
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from epsrt.bundle import Bundle
+from epsrt.engines.gpu.trt_library import Library, make_logger
+from epsrt.errors import EngineError
+from epsrt.manifest import StepGraph
+
+Profile = tuple[int, int, int]  # least, most likely and largest batch
+OnProgress = Callable[[str, float], object]
+
+COMPATIBLE = ("none", "ampere+", "same-capability")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a plan is built for, beyond the bundle. Raises EngineError for values that no library takes.
+
+    profiles                  one optimisation profile each, (min, opt, max) batch; none: 1 to the bundle's largest
+    level                     optimisation level 0 … 5; None: the library's own default
+    workspace                 MiB that a kernel may use beside the activations; None: all there is
+    hardware_compatible       "ampere+": also for newer GPUs than this, "same-capability": for others of its kind
+    version_compatible        also for later versions of the library
+    refittable, stripped      weights can be replaced; the plan has none, and takes the bundle's when it is opened
+    targets                   compute capabilities to build for, e.g. ("sm_89", "sm_120"), where the library can; none:
+                              the GPU of this machine
+    """
+
+    profiles: tuple[Profile, ...] = ()
+    level: int | None = None
+    workspace: int | None = None
+    hardware_compatible: Literal["none", "ampere+", "same-capability"] = "none"
+    version_compatible: bool = False
+    refittable: bool = False
+    stripped: bool = False
+    targets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for profile in self.profiles:
+            least, likely, most = profile
+            if not 1 <= least <= likely <= most:
+                words = ":".join(map(str, profile))
+                raise EngineError(f"batch profile {words} does not ascend from 1: give min:opt:max, e.g. 1:8:64")
+        if self.level is not None and not 0 <= self.level <= 5:
+            raise EngineError(f"optimisation level {self.level} is outside 0 … 5")
+        if self.workspace is not None and self.workspace < 1:
+            raise EngineError(f"workspace = {self.workspace} MiB: give at least 1, or leave it out")
+        if self.hardware_compatible not in COMPATIBLE:
+            raise EngineError(f"hardware compatibility {self.hardware_compatible!r}: use {', '.join(COMPATIBLE)}")
+
+    def of(self, bundle: Bundle) -> tuple[Profile, ...]:
+        """The profiles for a bundle. Raises EngineError where one exceeds its largest batch."""
+        most = bundle.manifest.max_batch
+        for profile in self.profiles:
+            if profile[2] > most:
+                words = ":".join(map(str, profile))
+                raise EngineError(
+                    f"batch profile {words} exceeds {most}, the largest batch of {bundle.path.name}: lower it, or "
+                    f"export the bundle with --max-batch {profile[2]}"
+                )
+        return self.profiles or ((1, min(8, most), most),)
+
+
+def build_command(bundle: Path, engine: str, graph: StepGraph) -> str:
+    """What to type to have a graph of the bundle at a path built."""
+    features = ["--features", graph.stem.replace("-", ",")] if graph.stem else []
+    return shlex.join(["epsrt", "build", str(bundle), "--engine", engine, "--precision", graph.precision, *features])
+
+
+@dataclass(frozen=True)
+class Built:
+    """A plan, and what building it was like."""
+
+    plan: bytes
+    layers: int  # of the parsed network
+    seconds: float
+    peak_memory: int  # bytes of host memory that the process has held at most
+    timing: bytes = field(default=b"", repr=False)  # a timing cache, where the library keeps one
+
+
+def build(
+    library: Library,
+    bundle: Bundle,
+    graph: StepGraph,
+    options: BuildOptions,
+    timing: bytes = b"",
+    on_progress: OnProgress | None = None,
+) -> Built:
+    """Build `graph` of a bundle. `on_progress(phase, fraction)` comes from TensorRT's own monitor, and may raise: the
+    build then ends early with that exception. `timing` is an earlier build's timing cache, for speed.
+
+    Needs the GPU where the library measures. Raises EngineError with the library's words where it refuses.
+    """
+    trt, begin = library.module, time.perf_counter()
+    logger = make_logger(trt)
+    builder = trt.Builder(logger)
+    network = _parse(library, builder, logger, bundle, graph)
+    config = _config(library, builder, options, graph.precision)
+    for least, likely, most in options.of(bundle):
+        profile = builder.create_optimization_profile()
+        for i in range(network.num_inputs):
+            tensor = network.get_input(i)
+            small, usual, large = _extents(bundle, tuple(tensor.shape)[1:])
+            profile.set_shape(tensor.name, (least, *small), (likely, *usual), (most, *large))
+        if config.add_optimization_profile(profile) < 0:
+            raise EngineError(f"{library} refuses batches {least}:{likely}:{most}: {logger.told()}")
+    cache = None
+    if library.measures:
+        cache = config.create_timing_cache(timing)
+        config.set_timing_cache(cache, False)
+    monitor = _monitor(trt, on_progress)
+    config.progress_monitor = monitor
+    layers = network.num_layers  # now: the build takes the network apart
+    plan = builder.build_serialized_network(network, config)
+    if monitor.interrupted is not None:
+        raise monitor.interrupted
+    if plan is None:
+        raise EngineError(f"{library} cannot build {bundle.path / graph.file}: {logger.told()}")
+    timed = b"" if cache is None else bytes(cache.serialize())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return Built(bytes(plan), layers, time.perf_counter() - begin, peak, timed)
+
+
+def _extents(bundle: Bundle, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The least, likely and largest extents of an input beside its batch: what is free in it is height and width."""
+    m = bundle.manifest
+    if m.sizes is None or len(shape) != len(m.shape):
+        return shape, shape, shape
+    channels, least, most = shape[0], m.sizes.multiple, m.sizes.largest
+    return (channels, least, least), m.shape, (channels, most, most)
+
+
+def describe(library: Library, bundle: Bundle, graph: StepGraph) -> list[dict[str, Any]]:
+    """The parsed network, a layer each: name, type, and each output's name, type and shape. Needs no GPU."""
+    logger = make_logger(library.module)
+    builder = library.module.Builder(logger)
+    network = _parse(library, builder, logger, bundle, graph)
+    layers = []
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        outputs = [layer.get_output(k) for k in range(layer.num_outputs)]
+        layers.append(
+            {
+                "name": layer.name,
+                "type": _name(layer.type),
+                "outputs": [{"name": t.name, "type": _name(t.dtype), "shape": list(t.shape)} for t in outputs],
+            }
+        )
+    return layers
+
+
+def _parse(library: Library, builder: Any, logger: Any, bundle: Bundle, graph: StepGraph) -> Any:
+    trt, file = library.module, bundle.path / graph.file
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(file)):
+        reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)) or logger.told()
+        raise EngineError(f"{library} cannot parse {file}: {reasons}")
+    return network
+
+
+def _config(library: Library, builder: Any, options: BuildOptions, precision: str) -> Any:
+    trt, config = library.module, builder.create_builder_config()
+    config.max_aux_streams = 0  # one stream: what the lanes capture
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if options.level is not None:
+        config.builder_optimization_level = options.level
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
+    if precision == "fp32":
+        config.clear_flag(trt.BuilderFlag.TF32)  # FP32 is a claim that the parity ladder checks
+    levels = trt.HardwareCompatibilityLevel
+    if options.hardware_compatible != "none":
+        ampere = options.hardware_compatible == "ampere+"
+        config.hardware_compatibility_level = levels.AMPERE_PLUS if ampere else levels.SAME_COMPUTE_CAPABILITY
+    flags = {
+        trt.BuilderFlag.VERSION_COMPATIBLE: options.version_compatible,
+        trt.BuilderFlag.REFIT: options.refittable,
+        trt.BuilderFlag.STRIP_PLAN: options.stripped,
+    }
+    for flag, wanted in flags.items():
+        if wanted:
+            config.set_flag(flag)
+    if options.targets:
+        if not library.targets:
+            raise EngineError(f"{library.engine} builds for this GPU alone: leave --target out, or take tensorrt-rtx")
+        config.num_compute_capabilities = len(options.targets)
+        for i, target in enumerate(options.targets):
+            config.set_compute_capability(_capability(library, target), i)
+    return config
+
+
+def _capability(library: Library, target: str) -> Any:
+    known = library.module.ComputeCapability
+    name = target.upper().replace("_", "")
+    names = [n for n in dir(known) if n.startswith("SM")]
+    if name not in names:
+        have = ", ".join(n.lower() for n in sorted(names, key=lambda n: int(n[2:])))
+        raise EngineError(f"{library} has no target {target}: use one of {have}")
+    return getattr(known, name)
+
+
+def _monitor(trt: Any, on_progress: OnProgress | None) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Tells how far the outermost phase is, its inner phases counted as parts of its steps."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.interrupted: BaseException | None = None
+            self.phases: dict[str, tuple[str | None, int, int]] = {}  # name -> parent, steps, steps done
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.phases[phase_name] = (parent_phase, max(num_steps, 1), 0)
+            self.tell(phase_name)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self.phases:
+                parent, steps, _ = self.phases[phase_name]
+                self.phases[phase_name] = (parent, steps, min(step + 1, steps))
+                self.tell(phase_name)
+            return self.interrupted is None  # False ends the build
+
+        def phase_finish(self, phase_name: str) -> None:
+            parent, steps, _ = self.phases.get(phase_name, (None, 1, 0))
+            self.phases[phase_name] = (parent, steps, steps)
+            self.tell(phase_name)
+            self.phases.pop(phase_name)
+
+        def tell(self, name: str) -> None:
+            share = 0.0
+            while name in self.phases:
+                parent, steps, done = self.phases[name]
+                share = min(1.0, (done + share * (done < steps)) / steps)
+                root = name
+                if parent not in self.phases:
+                    break
+                name = parent
+            try:  # an exception, Ctrl-C's too, must not cross the library: it ends the build and is raised after it
+                if on_progress is not None and self.interrupted is None:
+                    on_progress(root, share)
+            except BaseException as error:
+                self.interrupted = error
+
+    return Monitor()
+
+
+def _name(member: Any) -> str:
+    return str(member).rsplit(".", 1)[-1]

@@ -1,0 +1,1 @@
+"""The parity ladder: the golden file, how an engine is measured against it, and the rungs."""

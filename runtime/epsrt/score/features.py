@@ -1,0 +1,218 @@
+"""Features of images, by an ONNX file that the user brings: Inception, or a classifier of their own data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epsrt.errors import InputError, one_line, whole
+
+try:
+    import onnxruntime as ort
+except ImportError as error:
+    raise InputError(
+        f'features come from an ONNX file, which needs onnxruntime ({error}): pip install "epsrt[cpu]"'
+    ) from None
+
+KINDS = ("features", "logits", "probabilities")  # what outputs are, and the names that say so
+RANGE_KEY = "value_range"  # of the file's metadata, "-1,1"
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """features float64 [n, D]; probabilities float64 [n, K], None where the file has no classes."""
+
+    features: NDArray[np.float64]
+    probabilities: NDArray[np.float64] | None
+
+
+class Extractor:
+    """An ONNX file with one image input [N, C, H, W] and an output of features [N, D], on the CPU.
+
+    path         the file; N must be free, H and W may be
+    value_range  what 0 and 255 become at its input, e.g. (-1, 1), (0, 1), (0, 255). None: what the file's metadata
+                 says under "value_range" ("-1,1"); an input of uint8 is given 0 … 255
+    names        which output is what, {"features": …, "logits": …, "probabilities": …}. What is not named is the
+                 output of that very name; a file's only output is its features. Classes are optional, as logits or as
+                 probabilities
+    threads      at most; None: all cores
+
+    `shape` is (C, H, W) and `features` D, as far as the file says them, else None.
+
+    Images are never resized here: how that is done changes the figures, so it belongs into the file. Raises InputError
+    where the file is no ONNX, has other inputs or outputs, or does not say its range.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        value_range: tuple[float, float] | None = None,
+        names: Mapping[str, str] | None = None,
+        threads: int | None = None,
+    ):
+        self.path = Path(path)
+        self._session = _session(self.path, threads)
+        self._input = self._image_input()
+        self.shape: tuple[int | None, ...] = tuple(d if isinstance(d, int) else None for d in self._input.shape[1:])
+        self._bytes = self._input.type == "tensor(uint8)"
+        self.value_range = self._range(value_range)
+        self._outputs = self._named(dict(names or {}))
+        wide = next(o for o in self._session.get_outputs() if o.name == self._outputs["features"]).shape[1]
+        self.features: int | None = wide if isinstance(wide, int) else None
+
+    def __call__(
+        self,
+        images: NDArray[np.uint8],
+        batch: int = BATCH,
+        on_batch: Callable[[int, int], object] = lambda done, total: None,
+    ) -> Extracted:
+        """Of uint8 [n, H, W, C], `batch` at a time; on_batch(done, total) hears of each."""
+        self.check(images)
+        if whole("batch", batch) < 1:
+            raise InputError(f"batch = {batch}: give at least 1")
+        found: dict[str, list[NDArray[Any]]] = {kind: [] for kind in self._outputs}
+        for first in range(0, len(images), batch):
+            part = images[first : first + batch]
+            try:
+                out = self._session.run(list(self._outputs.values()), {self._input.name: self._scaled(part)})
+            except Exception as error:  # onnxruntime's exceptions share no public base class
+                raise InputError(
+                    f"{self.path} fails on {len(part)} images ({one_line(error)}): export it anew"
+                ) from None
+            for kind, values in zip(self._outputs, out, strict=True):
+                if values.ndim != 2 or len(values) != len(part):
+                    raise InputError(
+                        f"{self.path}: its {kind} of {len(part)} images are {list(values.shape)}, not "
+                        f"[{len(part)}, {'D' if kind == 'features' else 'K'}]: flatten them, and leave the batch free"
+                    )
+                bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+                if len(bad):
+                    raise InputError(f"{self.path} gives NaN or infinity in the {kind} of image {first + bad[0]}")
+                found[kind].append(values)
+            on_batch(first + len(part), len(images))
+        joined = {kind: np.concatenate(parts).astype(np.float64) for kind, parts in found.items()}
+        probabilities = joined.get("probabilities")
+        if "logits" in joined:
+            probabilities = _softmax(joined["logits"])
+        return Extracted(joined["features"], probabilities)
+
+    def _scaled(self, images: NDArray[np.uint8]) -> NDArray[Any]:
+        planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        if self._bytes:
+            return planes
+        low, high = self.value_range
+        return planes.astype(np.float32) * np.float32((high - low) / 255) + np.float32(low)
+
+    def check(self, images: NDArray[np.uint8]) -> None:
+        """Raise InputError unless it takes these images."""
+        if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
+            raise InputError(f"features are of uint8 images [n, H, W, C], not {images.dtype} {list(images.shape)}")
+        height, width, channels = images.shape[1:]
+        want_channels, want_height, want_width = self.shape
+        if want_channels not in (None, channels):
+            raise InputError(
+                f"{self.path} takes images of {want_channels} channels, these have {channels}: bring an extractor of "
+                f"{channels}"
+            )
+        if want_height not in (None, height) or want_width not in (None, width):
+            raise InputError(
+                f"{self.path} takes images of {want_height or 'any'} × {want_width or 'any'}, these are "
+                f"{height} × {width}: bring an extractor of that size, or one that resizes them itself"
+            )
+
+    def _image_input(self) -> Any:
+        inputs = self._session.get_inputs()
+        words = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs) or "none"
+        fits = len(inputs) == 1 and len(inputs[0].shape) == 4 and inputs[0].type in ("tensor(float)", "tensor(uint8)")
+        if not fits:
+            raise InputError(f"{self.path} has the inputs {words}: an extractor has one, float32 or uint8 [N, C, H, W]")
+        if isinstance(inputs[0].shape[0], int):
+            raise InputError(f"{self.path} takes batches of {inputs[0].shape[0]} only: export it with a free batch")
+        return inputs[0]
+
+    def _range(self, given: tuple[float, float] | None) -> tuple[float, float]:
+        told = self._session.get_modelmeta().custom_metadata_map.get(RANGE_KEY)
+        if self._bytes:
+            if given not in (None, (0, 255)):
+                raise InputError(f"{self.path} takes uint8, 0 … 255: leave the range out")
+            return 0.0, 255.0
+        if given is None and told is None:
+            raise InputError(
+                f"{self.path} does not say what range its images have: give it, 0,1 or -1,1 or 0,255, or write it into "
+                f'the file\'s metadata as "{RANGE_KEY}"'
+            )
+        return range_of(told or "") if given is None else check_range(given)
+
+    def _named(self, names: dict[str, str]) -> dict[str, str]:
+        """kind -> output."""
+        have = {o.name: o for o in self._session.get_outputs()}
+        for kind, name in names.items():
+            if kind not in KINDS:
+                raise InputError(f"names say what {kind!r} is: they are of {', '.join(KINDS)}")
+            if name not in have:
+                raise InputError(f"{self.path} has no output {name!r} for its {kind}: it has {', '.join(have)}")
+        found = {kind: names.get(kind, kind) for kind in KINDS if names.get(kind, kind) in have}
+        if "features" not in found and len(have) == 1:
+            found = {"features": next(iter(have))}
+        if "features" not in found:
+            raise InputError(
+                f"{self.path} has the outputs {', '.join(have)}, and none is called features: say which is, "
+                "features=NAME"
+            )
+        if "logits" in found and "probabilities" in found:
+            del found["logits" if "probabilities" in names else "probabilities"]
+        for kind, name in found.items():
+            if len(have[name].shape) != 2 or have[name].type not in (
+                "tensor(float)",
+                "tensor(double)",
+                "tensor(float16)",
+            ):
+                raise InputError(
+                    f"{self.path}: its {kind} {name} are {have[name].type} {have[name].shape}, not floats [N, "
+                    f"{'D' if kind == 'features' else 'K'}]: flatten them"
+                )
+        return found
+
+
+def range_of(text: str) -> tuple[float, float]:
+    """(low, high) of "-1,1"."""
+    try:
+        low, high = (float(word) for word in text.split(","))
+    except ValueError:
+        raise InputError(f"range {text!r} is not two numbers, LOW,HIGH: such as 0,1 or -1,1 or 0,255") from None
+    return check_range((low, high))
+
+
+def check_range(given: tuple[float, float]) -> tuple[float, float]:
+    low, high = given
+    if not (np.isfinite(low) and np.isfinite(high) and low < high):
+        raise InputError(f"range {low:g},{high:g} does not ascend: it is what black and white become, such as 0,1")
+    return float(low), float(high)
+
+
+def _session(path: Path, threads: int | None) -> Any:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: give an ONNX file, images [N, C, H, W] to features [N, D]")
+    if threads is not None and threads < 1:
+        raise InputError(f"threads = {threads}: give at least 1, or leave it out for all cores")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors come as exceptions
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no public base class
+        raise InputError(f"{path} is no ONNX file that onnxruntime can run ({one_line(error)})") from None
+
+
+def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares: NDArray[np.float64] = shifted / shifted.sum(axis=1, keepdims=True)
+    return shares
