@@ -21,7 +21,6 @@ from common import CACHE, median_ratio, write
 from epsrt import Bundle, Lanes, Plan, Sample, open_engine
 from epsrt.files import whole_directory
 from epsrt.manifest import Manifest
-from epsrt.prepare import plan_of
 
 PRESET, BATCH, STEPS = "ddpm-cifar10", 8, 4
 FOLDER = CACHE / "guided"
@@ -91,7 +90,7 @@ def main() -> None:
             engine = engines[features]
             lanes = stack.enter_context(engine.lanes(batch))
             begin(lanes, "mask" in features, bundle.manifest.shape)
-            work[name] = lanes, rows_of(plan_of(bundle.manifest, method, STEPS), engine.columns, batch)
+            work[name] = lanes, rows_of(bundle.plan(method, STEPS), engine.columns, batch)
         for round_ in range(rounds + 1):  # the first warms up
             for name, (lanes, rows) in work.items():
                 start = time.perf_counter()

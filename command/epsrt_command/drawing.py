@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from epsrt.bundle import Bundle
 from epsrt.engines import open_engine
-from epsrt.prepare import Request, Work, prepare
+from epsrt.prepare import Work, prepare
+from epsrt.request import Request
 from epsrt.sampler import Sampler
+from epsrt.types import Float32
 from epsrt_command import show
 from epsrt_command.trajectory import Trajectory
 
-Images = NDArray[np.float32]
 ON_GPU = 10  # steps between two looks at a GPU, at least: it takes them in chunks
 
 
 def checked(bundle: Bundle, asked: dict[str, Any]) -> Work:
     """What Sampler.sample would do with the arguments. Raises InputError, long before an engine is built for it."""
-    own = {f.name for f in fields(Request)}  # the others are the method's and the spacing's
-    options = {name: value for name, value in asked.items() if name not in own}
-    work = prepare(bundle, Request(options=options, **{name: asked[name] for name in asked.keys() & own}))
+    work = prepare(bundle, Request(**asked))
     bundle.graph(bundle.manifest.graphs[0].precision, work.features)
     return work
 
@@ -45,11 +42,11 @@ def sampler_of(
             trust_engines=trust_engines,
             on_progress=tell,
         )
-    with Sampler(running) as sampler:
+    with running, Sampler(running) as sampler:
         yield sampler
 
 
-def draw(sampler: Sampler, asked: dict[str, Any], work: Work, batch: int | None, film: Trajectory | None) -> Images:
+def draw(sampler: Sampler, asked: dict[str, Any], work: Work, batch: int | None, film: Trajectory | None) -> Float32:
     """The samples, with a bar on stderr while they form, and their x0 estimates for the film."""
     rows = len(work.plan)
     with show.progress() as tell:

@@ -18,11 +18,10 @@ from PIL import Image, ImageOps
 
 from epsrt.bundle import Bundle
 from epsrt.editing import canvas
-from epsrt.engine import image_shape
 from epsrt.errors import EpsrtError, InputError
 from epsrt.images import from_images, images_of, mask_of
+from epsrt.types import Float32, UInt8
 
-Images = NDArray[np.float32]
 Size = tuple[int, int]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # what else Pillow reads, it may run programs for
@@ -33,7 +32,7 @@ _SILENT = logging.NullHandler()
 MOST_BYTES = 8 << 30  # of an array in a file
 
 
-def images(path: Path, bundle: Bundle, size: Size | None = None, smaller: bool = False) -> Images:
+def images(path: Path, bundle: Bundle, size: Size | None = None, smaller: bool = False) -> Float32:
     """float32 [n, C, H, W] in the bundle's value range, of an .npz of samples, a picture, or a folder of them.
 
     size     height and width that they must have, or with `smaller` may not exceed; None: any that the bundle takes
@@ -54,7 +53,7 @@ def images(path: Path, bundle: Bundle, size: Size | None = None, smaller: bool =
     return from_images(stacked(picture_files(path), pictures), m.value_range)
 
 
-def latents(path: Path, bundle: Bundle, size: Size | None = None) -> tuple[Images, list[int] | None]:
+def latents(path: Path, bundle: Bundle, size: Size | None = None) -> tuple[Float32, list[int] | None]:
     """float32 [n, C, H, W] of an .npz, and its labels where it has any that are not all the null label."""
     if path.suffix.lower() != ".npz" or path.is_dir():
         raise InputError(f"{path} holds no latents: give the .npz that epsrt invert, or epsrt sample, wrote")
@@ -79,7 +78,7 @@ def labels_in(path: Path, bundle: Bundle, count: int) -> list[int] | None:
 
 def masked(
     known: Path | None, mask: str | None, at: Size | None, size: Size | None, bundle: Bundle
-) -> tuple[Images | None, NDArray[Any] | None]:
+) -> tuple[Float32 | None, NDArray[Any] | None]:
     """`known` and `mask` of Sampler.sample; where `at` says where the known images lie, on a canvas of `size`."""
     if known is None:
         for option, value in (("--mask", mask), ("--at", at)):
@@ -93,7 +92,7 @@ def masked(
             )
         whole = images(known, bundle, size)
         return whole, _mask(mask, bundle, whole.shape[2:])
-    height, width = image_shape(bundle, size)[1:]
+    height, width = bundle.image_shape(size)[1:]
     small = images(known, bundle, (height, width), smaller=True)
     try:
         placed, lies = canvas(small, (height, width), at)
@@ -129,7 +128,7 @@ def _mask(text: str, bundle: Bundle, size: tuple[int, ...]) -> NDArray[Any]:
     return found
 
 
-def _region(text: str, ends: tuple[str, ...], size: tuple[int, ...]) -> NDArray[np.float32]:
+def _region(text: str, ends: tuple[str, ...], size: tuple[int, ...]) -> Float32:
     kept = np.zeros(size, np.float32)
     for i, end in enumerate(ends):
         if end == "-" or (end and abs(int(end)) > size[i // 2]):
@@ -180,7 +179,7 @@ def picture_files(path: Path) -> list[Path]:
     return found
 
 
-def picture_of(path: Path, mode: str, bundle: Bundle | None, size: Size | None, smaller: bool) -> NDArray[np.uint8]:
+def picture_of(path: Path, mode: str, bundle: Bundle | None, size: Size | None, smaller: bool) -> UInt8:
     """uint8 [H, W, C]; the bundle is asked for a size where none is given.
 
     What is wrong is found before its pixels are unpacked, where the header tells.
@@ -206,7 +205,7 @@ def picture_of(path: Path, mode: str, bundle: Bundle | None, size: Size | None, 
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def stacked(files: list[Path], pictures: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+def stacked(files: list[Path], pictures: list[UInt8]) -> UInt8:
     for file, picture in zip(files, pictures, strict=True):
         if picture.shape != pictures[0].shape:
             (h, w), (height, width) = picture.shape[:2], pictures[0].shape[:2]
@@ -229,7 +228,7 @@ def _check_size(path: Path, found: tuple[int, ...], bundle: Bundle | None, size:
     if size is None:
         assert bundle is not None
         try:
-            image_shape(bundle, (h, w))
+            bundle.image_shape((h, w))
         except EpsrtError as error:
             raise InputError(f"{path}: {error}") from None
     elif smaller and not (0 < h <= size[0] and 0 < w <= size[1]):

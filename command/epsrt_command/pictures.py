@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from epsrt.errors import InputError
 from epsrt.files import whole_directory, whole_file
+from epsrt.types import Float32, UInt8
 
 KINDS = {".png": ".png (a grid)", ".npz": ".npz", "": "none (a folder of PNGs)", ".gif": ".gif (animated)"}
 FRAME = 0.1  # seconds
@@ -46,7 +46,7 @@ def check_writable(path: Path, option: str = "--out") -> None:
         raise InputError(f"{option} {path}: {there} cannot be written to")
 
 
-def save(path: Path, samples: NDArray[np.float32], images: NDArray[np.uint8], **more: Any) -> None:
+def save(path: Path, samples: Float32, images: UInt8, **more: Any) -> None:
     """Write by suffix. `samples` float32 [n, C, H, W] and `more` go to .npz; `images` uint8 [n, H, W, C] to PNGs."""
     match path.suffix.lower():
         case ".npz":
@@ -60,7 +60,7 @@ def save(path: Path, samples: NDArray[np.float32], images: NDArray[np.uint8], **
                     picture(image).save(beside / f"{i:0{len(str(len(images) - 1))}d}.png")
 
 
-def save_grid(path: Path, images: NDArray[np.uint8], columns: int | None = None) -> None:
+def save_grid(path: Path, images: UInt8, columns: int | None = None) -> None:
     """Write a grid of images as a PNG."""
     with whole_file(path) as beside:
         grid(images, columns).save(beside)
@@ -83,12 +83,12 @@ def _flat(frame: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", frame.size, "white"), frame).convert("RGB")
 
 
-def picture(image: NDArray[np.uint8]) -> Image.Image:
+def picture(image: UInt8) -> Image.Image:
     """One image uint8 [H, W, C] at its own size."""
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def grid(images: NDArray[np.uint8], columns: int | None = None) -> Image.Image:
+def grid(images: UInt8, columns: int | None = None) -> Image.Image:
     """[n, H, W, C] in rows of `columns` (default: ten at most, else about square), small ones magnified."""
     n, height, width, _ = images.shape
     columns = columns or (n if n <= 10 else max(10, math.ceil(math.sqrt(n))))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from epsrt.errors import InputError
+from epsrt.types import UInt8
 from epsrt_command import pictures
 
 COLUMNS, FRAMES = 10, 50  # about, at most
@@ -28,10 +28,10 @@ class Trajectory:
             raise InputError(f"--trajectory shows {MOST} images at most, and {n} are asked for: draw fewer, or without")
         self.path, self.strip = path, path.suffix.lower() == ".png"
         self.every = max(1, round(rows / COLUMNS)) if self.strip else -(-rows // FRAMES)
-        self._columns: list[NDArray[np.uint8]] = []
+        self._columns: list[UInt8] = []
         self._frames: list[Image.Image] = []
 
-    def add(self, images: NDArray[np.uint8]) -> None:
+    def add(self, images: UInt8) -> None:
         """uint8 [n, H, W, C]."""
         if self.strip:
             self._columns.append(images)

@@ -23,12 +23,10 @@ from torch import Tensor, nn
 from epsrt import noise
 from epsrt.errors import InputError, NotFiniteError
 from epsrt.schedule import Schedule
+from epsrt.types import Float32, Float64, Int64, OnStep
 from epsrt_export.decoder import log_likelihood, pixels
 from epsrt_trainer.checkpoint import Checkpoint, load_checkpoint
 from epsrt_trainer.diffusion import PREDICTIONS, Prediction, predicted_x0
-
-Array = NDArray[np.float64]
-OnStep = Callable[[int, int], object]
 
 VARIANCES = ("fixed_small", "fixed_large")
 
@@ -54,10 +52,10 @@ class Bound:
     """
 
     T: int
-    t: NDArray[np.int64]
-    prior: Array
-    terms: NDArray[np.float32]
-    mse: Array
+    t: Int64
+    prior: Float64
+    terms: Float32
+    mse: Float64
     levels: int
 
     @property
@@ -78,7 +76,7 @@ class Bound:
         return _estimate(self.terms[0])
 
     @property
-    def curve(self) -> tuple[Array, Array]:
+    def curve(self) -> tuple[Float64, Float64]:
         """(mean, standard error) of each term, [K] each."""
         each = [_estimate(row) for row in self.terms]
         return np.array([e.mean for e in each]), np.array([e.error for e in each])
@@ -94,7 +92,7 @@ class Bound:
         parts = np.array_split(np.arange(1, self.T), min(count, self.T - 1)) if self.T > 1 else []
         return [(int(p[0]), int(p[-1]), self.between(int(p[0]), int(p[-1]))) for p in parts]
 
-    def _weights(self, first: int, last: int) -> Array:
+    def _weights(self, first: int, last: int) -> Float64:
         """What each evaluated term counts in the sum over t = first … last; float64 [K].
 
         Terms that were left out are interpolated as a/t + b between their neighbours: L_{t−1} is ½(SNR_{t−1} − SNR_t)
@@ -249,7 +247,7 @@ def network_bound(
     return Bound(schedule.T, ts, prior.numpy(), terms, mse, levels)
 
 
-def spread(T: int, count: int) -> NDArray[np.int64]:
+def spread(T: int, count: int) -> Int64:
     """`count` timesteps of T, ascending: 0, then evenly in √t from 1 to T−1, moved up where two would coincide."""
     least = min(3, T)
     if isinstance(count, bool) or not isinstance(count, int | np.integer) or not least <= count <= T:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -38,8 +38,8 @@ from epsrt.manifest import (
     render,
 )
 from epsrt.manifest import digest as digest_of
-from epsrt.prepare import plan_of
 from epsrt.schedule import Schedule
+from epsrt.types import OnProgress
 from epsrt.verify import verify_all
 from epsrt_export import golden, parity
 from epsrt_export.families import checkpoint as own
@@ -51,8 +51,6 @@ from epsrt_export.stepgraph import check_network, check_sizes
 from epsrt_trainer.checkpoint import Checkpoint
 
 PRECISIONS = (*DTYPES, "int8")
-
-OnStage = Callable[[str, float], object]
 
 
 def export(
@@ -66,7 +64,7 @@ def export(
     precisions: Sequence[str] = ("fp32", "fp16"),
     max_batch: int | None = None,
     opset: int = 21,
-    on_stage: OnStage | None = None,
+    on_stage: OnProgress | None = None,
 ) -> Bundle:
     """Turn a source, or an epsrt checkpoint (by its path, or loaded), into the bundle `out`.
 
@@ -105,7 +103,7 @@ def export(
     judge = None if classifier is None else _classifier(classifier, source)
     gradient = None if judge is None else log_prob_gradient(judge.network, source.shape, judge.classes)
     source = dataclasses.replace(source, sha256=source.weights_sha256)
-    plan_of(manifest_of(source, max_batch, (), others))  # its defaults make a plan
+    Bundle(out, manifest_of(source, max_batch, (), others)).plan()  # its defaults make a plan
     variants = variants_of(source.null_label is not None, masked, judge is not None)
     check_network(network, source.shape, source.classes > 0, torch.float32, source.variance is not None)
     if others is not None:
@@ -164,7 +162,7 @@ def export_network(
     precisions: Sequence[str] = ("fp32", "fp16"),
     max_batch: int | None = None,
     opset: int = 21,
-    on_stage: OnStage | None = None,
+    on_stage: OnProgress | None = None,
     **facts: Any,
 ) -> Bundle:
     """Turn any module with forward(x [B, C, H, W], t [B] float32[, label [B] int64]) -> [B, C, H, W] into a bundle.
@@ -278,7 +276,7 @@ def manifest_of(
     )
 
 
-def _measure(bundle: Bundle, precision: str, tell: OnStage) -> list[Rung]:
+def _measure(bundle: Bundle, precision: str, tell: OnProgress) -> list[Rung]:
     engine = open_engine(bundle, "onnxruntime", precision=precision)
     try:
         rungs = verify_all(engine, lambda name, fraction: tell(f"parity {precision} {name}", fraction))

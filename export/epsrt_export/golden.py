@@ -31,11 +31,10 @@ from epsrt.manifest import Manifest, Sizes, step_columns
 from epsrt.plan import STEP_COLUMNS, Plan
 from epsrt.schedule import Schedule
 from epsrt.timesteps import spaced
+from epsrt.types import Arrays, Float32, Int64, OnProgress
 from epsrt_trainer.sample import ddim_loop, ddpm_loop, network_input, threshold
 
-Arrays = dict[str, NDArray[Any]]
 Call = Callable[..., torch.Tensor]
-OnProgress = Callable[[str, float], object]
 
 IMAGES = 4
 STATES = 25
@@ -68,13 +67,7 @@ def record(network: nn.Module, manifest: Manifest, tell: OnProgress, classifier:
     label = np.resize(np.array(cycle, np.int64), images)
 
     def run(
-        name: str,
-        loop: Any,
-        ts: list[float],
-        plan: Plan,
-        init: NDArray[np.float32] | None = None,
-        call: Call = call,
-        **more: Any,
+        name: str, loop: Any, ts: list[float], plan: Plan, init: Float32 | None = None, call: Call = call, **more: Any
     ) -> Arrays:
         signal, scale = plan.start
         z = noise.normals(SEED, index, noise.START, 0, size).reshape(images, *shape)
@@ -171,14 +164,14 @@ def _named(prefix: str, arrays: Arrays) -> Arrays:
     return {f"{prefix}.{key}": value for key, value in arrays.items()}
 
 
-def _told(schedule: Schedule, ts: NDArray[np.int64], **kind: Any) -> NDArray[np.float32]:
+def _told(schedule: Schedule, ts: Int64, **kind: Any) -> Float32:
     """The timesteps as the network is told them."""
     x = torch.zeros(1)
     levels = zip(ts.tolist(), *schedule.at(ts), strict=True)
     return np.array([float(network_input(x=x, t=x + t, alpha=a, sigma=s, **kind)[1]) for t, a, s in levels], np.float32)
 
 
-def _network(network: Call, ts: NDArray[np.float32], shape: tuple[int, int, int], label: NDArray[np.int64]) -> Arrays:
+def _network(network: Call, ts: Float32, shape: tuple[int, int, int], label: Int64) -> Arrays:
     """The network on N(0, I) at each timestep. (On nearly clean images its output is what is left when large numbers
     cancel: there PyTorch's own FP32 differs from FP64 by 3e-6 on the digits, and no limit could tell more.)"""
     x = noise.normals(SEED, np.arange(len(ts)), noise.FORWARD, 1, int(np.prod(shape))).reshape(-1, *shape)
@@ -197,9 +190,7 @@ def _guided(network: Call, null_label: int, w: float, channels: int) -> Call:
     return call
 
 
-def _gradient(
-    classifier: nn.Module, x: NDArray[np.float32], ts: NDArray[np.float32], target: NDArray[np.int64]
-) -> Arrays:
+def _gradient(classifier: nn.Module, x: Float32, ts: Float32, target: Int64) -> Arrays:
     """∇ log p(target | x), a state at a time."""
     grads = []
     for i in range(len(ts)):
@@ -210,14 +201,7 @@ def _gradient(
     return {"target": target, "gradient": torch.cat(grads).numpy()}
 
 
-def _steps(
-    loop: Call,
-    schedule: Schedule,
-    ts: NDArray[np.int64],
-    rows: NDArray[np.float32],
-    images: NDArray[np.float32],
-    label: NDArray[np.int64],
-) -> Arrays:
+def _steps(loop: Call, schedule: Schedule, ts: Int64, rows: Float32, images: Float32, label: Int64) -> Arrays:
     """Rows of DDPM's whole table, each from a noised image: teacher-forced."""
     index = np.arange(len(ts))
     x0 = np.resize(images, (len(ts), *images.shape[1:]))

@@ -22,7 +22,6 @@ from epsrt import Bundle, Plan
 from epsrt.engines import Engine, Sample, open_engine
 from epsrt.errors import InputError
 from epsrt.manifest import StepGraph
-from epsrt.prepare import plan_of
 from epsrt_export.onnx_graph import WeightsFile
 from epsrt_export.onnx_passes import masked
 
@@ -70,7 +69,7 @@ def calibration(bundle: Bundle) -> tuple[Plan, list[int]]:
     labels = [i % m.classes for i in range(n)] if m.classes else [0] * n
     if m.null_label is not None and n > 1:
         labels[-1] = m.null_label
-    return plan_of(m, "ddim", min(CALIBRATION_STEPS, m.schedule.T)), labels
+    return bundle.plan("ddim", min(CALIBRATION_STEPS, m.schedule.T)), labels
 
 
 class _States(CalibrationDataReader):  # type: ignore[misc]

@@ -9,17 +9,18 @@ from epsrt import noise, solvers, timesteps, verify
 from epsrt.bundle import Bundle
 from epsrt.editing import canvas, resampled, slerp
 from epsrt.engines import Engine, Lanes, Sample, open_engine
-from epsrt.errors import BundleError, EngineError, EpsrtError, NotFiniteError, OutOfMemoryError
+from epsrt.errors import BundleError, EngineError, EpsrtError, InputError, NotFiniteError, OutOfMemoryError
 from epsrt.images import from_images, to_images
 from epsrt.manifest import Manifest, Rung
 from epsrt.plan import COLUMNS, Plan, idle_row
+from epsrt.request import Request
 from epsrt.sampler import Sampler
 from epsrt.schedule import Schedule
-
-__version__ = "0.1.0"
+from epsrt.version import __version__
 
 __all__ = [
-    "COLUMNS", "Bundle", "BundleError", "Engine", "EngineError", "EpsrtError", "Lanes", "Manifest", "NotFiniteError",
-    "OutOfMemoryError", "Plan", "Rung", "Sample", "Sampler", "Schedule", "canvas", "from_images", "idle_row",
-    "noise", "open_engine", "resampled", "slerp", "solvers", "timesteps", "to_images", "verify",
+    "COLUMNS", "Bundle", "BundleError", "Engine", "EngineError", "EpsrtError", "InputError", "Lanes", "Manifest",
+    "NotFiniteError", "OutOfMemoryError", "Plan", "Request", "Rung", "Sample", "Sampler", "Schedule", "__version__",
+    "canvas", "from_images", "idle_row", "noise", "open_engine", "resampled", "slerp", "solvers", "timesteps",
+    "to_images", "verify",
 ]  # fmt: skip

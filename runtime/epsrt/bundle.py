@@ -6,18 +6,18 @@ malice: open bundles only from those whose code you would run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import msgspec
-import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from epsrt.errors import BundleError
+from epsrt import solvers
+from epsrt.errors import BundleError, InputError, is_whole
 from epsrt.files import sha256
 from epsrt.manifest import (
     FEATURES_OF_ALL,
@@ -33,7 +33,10 @@ from epsrt.manifest import (
     digest,
     render,
 )
-from epsrt.plan import FEATURES
+from epsrt.plan import FEATURES, Plan
+from epsrt.solvers import Options
+from epsrt.timesteps import SPACINGS, respaced
+from epsrt.types import Shape
 
 MANIFEST_LIMIT = 64 << 20
 HOW_TO_EXPORT = {"mask": "--masked (masked=True)", "classifier": "--classifier (classifier=)"}
@@ -92,6 +95,69 @@ class Bundle:
             f"{self.path.name} has no step graph with {asked}: export it again with {' and '.join(lacking)}"
         )
 
+    def plan(self, method: str | None = None, steps: int | None = None, **options: Unpack[Options]) -> Plan:
+        """The plan of a method for the bundle's network; arguments and errors as in epsrt.solvers.make.
+
+        What the manifest says is the default: prediction, sigma_data, how the network's owner samples, ddpm's variance
+        where the network learned one, and x0 clipped (but for methods that would not be themselves with it).
+        """
+        m = self.manifest
+        by = m.sampling
+        method = by.method if method is None else method
+        chosen, owners = solvers.options_of(method), solvers.method_of(method) is solvers.method_of(by.method)
+        known: dict[str, Any] = {"prediction": m.prediction, "sigma_data": m.sigma_data}
+        if solvers.method_of(method).clips:
+            known["clip"] = m.clip
+        if m.variance is not None and "variance" in chosen:
+            known["variance"] = m.variance
+        known |= {name: value for name, value in by.options.items() if name in chosen}
+        if "timesteps" not in options and "spacing" not in options:
+            counted = respaced(by.spacing)  # says itself how many steps there are
+            spacing = by.spacing if not counted or (owners and steps is None) else "trailing"
+            steps = by.steps if owners and steps is None else steps
+            known |= {"spacing": spacing}
+            known |= {name: value for name, value in by.options.items() if name in SPACINGS.get(spacing, ())}
+        chosen_options: Options = {**known, **options}  # type: ignore[typeddict-item]
+        return solvers.make(method, m.schedule, steps=steps, **chosen_options)
+
+    def own_scale(self, plan: Plan) -> float:
+        """How many times the network's own x a plan's first row reads: some methods keep x in other units."""
+        if plan.level == (0.0, 1.0):
+            return 1.0
+        m = self.manifest
+        _, sigma = m.schedule.at(m.timesteps(plan["t"][:1]))
+        return float(plan.level[1] / sigma[0])
+
+    def image_shape(self, size: Sequence[int] | None = None) -> Shape:
+        """C, H, W of images of a size (height, width); None: the bundle's own.
+
+        Raises InputError for a size that the bundle's step graphs do not take.
+        """
+        channels, *own = self.manifest.shape
+        sizes = self.manifest.sizes
+        if size is None:
+            return self.manifest.shape
+        try:
+            extents = tuple(size)
+        except TypeError:
+            raise InputError(f"size = {size!r} is not (height, width), two whole numbers of pixels") from None
+        if len(extents) != 2 or not all(map(is_whole, extents)):
+            raise InputError(f"size = {extents} is not (height, width), two whole numbers of pixels")
+        height, width = map(int, extents)
+        if [height, width] == own:
+            return channels, height, width
+        what = f"a size of {height} × {width}"
+        if sizes is None:
+            raise InputError(
+                f"{what} is not {own[0]} × {own[1]}, the one that {self.path.name} has: export it with sizes for others"
+            )
+        if not all(sizes.multiple <= n <= sizes.largest and n % sizes.multiple == 0 for n in (height, width)):
+            raise InputError(
+                f"{what} is none of {self.path.name}: height and width are multiples of {sizes.multiple} up to "
+                f"{sizes.largest}"
+            )
+        return channels, height, width
+
     def has(self, feature: str) -> bool:
         """Whether some step graph has a feature of epsrt.plan.FEATURES."""
         return any(feature in g.features for g in self.manifest.graphs)
@@ -127,34 +193,30 @@ class Bundle:
         return self.manifest.classes > 0
 
     def label_of(self, label: int | None) -> int:
-        """The network's label for a request: None is the null label. Raises BundleError where none fits."""
+        """The network's label for a request: None is the null label. Raises InputError where none fits."""
         m = self.manifest
         if not self.labelled:
             if label is not None:
-                raise BundleError(f"label {label} was given, but {self.path.name} is unconditional: leave labels out")
+                raise InputError(f"label {label} was given, but {self.path.name} is unconditional: leave labels out")
             return 0
         if label is None:
             if m.null_label is None:
-                raise BundleError(f"{self.path.name} needs labels, 0 … {m.classes - 1}, and knows no null label")
+                raise InputError(f"{self.path.name} needs labels, 0 … {m.classes - 1}, and knows no null label")
             return m.null_label
-        if label == m.null_label and _whole(label):
+        if label == m.null_label and is_whole(label):
             return int(label)
         return self._class_of("label", label, m.classes)
 
     def target_of(self, label: int) -> int:
-        """The classifier's class for a request. Raises BundleError where it has none such."""
+        """The classifier's class for a request. Raises InputError where it has none such."""
         if self.manifest.classifier is None:
             raise BundleError(f"{self.path.name} has no classifier: export it again with {HOW_TO_EXPORT['classifier']}")
         return self._class_of("target", label, self.manifest.classifier.classes)
 
     def _class_of(self, what: str, label: int, classes: int) -> int:
-        if not _whole(label) or not 0 <= label < classes:
-            raise BundleError(f"{what} {label!r} is outside 0 … {classes - 1}, the classes of {self.path.name}")
+        if not is_whole(label) or not 0 <= label < classes:
+            raise InputError(f"{what} {label!r} is outside 0 … {classes - 1}, the classes of {self.path.name}")
         return int(label)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _read_manifest(path: Path) -> Manifest:

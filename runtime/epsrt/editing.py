@@ -1,21 +1,59 @@
-"""Editing: what plans and noise need for more than drawing at random. Pure functions."""
+"""Editing: what plans need for more than drawing at random, and latents and canvases to begin from. Pure functions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from epsrt.errors import InputError, typed
+from epsrt.errors import InputError, typed, whole
 from epsrt.plan import COLUMNS, DEFAULTS, Plan
-
-Images = NDArray[np.float32]
+from epsrt.request import Begin, Known
+from epsrt.types import Float32, Float64
 
 MOST_PIXELS = 65536  # of a side
 MOST_ROWS = 100_000  # of a plan with jumps
+
+
+def check_begin(plan: Plan, begin: Begin) -> None:
+    """Raise InputError unless a plan begins from what is given: one of noise, images and latents."""
+    if begin.init is not None and begin.x is not None:
+        raise InputError("init and x were both given: init is noised, or inverted; x is where the plan begins as it is")
+    if plan.start[0]:
+        if begin.init is None:
+            raise InputError(f"plan {plan.name!r} begins from images: give them as init")
+        if begin.strength is not None:
+            raise InputError(f"plan {plan.name!r} begins from images as they are: leave strength out")
+    elif begin.init is not None and begin.strength is None:
+        raise InputError(f"plan {plan.name!r} begins from noise: give strength, 0 to 1, to begin from init noised")
+    if begin.strength is not None:
+        if begin.init is None:
+            raise InputError("strength says how far init is noised: give init")
+        number = isinstance(begin.strength, (int, float, np.number)) and not isinstance(begin.strength, bool)
+        if not number or not 0 < begin.strength <= 1:
+            raise InputError(f"strength = {begin.strength} is outside (0, 1]: 0.6 runs the last 60 % of the steps")
+
+
+def edited(plan: Plan, begin: Begin, known: Known, own_scale: Callable[[Plan], float]) -> Plan:
+    """The plan, begun where a request begins and resampled as it asks; `own_scale` is Bundle.own_scale.
+
+    Raises InputError for known pixels that the plan cannot bring back, and for resampling without any.
+    """
+    masked = known.images is not None
+    if masked and not np.allclose(plan.levels[-1], (1.0, 0.0)):
+        raise InputError(f"plan {plan.name!r} does not end with clean images, so known pixels could not come back")
+    if begin.strength is not None:
+        plan = plan.begun(len(plan) - max(1, round(len(plan) * float(begin.strength))))
+    if begin.x is not None:
+        plan = replace(plan, start=(own_scale(plan), 0.0))
+    if whole("resample", known.resample) != 1:
+        if not masked:
+            raise InputError(f"resample = {known.resample} is for masked samples: give known and mask")
+        plan = resampled(plan, known.resample, known.jump)
+    return plan
 
 
 def resampled(plan: Plan, times: int, jump: int = 10) -> Plan:
@@ -44,7 +82,7 @@ def resampled(plan: Plan, times: int, jump: int = 10) -> Plan:
         raise InputError(
             f"{len(plan)} steps, resampled {times} times, are {total} rows: give fewer, {MOST_ROWS} at most"
         )
-    rows: list[NDArray[np.float64]] = []
+    rows: list[Float64] = []
     levels = plan.levels
     for row, back in _walk(len(plan), times, jump):
         rows += _rows(plan, levels, row, back)
@@ -70,7 +108,7 @@ def _walk(count: int, times: int, jump: int) -> list[tuple[int, int | None]]:
     return walk
 
 
-def _rows(plan: Plan, levels: NDArray[np.float64], row: int, back: int | None) -> list[NDArray[np.float64]]:
+def _rows(plan: Plan, levels: Float64, row: int, back: int | None) -> list[Float64]:
     """A row, and the way back to the level of row `back`."""
     table, at = plan.table[row].copy(), {name: i for i, name in enumerate(COLUMNS)}
     if back is None:
@@ -94,7 +132,7 @@ def _rows(plan: Plan, levels: NDArray[np.float64], row: int, back: int | None) -
     return [table]
 
 
-def slerp(a: Images, b: Images, fractions: Sequence[float] | NDArray[np.floating]) -> Images:
+def slerp(a: Float32, b: Float32, fractions: Sequence[float] | NDArray[np.floating]) -> Float32:
     """Spherical interpolation between two latents (DDIM, arXiv 2010.02502, eq. 67): float32 [len(fractions), C, H, W].
 
     a, b       float32 [C, H, W] each
@@ -141,7 +179,7 @@ def _pair(name: str, given: Any) -> tuple[int, int]:
     return typed(name, values[0], 1), typed(name, values[1], 1)
 
 
-def canvas(images: Images, size: tuple[int, int], at: tuple[int, int] | None = None) -> tuple[Images, Images]:
+def canvas(images: Float32, size: tuple[int, int], at: tuple[int, int] | None = None) -> tuple[Float32, Float32]:
     """Images on a larger canvas, and the mask that is 1 where they lie: `known` and `mask` of outpainting.
 
     images  float32 [n, C, h, w]

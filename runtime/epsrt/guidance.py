@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,48 +11,57 @@ from numpy.typing import NDArray
 from epsrt.errors import InputError
 from epsrt.manifest import Manifest
 from epsrt.plan import COLUMNS, Plan
-
-if TYPE_CHECKING:
-    from epsrt.prepare import Request
+from epsrt.request import Guidance
+from epsrt.types import Float64
 
 LARGEST = 1e6  # weight
 
-Columns = dict[str, NDArray[np.float64]]
+Columns = dict[str, Float64]
 
 
-def judged(r: Request) -> bool:
+def judged(guidance: Guidance) -> bool:
     """Whether a classifier guides any of the samples."""
-    return bool(np.any(_numbers("classifier", r.classifier)))
+    return bool(np.any(_numbers("classifier", guidance.classifier)))
 
 
 def columns_of(
-    m: Manifest, plan: Plan, rederived: Callable[[], Plan | None], r: Request, labels: list[int], count: int
+    m: Manifest,
+    plan: Plan,
+    rederived: Callable[[], Plan | None],
+    asked: Guidance,
+    asks_labels: bool,
+    labels: list[int],
+    count: int,
 ) -> Columns:
     """The columns of each sample, float64 [steps, n], where they are not the plan's own: w, phi, s.
 
-    rederived  makes the plan for samples that are guided, where that is another: the columns that differ are theirs
+    rederived    makes the plan for samples that are guided, where that is another: the columns that differ are theirs
+    asks_labels  whether the caller gave labels; then the bundle's own weight is the default
+    labels       the network's label of each sample
+
     Raises InputError for weights, interval or rescale that are none, or that nothing takes.
     """
-    asked = m.sampling.guidance if r.guidance is None and r.labels is not None and m.null_label is not None else 1.0
-    each = {"guidance": asked if r.guidance is None else r.guidance, "classifier": r.classifier}
-    each["guidance_rescale"] = r.guidance_rescale
+    weight = asked.weight
+    if weight is None:
+        weight = m.sampling.guidance if asks_labels and m.null_label is not None else 1.0
+    each = {"guidance": weight, "classifier": asked.classifier, "guidance_rescale": asked.rescale}
     w, s, phi = (np.broadcast_to(_numbers(name, value), (count,)) for name, value in each.items())
     labelled = np.array([label != m.null_label for label in labels])
     if not np.all((phi >= 0) & (phi <= 1)):
-        raise InputError(f"guidance_rescale = {r.guidance_rescale} is outside [0, 1]: 0.7 is usual")
-    if r.guidance is not None and np.any(w != 1) and not labelled.any():
+        raise InputError(f"guidance_rescale = {asked.rescale} is outside [0, 1]: 0.7 is usual")
+    if asked.weight is not None and np.any(w != 1) and not labelled.any():
         raise InputError("guidance weighs a label against none: give labels")
     w = np.where(labelled, w, 1.0)  # of the null label there is nothing to weigh
     weighed, classified = bool(np.any(w != 1)), bool(np.any(s))
     if classified and not np.any(plan["j"]):
         raise InputError(f"plan {plan.name!r} has no column j, what a classifier's gradient adds: take one of a method")
     used = {"guidance_interval": weighed or classified, "guidance_rescale": weighed}
-    for name, there in (("guidance_interval", r.guidance_interval is not None), ("guidance_rescale", np.any(phi))):
+    for name, there in (("guidance_interval", asked.interval is not None), ("guidance_rescale", np.any(phi))):
         if there and not used[name]:
             raise InputError(f"{name} is for guided samples: give guidance")
-    on = _interval(m, plan, r.guidance_interval)[:, None]
+    on = _interval(m, plan, asked.interval)[:, None]
 
-    def spread(values: NDArray[Any], otherwise: NDArray[Any] | float, where: NDArray[np.bool_]) -> NDArray[np.float64]:
+    def spread(values: NDArray[Any], otherwise: NDArray[Any] | float, where: NDArray[np.bool_]) -> Float64:
         """[steps, n], of one column of memory where all samples have the same."""
         same = [np.all(a == a[..., :1]) for a in (values, np.asarray(where))]
         made = np.where(where[..., :1], values[..., :1], otherwise) if all(same) else np.where(where, values, otherwise)
@@ -71,7 +80,7 @@ def columns_of(
     return found
 
 
-def _numbers(name: str, values: Any) -> NDArray[np.float64]:
+def _numbers(name: str, values: Any) -> Float64:
     try:
         given = np.asarray(values)
         found = given.astype(np.float64) if given.dtype.kind in "iuf" else np.array(np.nan)

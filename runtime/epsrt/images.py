@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from epsrt.errors import InputError
-
-Samples = NDArray[np.float32]
+from epsrt.types import Float32, Shape, UInt8
 
 SLACK = 0.1  # of the value range's width: how far beyond it an image may lie, as samples that were not clipped do
 
@@ -23,8 +22,8 @@ def array_of(name: str, given: ArrayLike) -> NDArray[Any]:
 
 
 def images_of(
-    name: str, given: NDArray[Any] | None, count: int, shape: tuple[int, int, int], within: tuple[float, float] | None
-) -> Samples | None:
+    name: str, given: NDArray[Any] | None, count: int, shape: Shape, within: tuple[float, float] | None
+) -> Float32 | None:
     """float32 [count, C, H, W] from [count, C, H, W] or [1, C, H, W], or None.
 
     Raises InputError for another shape or dtype, NaN, or values that are not `within` a value range.
@@ -50,7 +49,7 @@ def images_of(
     return np.broadcast_to(images, (count, *shape))
 
 
-def mask_of(given: ArrayLike | None, count: int, shape: tuple[int, int, int]) -> Samples | None:
+def mask_of(given: ArrayLike | None, count: int, shape: Shape) -> Float32 | None:
     """float32 [count, C, H, W], 1 where known pixels are kept, 0 where they are redrawn, from bool or float.
 
     [H, W], or [n, c, H, W] where n is 1 or count and c is 1 or C. Raises InputError for another shape or dtype, NaN, or
@@ -78,7 +77,7 @@ def mask_of(given: ArrayLike | None, count: int, shape: tuple[int, int, int]) ->
     return np.broadcast_to(values, (count, *shape))
 
 
-def to_images(samples: Samples, value_range: tuple[float, float] = (-1.0, 1.0)) -> NDArray[np.uint8]:
+def to_images(samples: Float32, value_range: tuple[float, float] = (-1.0, 1.0)) -> UInt8:
     """uint8 [n, H, W, C] from float [n, C, H, W]; `value_range` maps to 0 … 255, what lies outside is clipped."""
     low, high = value_range
     if np.ndim(samples) != 4:
@@ -87,7 +86,7 @@ def to_images(samples: Samples, value_range: tuple[float, float] = (-1.0, 1.0)) 
     return np.ascontiguousarray(scaled.round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
 
 
-def from_images(images: NDArray[np.uint8], value_range: tuple[float, float] = (-1.0, 1.0)) -> Samples:
+def from_images(images: UInt8, value_range: tuple[float, float] = (-1.0, 1.0)) -> Float32:
     """float32 [n, C, H, W] from uint8 [n, H, W, C]: what `to_images` undoes."""
     low, high = value_range
     if images.ndim != 4 or images.dtype != np.uint8:

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import epsrt
 from epsrt.engines import nvidia
 from epsrt.engines.probe import installed
+from epsrt.version import __version__
 
 PACKAGES = (
     "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-cu13", "tensorrt-rtx-cu13",
@@ -46,7 +46,7 @@ def describe(packages: Iterable[str] = PACKAGES, with_gpu: bool = True) -> dict[
         "system": f"{platform.system()} {platform.machine()}",
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "versions": {"epsrt": epsrt.__version__} | {p: version for p in packages if (version := installed(p))},
+        "versions": {"epsrt": __version__} | {p: version for p in packages if (version := installed(p))},
         **(gpu() if with_gpu else {}),
     }
 

@@ -17,6 +17,7 @@ from epsrt.errors import BundleError
 from epsrt.noise_levels import Prediction
 from epsrt.plan import FEATURES, STEP_COLUMNS
 from epsrt.schedule import Schedule
+from epsrt.types import Float64, Shape
 
 FORMAT = 4
 MANIFEST, GOLDEN, PARITY = "manifest.json", "golden.safetensors", "parity.json"
@@ -103,7 +104,7 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: int
-    shape: tuple[int, int, int]  # C, H, W
+    shape: Shape  # C, H, W
     max_batch: int
     schedule: Schedule
     prediction: Prediction
@@ -128,7 +129,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What --clip clips to: `clip`, or where that is off the bound of |x0| that the value range implies."""
         return max(abs(v) for v in self.value_range) if self.clip is None else self.clip
 
-    def timesteps(self, told: NDArray[Any]) -> NDArray[np.float64]:
+    def timesteps(self, told: NDArray[Any]) -> Float64:
         """The schedule's timesteps, of t as the network is told it: ¼ ln(σ/α) by edm."""
         t = np.asarray(told, np.float64)
         return self.schedule.t_at(-4.0 * t) if self.prediction == "edm" else t

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epsrt.errors import InputError
+from epsrt.types import Float32
 
 START, STEP, KNOWN, FORWARD = range(4)  # streams: initial x_T, the steps' z, known pixels re-noised, forward noising
 
@@ -44,8 +45,8 @@ def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[
 
 
 def normals(
-    seed: Integers, index: Integers, stream: int, n: Integers, size: int, out: NDArray[np.float32] | None = None
-) -> NDArray[np.float32]:
+    seed: Integers, index: Integers, stream: int, n: Integers, size: int, out: Float32 | None = None
+) -> Float32:
     """Standard normals, float32 [..., size], where [...] is what seed, index and n broadcast to.
 
     seed in [0, 2⁶⁴) is the key; index (of the sample), stream and n (a plan row's noise index) are in [0, 2³²), size in
@@ -72,7 +73,7 @@ def normals(
     return out
 
 
-def _fill(z: NDArray[np.float32], words: NDArray[np.uint64], stream: int) -> None:
+def _fill(z: Float32, words: NDArray[np.uint64], stream: int) -> None:
     """Fill z [rows, size], for words [4, rows] = (low key, high key, index, n), block by block."""
     rows, size = z.shape
     counters = -(-size // 4)
@@ -90,7 +91,7 @@ def _fill(z: NDArray[np.float32], words: NDArray[np.uint64], stream: int) -> Non
 
 def _block(
     scratch: NDArray[np.uint64], words: NDArray[np.uint64], stream: int, first: int, wide: int, one_key: bool
-) -> NDArray[np.float32]:
+) -> Float32:
     """Normals of counters first … first + wide − 1 of some rows: float32 [rows, 4·wide], valid until scratch is reused.
 
     Each word sits in a uint64, so that one product yields both its halves. x = (c0, c2); p and q hold the products
@@ -147,7 +148,7 @@ def _block(
     cos, sin = q.view(np.float32).reshape(2, 2, -1)
     np.cos(angle, cos)
     np.sin(angle, sin)
-    z: NDArray[np.float32] = p.view(np.float32).reshape(-1, 4)
+    z: Float32 = p.view(np.float32).reshape(-1, 4)
     for i in (0, 1):
         np.multiply(radius[i], cos[i], z[:, 2 * i])
         np.multiply(radius[i], sin[i], z[:, 2 * i + 1])

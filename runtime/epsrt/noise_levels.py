@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from epsrt.errors import InputError, one_of, typed
 from epsrt.plan import CLIP_OFF
-from epsrt.schedule import Array, Schedule
+from epsrt.schedule import Schedule
 from epsrt.timesteps import given
+from epsrt.types import Float64
 
 Prediction = Literal["epsilon", "x0", "v", "score", "edm", "velocity"]
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "x0", "v", "score", "edm", "velocity")
@@ -44,8 +45,8 @@ class Network(TypedDict, total=False):
 class Affine(NamedTuple):
     """A quantity that is p·x + q·out."""
 
-    p: Array
-    q: Array
+    p: Float64
+    q: Float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,18 +54,18 @@ class Levels:
     """Rows of equal length [S]: timesteps, signal and noise, here and next; x is `scale` times the network's own."""
 
     schedule: Schedule
-    t: Array
-    alpha: Array
-    sigma: Array
-    alpha_next: Array
-    sigma_next: Array
-    scale: Array
+    t: Float64
+    alpha: Float64
+    sigma: Float64
+    alpha_next: Float64
+    sigma_next: Float64
+    scale: Float64
     prediction: str
     sigma_data: float
     clip: float
 
     @property
-    def ratio(self) -> Array:
+    def ratio(self) -> Float64:
         """ρ = ασ'/(α'σ) = exp(λ − λ'), in [0, 1)."""
         return self.alpha * self.sigma_next / (self.alpha_next * self.sigma)
 
@@ -74,7 +75,7 @@ class Levels:
         first = 1.0 if self.schedule.preserves_variance else float(self.sigma[0] / self.scale[0])
         return first * float(self.scale[0])
 
-    def output(self) -> tuple[Array, Array, Array]:
+    def output(self) -> tuple[Float64, Float64, Float64]:
         """(u, w, det): the network returns u·x0 + w·ε of its own x = α·x0 + σ·ε, and det = α·w − σ·u.
 
         x0 and ε solve the two. Where det = 0, x and the output say the same: at α = 0, of ε and score.
@@ -114,7 +115,7 @@ class Levels:
         """Whether at some level the output says nothing of x0, or (edm) the network cannot be told how noisy it is."""
         return bool(np.any((self.output()[2] == 0) | ((self.alpha == 0) & (self.prediction == "edm"))))
 
-    def columns(self) -> dict[str, Array]:
+    def columns(self) -> dict[str, Float64]:
         """The network's part of a plan: t, in_scale, p, q, clip, and how far a classifier moves its output, j.
 
         g = ∇ log p(y | x) makes ε̂ = ε − σ·g (arXiv 2105.05233, algorithm 2); x held, the output u·x0 + w·ε changes by
@@ -134,7 +135,7 @@ class Levels:
         here = self.t[rows], self.alpha[rows], self.sigma[rows], self.alpha_next[rows], self.sigma_next[rows]
         return Levels(self.schedule, *here, self.scale[rows], self.prediction, self.sigma_data, self.clip)
 
-    def moved(self, log_snr: Array) -> Levels:
+    def moved(self, log_snr: Float64) -> Levels:
         """The rows with x at other levels, in the network's own units; what comes next stays as it is."""
         t, alpha, sigma = self.schedule.level(log_snr)
         return replace(self, t=t, alpha=alpha, sigma=sigma, scale=np.ones_like(alpha))
@@ -152,7 +153,7 @@ class Levels:
         """x in units of α + σ: then α = 1 − s, σ = s, the straight path of flow matching."""
         return self._scaled(1 / (self.alpha + self.sigma), 1 / (self.alpha_next + self.sigma_next))
 
-    def _scaled(self, here: Array, after: Array) -> Levels:
+    def _scaled(self, here: Float64, after: Float64) -> Levels:
         return replace(
             self,
             alpha=self.alpha * here,
@@ -163,7 +164,7 @@ class Levels:
         )
 
 
-def visit(schedule: Schedule, timesteps: Sequence[float] | Array, **network: Unpack[Network]) -> Levels:
+def visit(schedule: Schedule, timesteps: Sequence[float] | Float64, **network: Unpack[Network]) -> Levels:
     """The levels of descending timesteps. Raises InputError for what does not fit the schedule or the network."""
     for name in network.keys() - Network.__annotations__.keys():
         raise InputError(f"no sampler takes an option {name!r} of its network: {one_of(name, Network.__annotations__)}")

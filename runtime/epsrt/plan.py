@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from epsrt.errors import InputError, typed
+from epsrt.types import Float32, Float64
 
 CLIP_OFF = 1e30  # larger than any sample, and finite in float32
 
@@ -55,7 +56,7 @@ class Plan:
     width, not finite in float32, or has a noise index n that is not an integer in [0, 2^24).
     """
 
-    table: NDArray[np.float64]
+    table: Float64
     start: tuple[float, float] = (0.0, 1.0)
     name: str = "plan"
     level: tuple[float, float] = (0.0, 1.0)
@@ -109,7 +110,7 @@ class Plan:
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, column: str) -> NDArray[np.float64]:
+    def __getitem__(self, column: str) -> Float64:
         """One column by name, float64 [steps]."""
         if column not in DEFAULTS:
             raise InputError(f"no column {column!r}; the columns are {', '.join(COLUMNS)}")
@@ -153,7 +154,7 @@ class Plan:
         return float(alpha), float(sigma)
 
     @property
-    def levels(self) -> NDArray[np.float64]:
+    def levels(self) -> Float64:
         """(α, σ) of x before each row and after the last, float64 [steps + 1, 2]."""
         return np.vstack([self.level, np.column_stack([self["ka"], self["kb"]])])
 
@@ -167,7 +168,7 @@ class Plan:
         """Whether a step adds noise."""
         return bool(np.any(self["d"] != 0))
 
-    def rows(self, columns: Sequence[str]) -> NDArray[np.float32]:
+    def rows(self, columns: Sequence[str]) -> Float32:
         """The table as an engine takes it, float32 [steps, len(columns)].
 
         Raises InputError when the plan uses a column that a graph of these columns has no place for.
@@ -179,7 +180,7 @@ class Plan:
         return np.ascontiguousarray(chosen, dtype=np.float32)
 
 
-def idle_row(columns: Sequence[str]) -> NDArray[np.float32]:
+def idle_row(columns: Sequence[str]) -> Float32:
     """The identity row, float32 [len(columns)]: x' = x, m' = m; for lanes without work.
 
     In a lane with a mask x' is known there, clean: what has yet to run is better not written.

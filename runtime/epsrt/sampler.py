@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Literal, Self, Unpack
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from epsrt import noise, solvers
 from epsrt.bundle import Bundle
-from epsrt.engine import Closing, Size, image_shape
-from epsrt.engines import Engine, Lanes, open_engine
+from epsrt.engine import Closing, Engine, Lanes
+from epsrt.engines import open_engine
 from epsrt.errors import InputError, OutOfMemoryError, whole
 from epsrt.images import from_images, to_images
 from epsrt.plan import Plan
-from epsrt.prepare import Request, Work, checked_plan, noise_of, own_scale, plan_of, prepare
-
-Samples = NDArray[np.float32]
-OnStep = Callable[[int, int], object]
+from epsrt.prepare import Work, count_of, plan_of, prepare, seeds_of
+from epsrt.request import Arguments, Request
+from epsrt.solvers import Options
+from epsrt.types import Float32, OnStep, Size, UInt8
 
 KEPT_LANES = 8  # of all graphs, batches and sizes, between calls
-_FIELDS = {f.name for f in fields(Request)} - {"options"}
 
 
 class Sampler(Closing):
@@ -34,14 +32,15 @@ class Sampler(Closing):
     >>> with Sampler.open("out/digits.epsrt") as sampler:
     ...     images = sampler.to_images(sampler.sample(10, steps=50, seed=1, labels=range(10)))
 
-    It runs the smallest step graph that has what a call asks for, opened when first needed by `engine.on`, and owns
-    the engine.
+    It runs the smallest step graph that has what a call asks for, opened when first needed by `engine.on`. An engine
+    that its caller opened stays open; Sampler.open owns the one that it opens.
     """
 
     def __init__(self, engine: Engine):
         self.engine = engine
         self.bundle = engine.bundle
         self._engines: dict[str, Engine] = {engine.graph.file: engine}
+        self._owned: list[Engine] = []  # to be closed with the sampler
         self._free: dict[tuple[str, int, Size], list[Lanes]] = {}  # those used last come last
         self._lock = threading.Lock()
         self._opening = threading.Lock()
@@ -59,118 +58,47 @@ class Sampler(Closing):
         may_build: bool = True,
     ) -> Self:
         """Open the bundle at `path` on the engine of that name; see epsrt.open_engine."""
-        return cls(
-            open_engine(
-                Bundle.open(path),
-                engine,
-                precision=precision,
-                threads=threads,
-                trust_engines=trust_engines,
-                may_build=may_build,
-            )
+        opened = open_engine(
+            Bundle.open(path),
+            engine,
+            precision=precision,
+            threads=threads,
+            trust_engines=trust_engines,
+            may_build=may_build,
         )
+        sampler = cls(opened)
+        sampler._owned.append(opened)
+        return sampler
 
-    def plan(self, method: str | None = None, steps: int | None = None, **options: Any) -> Plan:
-        """The plan that `sample` would run: plan_of its bundle's manifest."""
-        return plan_of(self.bundle.manifest, method, steps, **options)
+    def plan(self, method: str | None = None, steps: int | None = None, **options: Unpack[Options]) -> Plan:
+        """The plan that `sample` would run: Bundle.plan."""
+        return self.bundle.plan(method, steps, **options)
 
     def sample(
         self,
-        n: int | None = None,
+        n: Request | int | None = None,
         *,
-        method: str | None = None,
-        steps: int | None = None,
-        seed: int = 0,
-        seeds: Sequence[int] | None = None,
-        first: int = 0,
-        labels: int | Sequence[int] | None = None,
-        guidance: float | Sequence[float] | None = None,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None,
-        classifier: float | Sequence[float] = 0.0,
-        targets: int | Sequence[int] | None = None,
-        init: ArrayLike | None = None,
-        strength: float | None = None,
-        x: ArrayLike | None = None,
-        known: ArrayLike | None = None,
-        mask: ArrayLike | None = None,
-        resample: int = 1,
-        jump: int = 10,
-        plan: Plan | None = None,
-        size: tuple[int, int] | None = None,
         batch: int | None = None,
         on_step: OnStep | None = None,
         every: int = 1,
-        **options: Any,
-    ) -> Samples:
-        """Draw n samples, float32 [n, C, H, W] in the manifest's value range.
+        **asked: Unpack[Arguments],
+    ) -> Float32:
+        """Draw samples, float32 [n, C, H, W] in the manifest's value range.
 
-        method, steps   the sampler and its steps, by default the bundle's (ddim, 50); `options` as in
-                        epsrt.solvers.make: its own (eta, …), clip, spacing and the spacing's, timesteps. `plan`
-                        overrides them all, and says itself of what DDIM's ε is made
-        seed, first     sample i is (seed, first + i), the same in any batch, after any restart
-        seeds           one seed a sample instead, each with index `first`
-        labels          class of each sample, or one for all; None is the null label of a conditional network
+        n, asked  how many, and the keywords of epsrt.request.Arguments: method, steps, seed, labels, guidance, init, …
+                  Or a Request, which holds both
+        batch     lanes at once, at most (and by default) the engine's; a larger n is split
+        on_step   called as on_step(done, total) after every `every` rows. When it returns False, sampling stops, and
+                  what comes back is what there is: finished samples, and x0 estimates of those in work
 
-        guidance        weight w of classifier-free guidance, u + w·(c − u), one for all or one a sample: 1 is none, 0
-                        ignores the label; by default the bundle's (arXiv 2207.12598). It takes one engine call a step,
-                        at twice the batch. Of guided samples, here and by a classifier, ddim derives ε anew from the
-                        clipped x0 (rederive) unless told otherwise
-        guidance_rescale    φ in [0, 1], towards the deviation of c (arXiv 2305.08891, section 3.4)
-        guidance_interval   (low, high): guided where low ≤ t ≤ high alone, in timesteps (arXiv 2404.07724)
-        classifier      weight of a classifier's gradient, one for all or one a sample (arXiv 2105.05233), of a bundle
-                        exported with one; it guides to `targets`, by default the labels
-
-        init, strength  images to begin from (img2img): noised to where the last `strength` of the steps begins, in
-                        (0, 1]. Without strength for plans that begin from images: ddim-inversion
-        x               latents to begin from as they are, as `invert` and `latents` return them. x0 is not clipped
-                        then, unless `clip` or `plan` says so: a clipped step does not undo an inverted one
-        known, mask     images whose pixels are kept where mask is 1 and redrawn where it is 0; mask is bool or float
-                        [H, W] or [n, 1, H, W]. Where mask is 1 they come back exactly. Of bundles exported masked
-        resample, jump  RePaint's resampling: each `jump` steps are run `resample` times (arXiv 2201.09865)
-
-        size            height and width, of a bundle with sizes; by default those of init, x or known, else the
-                        bundle's own. Noise goes by an element's place in the flat [C, H, W]: another size is another
-                        picture, not a crop
-        batch           lanes at once, at most (and by default) the engine's; a larger n is split
-        on_step         called as on_step(done, total) after every `every` rows; when it returns False, sampling stops
-                        and what comes back is what there is: finished samples, and x0 estimates of those in work
-
-        Images are float [n, C, H, W] in the value range, or [1, C, H, W] for all. n may be left out where something
-        else says how many. Raises InputError on bad input, NotFiniteError on NaN.
+        Raises InputError on bad input, NotFiniteError on NaN.
         """
-        work = prepare(
-            self.bundle,
-            Request(
-                n=n,
-                method=method,
-                steps=steps,
-                plan=plan,
-                seed=seed,
-                seeds=seeds,
-                first=first,
-                labels=labels,
-                guidance=guidance,
-                guidance_rescale=guidance_rescale,
-                guidance_interval=guidance_interval,
-                classifier=classifier,
-                targets=targets,
-                init=init,
-                strength=strength,
-                x=x,
-                known=known,
-                mask=mask,
-                resample=resample,
-                jump=jump,
-                size=size,
-                options=options,
-            ),
-        )
+        work = prepare(self.bundle, Request.of(n, asked))
         engine = self._engine(work.features)
         most = self._batch(engine, batch, len(work.samples))
         groups = [slice(i, i + most) for i in range(0, len(work.samples), most)]
         table, rows = work.plan.rows(engine.columns), len(work.plan)
-        chunk = rows if on_step is None else _at_least_one("every", every)
+        chunk = rows if on_step is None else whole("every", every, least=1)
         out = np.empty((len(work.samples), *work.shape), np.float32)
         total, done, filled = rows * len(groups), 0, 0
         for group in groups:
@@ -186,29 +114,27 @@ class Sampler(Closing):
                     if _stops(on_step(done, total)):
                         going = False
                         break
-                whole = done % rows == 0
+                finished = done % rows == 0
                 for i in range(lanes.batch):
-                    out[filled + i] = lanes.read(i, "x" if whole else "x0")
+                    out[filled + i] = lanes.read(i, "x" if finished else "x0")
                 filled += lanes.batch
             if not going:
                 break
         return out[:filled]
 
     def stream(
-        self, n: int | None = None, *, batch: int | None = None, every: int = 1, **arguments: Any
-    ) -> Iterator[Samples]:
+        self, n: Request | int | None = None, *, batch: int | None = None, every: int = 1, **asked: Unpack[Arguments]
+    ) -> Iterator[Float32]:
         """Yield the x0 estimate, float32 [n, C, H, W], after every `every` rows; the last yield is the samples.
 
         Arguments as in `sample`. All n are in work at once, in several lanes objects where n exceeds the batch.
         """
-        known = {name: value for name, value in arguments.items() if name in _FIELDS}
-        options = {name: value for name, value in arguments.items() if name not in _FIELDS}
-        work = prepare(self.bundle, Request(n=n, options=options, **known))
+        work = prepare(self.bundle, Request.of(n, asked))
         engine = self._engine(work.features)
         most = self._batch(engine, batch, len(work.samples))
-        return self._stream(engine, work, most, _at_least_one("every", every))
+        return self._stream(engine, work, most, whole("every", every, least=1))
 
-    def _stream(self, engine: Engine, work: Work, most: int, every: int) -> Iterator[Samples]:
+    def _stream(self, engine: Engine, work: Work, most: int, every: int) -> Iterator[Float32]:
         with ExitStack() as stack:
             groups = [slice(i, i + most) for i in range(0, len(work.samples), most)]
             running = [stack.enter_context(self._lanes(engine, work, group)) for group in groups]
@@ -216,62 +142,61 @@ class Sampler(Closing):
             for start in range(0, len(work.plan), every):
                 for lanes, group in zip(running, groups, strict=True):
                     lanes.advance(work.rows(engine.columns, table, slice(start, start + every), group))
-                what = "x" if start + every >= len(work.plan) else "x0"
-                yield np.stack([lanes.read(i, what) for lanes in running for i in range(lanes.batch)])  # type: ignore[arg-type]
+                what: Literal["x", "x0"] = "x" if start + every >= len(work.plan) else "x0"
+                yield np.stack([lanes.read(i, what) for lanes in running for i in range(lanes.batch)])
 
-    def invert(
-        self, images: ArrayLike, steps: int | None = None, *, method: str = "ddim-inversion", **more: Any
-    ) -> Samples:
-        """The latents that a deterministic sampler turns back into `images` (DDIM, arXiv 2010.02502, section 4.3).
+    def invert(self, images: ArrayLike | Request, **asked: Unpack[Arguments]) -> Float32:
+        """The latents that a deterministic sampler turns back into images (DDIM, arXiv 2010.02502, section 4.3).
 
-        images  float [n, C, H, W] in the value range
-        `more` are labels and other arguments of `sample`; give the same to `sample(x=latents, steps=steps)`. Returns
-        float32 [n, C, H, W]. Raises InputError for a stochastic method: its noise cannot be undone.
+        images  float [n, C, H, W] in the value range, or a Request that has them as init
+        asked   labels and other arguments of `sample`; give the same to `sample(x=latents, …)`. The method is
+                ddim-inversion, or ddim for its inverse; guidance is 1 unless given
+
+        Returns float32 [n, C, H, W]. Raises InputError for a stochastic method: its noise cannot be undone.
         """
-        more.setdefault("guidance", 1.0)
-        return self.sample(method=solvers.inverse_of(method), steps=steps, init=images, **more)
+        request = Request.of(images, asked) if isinstance(images, Request) else Request(**asked).but(init=images)
+        if request.choice.plan is None:
+            request = request.but(method=solvers.inverse_of(request.choice.method or "ddim-inversion"))
+        if request.guidance.weight is None:
+            request = request.but(guidance=1.0)
+        return self.sample(request)
 
-    def latents(
-        self,
-        n: int | None = None,
-        *,
-        seed: int = 0,
-        seeds: Sequence[int] | None = None,
-        first: int = 0,
-        size: tuple[int, int] | None = None,
-        plan: Plan | None = None,
-    ) -> Samples:
+    def latents(self, n: Request | int | None = None, **asked: Unpack[Arguments]) -> Float32:
         """The noise that samples begin from, float32 [n, C, H, W]: given as x, with the same plan, it makes what its
         seed makes.
 
-        Arguments as in `sample`; `plan` where it is not the default's.
+        Arguments as in `sample`; those that say nothing of noise, plan or size change nothing.
         """
-        plan = checked_plan(plan) or self.plan()
+        request = Request.of(n, asked)
+        plan = plan_of(self.bundle, request)
         if plan.start[0]:
             raise InputError(f"plan {plan.name!r} begins from images, not from noise: leave it out")
-        pairs = noise_of(Request(n=n, seed=seed, seeds=seeds, first=first))
-        count, shape = len(pairs), image_shape(self.bundle, size)
-        scale = np.float32(plan.start[1] / own_scale(self.bundle.manifest, plan))
+        for name, value in (("init", request.begin.init), ("x", request.begin.x)):
+            if value is not None:
+                raise InputError(f"latents are noise, and {name} is where samples begin instead: leave {name} out")
+        pairs = seeds_of(request.seeds, count_of(request, {}))
+        count, shape = len(pairs), self.bundle.image_shape(request.size)
+        scale = np.float32(plan.start[1] / self.bundle.own_scale(plan))
         seed_of, index = zip(*pairs, strict=True)
         z = noise.normals(list(seed_of), list(index), noise.START, 0, int(np.prod(shape)))
         return scale * z.reshape(count, *shape)
 
-    def to_images(self, samples: Samples) -> NDArray[np.uint8]:
+    def to_images(self, samples: Float32) -> UInt8:
         """uint8 [n, H, W, C] from float32 [n, C, H, W] in the manifest's value range."""
         return to_images(samples, self.bundle.manifest.value_range)
 
-    def from_images(self, images: NDArray[np.uint8]) -> Samples:
+    def from_images(self, images: UInt8) -> Float32:
         """float32 [n, C, H, W] in the manifest's value range from uint8 [n, H, W, C]."""
         return from_images(images, self.bundle.manifest.value_range)
 
     def close(self) -> None:
-        """Release lanes and engines."""
+        """Release lanes and the engines that the sampler opened; one that was given to it stays open."""
         with self._opening:
             self._closed = True
         self._drop_free()
         with self._opening:
-            for engine in self._engines.values():
-                engine.close()
+            while self._owned:
+                self._owned.pop().close()
 
     def _engine(self, features: tuple[str, ...]) -> Engine:
         """The engine of the smallest step graph that has the features."""
@@ -281,6 +206,7 @@ class Sampler(Closing):
                 raise InputError(f"the sampler of {self.bundle.path.name} is closed: open it again")
             if graph.file not in self._engines:
                 self._engines[graph.file] = self.engine.on(graph)
+                self._owned.append(self._engines[graph.file])
             return self._engines[graph.file]
 
     def _drop_free(self) -> None:
@@ -333,10 +259,3 @@ class Sampler(Closing):
 def _stops(answer: object) -> bool:
     """False, Python's or NumPy's."""
     return isinstance(answer, (bool, np.bool_)) and not answer
-
-
-def _at_least_one(name: str, value: int) -> int:
-    value = whole(name, value)
-    if value < 1:
-        raise InputError(f"{name} = {value}: give at least 1")
-    return value

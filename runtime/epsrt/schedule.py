@@ -7,11 +7,11 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from epsrt.errors import InputError, typed
+from epsrt.types import Float64
 
-Array = NDArray[np.float64]
 Kind = Literal["linear", "scaled-linear", "cosine", "sigmoid", "given", "ve", "flow"]
 KINDS: tuple[Kind, ...] = ("linear", "scaled-linear", "cosine", "sigmoid", "given", "ve", "flow")
 
@@ -113,7 +113,7 @@ class Schedule:
         """The cleanest and the noisiest whole timestep."""
         return (1, self.T) if self.kind == "flow" else (0, self.T - 1)
 
-    def _betas(self) -> Array:
+    def _betas(self) -> Float64:
         start, end, T = self.beta_start, self.beta_end, self.T
         match self.kind:
             case "linear":
@@ -130,11 +130,11 @@ class Schedule:
                 return np.array(self.betas)
 
     @cached_property
-    def alpha_bar(self) -> Array:
+    def alpha_bar(self) -> Float64:
         """ᾱ_t = ∏_{s ≤ t} (1 − β_s), float64 [T], decreasing in (0, 1) (0 last with zero_snr); read-only."""
         if not self.preserves_variance:
             raise InputError(f"a {self.kind} schedule has no betas and no ᾱ: use at(t) for α and σ")
-        bar: Array = np.cumprod(1 - self._betas(), dtype=np.float64)
+        bar: Float64 = np.cumprod(1 - self._betas(), dtype=np.float64)
         if self.zero_snr:
             root = np.sqrt(bar)
             scale = root[0] / (root[0] - root[-1]) if self.T > 1 else 0.0
@@ -142,13 +142,13 @@ class Schedule:
         return _read_only(bar)
 
     @cached_property
-    def beta(self) -> Array:
+    def beta(self) -> Float64:
         """β_t = 1 − ᾱ_t / ᾱ_{t−1}, float64 [T]; read-only."""
         bar = self.alpha_bar
         return _read_only(1 - bar / np.append(1.0, bar[:-1]) if self.zero_snr else self._betas())
 
     @cached_property
-    def snr(self) -> Array:
+    def snr(self) -> Float64:
         """Signal-to-noise ratio α_t² / σ_t², float64 [T], cleanest first; read-only."""
         alpha, sigma = self.at(np.arange(self.span[0], self.span[1] + 1))
         return _read_only((alpha / sigma) ** 2)
@@ -162,11 +162,11 @@ class Schedule:
         return float(np.log(finite[-1]) / 2), float(np.log(finite[0]) / 2)
 
     @cached_property
-    def _log_snr(self) -> Array:
+    def _log_snr(self) -> Float64:
         with np.errstate(divide="ignore"):
             return np.log(self.alpha_bar / (1 - self.alpha_bar)) / 2
 
-    def at(self, t: ArrayLike) -> tuple[Array, Array]:
+    def at(self, t: ArrayLike) -> tuple[Float64, Float64]:
         """α and σ at timesteps t, whole or fractional; float64, t's shape.
 
         Raises InputError outside 0 … T−1 (flow: 0 … T), and between the last two where the last is pure noise.
@@ -189,7 +189,7 @@ class Schedule:
             bar = np.where(whole == t, bar, 1 / (1 + np.exp(-2 * between)))
         return np.sqrt(bar), np.sqrt(1 - bar)
 
-    def t_at(self, log_snr: ArrayLike) -> Array:
+    def t_at(self, log_snr: ArrayLike) -> Float64:
         """The timestep, fractional, at which ln(α/σ) is `log_snr`: at's inverse. Clamped to 0 … T−1 (flow: 0 … T)."""
         log_snr = np.asarray(log_snr, np.float64)
         match self.kind:
@@ -203,7 +203,7 @@ class Schedule:
                 t = np.interp(-log_snr, -self._log_snr[:finite], np.arange(finite))
         return np.asarray(np.clip(t, 0, self.span[1]), np.float64)
 
-    def level(self, log_snr: Array) -> tuple[Array, Array, Array]:
+    def level(self, log_snr: Float64) -> tuple[Float64, Float64, Float64]:
         """t, α and σ where ln(α/σ) is `log_snr`. Beyond the schedule's ends α and σ go on, t (see t_at) stays."""
         signal = 1 / (1 + np.exp(-log_snr * (2 if self.preserves_variance else 1)))
         match self.kind:
@@ -216,6 +216,6 @@ class Schedule:
         return self.t_at(log_snr), alpha, sigma
 
 
-def _read_only(values: Array) -> Array:
+def _read_only(values: Float64) -> Float64:
     values.flags.writeable = False
     return values

@@ -17,11 +17,40 @@ import numpy as np
 from epsrt.errors import InputError, one_of, typed
 from epsrt.noise_levels import Levels, Network, visit
 from epsrt.plan import Plan
-from epsrt.schedule import Array, Schedule
+from epsrt.schedule import Schedule
 from epsrt.timesteps import OPTIONS, respaced, spaced
+from epsrt.types import Float64
 
-Times = Sequence[float] | Array
-Columns = dict[str, Array]
+Times = Sequence[float] | Float64
+Columns = dict[str, Float64]
+
+
+class Options(Network, total=False):
+    """Every option of some method or spacing, and Network's. Each method takes its own: options_of; see there."""
+
+    variance: str  # ddpm
+    compatible: str | None  # ddpm, ddim, ddim-inversion
+    set_alpha_to_one: bool  # ddim, ddim-inversion
+    eta: float  # ddim, euler-ancestral
+    rederive: bool  # ddim
+    s_churn: float  # euler, heun
+    s_tmin: float
+    s_tmax: float
+    s_noise: float
+    each: int  # langevin
+    rate: float
+    denoise: bool
+    spacing: str  # which timesteps: epsrt.timesteps.spaced
+    timesteps: Times | None  # or explicit ones
+    steps_offset: int  # spacing leading
+    shift: float  # leading, linspace and trailing, of a flow
+    sigma_min: float  # karras, exponential
+    sigma_max: float
+    rho: float  # karras
+    lambda_min: float  # lambda
+    lambda_max: float
+
+
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 
@@ -262,7 +291,7 @@ def langevin(
     return _plan("langevin", rows, a=a, b=1 - a, d=d)
 
 
-def _plan(name: str, at: Levels, start: float | None = None, **columns: Array | float) -> Plan:
+def _plan(name: str, at: Levels, start: float | None = None, **columns: Float64 | float) -> Plan:
     begin = (0.0, at.start if start is None else start)
     after = {"ka": np.append(at.alpha[1:], 1.0), "kb": np.append(at.sigma[1:], 0.0)}  # as the next row reads x
     return Plan.of(name, begin, _level(at), **at.columns(), **after, **columns)
@@ -284,7 +313,7 @@ def _first_order(name: str, at: Levels, eta: float, rederive: bool) -> Plan:
     return _plan(name, at, a=k * eps.p, b=at.alpha_next, h=k * eps.q, d=up)
 
 
-def _heun(name: str, hat: Levels, at: Levels, noise: Array, start: float) -> Plan:
+def _heun(name: str, hat: Levels, at: Levels, noise: Float64, start: float) -> Plan:
     """The first row, at `hat`, parks the mean of x and Euler's x' in m; the second, at `at`'s next level, completes
     x + ½(σ' − σ)(d + d'), d = (x − x0)/σ, and adds `noise`.
     """
@@ -305,7 +334,7 @@ def _two_rows(name: str, at: Levels, start: float, first: Columns, then: Levels,
     return Plan.of(name, (0.0, start), _level(at), **rows)
 
 
-def _churned(at: Levels, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> tuple[Levels, Array, float]:
+def _churned(at: Levels, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> tuple[Levels, Float64, float]:
     """Levels raised by churn, the noise that each row adds for the next, and that of the start."""
     for name, value in (("s_churn", s_churn), ("s_tmin", s_tmin), ("s_noise", s_noise)):
         if not 0 <= value <= 1e6:
@@ -322,7 +351,7 @@ def _churned(at: Levels, s_churn: float, s_tmin: float, s_tmax: float, s_noise: 
     return at.moved(-np.log(raised)).exploding("churn"), np.append(added[1:], 0.0), float(np.hypot(at.start, added[0]))
 
 
-def _extrapolation(at: Levels) -> Array:
+def _extrapolation(at: Levels) -> Float64:
     """½h/h_prev, the weight of x0 − x0_prev (2M's 1/(2r)); 0 in the first row and where λ is infinite."""
     with np.errstate(divide="ignore"):
         h = -np.log(at.ratio)
@@ -404,28 +433,21 @@ def options_of(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def make(
-    method: str,
-    schedule: Schedule,
-    *,
-    steps: int | None = None,
-    spacing: str = "trailing",
-    timesteps: Times | None = None,
-    **options: Any,
-) -> Plan:
+def make(method: str, schedule: Schedule, *, steps: int | None = None, **options: Unpack[Options]) -> Plan:
     """The plan of a method by its name.
 
-    steps, spacing  how many timesteps (50 or T, or what a respacing string says), and which: epsrt.timesteps.timesteps
-    timesteps       explicit ones instead
-    options         the method's own, the spacing's, and prediction, sigma_data, clip
+    steps    how many timesteps: 50 or T, or what a respacing string says
+    options  the method's own; prediction, sigma_data, clip; `spacing` (trailing) and the spacing's own, as in
+             epsrt.timesteps.spaced, or explicit `timesteps` instead
 
     Raises InputError for an unknown method or spacing, and for an option that they do not take.
     """
-    chosen, own = method_of(method), options_of(method)
-    of_spacing = {name: options.pop(name) for name in OPTIONS if name in options}
-    for name, value in options.items():
+    chosen, own, given = method_of(method), options_of(method), dict[str, Any](options)
+    spacing, timesteps = given.pop("spacing", "trailing"), given.pop("timesteps", None)
+    of_spacing = {name: given.pop(name) for name in OPTIONS if name in given}
+    for name, value in given.items():
         if name in own:
-            options[name] = typed(name, value, own[name])
+            given[name] = typed(name, value, own[name])
         elif name not in Network.__annotations__:
             takers = [other for other in METHODS if name in options_of(other)]
             if not takers:
@@ -437,4 +459,4 @@ def make(
         timesteps = spaced(schedule, steps, spacing, **of_spacing)
     elif of_spacing:
         raise InputError(f"{next(iter(of_spacing))} is for a spacing, and the timesteps are given: leave one out")
-    return chosen.solver(schedule, timesteps, **options)
+    return chosen.solver(schedule, timesteps, **given)

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epsrt.errors import InputError, one_of, typed
-from epsrt.schedule import Array, Schedule
+from epsrt.schedule import Schedule
+from epsrt.types import Float64
 
 # name -> its options
 SPACINGS: dict[str, tuple[str, ...]] = {
@@ -156,7 +157,7 @@ def _respace(T: int, text: str) -> list[int]:
     return up[::-1]
 
 
-def given(schedule: Schedule, ts: Sequence[float] | Array) -> Array:
+def given(schedule: Schedule, ts: Sequence[float] | Float64) -> Float64:
     """Check an explicit list: numbers in the schedule, strictly descending; float64 [len(ts)].
 
     Raises InputError naming the first misfit.

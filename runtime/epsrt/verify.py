@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from epsrt.manifest import Rung
 from epsrt.noise_levels import visit
 from epsrt.parity import features as verify_features
 from epsrt.parity.measure import (
-    Float,
     by_timestep,
     limits,
     network_outputs,
@@ -28,8 +26,7 @@ from epsrt.parity.measure import (
     worst_psnr,
 )
 from epsrt.plan import STEP_COLUMNS
-
-OnProgress = Callable[[str, float], object]
+from epsrt.types import Float32, OnProgress
 
 
 def verify(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
@@ -175,7 +172,7 @@ def _step(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
     return by_timestep(engine, "step", out, truth, kept[:, STEP_COLUMNS.index("t")])
 
 
-def _check_rows(engine: Engine, rows: Float) -> None:
+def _check_rows(engine: Engine, rows: Float32) -> None:
     """The golden rows must read the network as the manifest says, which is what samples are made by."""
     m, rows = engine.bundle.manifest, rows_for(engine, rows)[::-1]  # descending t
     ts = timesteps(engine, rows[:, engine.columns.index("t")])
@@ -235,7 +232,7 @@ def _batches(engine: Engine, golden: dict[str, NDArray[Any]]) -> Rung:
     i = len(golden["network.x"]) // 2
     one = {key: golden[f"network.{key}"][i : i + 1] for key in ("x", "t", "label")}
     limit = limits(engine)[0]
-    outs: dict[int, Float] = {}
+    outs: dict[int, Float32] = {}
     try:
         for batch in sorted({1, min(2, engine.max_batch), engine.max_batch}):
             repeated = {key: np.repeat(value, batch, axis=0) for key, value in one.items()}

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from epsrt.bench.report import Figures, Of, Report, Request, Row, spread, with_ratios, write
+from epsrt.bench.report import Figures, Of, Report, Row, Workload, spread, with_ratios, write
 from epsrt_command import main
 
 Epsrt = Callable[..., tuple[int, str, str]]
@@ -45,7 +45,7 @@ def written(path: Path, rows: dict[int, Figures | str], **changes: Any) -> Path:
         1,
         "2026-11-21T00:00:00+00:00",
         Of("x.epsrt", "d" * 64),
-        Request("ddim", 20, None),
+        Workload("ddim", 20, None),
         tuple(rows),
         "VmHWM",
         {"processor": "P", "cores": 2, "versions": {"onnxruntime": "1.31"}},
@@ -138,7 +138,7 @@ def test_what_was_cut_short_is_compared_as_far_as_it_goes(epsrt: Epsrt, before: 
             {1: figures()},
             "A is of the bundle x.epsrt (dddddddddddd), B of y.epsrt",
         ),
-        ({"request": Request("ddim", 50, None)}, {1: figures()}, "the requests differ in steps, 20 and 50"),
+        ({"request": Workload("ddim", 50, None)}, {1: figures()}, "the requests differ in steps, 20 and 50"),
         ({}, {32: figures()}, "no case is in both"),
         ({"format": 2}, {1: figures()}, "has format 2, this epsrt reads 1"),
     ],

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from epsrt import Bundle, BundleError, EpsrtError, Sampler, Schedule, noise
+from epsrt import Bundle, BundleError, EpsrtError, InputError, Sampler, Schedule, noise
 from epsrt.manifest import GOLDEN, MANIFEST, PARITY
 from epsrt.timesteps import spaced
 from epsrt.verify import verify
@@ -183,7 +183,7 @@ class TestPlainModules:
             assert sampler.engine.precision == "fp32"
             assert (sampler.plan(steps=4)["clip"] == 2).all()
             assert sampler.sample(3, steps=4, labels=[0, 1, 3]).shape == (3, 2, 8, 6)
-            with pytest.raises(BundleError, match="needs labels, 0 … 3, and knows no null label"):
+            with pytest.raises(InputError, match="needs labels, 0 … 3, and knows no null label"):
                 sampler.sample(1, steps=4)
 
     def test_dear_networks_record_the_last_rows_of_ddpm(self, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from diffusers import DDPMPipeline
 from theirs import DDIMScheduler, DDPMScheduler, trajectory
 from toy import Toy, draw, run_plan
 
-from epsrt.prepare import plan_of
+from epsrt.bundle import Bundle
 from epsrt_export import families
 from epsrt_export.export import manifest_of
 from helpers import diffusers_unet
@@ -59,7 +59,7 @@ def plan_and_network(folder, scheduler, steps=None):
     source = families.load("diffusers", folder)
     learned = None if source.variance is None else 0.0
     toy = Toy(source.schedule, source.prediction, learned)
-    return source, plan_of(manifest_of(source, 1, ()), steps=steps), toy
+    return source, Bundle(folder, manifest_of(source, 1, ())).plan(steps=steps), toy
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES, ids=[f"{kind.__name__}-{name}" for kind, name in CASES])

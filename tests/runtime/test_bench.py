@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 
 from epsrt import Bundle, EngineError, EpsrtError, NotFiniteError, machine, open_engine
-from epsrt import prepare as requests
 from epsrt.bench import isolated as alone
 from epsrt.bench import run, timing
 from epsrt.bench.compare import compare, judged, noise_band
@@ -28,8 +27,8 @@ from epsrt.bench.report import (
     Figures,
     Of,
     Report,
-    Request,
     Row,
+    Workload,
     paired_ratio,
     read,
     spread,
@@ -38,6 +37,7 @@ from epsrt.bench.report import (
     write,
 )
 from epsrt.engines import ENGINES, probe
+from epsrt.request import Request
 
 
 class Slow:
@@ -78,7 +78,7 @@ class Slow:
 
 def course(engine: Any, *, batch: int = 1, steps: int = 4, seconds: float | None = None) -> timing.Course:
     case = Case(engine.name, engine.precision, batch)
-    return timing.Course(case, engine, requests.Request(n=batch, method="ddim", steps=steps), seconds)
+    return timing.Course(case, engine, Request(batch, method="ddim", steps=steps), seconds)
 
 
 def never(case: Case, error: EpsrtError) -> None:
@@ -465,7 +465,7 @@ def report(rows: dict[tuple[str, int], Figures | str], **changes: Any) -> Report
         1,
         "2026-11-21T00:00:00+00:00",
         Of("x.epsrt", "d" * 64),
-        Request("ddim", 20, None),
+        Workload("ddim", 20, None),
         (1,),
         "VmHWM",
         {"processor": "P", "cores": 2, "versions": {"onnxruntime": "1.31"}},
@@ -658,9 +658,9 @@ def test_of_two_gpus_what_differs_is_said() -> None:
     ("changes", "words"),
     [
         ({"bundle": Of("y.epsrt", "e" * 64)}, "A is of the bundle x.epsrt .d{12}., B of y.epsrt"),
-        ({"request": Request("ddpm", 20, None)}, "differ in method, ddim and ddpm"),
-        ({"request": Request("ddim", 50, None)}, "differ in steps, 20 and 50"),
-        ({"request": Request("ddim", 20, 1)}, "differ in threads, all and 1"),
+        ({"request": Workload("ddpm", 20, None)}, "differ in method, ddim and ddpm"),
+        ({"request": Workload("ddim", 50, None)}, "differ in steps, 20 and 50"),
+        ({"request": Workload("ddim", 20, 1)}, "differ in threads, all and 1"),
     ],
 )
 def test_other_work_is_not_compared(changes: dict[str, Any], words: str) -> None:

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from epsrt import Bundle, BundleError, EngineError, open_engine
+from epsrt import Bundle, BundleError, EngineError, InputError, open_engine
 from epsrt.manifest import FORMAT, GOLDEN, PARITY, Thresholding, digest, render, step_columns
 from epsrt.plan import STEP_COLUMNS
 from helpers import MANIFEST, edit_graph, forge, move_weights, opens_of, tree
@@ -403,7 +403,7 @@ class TestLabels:
 
     @pytest.mark.parametrize("label", [-1, 11, 1.0, "3", True, np.int64(-1), 2**63])
     def test_others_are_refused(self, conditional, label):
-        with pytest.raises(BundleError, match=r"label .* is outside 0 … 9, the classes of tiny.epsrt"):
+        with pytest.raises(InputError, match=r"label .* is outside 0 … 9, the classes of tiny.epsrt"):
             conditional.label_of(label)
 
     def test_none_needs_a_null_label(self, copy_of, bundle_path):
@@ -418,15 +418,15 @@ class TestLabels:
 
         forge(path, forget)
         without = Bundle.open(path)
-        with pytest.raises(BundleError, match="tiny.epsrt needs labels, 0 … 9, and knows no null label"):
+        with pytest.raises(InputError, match="tiny.epsrt needs labels, 0 … 9, and knows no null label"):
             without.label_of(None)
-        with pytest.raises(BundleError, match="label 10 is outside"):
+        with pytest.raises(InputError, match="label 10 is outside"):
             without.label_of(10)
 
     def test_unconditional_bundles_take_none_alone(self, unconditional):
         assert not unconditional.labelled
         assert unconditional.label_of(None) == 0
-        with pytest.raises(BundleError, match="label 0 was given, but plain.epsrt is unconditional: leave labels out"):
+        with pytest.raises(InputError, match="label 0 was given, but plain.epsrt is unconditional: leave labels out"):
             unconditional.label_of(0)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from epsrt import Bundle, BundleError, EpsrtError, Plan, Sampler, noise
+from epsrt import Bundle, EpsrtError, InputError, Plan, Request, Sampler, noise
 from helpers import judge
 
 STEPS = 8
@@ -196,13 +196,13 @@ def test_a_plan_without_levels_takes_no_classifier(sampler):
 
 def test_bundles_without_a_null_label_or_a_classifier_say_so(plain_bundle_path, bundle_path):
     with Sampler.open(plain_bundle_path, "onnxruntime", threads=1) as plain:
-        with pytest.raises(BundleError, match="label 1 was given, but plain.epsrt is unconditional"):
+        with pytest.raises(InputError, match="label 1 was given, but plain.epsrt is unconditional"):
             plain.sample(1, steps=2, labels=1, guidance=2.0)
-        with pytest.raises(BundleError, match=r"plain.epsrt has no classifier: export it again with --classifier"):
+        with pytest.raises(InputError, match=r"plain.epsrt has no classifier: export it again with --classifier"):
             plain.sample(1, steps=2, targets=1, classifier=2.0)
     with (
         Sampler.open(bundle_path, "onnxruntime", threads=1) as without,
-        pytest.raises(BundleError, match=r"tiny.epsrt has no classifier: export it again with --classifier"),
+        pytest.raises(InputError, match=r"tiny.epsrt has no classifier: export it again with --classifier"),
     ):
         without.sample(1, steps=2, labels=1, classifier=2.0)
 
@@ -234,9 +234,9 @@ def test_what_is_one_a_sample_may_be_any_list(sampler):
 
 
 def test_one_weight_for_all_takes_the_memory_of_one(sampler):
-    from epsrt.prepare import Request, prepare
+    from epsrt.prepare import prepare
 
-    request = Request(n=5000, steps=100, labels=3, guidance=2.0)
+    request = Request(5000, steps=100, labels=3, guidance=2.0)
     own = prepare(sampler.bundle, request).own
     assert set(own) >= {"w", "phi"}
     assert all(values.strides[1] == 0 and values.shape == (100, 5000) for values in own.values())
@@ -250,10 +250,8 @@ def test_weights_that_are_no_numbers(sampler, weight):
 
 
 def test_only_guided_samples_cost_a_second_plan(sampler, monkeypatch):
-    from epsrt import prepare as requests
-
-    made, make = [], requests.plan_of
-    monkeypatch.setattr(requests, "plan_of", lambda *args, **more: made.append(more) or make(*args, **more))
+    made, make = [], Bundle.plan
+    monkeypatch.setattr(Bundle, "plan", lambda *args, **more: made.append(more) or make(*args, **more))
     for guidance, count in ((None, 1), ([1.0, 0.5], 1), ([1.0, 2.0], 2)):
         made.clear()
         sampler.sample(labels=[3, 4], guidance=guidance, steps=2)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from epsrt import BundleError, EpsrtError, Plan, Sampler, noise, to_images
+from epsrt import EpsrtError, InputError, Plan, Sampler, noise, to_images
 from epsrt.timesteps import spaced
 from epsrt_trainer.sample import ddim_loop, ddpm_loop
 
@@ -295,7 +295,7 @@ def test_plans_that_need_another_graph_find_it_or_are_refused(sampler, plain_sam
 
 
 def test_labels_of_an_unconditional_bundle_are_refused(plain_sampler):
-    with pytest.raises(BundleError, match="label 0 was given, but plain.epsrt is unconditional"):
+    with pytest.raises(InputError, match="label 0 was given, but plain.epsrt is unconditional"):
         plain_sampler.sample(2, labels=[0, 1])
 
 

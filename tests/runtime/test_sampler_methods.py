@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from epsrt import EpsrtError, noise
-from epsrt.prepare import plan_of
 from epsrt.solvers import METHODS
 
 STEPS = 6
@@ -108,20 +107,20 @@ def test_steps_beside_a_plan_are_refused(sampler):
 
 
 def test_a_plan_clips_to_the_value_range_where_its_method_does(sampler):
-    manifest = sampler.bundle.manifest
+    bundle = sampler.bundle
     for method, kind in METHODS.items():
-        assert (plan_of(manifest, method, 5)["clip"].max() == manifest.clip) == kind.clips
-        assert plan_of(manifest, method, 5, clip=0.5)["clip"].max() == 0.5
+        assert (bundle.plan(method, 5)["clip"].max() == bundle.manifest.clip) == kind.clips
+        assert bundle.plan(method, 5, clip=0.5)["clip"].max() == 0.5
 
 
 def test_ddpm_of_a_learned_variance_uses_it(learned_bundle_path):
     from epsrt import Bundle
 
-    manifest = Bundle.open(learned_bundle_path).manifest
-    assert manifest.variance is not None
-    assert plan_of(manifest, "ddpm", 5)["r"].any()
-    assert not plan_of(manifest, "ddpm", 5, variance="fixed_large")["r"].any()
-    assert not plan_of(manifest, "ddim", 5)["r"].any()
+    bundle = Bundle.open(learned_bundle_path)
+    assert bundle.manifest.variance is not None
+    assert bundle.plan("ddpm", 5)["r"].any()
+    assert not bundle.plan("ddpm", 5, variance="fixed_large")["r"].any()
+    assert not bundle.plan("ddim", 5)["r"].any()
 
 
 def test_a_graph_without_learned_variance_refuses_it(sampler):

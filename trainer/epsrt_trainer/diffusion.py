@@ -9,7 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from epsrt.errors import InputError
-from epsrt.schedule import Array, Schedule
+from epsrt.schedule import Schedule
+from epsrt.types import Float64
 
 Prediction = Literal["epsilon", "x0", "v"]  # what a network can be trained for here
 Output = Literal["epsilon", "x0", "v", "score", "edm", "velocity"]  # what a sampled one may return
@@ -94,7 +95,7 @@ def predicted_epsilon(
     return (x - signal * predicted_x0(prediction, x, out, signal, noise, sigma_data)) / noise
 
 
-def loss_weights(schedule: Schedule, prediction: Prediction, weighting: Weighting) -> Array:
+def loss_weights(schedule: Schedule, prediction: Prediction, weighting: Weighting) -> Float64:
     """The weight of each timestep's squared error of the network's own output; float64 [T].
 
     simple   1 (DDPM eq. 14)
@@ -117,7 +118,7 @@ def loss_weights(schedule: Schedule, prediction: Prediction, weighting: Weightin
             before = np.concatenate([[1.0], bar[:-1]])
             variance = schedule.beta * (1 - before) / (1 - bar)
             variance[0] = variance[1] if schedule.T > 1 else schedule.beta[0]
-            of_x0: Array = before * (schedule.beta / (1 - bar)) ** 2 / (2 * variance)
+            of_x0: Float64 = before * (schedule.beta / (1 - bar)) ** 2 / (2 * variance)
         case "min-snr":
             of_x0 = np.minimum(schedule.snr, GAMMA)
         case _:

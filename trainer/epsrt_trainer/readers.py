@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from epsrt.errors import EpsrtError, InputError
+from epsrt.types import UInt8
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -159,7 +160,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES and p.name[0] != ".")
 
 
-def _read_image(path: Path, size: int | None) -> NDArray[np.uint8]:
+def _read_image(path: Path, size: int | None) -> UInt8:
     """[H, W, 1 or 3]."""
     try:
         with Image.open(path) as image:
@@ -187,7 +188,7 @@ def _idx_images(path: Path) -> Path | None:
     return path if "idx3-ubyte" in path.name and path.is_file() else None
 
 
-def _read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
+def _read_idx(path: Path, ndim: int) -> UInt8:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:

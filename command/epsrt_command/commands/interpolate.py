@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 from typer import Option
 
 from epsrt.editing import slerp
 from epsrt.errors import InputError
+from epsrt.types import Float32
 from epsrt_command import options, planning, show
 
 EXAMPLES = """\
@@ -61,8 +61,6 @@ def interpolate(
 ) -> None:
     """Walk between latents on the sphere (slerp), each frame drawn by a deterministic sampler."""
     from epsrt.bundle import Bundle
-    from epsrt.engine import image_shape
-    from epsrt.prepare import plan_of
     from epsrt_command import drawing, inputs, pictures
 
     opened = Bundle.open(bundle)
@@ -78,7 +76,7 @@ def interpolate(
     given = planning.options(steps, spacing, timesteps, eta, None, clip, m.bound, more)
     # seeds' own samples are at the ends of the way; a clipped step does not undo an inverted one
     given.setdefault("clip", m.clip if latents is None else None)
-    plan = plan_of(m, method, **given)
+    plan = opened.plan(method, **given)
     if plan.start[0]:
         raise InputError(f"{plan.name} begins from images: walk between latents with a sampler, such as ddim")
     if plan.stochastic:
@@ -102,7 +100,7 @@ def interpolate(
     }
     if ends is None:
         drawing.checked(opened, {**asked, "seeds": numbers, "size": extent})
-        asked["x"] = np.zeros((total, *image_shape(opened, extent)), np.float32)  # until there is a sampler to say
+        asked["x"] = np.zeros((total, *opened.image_shape(extent)), np.float32)  # until there is a sampler to say
     else:
         asked["x"] = _walk(ends, frames)
     work = drawing.checked(opened, asked)
@@ -164,7 +162,7 @@ def _count(ends: int, frames: int) -> int:
     return total
 
 
-def _walk(ends: NDArray[np.float32], frames: int) -> NDArray[np.float32]:
+def _walk(ends: Float32, frames: int) -> Float32:
     """float32 [_count(len(ends), frames), C, H, W], by way of each of the ends."""
     between = [slerp(a, b, np.arange(1, frames) / (frames - 1)) for a, b in itertools.pairwise(ends)]
     return np.concatenate([ends[:1], *between])

@@ -53,7 +53,6 @@ def invert(
     """Find the latents that a deterministic sampler turns back into given images (DDIM inversion)."""
     from epsrt.bundle import Bundle
     from epsrt.files import whole_file
-    from epsrt.prepare import plan_of
     from epsrt.timesteps import respaced
     from epsrt_command import drawing, inputs, pictures
 
@@ -72,8 +71,8 @@ def invert(
         "labels": options.one_or_each(classes),
         "guidance": options.one_or_each(options.numbers("--guidance", guidance)),
     }
-    there = {"plan": plan_of(m, inverse_of(method), **given), "init": images, **asked}
-    back = {"plan": plan_of(m, "ddim", **{"clip": None, **given, "eta": 0.0}), **asked}  # a clipped x0 has no inverse
+    there = {"plan": opened.plan(inverse_of(method), **given), "init": images, **asked}
+    back = {"plan": opened.plan("ddim", **{"clip": None, **given, "eta": 0.0}), **asked}  # a clipped x0 has no inverse
     work = drawing.checked(opened, there)
     errors = None
     with drawing.sampler_of(opened, work, engine, precision, threads, trust_engines) as sampler:

@@ -7,7 +7,6 @@ from typing import Annotated, get_args
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 from typer import Option
 
 from epsrt.errors import InputError
@@ -15,6 +14,7 @@ from epsrt.noise_levels import PREDICTIONS
 from epsrt.plan import CLIP_OFF, COLUMNS, DEFAULTS, Plan
 from epsrt.schedule import Kind, Schedule
 from epsrt.solvers import METHODS, make, options_of
+from epsrt.types import Float64
 from epsrt_command import planning, show
 
 EXAMPLES = """\
@@ -64,11 +64,11 @@ def plan(
         if schedule is not None or prediction is not None:
             raise InputError("--bundle says which schedule and prediction: leave --schedule and --prediction out")
         from epsrt.bundle import Bundle
-        from epsrt.prepare import plan_of
 
-        m = Bundle.open(bundle).manifest
+        opened = Bundle.open(bundle)
+        m = opened.manifest
         given = planning.options(steps, spacing, timesteps, eta, variance, clip, m.bound, more)
-        visited, prediction, made = m.schedule, m.prediction, plan_of(m, method, **given)
+        visited, prediction, made = m.schedule, m.prediction, opened.plan(method, **given)
     else:
         visited = Schedule("linear" if schedule is None else schedule)  # type: ignore[arg-type]
         prediction = "epsilon" if prediction is None else prediction
@@ -104,7 +104,7 @@ def plan(
     typer.echo(f"\n{made.name}: {len(made)} rows, x begins as {begin}; columns not shown hold their defaults{where}")
 
 
-def _table(made: Plan, log_snr: NDArray[np.float64]) -> list[list[str]]:
+def _table(made: Plan, log_snr: Float64) -> list[list[str]]:
     used = [name for name in COLUMNS if name == "t" or np.any(made[name] != DEFAULTS[name])]
     if np.array_equal(made["n"], np.arange(len(made))):
         used.remove("n")

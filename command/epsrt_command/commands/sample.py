@@ -97,7 +97,6 @@ def sample(
 ) -> None:
     """Draw images from a bundle: from noise, from latents, from other images, or around what is known."""
     from epsrt.bundle import Bundle
-    from epsrt.prepare import plan_of
     from epsrt_command import drawing, inputs, pictures
     from epsrt_command.trajectory import Trajectory
 
@@ -120,7 +119,7 @@ def sample(
     s = [0.0] if classifier is None else options.numbers("--classifier", classifier)
     between, place = options.interval_of(guidance_interval), options.place_of(at)
     given = planning.options(steps, spacing, timesteps, eta, variance, clip, m.bound, more)
-    plan_of(m, method, **given)  # refuses what is no option of the method: --set seed=3
+    opened.plan(method, **given)  # refuses what is no option of the method: --set seed=3
     begin = None if init is None else inputs.images(init, opened, extent)
     x, kept = (None, None) if latents is None else inputs.latents(latents, opened, extent)
     classes = kept if classes is None else classes

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 from PIL import Image
 from typer import Option
 
 from epsrt.errors import InputError
+from epsrt.types import UInt8
 from epsrt_command import inputs, options, show
 
 EXAMPLES = """\
@@ -25,7 +25,6 @@ epsrt score folder/ photos/ --features inception.onnx --names features=pool3,log
 epsrt score samples.npz real.npz --features classifier.onnx --resamples 1000     (its metadata says the range)
 """
 
-Bytes = NDArray[np.uint8]
 ORIENTATION = 0x0112  # of EXIF; from 5 on, a quarter turn
 WAY_OUT = "give an .npz that epsrt sample wrote, or a folder of pictures"
 
@@ -153,7 +152,7 @@ def _named(text: str | None) -> dict[str, str]:
     return {kind.strip(): name.strip() for kind, name in pairs}
 
 
-def _images(path: Path, shape: tuple[int | None, ...]) -> Bytes:
+def _images(path: Path, shape: tuple[int | None, ...]) -> UInt8:
     """uint8 [n, H, W, C]; pictures become as many channels as `shape` [C, H, W] has, and must have its size."""
     if not path.exists():
         raise InputError(f"{path} does not exist: {WAY_OUT}")
@@ -175,7 +174,7 @@ def _upright(path: Path) -> tuple[int, int]:
         return image.size if turned else image.size[::-1]
 
 
-def _stored(path: Path) -> Bytes:
+def _stored(path: Path) -> UInt8:
     found = inputs.arrays_of(path, "images").get("images")
     if found is None:
         raise InputError(f"{path} holds no images: {WAY_OUT}")
@@ -184,6 +183,6 @@ def _stored(path: Path) -> Bytes:
     return found
 
 
-def _size(images: Bytes) -> str:
+def _size(images: UInt8) -> str:
     height, width, channels = images.shape[1:]
     return f"{height} × {width} × {channels}"

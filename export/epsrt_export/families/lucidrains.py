@@ -16,7 +16,8 @@ from torch import Tensor
 from epsrt.errors import BundleError, EpsrtError, InputError, one_of, typed
 from epsrt.files import sha256
 from epsrt.manifest import Sampling
-from epsrt.schedule import Array, Schedule
+from epsrt.schedule import Schedule
+from epsrt.types import Float64
 from epsrt_export.families import statedict
 from epsrt_export.families.lucidrains_unet import PACKAGE, adapt, theirs
 from epsrt_export.source import Source
@@ -305,7 +306,7 @@ def _schedule(
     return (_named(package, found, len(kept)) if fits else Schedule.given(kept)), found
 
 
-def _betas(package: Any, kind: str, T: int) -> Array:
+def _betas(package: Any, kind: str, T: int) -> Float64:
     return np.asarray(getattr(package, f"{kind}_beta_schedule")(T).numpy(), np.float64)
 
 
@@ -341,7 +342,7 @@ def _prediction(buffers: Tensors, schedule: Schedule, objective: str | None, lea
     return OBJECTIVES[objective]
 
 
-def _objectives(weight: Array, snr: Array) -> list[str]:
+def _objectives(weight: Float64, snr: Float64) -> list[str]:
     """The objectives that GaussianDiffusion weighs so: by min(SNR, γ) over 1, SNR or SNR + 1, γ any or none."""
     if weight.shape != snr.shape:
         return []

@@ -88,7 +88,7 @@ class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     built: bool  # cold: it built something first; else warm
 
 
-class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What every case drew."""
 
     method: str
@@ -109,7 +109,7 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: int
     date: str  # ISO, UTC, when it began
     bundle: Of
-    request: Request
+    request: Workload
     batches: tuple[Count, ...]
     memory_of: str  # what `memory` is
     machine: dict[str, Any]  # epsrt.machine.describe

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
@@ -13,18 +13,17 @@ from time import perf_counter
 import msgspec
 
 from epsrt import machine
-from epsrt import prepare as requests
 from epsrt.bench import isolated as alone
-from epsrt.bench.report import FORMAT, STARTS, Case, Of, Opened, Report, Request, Row, with_ratios
+from epsrt.bench.report import FORMAT, STARTS, Case, Of, Opened, Report, Row, Workload, with_ratios
 from epsrt.bench.timing import Course, alternate
 from epsrt.bundle import Bundle
 from epsrt.engines import ENGINES, Engine, open_engine, probe
 from epsrt.engines.cache.store import EngineCache
 from epsrt.errors import EngineError, EpsrtError, InputError, one_of, whole
+from epsrt.request import Request
+from epsrt.types import OnProgress, Say
 
 STARTS_S = 3.0  # for all starts of a case, unless the first takes longer
-Tell = Callable[[str, float], object]
-Say = Callable[[str], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +70,13 @@ class Ready:
     refused: tuple[Row, ...]
 
 
-def opened(bundle: Bundle, asked: Asked, stack: ExitStack, tell: Tell) -> Ready:
+def opened(bundle: Bundle, asked: Asked, stack: ExitStack, tell: OnProgress) -> Ready:
     """Open what was asked for; `stack` closes it.
 
     Raises InputError where the bundle cannot do what was asked, where an engine that was named does not open, and where
     none does.
     """
-    requests.plan_of(bundle.manifest, asked.method, asked.steps)
+    bundle.plan(asked.method, asked.steps)
     largest, most = max(asked.batches), bundle.manifest.max_batch
     if largest > most:
         raise InputError(f"batch = {largest} is outside 1 … {most}, the largest of {bundle.path.name}")
@@ -131,15 +130,15 @@ def bench(bundle: Bundle, asked: Asked, ready: Ready, say: Say = lambda sentence
     being measured.
     """
     label = 0 if bundle.labelled and bundle.manifest.null_label is None else None
-    request = requests.Request(method=asked.method, steps=asked.steps, labels=label)
-    plan = requests.plan_of(bundle.manifest, asked.method, asked.steps)
+    request = Request(method=asked.method, steps=asked.steps, labels=label)
+    plan = bundle.plan(asked.method, asked.steps)
     batches = tuple(sorted(set(asked.batches)))
     cases = {Case(e.name, e.precision, batch): e for batch in batches for e in ready.engines}
     report = Report(
         FORMAT,
         datetime.now(UTC).isoformat(timespec="seconds"),
         Of(bundle.path.name, bundle.manifest.digest),
-        Request(plan.name, len(plan), asked.threads),
+        Workload(plan.name, len(plan), asked.threads),
         batches,
         f"peak resident memory of a process that does only this ({alone.peak_memory()[1]}), without the GPU's",
         machine.describe(),
@@ -176,7 +175,7 @@ def _measured(
     bundle: Bundle,
     asked: Asked,
     group: dict[Case, Engine],
-    request: requests.Request,
+    request: Request,
     label: int | None,
     started: set[tuple[str, str]],
 ) -> list[Row]:
@@ -208,7 +207,7 @@ def _measured(
                 fail(case, error)
         for case in found:
             try:
-                wanted = replace(request, n=case.batch)
+                wanted = request.but(case.batch)
                 courses.append(stack.enter_context(Course(case, group[case], wanted, asked.seconds)))
             except EpsrtError as error:
                 fail(case, error)

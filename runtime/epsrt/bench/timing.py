@@ -15,11 +15,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from epsrt import prepare as requests
 from epsrt.bench.report import LEAST, Case, Figures, spread
-from epsrt.engine import Closing, Rows
+from epsrt.engine import Closing
 from epsrt.engines import Engine
 from epsrt.errors import EpsrtError
+from epsrt.prepare import Work, prepare
+from epsrt.request import Request
+from epsrt.types import Float32
 
 WARM_S, WARM_STEPS = 0.3, 2  # of the first steps, which are not counted
 SETTLE_S, SETTLE_STEPS = 0.03, 1  # of the steps that wake an engine's threads again
@@ -46,10 +48,10 @@ class Course(Closing):
     Raises InputError, like all that runs a step: the case cannot be measured then.
     """
 
-    def __init__(self, case: Case, engine: Engine, request: requests.Request, seconds: float | None):
+    def __init__(self, case: Case, engine: Engine, request: Request, seconds: float | None):
         self.case, self._engine, self._request = case, engine, request
         self.timed = Timed()
-        self._work = requests.prepare(engine.bundle, request)
+        self._work = prepare(engine.bundle, request)
         self._lanes = engine.lanes(case.batch)
         try:
             self._rows = self._all_rows(self._work)
@@ -70,7 +72,7 @@ class Course(Closing):
         stepping = whole = 0.0
         for _ in range(self._requests):
             begin = time.perf_counter()
-            work = requests.prepare(self._engine.bundle, self._request)
+            work = prepare(self._engine.bundle, self._request)
             rows = self._all_rows(work)
             self._write(work)
             ready = time.perf_counter()
@@ -108,15 +110,15 @@ class Course(Closing):
     def close(self) -> None:
         self._lanes.close()
 
-    def _all_rows(self, work: requests.Work) -> Rows:
+    def _all_rows(self, work: Work) -> Float32:
         every = slice(None)
         return work.rows(self._engine.columns, work.plan.rows(self._engine.columns), every, every)
 
-    def _write(self, work: requests.Work) -> None:
+    def _write(self, work: Work) -> None:
         for i, sample in enumerate(work.samples):
             self._lanes.write(i, sample)
 
-    def _each(self, rows: Rows) -> list[float]:
+    def _each(self, rows: Float32) -> list[float]:
         seconds = []
         for i in range(len(rows)):
             begin = time.perf_counter()

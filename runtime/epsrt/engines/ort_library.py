@@ -8,6 +8,7 @@ from epsrt.bundle import Bundle
 from epsrt.engines.probe import both_onnxruntimes
 from epsrt.errors import EngineError
 from epsrt.manifest import StepGraph
+from epsrt.types import Shape
 
 try:
     import onnxruntime as ort
@@ -26,7 +27,7 @@ def refuse_both_packages() -> None:
 
 
 def check_signature(
-    session: Any, bundle: Bundle, graph: StepGraph, batch: int | None = None, shape: tuple[int, int, int] | None = None
+    session: Any, bundle: Bundle, graph: StepGraph, batch: int | None = None, shape: Shape | None = None
 ) -> None:
     """Raw pointers are bound, so inputs and outputs must be what the manifest says.
 

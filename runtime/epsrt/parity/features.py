@@ -12,8 +12,7 @@ from epsrt.engine import Engine, Sample
 from epsrt.errors import NotFiniteError
 from epsrt.manifest import Rung
 from epsrt.parity import measure
-
-Golden = dict[str, NDArray[Any]]
+from epsrt.types import Arrays
 
 # what each needs of the golden file
 NEEDS = {"guidance": ("guidance.null",), "classifier": ("classifier.target", "classifier.gradient")}
@@ -24,7 +23,7 @@ DOMINANT = 1e3  # how much larger than the network's output the gradient is made
 LEVEL = (0.8, 0.6)  # α and σ that known pixels are noised to, in every other state
 
 
-def guidance(engine: Engine, golden: Golden) -> Rung:
+def guidance(engine: Engine, golden: Arrays) -> Rung:
     """u + w·(c − u) at the network's timesteps, rescaled in every other; w = 0 is u alone and w = 1 c alone.
 
     The figure is relative to what is combined, hypot(‖w·c‖, ‖(1 − w)·u‖): where c and u cancel, so do not their errors.
@@ -48,7 +47,7 @@ def guidance(engine: Engine, golden: Golden) -> Rung:
     return measure.rung(engine, "guidance", errors[worst], "relative L2", limit, where=where)
 
 
-def classifier(engine: Engine, golden: Golden) -> Rung:
+def classifier(engine: Engine, golden: Arrays) -> Rung:
     """∇ log p(target | x) as the graph has it, weighed until it dwarfs the network's output."""
     x, t, label, out = (golden[f"network.{key}"] for key in ("x", "t", "label", "out"))
     target, gradient = golden["classifier.target"], golden["classifier.gradient"].astype(np.float64)
@@ -63,7 +62,7 @@ def classifier(engine: Engine, golden: Golden) -> Rung:
     return measure.by_timestep(engine, "classifier", found - out, added, t, GRADIENT_LIMIT)
 
 
-def mask(engine: Engine, golden: Golden) -> Rung:
+def mask(engine: Engine, golden: Arrays) -> Rung:
     """One DDPM step from PyTorch's states, of which a part is known, a part half so, and the rest as the step has it.
 
     In every other state known pixels are noised to LEVEL, in the others left clean: there they must come back exactly.

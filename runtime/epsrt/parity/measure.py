@@ -11,8 +11,7 @@ from epsrt.engine import Engine, Sample
 from epsrt.errors import BundleError
 from epsrt.manifest import Rung, step_columns
 from epsrt.plan import DEFAULTS, idle_row
-
-Float = NDArray[np.float32]
+from epsrt.types import Float32, Float64, Int64
 
 # (largest relative L2 of a step, least PSNR of a trajectory in dB)
 LIMITS = {
@@ -29,27 +28,27 @@ def relative_l2(value: NDArray[Any], truth: NDArray[Any]) -> float:
     return float(np.linalg.norm(v - t)) / max(float(np.linalg.norm(t)), 1e-30)
 
 
-def worst_psnr(images: Float, truth: Float, value_range: tuple[float, float]) -> float:
+def worst_psnr(images: Float32, truth: Float32, value_range: tuple[float, float]) -> float:
     """PSNR in dB of the worst of [n, C, H, W], peak = the width of the value range; at most PSNR_CEILING."""
     error = np.square(images.astype(np.float64) - truth).reshape(len(images), -1).mean(axis=1).max()
     peak = value_range[1] - value_range[0]
     return float(min(20 * np.log10(peak) - 10 * np.log10(max(error, 1e-300)), PSNR_CEILING))
 
 
-def network_outputs(engine: Engine, x: Float, t: Float, label: NDArray[np.int64], batch: int) -> Float:
+def network_outputs(engine: Engine, x: Float32, t: Float32, label: Int64, batch: int) -> Float32:
     """The network's prediction for states x [n, C, H, W] at t [n], through the step graph: h = 1 gives x' = out."""
     return one_step(engine, x, t, label, batch, h=1.0)
 
 
 def one_step(
     engine: Engine,
-    x: Float,
-    t: Float,
-    label: NDArray[np.int64],
+    x: Float32,
+    t: Float32,
+    label: Int64,
     batch: int,
-    target: NDArray[np.int64] | None = None,
+    target: Int64 | None = None,
     **columns: np.float32 | float | NDArray[Any],
-) -> Float:
+) -> Float32:
     """x' of states x [n, C, H, W] at t [n], by rows of these columns, each a number or [n], and zeros.
 
     z is the same in all; `target` [n] are the classifier's classes.
@@ -94,7 +93,7 @@ def limits(engine: Engine) -> tuple[float, float]:
 
 
 def by_timestep(
-    engine: Engine, name: str, out: NDArray[Any], truth: NDArray[Any], t: Float, limit: float | None = None
+    engine: Engine, name: str, out: NDArray[Any], truth: NDArray[Any], t: Float32, limit: float | None = None
 ) -> Rung:
     """Relative L2 of each state; the figure is the worst, the limit that of a step where none is given."""
     errors = [relative_l2(a, b) for a, b in zip(out, truth, strict=True)]
@@ -105,12 +104,12 @@ def by_timestep(
     return rung(engine, name, errors[worst], "relative L2", limit, where=f"t = {ts[worst]:g}", by_timestep=each)
 
 
-def timesteps(engine: Engine, told: Float) -> NDArray[np.float64]:
+def timesteps(engine: Engine, told: Float32) -> Float64:
     """The schedule's whole timesteps, of t as the network is told it."""
     return np.round(engine.bundle.manifest.timesteps(told))
 
 
-def rows_for(engine: Engine, kept: Float) -> Float:
+def rows_for(engine: Engine, kept: Float32) -> Float32:
     """Recorded rows [steps, step_columns] in the engine's columns; those that it has beyond hold their defaults."""
     columns = step_columns(engine.bundle.manifest.variance)
     if kept.shape[1] != len(columns):

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epsrt.errors import InputError, one_line, whole
+from epsrt.types import Float64, UInt8
 
 try:
     import onnxruntime as ort
@@ -28,8 +29,8 @@ BATCH = 64
 class Extracted:
     """features float64 [n, D]; probabilities float64 [n, K], None where the file has no classes."""
 
-    features: NDArray[np.float64]
-    probabilities: NDArray[np.float64] | None
+    features: Float64
+    probabilities: Float64 | None
 
 
 class Extractor:
@@ -68,10 +69,7 @@ class Extractor:
         self.features: int | None = wide if isinstance(wide, int) else None
 
     def __call__(
-        self,
-        images: NDArray[np.uint8],
-        batch: int = BATCH,
-        on_batch: Callable[[int, int], object] = lambda done, total: None,
+        self, images: UInt8, batch: int = BATCH, on_batch: Callable[[int, int], object] = lambda done, total: None
     ) -> Extracted:
         """Of uint8 [n, H, W, C], `batch` at a time; on_batch(done, total) hears of each."""
         self.check(images)
@@ -103,14 +101,14 @@ class Extractor:
             probabilities = _softmax(joined["logits"])
         return Extracted(joined["features"], probabilities)
 
-    def _scaled(self, images: NDArray[np.uint8]) -> NDArray[Any]:
+    def _scaled(self, images: UInt8) -> NDArray[Any]:
         planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
         if self._bytes:
             return planes
         low, high = self.value_range
         return planes.astype(np.float32) * np.float32((high - low) / 255) + np.float32(low)
 
-    def check(self, images: NDArray[np.uint8]) -> None:
+    def check(self, images: UInt8) -> None:
         """Raise InputError unless it takes these images."""
         if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
             raise InputError(f"features are of uint8 images [n, H, W, C], not {images.dtype} {list(images.shape)}")
@@ -212,7 +210,7 @@ def _session(path: Path, threads: int | None) -> Any:
         raise InputError(f"{path} is no ONNX file that onnxruntime can run ({one_line(error)})") from None
 
 
-def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+def _softmax(logits: Float64) -> Float64:
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    shares: NDArray[np.float64] = shifted / shifted.sum(axis=1, keepdims=True)
+    shares: Float64 = shifted / shifted.sum(axis=1, keepdims=True)
     return shares

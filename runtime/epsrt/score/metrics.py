@@ -11,12 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from epsrt.errors import InputError, whole
-
-Array = NDArray[np.float64]
-OnResample = Callable[[int, int], object]
+from epsrt.types import Float64, OnStep
 
 NORMAL_975 = 1.959963984540054  # of the standard normal distribution: 95 % two-sided
 BLOCK_ENTRIES = 1 << 22  # distances held at once, 32 MiB
@@ -41,9 +39,9 @@ class Figure:
 class _Gaussian:
     """The moments of features, and a root [D, D] of the covariance: root @ root.T = covariance."""
 
-    mean: Array
-    covariance: Array
-    root: Array
+    mean: Float64
+    covariance: Float64
+    root: Float64
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def score(
     k: int = 3,
     resamples: int = 200,
     seed: int = 0,
-    on_resample: OnResample = lambda done, total: None,
+    on_resample: OnStep = lambda done, total: None,
 ) -> Score:
     """All figures of samples [n, D] against real [m, D], with the samples' class probabilities [n, K] if given.
 
@@ -83,7 +81,7 @@ def score(
         )
     whole_sample, target = np.ones(len(x)), _gaussian(y)
 
-    def distance(counts: Array) -> float:
+    def distance(counts: Float64) -> float:
         mean, covariance = _moments(x, counts)
         return _frechet(mean, covariance, target)
 
@@ -92,7 +90,7 @@ def score(
         p = _probabilities(probabilities)
         entropy = _p_log_p(p).sum(axis=1)
 
-        def class_score(counts: Array) -> float:
+        def class_score(counts: Float64) -> float:
             return _class_score(p, entropy, counts)
 
         classes = bootstrap(class_score, class_score(whole_sample), len(p), resamples, seed, (1.0, float(p.shape[1])))
@@ -159,13 +157,13 @@ def precision_recall(samples: ArrayLike, real: ArrayLike, k: int = 3) -> tuple[i
 
 
 def bootstrap(
-    statistic: Callable[[Array], float],
+    statistic: Callable[[Float64], float],
     value: float,
     n: int,
     resamples: int = 200,
     seed: int = 0,
     bounds: tuple[float, float] = (0.0, math.inf),
-    on_resample: OnResample = lambda done, total: None,
+    on_resample: OnStep = lambda done, total: None,
 ) -> Figure:
     """`value` with a 95 % interval from `resamples` resamples of its n samples; a seed gives the same one again.
 
@@ -203,13 +201,13 @@ def wilson(hits: int, n: int) -> Figure:
     return Figure(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
-def _gaussian(x: Array) -> _Gaussian:
+def _gaussian(x: Float64) -> _Gaussian:
     mean, covariance = _moments(x, np.ones(len(x)))
     values, vectors = np.linalg.eigh(covariance)
     return _Gaussian(mean, covariance, vectors * np.sqrt(values.clip(0)))
 
 
-def _moments(x: Array, counts: Array) -> tuple[Array, Array]:
+def _moments(x: Float64, counts: Float64) -> tuple[Float64, Float64]:
     """Mean and unbiased covariance where row i counts `counts[i]` times."""
     n = counts.sum()
     mean = counts @ x / n
@@ -217,23 +215,23 @@ def _moments(x: Array, counts: Array) -> tuple[Array, Array]:
     return mean, (centred * counts[:, None]).T @ centred / (n - 1)
 
 
-def _frechet(mean: Array, covariance: Array, target: _Gaussian) -> float:
+def _frechet(mean: Float64, covariance: Float64, target: _Gaussian) -> float:
     both = target.root.T @ covariance @ target.root
     root_trace = np.sqrt(np.linalg.eigvalsh((both + both.T) / 2).clip(0)).sum()
     apart = float(np.square(mean - target.mean).sum())
     return max(0.0, apart + float(np.trace(covariance) + np.trace(target.covariance) - 2 * root_trace))
 
 
-def _class_score(p: Array, entropy: Array, counts: Array) -> float:
+def _class_score(p: Float64, entropy: Float64, counts: Float64) -> float:
     n = counts.sum()
     return float(np.exp(counts @ entropy / n - _p_log_p(counts @ p / n).sum()))
 
 
-def _p_log_p(p: Array) -> Array:
+def _p_log_p(p: Float64) -> Float64:
     return p * np.log(np.where(p > 0, p, 1.0))
 
 
-def _radii(points: Array, k: int) -> Array:
+def _radii(points: Float64, k: int) -> Float64:
     """Squared distance of each point to its k-th nearest other one."""
     radii = np.empty(len(points))
     for part in _blocks(len(points), len(points)):
@@ -243,7 +241,7 @@ def _radii(points: Array, k: int) -> Array:
     return radii
 
 
-def _within(points: Array, centres: Array, radii: Array) -> int:
+def _within(points: Float64, centres: Float64, radii: Float64) -> int:
     """How many points lie in one of the balls; squared radii."""
     found = 0
     for part in _blocks(len(points), len(centres)):
@@ -256,15 +254,15 @@ def _blocks(rows: int, columns: int) -> list[slice]:
     return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
 
 
-def _squared(a: Array, b: Array) -> Array:
-    squared: Array = a @ (-2 * b.T)
+def _squared(a: Float64, b: Float64) -> Float64:
+    squared: Float64 = a @ (-2 * b.T)
     squared += np.square(a).sum(axis=1)[:, None]
     squared += np.square(b).sum(axis=1)
     np.maximum(squared, 0, out=squared)
     return squared
 
 
-def _both(samples: ArrayLike, real: ArrayLike) -> tuple[Array, Array]:
+def _both(samples: ArrayLike, real: ArrayLike) -> tuple[Float64, Float64]:
     x, y = _features(samples, "samples"), _features(real, "real images")
     if x.shape[1] != y.shape[1]:
         raise InputError(
@@ -273,7 +271,7 @@ def _both(samples: ArrayLike, real: ArrayLike) -> tuple[Array, Array]:
     return x, y
 
 
-def _features(given: ArrayLike, name: str) -> Array:
+def _features(given: ArrayLike, name: str) -> Float64:
     x = np.asarray(given)
     if x.ndim != 2 or not x.size or x.dtype.kind not in "fiu":
         raise InputError(f"the features of {name} are {x.dtype} {list(x.shape)}, not numbers [n, D]")
@@ -285,7 +283,7 @@ def _features(given: ArrayLike, name: str) -> Array:
     return x.astype(np.float64)
 
 
-def _probabilities(given: ArrayLike) -> Array:
+def _probabilities(given: ArrayLike) -> Float64:
     p = np.asarray(given)
     if p.ndim != 2 or not len(p) or p.shape[1] < 2 or p.dtype.kind not in "fiu":
         raise InputError(
@@ -298,5 +296,5 @@ def _probabilities(given: ArrayLike) -> Array:
             f"class probabilities of image {off[0]} are no distribution (sum {p[off[0]].sum():g}): if they are logits, "
             "name them so"
         )
-    shares: Array = p / p.sum(axis=1, keepdims=True)
+    shares: Float64 = p / p.sum(axis=1, keepdims=True)
     return shares

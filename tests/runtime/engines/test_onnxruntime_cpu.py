@@ -10,6 +10,7 @@ from epsrt import (
     Bundle,
     BundleError,
     EngineError,
+    InputError,
     NotFiniteError,
     Sample,
     Sampler,
@@ -193,7 +194,7 @@ class TestLanes:
             np.testing.assert_allclose(lanes.read(1), 0.8 * init + 0.6 * z, rtol=0, atol=1e-6)
 
     def test_write_refuses_an_image_of_another_shape(self, engine):
-        with engine.lanes(1) as lanes, pytest.raises(EngineError, match=r"init has shape \[8, 8\], the network wants"):
+        with engine.lanes(1) as lanes, pytest.raises(InputError, match=r"init has shape \[8, 8\], the network wants"):
             lanes.write(0, Sample(start=(1.0, 0.0), init=np.zeros((8, 8), np.float32)))
 
     def test_reads_are_copies(self, engine, rows_of):
@@ -292,15 +293,15 @@ class TestLanes:
 
     @pytest.mark.parametrize("batch", [0, -1, 9])
     def test_batches_outside_the_bundles_are_refused(self, engine, batch):
-        with pytest.raises(EngineError, match=f"a batch of {batch} is outside 1 … 8"):
+        with pytest.raises(InputError, match=f"a batch of {batch} is outside 1 … 8"):
             engine.lanes(batch)
 
     @pytest.mark.parametrize("index", [-1, 2])
     def test_lanes_out_of_range_are_refused(self, engine, index):
         with engine.lanes(2) as lanes:
-            with pytest.raises(EngineError, match=rf"lane {index} is outside 0 … 1"):
+            with pytest.raises(InputError, match=rf"lane {index} is outside 0 … 1"):
                 lanes.write(index, Sample())
-            with pytest.raises(EngineError, match=rf"lane {index} is outside 0 … 1"):
+            with pytest.raises(InputError, match=rf"lane {index} is outside 0 … 1"):
                 lanes.read(index)
 
     @pytest.mark.parametrize(
@@ -319,7 +320,7 @@ class TestLanes:
         with engine.lanes(2) as lanes:
             lanes.write(0, Sample(seed=1))
             before = lanes.read(0)
-            with pytest.raises(EngineError, match=r"rows must be float32 \['steps', 2, 15\], not float(32|64)"):
+            with pytest.raises(InputError, match=r"rows must be float32 \['steps', 2, 15\], not float(32|64)"):
                 lanes.advance(bad(rows))
             np.testing.assert_array_equal(lanes.read(0), before)
 
@@ -487,14 +488,14 @@ class TestSizes:
                 np.testing.assert_array_equal(lanes.read(1), before)
                 assert before.shape == lanes.shape
             np.testing.assert_array_equal(own.read(1), same.read(1))
-            with pytest.raises(EngineError, match=r"init has shape \[1, 8, 8\], the network wants \[1, 24, 4\]"):
+            with pytest.raises(InputError, match=r"init has shape \[1, 8, 8\], the network wants \[1, 24, 4\]"):
                 tall.write(0, Sample(init=np.zeros((1, 8, 8), np.float32)))
 
     def test_other_sizes_are_refused(self, engine, sized_bundle_path):
         opened = open_engine(Bundle.open(sized_bundle_path), "onnxruntime", threads=1)
-        with pytest.raises(EngineError, match="a size of 8 × 6 is none of sized.epsrt: .* multiples of 4 up to 24"):
+        with pytest.raises(InputError, match="a size of 8 × 6 is none of sized.epsrt: .* multiples of 4 up to 24"):
             opened.lanes(1, (8, 6))
-        with pytest.raises(EngineError, match="a size of 16 × 8 is not 8 × 8, the one that tiny.epsrt has"):
+        with pytest.raises(InputError, match="a size of 16 × 8 is not 8 × 8, the one that tiny.epsrt has"):
             engine.lanes(1, (16, 8))
 
     def test_a_graph_that_fixes_what_the_manifest_frees_is_refused(self, copy_of, small_bundle_path):

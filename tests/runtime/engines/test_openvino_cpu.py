@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from epsrt import Bundle, EngineError, NotFiniteError, Sample, Sampler, idle_row, open_engine, solvers
+from epsrt import Bundle, EngineError, InputError, NotFiniteError, Sample, Sampler, idle_row, open_engine, solvers
 from epsrt.engines import probe
 from epsrt.engines.cache.store import EngineCache
 from epsrt.engines.cpu import compiled
@@ -302,7 +302,7 @@ except EngineError as error:
         assert done.stdout.strip() == "onnxruntime"
 
     def test_threads(self, small_bundle_path):
-        with pytest.raises(EngineError, match="threads = 4096 is outside"):
+        with pytest.raises(InputError, match="threads = 4096 is outside"):
             open_engine(Bundle.open(small_bundle_path), "openvino", threads=4096)
 
     def test_a_file_that_is_no_graph(self, copy_of, small_bundle_path):

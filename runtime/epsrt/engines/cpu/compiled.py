@@ -13,7 +13,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from epsrt.bundle import Bundle
 from epsrt.engines.cache.key import Key, Options
@@ -21,6 +20,7 @@ from epsrt.engines.cache.private import ELSEWHERE
 from epsrt.engines.cache.store import EngineCache
 from epsrt.errors import EngineError, one_line
 from epsrt.manifest import Rung, StepGraph
+from epsrt.types import UInt8
 
 RECIPE = 3  # of how OpenVino compiles a step graph: models and proofs of another are not used
 KEPT_FILES = 16  # of a step graph: a model takes as much room as the weights
@@ -33,7 +33,7 @@ class Compiled:
     """A model, and the memory that its weights lie in: both live as long as its inference requests."""
 
     model: Any
-    memory: NDArray[np.uint8] | None = None
+    memory: UInt8 | None = None
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,7 @@ class CompiledModels:
     version: str
     processor: str
 
-    def get(
-        self, batch: int, options: Options, load: Callable[[NDArray[np.uint8]], Any], compile: Callable[[], Any]
-    ) -> Compiled:
+    def get(self, batch: int, options: Options, load: Callable[[UInt8], Any], compile: Callable[[], Any]) -> Compiled:
         """The model for a batch: `load`ed from a mapped file if it is kept, else `compile`d and kept."""
         key = self._key(((batch, batch, batch),), options)
         cache = None

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from epsrt import noise
-from epsrt.engine import Closing, Engine, Images, Rows, Sample, check_lane, check_rows, check_sample, not_finite
+from epsrt.engine import Closing, Engine, Sample, check_lane, check_rows, check_sample, not_finite
 from epsrt.errors import NotFiniteError
 from epsrt.plan import idle_row
+from epsrt.types import Arrays, Float32, Shape
 
 NOISE_BLOCK = 1 << 16  # normals drawn at once: enough to hide NumPy's call overhead, small enough for a cache
 
-Arrays = dict[str, NDArray[Any]]
 Run = Callable[[], None]
 Bind = Callable[[Arrays, Arrays], Run]  # inputs and outputs by name, [batch, …] each -> what runs a step on them
 
@@ -26,7 +26,7 @@ class HostLanes(Closing):
     `bind` binds the engine to buffers that live as long as the lanes; what it returns may raise EngineError.
     """
 
-    def __init__(self, engine: Engine, batch: int, image: tuple[int, int, int], bind: Bind):
+    def __init__(self, engine: Engine, batch: int, image: Shape, bind: Bind):
         self.batch, self.shape, self._graph = batch, image, engine.graph
         self._columns = {name: i for i, name in enumerate(engine.columns)}
         shape = (batch, *image)
@@ -73,7 +73,7 @@ class HostLanes(Closing):
         self._seeds[index], self._indices[index], self._steps[index] = sample.seed, sample.index, 0
         self._broken.pop(index, None)
 
-    def advance(self, rows: Rows) -> None:
+    def advance(self, rows: Float32) -> None:
         check_rows(rows, *self._row.shape)
         block = max(1, NOISE_BLOCK // (self.batch * self._size))
         for first in range(0, len(rows), block):
@@ -95,20 +95,18 @@ class HostLanes(Closing):
     def wait(self) -> None:
         """Steps have run when `advance` returns."""
 
-    def read(self, index: int, what: Literal["x", "x0"] = "x") -> Images:
+    def read(self, index: int, what: Literal["x", "x0"] = "x") -> Float32:
         check_lane(index, self.batch)
         if index in self._broken:
             raise NotFiniteError(self._broken[index])
-        source: Images = self._x[self._now] if what == "x" else self._x0
+        source: Float32 = self._x[self._now] if what == "x" else self._x0
         return source[index].copy()  # type: ignore[no-any-return]
 
     @property
     def _masked(self) -> NDArray[np.bool_]:
         return np.array([sample.mask is not None for sample in self._samples])
 
-    def _draw(
-        self, rows: Rows, stream: int, column: str, lanes: NDArray[np.bool_] | bool = True
-    ) -> NDArray[np.float32] | None:
+    def _draw(self, rows: Float32, stream: int, column: str, lanes: NDArray[np.bool_] | bool = True) -> Float32 | None:
         """Noise for rows [steps, batch, columns], as [steps, batch, C, H, W]: where a column is not 0, in some lanes.
 
         None where that is nowhere.

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from epsrt.bundle import Bundle
-from epsrt.engine import Size, check_batch, check_threads, image_shape
-from epsrt.engines.cpu.lanes import Arrays, HostLanes, Run
+from epsrt.engine import Closing, check_batch, check_threads
+from epsrt.engines.cpu.lanes import HostLanes, Run
 from epsrt.engines.ort_library import check_signature, ort, refuse_both_packages
 from epsrt.errors import EngineError, one_line
 from epsrt.manifest import StepGraph
+from epsrt.types import Arrays, Size
 
 
-class OnnxRuntimeCpu:
+class OnnxRuntimeCpu(Closing):
     """Engine "onnxruntime"; see protocol.Engine."""
 
     name = "onnxruntime"
@@ -42,7 +43,7 @@ class OnnxRuntimeCpu:
     def lanes(self, batch: int, size: Size | None = None) -> HostLanes:
         """See protocol.Engine."""
         check_batch(batch, self)
-        return HostLanes(self, batch, image_shape(self.bundle, size), self._bind)
+        return HostLanes(self, batch, self.bundle.image_shape(size), self._bind)
 
     def on(self, graph: StepGraph) -> OnnxRuntimeCpu:
         """See protocol.Engine."""

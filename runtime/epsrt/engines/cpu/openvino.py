@@ -12,16 +12,16 @@ from math import gcd
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from epsrt.bundle import Bundle
-from epsrt.engine import Size, check_batch, check_threads, image_shape
+from epsrt.engine import Closing, check_batch, check_threads
 from epsrt.engines.cache.key import Options
 from epsrt.engines.cpu.compiled import Compiled, CompiledModels
-from epsrt.engines.cpu.lanes import Arrays, HostLanes, Run
+from epsrt.engines.cpu.lanes import HostLanes, Run
 from epsrt.errors import BundleError, EngineError, one_line
 from epsrt.machine import physical_cores
 from epsrt.manifest import Rung, StepGraph
+from epsrt.types import Arrays, OnProgress, Size, UInt8
 from epsrt.verify import verify
 
 try:
@@ -33,11 +33,10 @@ except ImportError as error:
 LARGE = 4096  # elements of a weight that is worth to be halved
 KEPT_MODELS = 4  # of an engine: for each batch and size that it met last, each with weights of its own
 
-OnProgress = Callable[[str, float], object]
 log = logging.getLogger("epsrt")
 
 
-class OpenVino:
+class OpenVino(Closing):
     """Engine "openvino"; see protocol.Engine. bf16 and fp32 run the bundle's FP32 graph.
 
     A batch is cut into as many equal parts as divide it and the threads: each is an inference request on threads of its
@@ -70,7 +69,7 @@ class OpenVino:
     def lanes(self, batch: int, size: Size | None = None) -> HostLanes:
         """See protocol.Engine."""
         check_batch(batch, self)
-        image, parts = image_shape(self.bundle, size), gcd(batch, self.threads)
+        image, parts = self.bundle.image_shape(size), gcd(batch, self.threads)
         model = self._model(batch // parts, image, parts)
         return HostLanes(self, batch, image, partial(self._bind, model, parts))
 
@@ -116,7 +115,7 @@ class OpenVino:
         with self._lock:
             if key not in self._models:
 
-                def load(memory: NDArray[np.uint8]) -> Any:
+                def load(memory: UInt8) -> Any:
                     return core().import_model(ov.Tensor(memory, shared_memory=True), "CPU", config)
 
                 compile = partial(self._compile, batch, image, config)

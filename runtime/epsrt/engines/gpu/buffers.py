@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from epsrt.engine import Images, Sample
+from epsrt.engine import Sample
+from epsrt.types import Float32, Shape
 
 Kind = Literal["image", "rows", "label"]  # of a graph's input, as Bundle.inputs has it
 DTYPES: dict[Kind, type[np.float32] | type[np.int64]] = {"image": np.float32, "rows": np.float32, "label": np.int64}
@@ -42,7 +43,7 @@ class Buffers:
     """
 
     width: int
-    shape: tuple[int, int, int]  # C, H, W
+    shape: Shape  # C, H, W
     columns: int
     inputs: Mapping[str, Kind]
     x: tuple[int, int]
@@ -67,11 +68,11 @@ class Buffers:
         return tuple(self.fixed.get(name, 0) for name in names)
 
 
-def pack(samples: Mapping[int, Sample]) -> tuple[NDArray[Any], list[Images]]:
+def pack(samples: Mapping[int, Sample]) -> tuple[NDArray[Any], list[Float32]]:
     """Samples by lane, as the kernel `begin` takes them: BEGIN [len(samples)], and the images that it counts."""
-    begins, images = np.zeros(len(samples), BEGIN), list[Images]()
+    begins, images = np.zeros(len(samples), BEGIN), list[Float32]()
 
-    def placed(*given: Images | None) -> int:
+    def placed(*given: Float32 | None) -> int:
         if given[0] is None:
             return -1
         images.extend(image.ravel() for image in given if image is not None)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from epsrt.engines import nvidia
 from epsrt.engines.gpu.kernels import compile_kernels
 from epsrt.errors import EngineError, OutOfMemoryError
+from epsrt.types import UInt8
 
 try:
     from cuda.bindings import driver as cu
@@ -28,8 +29,6 @@ except ImportError as error:
     ) from None
 
 THREADS, PER_THREAD = 256, 4  # of a block in kernels.cu; elements that a thread of `noise` and `begin` makes
-
-Bytes = NDArray[np.uint8]
 
 
 class CudaError(EngineError):
@@ -124,7 +123,7 @@ class Pinned:
 
     def __init__(self, size: int):
         self._pointer = call(cu.cuMemHostAlloc(max(size, 1), 0))
-        self.array: Bytes = np.ctypeslib.as_array((ctypes.c_uint8 * max(size, 1)).from_address(int(self._pointer)))
+        self.array: UInt8 = np.ctypeslib.as_array((ctypes.c_uint8 * max(size, 1)).from_address(int(self._pointer)))
 
     @property
     def size(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
 from epsrt.bundle import Bundle
@@ -11,13 +11,13 @@ from epsrt.engine import Engine
 from epsrt.engines import nvidia
 from epsrt.engines.cache.key import Key, Wanted
 from epsrt.engines.cache.store import EngineCache, Entry, pick, refusal, shipped
-from epsrt.engines.gpu.trt_build import BuildOptions, Built, OnProgress, build, build_command
+from epsrt.engines.gpu.trt_build import BuildOptions, Built, build, build_command
 from epsrt.engines.gpu.trt_library import Library, library
 from epsrt.errors import EngineError
 from epsrt.manifest import StepGraph
+from epsrt.types import OnProgress, Say
 
 log = logging.getLogger("epsrt")
-Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ import numpy as np
 
 from epsrt import noise
 from epsrt.bundle import Bundle
-from epsrt.engine import Closing, Images, Rows, Sample, check_lane, check_rows, check_sample, not_finite
+from epsrt.engine import Closing, Sample, check_lane, check_rows, check_sample, not_finite
 from epsrt.engines.gpu import cuda
 from epsrt.engines.gpu.buffers import MOVING, Buffers, Kind, pack
 from epsrt.errors import EngineError, NotFiniteError
 from epsrt.manifest import StepGraph
 from epsrt.plan import idle_row
+from epsrt.types import Float32, Shape
 
 log = logging.getLogger("epsrt")
 
@@ -66,7 +67,7 @@ class DeviceLanes(Closing):
         device: cuda.Device,
         bundle: Bundle,
         graph: StepGraph,
-        shape: tuple[int, int, int],
+        shape: Shape,
         batch: int,
         width: int,
         make: MakeRunner,
@@ -115,7 +116,7 @@ class DeviceLanes(Closing):
         self._slots = memory(self._chunk * self._row_bytes)  # where captured graphs find their rows
         self._table = cuda.Table(self._stream, f"a batch of {width}")
         stack.callback(self._table.close)
-        self._images: dict[str, Images] = {}  # what was read since the state last changed
+        self._images: dict[str, Float32] = {}  # what was read since the state last changed
         self._landing = cuda.Pinned(image + 8 * width)
         stack.callback(self._landing.close)
         self._graphs: OrderedDict[tuple[int, ...], cuda.CudaGraph] = OrderedDict()
@@ -144,7 +145,7 @@ class DeviceLanes(Closing):
         self._steps[index] = 0
         self._images.clear()
 
-    def advance(self, rows: Rows) -> None:
+    def advance(self, rows: Float32) -> None:
         check_rows(rows, self.batch, len(self._columns))
         self._check_whole()
         self._device.use()
@@ -166,7 +167,7 @@ class DeviceLanes(Closing):
         self._device.use()
         self._stream.synchronize()
 
-    def read(self, index: int, what: Literal["x", "x0"] = "x") -> Images:
+    def read(self, index: int, what: Literal["x", "x0"] = "x") -> Float32:
         check_lane(index, self.batch)
         self._check_whole()
         self._device.use()
@@ -225,7 +226,7 @@ class DeviceLanes(Closing):
         self._stream.launch("begin", len(begins), self._size, *map(_pointer, addresses), _i32(self._size))
         self._pending = {}
 
-    def _table_of(self, rows: Rows) -> Rows:
+    def _table_of(self, rows: Float32) -> Float32:
         """Rows for the device, float32 [steps, row_bytes / 4]: each step's rows [width, columns], then its numbers."""
         table, wide = self._idle(len(rows)), len(self._columns)
         own = self._cells(table)[:, : self.batch]
@@ -237,12 +238,12 @@ class DeviceLanes(Closing):
         self._steps += len(rows)
         return table
 
-    def _cells(self, table: Rows) -> Rows:
+    def _cells(self, table: Float32) -> Float32:
         """The rows of a table, float32 [steps, width, columns], a view."""
         wide = len(self._columns)
         return table[:, : self._width * wide].reshape(len(table), self._width, wide)
 
-    def _idle(self, steps: int) -> Rows:
+    def _idle(self, steps: int) -> Float32:
         table = np.zeros((steps, self._row_bytes // 4), np.float32)
         table[:, : self._width * len(self._columns)] = np.tile(idle_row(self._columns), self._width)
         return table

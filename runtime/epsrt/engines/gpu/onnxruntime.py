@@ -20,7 +20,7 @@ from contextlib import nullcontext, redirect_stdout, suppress
 from typing import Any
 
 from epsrt.bundle import Bundle
-from epsrt.engine import Size, check_batch, image_shape
+from epsrt.engine import Closing, check_batch
 from epsrt.engines.cache.store import EngineCache
 from epsrt.engines.gpu import cuda
 from epsrt.engines.gpu.buffers import DTYPES, Buffers
@@ -28,6 +28,7 @@ from epsrt.engines.gpu.lanes import CHUNK, DeviceLanes
 from epsrt.engines.ort_library import check_signature, ort, refuse_both_packages
 from epsrt.errors import EngineError, OutOfMemoryError, one_line
 from epsrt.manifest import StepGraph
+from epsrt.types import Shape, Size
 
 log = logging.getLogger("epsrt")
 
@@ -39,10 +40,7 @@ MEMORY = re.compile("failed to allocate|out of memory|alloc_failed", re.I)  # ho
 TRIALS = 20  # steps that a layout is timed over
 
 
-Shape = tuple[int, int, int]  # C, H, W
-
-
-class OnnxRuntimeCuda:
+class OnnxRuntimeCuda(Closing):
     """See protocol.Engine. Raises EngineError where the provider cannot run: it never falls back to the CPU."""
 
     batch_limit = "the bundle's largest"
@@ -75,7 +73,7 @@ class OnnxRuntimeCuda:
     def lanes(self, batch: int, size: Size | None = None) -> DeviceLanes:
         """See protocol.Engine. The first of a batch and size on a machine times both layouts."""
         check_batch(batch, self)
-        shape = image_shape(self.bundle, size)
+        shape = self.bundle.image_shape(size)
         return self._lanes(batch, shape, self._nhwc(batch, shape))
 
     def on(self, graph: StepGraph) -> OnnxRuntimeCuda:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from epsrt.bundle import Bundle
-from epsrt.engine import Engine, Size, check_batch, image_shape
+from epsrt.engine import Closing, Engine, check_batch
 from epsrt.engines.gpu import cuda
 from epsrt.engines.gpu.buffers import Buffers, Kind
 from epsrt.engines.gpu.lanes import CHUNK, DeviceLanes
@@ -16,11 +16,12 @@ from epsrt.engines.gpu.trt_build import build_command
 from epsrt.engines.gpu.trt_library import Library, make_logger
 from epsrt.errors import EngineError
 from epsrt.manifest import StepGraph
+from epsrt.types import Size
 
 log = logging.getLogger("epsrt")
 
 
-class TensorRt:
+class TensorRt(Closing):
     """See protocol.Engine. `plan` is what `library` built from `graph` of the bundle, and is trusted: native code.
 
     `stripped`: the plan has no weights and takes the bundle's. `version_compatible`: it brings code of the version that
@@ -74,7 +75,7 @@ class TensorRt:
     def lanes(self, batch: int, size: Size | None = None) -> DeviceLanes:
         """See protocol.Engine; below a profile's least batch, the lanes beyond it idle."""
         check_batch(batch, self)
-        shape = image_shape(self.bundle, size)
+        shape = self.bundle.image_shape(size)
         profile, width = choose_profile(self.profiles, batch)
         make = lambda buffers, stream: _Context(self, profile, buffers, stream)  # noqa: E731
         made = DeviceLanes(self._device, self.bundle, self.graph, shape, batch, width, make, self.chunk)

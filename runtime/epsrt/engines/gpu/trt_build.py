@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import shlex
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +13,9 @@ from epsrt.bundle import Bundle
 from epsrt.engines.gpu.trt_library import Library, make_logger
 from epsrt.errors import EngineError
 from epsrt.manifest import StepGraph
+from epsrt.types import OnProgress
 
 Profile = tuple[int, int, int]  # least, most likely and largest batch
-OnProgress = Callable[[str, float], object]
 
 COMPATIBLE = ("none", "ampere+", "same-capability")
 
