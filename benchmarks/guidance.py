@@ -80,7 +80,7 @@ def inverted(sampler: Sampler, real: Images, steps: int) -> dict[str, Any]:
     count = N if steps < 1000 else 100  # or these would take half of the time
     images, labels = real[:count], LABELS[:count]
     row: dict[str, Any] = {"run": f"ddim-inversion, ddim, {steps} steps", "n": count, "paper": PAPER[steps]}
-    latents = sampler.invert(images, steps, labels=labels)
+    latents = sampler.invert(images, steps=steps, labels=labels)
     back = sampler.sample(x=latents, steps=steps, labels=labels)
     row["mse"] = round(float(np.square((back - images) / 2).mean()), 7)
     row["latents_deviation"] = round(float(latents.std()), 4)

@@ -131,7 +131,7 @@ def inversion(g: Gallery) -> Image.Image:
     real = g.real[20:30]
     rows = [("real", g.tiles(real))]
     for steps in (10, 20, 50, 100):
-        latents = g.sampler.invert(real, steps, labels=DIGITS)
+        latents = g.sampler.invert(real, steps=steps, labels=DIGITS)
         rows.insert(1, (f"latents, {steps}", g.tiles(latents / 3)))
         rows.append((f"back, {steps}", g.tiles(g.sampler.sample(x=latents, steps=steps, labels=DIGITS))))
     return sheet(rows, left=120)
@@ -150,7 +150,7 @@ def interpolation(g: Gallery) -> Image.Image:
         rows.append((f"two seeds, {digit}", g.tiles(walk(g, ends, 11, digit, 1.0))))
     for digit in (3, 4, 8):
         real = g.real[[digit, 10 + digit]]
-        x = walk(g, g.sampler.invert(real, 100, labels=digit), 11, digit, None)
+        x = walk(g, g.sampler.invert(real, steps=100, labels=digit), 11, digit, None)
         rows.append((f"two real, {digit}", g.tiles(x)))
     return sheet(rows, left=120)
 

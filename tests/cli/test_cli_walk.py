@@ -31,7 +31,7 @@ def test_invert_finds_what_draws_the_images_again(bundle_path: Path, digits: Pat
     out, again = tmp_path / "the latents.npz", tmp_path / "again.npz"
     report = json.loads(run("invert", bundle_path, "--init", digits, "--steps", 50, "--out", out, "--json").stdout)
     with Sampler.open(bundle_path) as sampler, np.load(out) as file, np.load(digits) as real:
-        mine = sampler.invert(real["samples"], 50, labels=[0, 1, 2])
+        mine = sampler.invert(real["samples"], steps=50, labels=[0, 1, 2])
         np.testing.assert_allclose(file["samples"], mine, atol=1e-4)
         assert list(file["label"]) == [0, 1, 2]
     assert (report["n"], report["steps"], report["labels"]) == (3, 50, [0, 1, 2])

@@ -134,7 +134,7 @@ class TestInversion:
         labels = list(range(8))
         errors = []
         for steps in (5, 20, 100):
-            latents = sampler.invert(digits, steps, labels=labels)
+            latents = sampler.invert(digits, steps=steps, labels=labels)
             back = sampler.sample(x=latents, steps=steps, labels=labels)
             errors.append(float(np.square((back - digits) / 2).mean()))
         assert errors == sorted(errors, reverse=True)
@@ -152,7 +152,7 @@ class TestInversion:
     def test_other_methods_begin_from_the_same_latents(self, sampler, digits, method):
         """All go to the same place as steps grow: latents are in the network's units, not the method's."""
         labels = list(range(8))
-        latents = sampler.invert(digits, 100, labels=labels)
+        latents = sampler.invert(digits, steps=100, labels=labels)
         back = sampler.sample(x=latents, method=method, steps=50, labels=labels)
         assert np.square((back - digits) / 2).mean() < 0.01
 
@@ -160,11 +160,11 @@ class TestInversion:
         with pytest.raises(
             EpsrtError, match="ddpm is stochastic, and its noise cannot be undone: invert with ddim-inv"
         ):
-            sampler.invert(digits, STEPS, method="ddpm", labels=0)
+            sampler.invert(digits, steps=STEPS, method="ddpm", labels=0)
         with pytest.raises(EpsrtError, match="dpmpp-2m has no inverse here: invert with ddim-inversion"):
-            sampler.invert(digits, STEPS, method="dpmpp-2m", labels=0)
+            sampler.invert(digits, steps=STEPS, method="dpmpp-2m", labels=0)
         with pytest.raises(EpsrtError, match="is deterministic and takes no option 'eta'"):
-            sampler.invert(digits, STEPS, eta=0.5, labels=0)
+            sampler.invert(digits, steps=STEPS, eta=0.5, labels=0)
 
 
 class TestInterpolation:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from epsrt.bundle import Bundle
 from epsrt.engine import Engine, Lanes, Sample
-from epsrt.errors import EngineError
+from epsrt.errors import EngineError, InputError
 
 __all__ = ["ENGINES", "Engine", "Lanes", "Sample", "open_engine"]
 
@@ -39,12 +39,13 @@ def open_engine(
                    minutes, once; `on_progress(phase, fraction)` is told how far it is. False: raise EngineError
                    instead, or run in fp32
 
-    Raises EngineError when the engine is unknown or cannot run here, BundleError when the bundle has no such graph.
+    Raises InputError for an unknown engine or precision, EngineError when the engine cannot run here, BundleError when
+    the bundle has no such graph.
     """
     if name not in ("auto", *ENGINES):
-        raise EngineError(f"engine {name!r} is unknown: use auto or one of {', '.join(ENGINES)}")
+        raise InputError(f"engine {name!r} is unknown: use auto or one of {', '.join(ENGINES)}")
     if precision not in (None, *PRECISIONS):
-        raise EngineError(f"precision {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
+        raise InputError(f"precision {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
     from epsrt.engines import probe  # which looks about: importing epsrt does not
 
     features = tuple(features)

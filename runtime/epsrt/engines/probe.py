@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from epsrt.engines.nvidia import Driver, Gpu, arch, dots, driver, require_gpu
-from epsrt.errors import EngineError
+from epsrt.errors import InputError
 
 __all__ = [
     "ENGINES", "Driver", "EngineInfo", "Gpu", "Need", "State", "available", "both_onnxruntimes", "driver", "info_of",
@@ -93,15 +93,15 @@ class State:
 
 
 def info_of(name: str) -> EngineInfo:
-    """An engine by its name. Raises EngineError for an unknown one."""
+    """An engine by its name. Raises InputError for an unknown one."""
     info = next((info for info in ENGINES if info.name == name), None)
     if info is None:
-        raise EngineError(f"engine {name!r} is unknown: use one of {', '.join(info.name for info in ENGINES)}")
+        raise InputError(f"engine {name!r} is unknown: use one of {', '.join(info.name for info in ENGINES)}")
     return info
 
 
 def state(name: str) -> State:
-    """What an engine has and lacks here. Raises EngineError for an unknown name."""
+    """What an engine has and lacks here. Raises InputError for an unknown name."""
     info = info_of(name)
     (gpu_fault, gpu_command), (fault, command) = _gpu_fault(info), _library_fault(info)
     if gpu_fault and gpu_command and command:

@@ -77,11 +77,11 @@ class TestOpening:
     @pytest.mark.parametrize(
         ("arguments", "kind", "message"),
         [
-            ({"name": "tensorflow"}, EngineError, "engine 'tensorflow' is unknown: use auto or one of tensorrt, "),
-            ({"precision": "int4"}, EngineError, "precision 'int4' is unknown: use one of fp32, fp16, bf16, int8"),
+            ({"name": "tensorflow"}, InputError, "engine 'tensorflow' is unknown: use auto or one of tensorrt, "),
+            ({"precision": "int4"}, InputError, "precision 'int4' is unknown: use one of fp32, fp16, bf16, int8"),
             ({"precision": "fp16"}, BundleError, "small.epsrt has no fp16 step graph, only fp32"),
             ({"features": ["guidance"]}, BundleError, "small.epsrt has no null label"),
-            ({"threads": 0}, EngineError, "threads = 0 is outside"),
+            ({"threads": 0}, InputError, "threads = 0 is outside"),
         ],
     )
     def test_refusals(self, small_bundle_path, arguments, kind, message):

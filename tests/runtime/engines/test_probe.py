@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from epsrt import EngineError
+from epsrt import InputError
 from epsrt import engines as public
 from epsrt.engines import nvidia, probe
 from epsrt.engines.probe import Driver, Gpu
@@ -149,13 +149,14 @@ class TestDriver:
         code = """
 import os, sys
 from epsrt.engines import probe
+from epsrt.errors import EngineError
 print(probe.require_gpu(), probe.require_gpu().arch)
 os.environ["FAKE_FAIL"] = "cuInit=999"
 print(probe.driver().problem == "")
 probe.driver.cache_clear()
 try:
     probe.require_gpu()
-except probe.EngineError as error:
+except EngineError as error:
     print(error)
 print({"tensorrt", "tensorrt_rtx", "onnxruntime", "cuda.bindings", "torch"} & set(sys.modules))
 """
@@ -197,7 +198,7 @@ def without(*names, **more):
 class TestState:
     def test_the_table_has_every_engine_in_the_order_of_auto(self):
         assert tuple(info.name for info in probe.ENGINES) == public.ENGINES
-        with pytest.raises(EngineError, match="engine 'warp' is unknown: use one of tensorrt, tensorrt-rtx"):
+        with pytest.raises(InputError, match="engine 'warp' is unknown: use one of tensorrt, tensorrt-rtx"):
             probe.state("warp")
 
     def test_all_is_there(self, machine):
