@@ -1,7 +1,7 @@
 """Bundle: the directory NAME.epsrt, the only contract between PyTorch and production.
 
-Opening one checks everything: the manifest's own digest, and each file's size and SHA-256. Hashes detect damage, not
-malice: open bundles only from those whose code you would run.
+Opening a bundle checks all of it: the manifest's own digest, and each file's size and SHA-256. Hashes detect damage,
+not malice: open bundles only from people whose code you would run.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Bundle:
     def graph(self, precision: str, features: Iterable[str] = ()) -> StepGraph:
         """The smallest step graph of a precision that has the features.
 
-        Raises BundleError when there is none, saying which export would have it.
+        Raises BundleError when there is none; the message says which export would have it.
         """
         wanted = set(features)
         fit = [g for g in self.manifest.graphs if g.precision == precision and wanted <= set(g.features)]
@@ -241,7 +241,7 @@ def _check_files(path: Path, files: dict[str, FileEntry]) -> None:
     again = "copy or export the bundle again"
     for file in sorted(path.iterdir()):
         if file.name == "engines" and file.is_dir() and not file.is_symlink():
-            continue  # plans that someone built and added: no part of the bundle, see engines/cache.py
+            continue  # engine files that someone added are no part of the bundle
         if file.name != MANIFEST and file.name not in files:
             raise BundleError(f"{path} holds {file.name}, which its manifest does not name: remove it")
     for name, entry in files.items():

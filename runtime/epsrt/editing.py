@@ -57,15 +57,17 @@ def edited(plan: Plan, begin: Begin, known: Known, own_scale: Callable[[Plan], f
 
 
 def resampled(plan: Plan, times: int, jump: int = 10) -> Plan:
-    """RePaint's plan (arXiv 2201.09865, section 4.2 and figure 7): after every `jump` rows, back by as many.
+    """RePaint's plan (arXiv 2201.09865, section 4.2 and figure 7): it goes back by `jump` rows after every `jump` rows.
 
-    times  how often each stretch of rows is run, r in the paper: 1 is the plan itself
+    times  how often each stretch of rows is run, r in the paper; 1 is the plan itself
     jump   how many rows a stretch has, j in the paper
 
     Going back is forward diffusion, x = s·x + n·z, from the level that a row leaves to the one before the stretch. It
-    is part of that row, whose own noise it joins (equal in law), and costs no evaluation of the network; only a row
-    with a learned variance is followed by one of its own. Noise indices count the new rows. Raises InputError where the
-    numbers are not whole and at least 1, and for plans with memory, whose rows cannot be run out of order.
+    is part of that row: its noise joins the row's own (equal in law), and it costs no evaluation of the network. Only a
+    row with a learned variance is followed by one for the way back. Noise indices count the new rows.
+
+    Raises InputError where the numbers are not whole and at least 1, and for plans with memory, whose rows cannot run
+    out of order.
     """
     times, jump = typed("resample", times, 1), typed("jump", jump, 1)
     for name, value in (("resample", times), ("jump", jump)):
@@ -92,7 +94,7 @@ def resampled(plan: Plan, times: int, jump: int = 10) -> Plan:
 
 
 def _walk(count: int, times: int, jump: int) -> list[tuple[int, int | None]]:
-    """The rows in the order in which they run, and to which row each then goes back, if it does."""
+    """The rows in the order in which they run, and the row that each then goes back to, or None."""
     left = {count - 1 - k: times - 1 for k in range(0, count - jump, jump)}
     walk: list[tuple[int, int | None]] = []
     row = 0
@@ -109,7 +111,7 @@ def _walk(count: int, times: int, jump: int) -> list[tuple[int, int | None]]:
 
 
 def _rows(plan: Plan, levels: Float64, row: int, back: int | None) -> list[Float64]:
-    """A row, and the way back to the level of row `back`."""
+    """A row with the way back to the level of row `back`, as one row or two."""
     table, at = plan.table[row].copy(), {name: i for i, name in enumerate(COLUMNS)}
     if back is None:
         return [table]
@@ -118,7 +120,7 @@ def _rows(plan: Plan, levels: Float64, row: int, back: int | None) -> list[Float
     n = np.sqrt(max(to_sigma**2 - (s * sigma) ** 2, 0.0))
     noised = {"d": n, "ka": to_alpha, "kb": to_sigma}
     if table[at["r"]]:  # exp(r·v)·z joins no other noise
-        forward = plan.table[back].copy()  # what it tells the network is of no account
+        forward = plan.table[back].copy()  # what it tells the network does not matter
         for name in "bhcefogrs":
             forward[at[name]] = 0.0
         for name, value in {"a": s, **noised}.items():
@@ -138,8 +140,9 @@ def slerp(a: Float32, b: Float32, fractions: Sequence[float] | NDArray[np.floati
     a, b       float32 [C, H, W] each
     fractions  0 is a, 1 is b; beyond, the great circle goes on
 
-    A normal latent's norm is nearly the same everywhere, and a straight line between two cuts inside: the sphere does
-    not. Raises InputError for latents of two shapes, NaN, or latents that point in opposite directions.
+    The norm of normal latents is nearly the same everywhere. A straight line between two cuts inside that sphere, and
+    this does not. Raises InputError for latents of two shapes, for NaN, and for latents that point in opposite
+    directions.
     """
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape or a.dtype.kind != "f" or b.dtype.kind != "f":
@@ -180,7 +183,7 @@ def _pair(name: str, given: Any) -> tuple[int, int]:
 
 
 def canvas(images: Float32, size: tuple[int, int], at: tuple[int, int] | None = None) -> tuple[Float32, Float32]:
-    """Images on a larger canvas, and the mask that is 1 where they lie: `known` and `mask` of outpainting.
+    """Images on a larger canvas, and a mask that is 1 where they lie: `known` and `mask` of outpainting.
 
     images  float32 [n, C, h, w]
     size    height and width of the canvas

@@ -13,7 +13,7 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is flushed and renamed to `path`, else removed."""
+    """Yield a temporary path beside `path`. On success it is flushed and renamed to `path`, else it is removed."""
     path = Path(path).resolve()  # a link is followed, not replaced
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = _beside(path)
@@ -28,7 +28,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_directory(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary directory beside `path`; on success it takes `path`'s place, else it is removed."""
+    """Yield a temporary directory beside `path`. On success it takes the place of `path`, else it is removed."""
     path = Path(path).resolve()  # a link is followed, not replaced
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = _beside(path)

@@ -1,4 +1,4 @@
-"""Guidance as columns of the rows: weights of a label against none, and of a classifier, a sample each."""
+"""Guidance as columns of the rows: each sample's weight of its label against none, and of a classifier."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def columns_of(
         raise InputError(f"guidance_rescale = {asked.rescale} is outside [0, 1]: 0.7 is usual")
     if asked.weight is not None and np.any(w != 1) and not labelled.any():
         raise InputError("guidance weighs a label against none: give labels")
-    w = np.where(labelled, w, 1.0)  # of the null label there is nothing to weigh
+    w = np.where(labelled, w, 1.0)  # the null label has nothing to be weighed against
     weighed, classified = bool(np.any(w != 1)), bool(np.any(s))
     if classified and not np.any(plan["j"]):
         raise InputError(f"plan {plan.name!r} has no column j, what a classifier's gradient adds: take one of a method")
@@ -62,7 +62,7 @@ def columns_of(
     on = _interval(m, plan, asked.interval)[:, None]
 
     def spread(values: NDArray[Any], otherwise: NDArray[Any] | float, where: NDArray[np.bool_]) -> Float64:
-        """[steps, n], of one column of memory where all samples have the same."""
+        """[steps, n]; where all samples have the same values it takes the memory of one column."""
         same = [np.all(a == a[..., :1]) for a in (values, np.asarray(where))]
         made = np.where(where[..., :1], values[..., :1], otherwise) if all(same) else np.where(where, values, otherwise)
         return np.broadcast_to(made, (len(plan), count))
@@ -72,7 +72,7 @@ def columns_of(
         found |= {"w": spread(w, 1.0, on), "phi": spread(phi, 0.0, on)}
     if classified:
         found["s"] = spread(s, 0.0, on)
-    guided = (w < 0) | (w > 1) | (s != 0)  # between 0 and 1 there is nothing that clips more than without
+    guided = (w < 0) | (w > 1) | (s != 0)  # between 0 and 1 guidance drives nothing beyond the bounds
     other = rederived() if guided.any() else None
     if other is not None:
         differing = (name for name in COLUMNS if not np.array_equal(plan[name], other[name]))
@@ -92,7 +92,7 @@ def _numbers(name: str, values: Any) -> Float64:
 
 
 def _interval(m: Manifest, plan: Plan, interval: tuple[float, float] | None) -> NDArray[np.bool_]:
-    """The rows at whose timesteps there is guidance (arXiv 2404.07724, section 3)."""
+    """Whether each row is guided: those whose timestep lies in the interval (arXiv 2404.07724, section 3)."""
     if interval is None:
         return np.ones(len(plan), bool)
     try:

@@ -1,4 +1,4 @@
-"""Images that callers give and get: checked, broadcast to a count, and made into pictures."""
+"""Images: those that callers give, checked and broadcast, and those that they get, made into pictures."""
 
 from __future__ import annotations
 

@@ -21,12 +21,12 @@ from epsrt.types import Float64, Shape
 
 FORMAT = 4
 MANIFEST, GOLDEN, PARITY = "manifest.json", "golden.safetensors", "parity.json"
-FEATURES_OF_ALL = ("learned variance", "thresholding")  # what all graphs of a bundle have, or none
+FEATURES_OF_ALL = ("learned variance", "thresholding")  # all graphs of a bundle have them, or none does
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Precision = Literal["fp32", "fp16", "int8"]
-# what the second half of a network's output says of the variance: log σ², or where between log β̃ (−1) and log β (1)
+# the second half of a network's output is log σ², or says where log σ² lies between log β̃ (−1) and log β (1)
 LearnedVariance = Literal["learned", "learned_range"]
 
 
@@ -56,12 +56,12 @@ class StepGraph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Thresholding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Dynamic thresholding of x0 (arXiv 2205.11487, section 2.3), in units of the value range's bound."""
 
-    ratio: float  # which quantile of |x0| is scaled to the bound, (0, 1]
-    maximum: float  # the largest that it is taken for, at least 1
+    ratio: float  # the quantile of |x0| that is scaled to the bound, (0, 1]
+    maximum: float  # the quantile counts as at most this, ≥ 1
 
 
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the network's owner samples: what a plan takes where the caller says nothing."""
+    """How the network's owner samples: the defaults of a plan."""
 
     method: str = "ddim"
     steps: int | None = None  # None: 50, or what a respacing string says
@@ -78,24 +78,24 @@ class Sizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Classifier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of noised images: what the step graphs with the feature "classifier" take the gradient of."""
+    """A classifier of noised images. Step graphs with the feature "classifier" take its gradient."""
 
     classes: int
     class_names: tuple[str, ...]
     network: str  # class
     parameters: int
-    source: str  # file that it was read from, or "module"
+    source: str  # the file that it was read from, or "module"
     source_sha256: str
 
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the network came from."""
 
-    network: str  # class
+    network: str  # its class
     parameters: int
-    family: str  # whose format it was in: epsrt, diffusers, …, or "module"
-    source: str  # file or folder that it was read from, or "module"
-    version: str  # of the program that wrote it, as the file says; "" where it does not
+    family: str  # the format that it was in: epsrt, diffusers, …, or "module"
+    source: str  # the file or folder that it was read from, or "module"
+    version: str  # that of the program that wrote it, as the file says; "" where it does not
     source_sha256: str
     config: dict[str, Any]
     training: dict[str, Any]
@@ -136,13 +136,13 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def step_columns(variance: str | None, features: Iterable[str] = ()) -> tuple[str, ...]:
-    """The columns of a step graph with some features; without, those of the rows in a bundle's golden file."""
+    """The columns of a step graph with some features. Without features they are those of the golden file's rows."""
     learned = () if variance is None else ("learned variance",)
     return (*STEP_COLUMNS, *(name for f in dict.fromkeys((*learned, *features)) for name in FEATURES[f]))
 
 
 def step_features(variance: str | None, thresholding: object | None) -> tuple[str, ...]:
-    """The features of a bundle's plainest step graphs: every graph of the bundle has them."""
+    """The features of a bundle's plainest step graph, which every graph of the bundle has."""
     return tuple(f for f, there in zip(FEATURES_OF_ALL, (variance, thresholding), strict=True) if there is not None)
 
 
@@ -180,7 +180,7 @@ def render(manifest: Manifest) -> bytes:
 
 
 def check_fields(path: Path, m: Manifest) -> None:
-    """What the types do not say. A digest proves only that the writer meant it."""
+    """Check what the types do not say: a digest only proves that the writer meant it. Raises BundleError."""
 
     def demand(truth: bool, what: str) -> None:
         if not truth:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from epsrt.errors import InputError
+from epsrt.errors import InputError, is_whole
 from epsrt.types import Float32
 
 START, STEP, KNOWN, FORWARD = range(4)  # streams: initial x_T, the steps' z, known pixels re-noised, forward noising
@@ -33,7 +33,7 @@ _UNIT, _TURN = np.array(2.0**-23, np.float32), np.array(2 * math.pi * 2.0**-23, 
 def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """Philox4x32-10 as published: counter uint32 [..., 4] and key uint32 [..., 2] -> uint32 [..., 4].
 
-    The plain form, to which known answers and tests hold `normals`, which reaches the same words by a shorter way.
+    This is the plain form. Known answers hold it, and it holds `normals`, which has a shorter way to the same words.
     """
     c0, c1, c2, c3 = np.moveaxis(np.asarray(counter, np.uint64), -1, 0)
     k = np.moveaxis(np.asarray(key, np.uint64), -1, 0)
@@ -49,12 +49,17 @@ def normals(
 ) -> Float32:
     """Standard normals, float32 [..., size], where [...] is what seed, index and n broadcast to.
 
-    seed in [0, 2⁶⁴) is the key; index (of the sample), stream and n (a plan row's noise index) are in [0, 2³²), size in
-    [1, 2³⁴). With r0 … r3 a counter's words and u = ((r >> 9) + ½)·2⁻²³, its normals are √(−2 ln u0)·cos 2πu1,
-    √(−2 ln u0)·sin 2πu1 and the same of u2 and u3, within 4e-6 of exact arithmetic; a remainder of the last four is
-    dropped. `out`, if given, is filled and returned. Threads may call this at once. Raises InputError for integers
-    outside these ranges, shapes that do not broadcast, or an `out` other than a writable C-contiguous float32 array of
-    the result's shape.
+    seed    the key, in [0, 2⁶⁴)
+    index   of the sample, in [0, 2³²)
+    stream  START, STEP, KNOWN or FORWARD; any number in [0, 2³²)
+    n       a plan row's noise index, in [0, 2³²)
+    size    how many elements, in [1, 2³⁴)
+    out     if given, it is filled and returned: a writable C-contiguous float32 array of the result's shape
+
+    Let r0 … r3 be a counter's words and u = ((r >> 9) + ½)·2⁻²³. Its four normals are √(−2 ln u0)·cos 2πu1,
+    √(−2 ln u0)·sin 2πu1 and the same of u2 and u3, within 4e-6 of exact arithmetic. A remainder of the last four is
+    dropped. Threads may call this at once. Raises InputError for integers outside these ranges, for shapes that do not
+    broadcast, and for an `out` that does not fit.
     """
     given = _integers("seed", seed, 64), _integers("index", index, 32), _integers("noise index n", n, 32)
     stream, size = _integer("stream", stream, 32), _integer("size", size, 34, start=1)
@@ -156,7 +161,7 @@ def _block(
 
 
 def _integers(name: str, value: Integers, bits: int) -> NDArray[np.uint64]:
-    """value as uint64, refused unless every element is an integer in [0, 2**bits)."""
+    """`value` as uint64. Raises InputError unless every element is an integer in [0, 2**bits)."""
     # Not np.asarray(value) alone: it makes floats of big Python integers that share no integer dtype.
     given = value if isinstance(value, np.ndarray) else np.asarray(value, dtype=object)
     for v in (given.min(initial=0), given.max(initial=0)) if given.dtype.kind in "iu" else given.flat:
@@ -165,6 +170,6 @@ def _integers(name: str, value: Integers, bits: int) -> NDArray[np.uint64]:
 
 
 def _integer(name: str, value: Any, bits: int, start: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not start <= value < 1 << bits:
+    if not is_whole(value) or not start <= value < 1 << bits:
         raise InputError(f"{name} {value} is not an integer in [{start}, 2**{bits})")
     return int(value)

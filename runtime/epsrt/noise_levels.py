@@ -1,6 +1,6 @@
 """Levels: the noise levels that a sampler visits, and how the network's output is read at each.
 
-At each row x = α·x0 + σ·ε. α', σ' are those of the next row; α' = 1 and σ' = 0 after the last.
+At each row x = α·x0 + σ·ε. α' and σ' belong to the next row; after the last row α' = 1 and σ' = 0.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "x0", "v", "score", "edm", "ve
 
 
 class Network(TypedDict, total=False):
-    """What every solver takes besides its own options.
+    """The options that every solver takes besides its own.
 
-    prediction  what the network returns (epsilon)
+    prediction  what the network returns; epsilon unless given
                 epsilon   ε (arXiv 2006.11239, eq. 11)
                 x0        the clean image
                 v         α·ε − σ·x0 (arXiv 2202.00512, appendix D)
                 score     ∇ log p(x) = −ε/σ (arXiv 2011.13456)
-                edm       F, with x0 = c_skip·x + c_out·F(c_in·x, ¼ ln σ) (arXiv 2206.00364, eq. 7 and table 1), for
-                          α = 1; elsewhere x and σ are divided by α first
+                edm       F, with x0 = c_skip·x + c_out·F(c_in·x, ¼ ln σ) (arXiv 2206.00364, eq. 7 and table 1). This
+                          is for α = 1; elsewhere x and σ are divided by α first
                 velocity  ε − x0, which is dx/ds where α = 1 − s, σ = s (arXiv 2209.03003)
-    sigma_data  of edm: the standard deviation of the data (0.5)
-    clip        x0 is bounded to [−clip, clip] (1.0, but see the method); None: not bounded
+    sigma_data  for edm: the standard deviation of the data (0.5)
+    clip        x0 is bounded to [−clip, clip] (1.0, but see the method); None leaves it unbounded
     """
 
     prediction: str
@@ -51,7 +51,7 @@ class Affine(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Levels:
-    """Rows of equal length [S]: timesteps, signal and noise, here and next; x is `scale` times the network's own."""
+    """S rows: timesteps, signal and noise, here and next, float64 [S] each; x is `scale` times the network's own x."""
 
     schedule: Schedule
     t: Float64
@@ -71,14 +71,14 @@ class Levels:
 
     @property
     def start(self) -> float:
-        """x begins as start·z: z in the network's own units where variance is preserved, else σ·z."""
+        """x begins as start·z. In the network's own units that is z where variance is preserved, else σ·z."""
         first = 1.0 if self.schedule.preserves_variance else float(self.sigma[0] / self.scale[0])
         return first * float(self.scale[0])
 
     def output(self) -> tuple[Float64, Float64, Float64]:
         """(u, w, det): the network returns u·x0 + w·ε of its own x = α·x0 + σ·ε, and det = α·w − σ·u.
 
-        x0 and ε solve the two. Where det = 0, x and the output say the same: at α = 0, of ε and score.
+        x0 and ε solve the two equations. Where det = 0, x and the output say the same; ε and score do at α = 0.
         """
         a, s = self.alpha / self.scale, self.sigma / self.scale
         one, zero = np.ones_like(a), np.zeros_like(a)
@@ -112,14 +112,15 @@ class Levels:
 
     @property
     def blind(self) -> bool:
-        """Whether at some level the output says nothing of x0, or (edm) the network cannot be told how noisy it is."""
+        """Whether the output says nothing of x0 at some level, or (edm) the network cannot be told the level."""
         return bool(np.any((self.output()[2] == 0) | ((self.alpha == 0) & (self.prediction == "edm"))))
 
     def columns(self) -> dict[str, Float64]:
-        """The network's part of a plan: t, in_scale, p, q, clip, and how far a classifier moves its output, j.
+        """The network's part of a plan: t, in_scale, p, q, clip, and j, how far a classifier moves the output.
 
-        g = ∇ log p(y | x) makes ε̂ = ε − σ·g (arXiv 2105.05233, algorithm 2); x held, the output u·x0 + w·ε changes by
-        det/α for one of ε. A classifier's gradient is of its own input, in_scale·x. At α = 0, x says nothing of y.
+        g = ∇ log p(y | x) makes ε̂ = ε − σ·g (arXiv 2105.05233, algorithm 2). While x stays, the output u·x0 + w·ε
+        changes by det/α as ε changes by 1. A classifier's gradient is taken at its own input, in_scale·x. At α = 0 x
+        says nothing of y.
         """
         t, in_scale = self.t, 1 / self.scale
         if self.prediction == "edm":
@@ -136,12 +137,12 @@ class Levels:
         return Levels(self.schedule, *here, self.scale[rows], self.prediction, self.sigma_data, self.clip)
 
     def moved(self, log_snr: Float64) -> Levels:
-        """The rows with x at other levels, in the network's own units; what comes next stays as it is."""
+        """The rows with x at other levels, in the network's own units. The next levels stay as they are."""
         t, alpha, sigma = self.schedule.level(log_snr)
         return replace(self, t=t, alpha=alpha, sigma=sigma, scale=np.ones_like(alpha))
 
     def exploding(self, method: str) -> Levels:
-        """x in units of α: α = 1 and σ grows without bound. Raises InputError where the network's α is 0."""
+        """The rows with x in units of α: α = 1 and σ grows without bound. Raises InputError where α is 0."""
         if np.any(self.alpha == 0):
             raise InputError(
                 f"{method} works in σ/α, which is infinite at t = {self.t[0]:g}, where α = 0: use ddim or dpmpp-2m, or "
@@ -150,7 +151,7 @@ class Levels:
         return self._scaled(1 / self.alpha, 1 / self.alpha_next)
 
     def straight(self) -> Levels:
-        """x in units of α + σ: then α = 1 − s, σ = s, the straight path of flow matching."""
+        """The rows with x in units of α + σ: α = 1 − s and σ = s, the straight path of flow matching."""
         return self._scaled(1 / (self.alpha + self.sigma), 1 / (self.alpha_next + self.sigma_next))
 
     def _scaled(self, here: Float64, after: Float64) -> Levels:

@@ -5,8 +5,8 @@
     x'  = a*x + b*x0 + h*out + c*m + d*z          z ~ N(0, I); d*exp(r*v)*z where the network returns a variance v
     m'  = e*x + f*x0 + o*out + g*m
 
-x is the noisy image, m one memory register (0 at first). The step runs inside the exported graph; an engine gets rows.
-Where the graph has the feature:
+x is the noisy image and m one memory register, 0 at first. The step runs inside the exported graph; an engine gets
+rows. A graph may have more features:
 
     guidance    out = u + w*(c - u), u and c the network's outputs for the null label and for the label; then
                 out *= 1 + phi*(std(c)/std(out) - 1)
@@ -27,7 +27,7 @@ from epsrt.types import Float32, Float64
 
 CLIP_OFF = 1e30  # larger than any sample, and finite in float32
 
-# name -> the value that a column has where a sampler does not speak of it
+# name -> the value of a column that a sampler does not name
 DEFAULTS: dict[str, float] = {
     "t": 0.0, "in_scale": 1.0,
     "p": 0.0, "q": 0.0, "clip": CLIP_OFF,
@@ -37,12 +37,12 @@ DEFAULTS: dict[str, float] = {
 }  # fmt: skip
 COLUMNS = tuple(DEFAULTS)
 STEP_COLUMNS = COLUMNS[: COLUMNS.index("n") + 1]  # what the plainest step graph takes
-# what a step graph may have beyond the plain step, and the columns that it then takes too
+# what a step graph may have beyond the plain step, and the columns that it takes for it
 FEATURES: dict[str, tuple[str, ...]] = {
     "learned variance": ("r",), "thresholding": (), "guidance": ("w", "phi"), "classifier": ("s", "j"),
     "mask": ("ka", "kb"),
 }  # fmt: skip
-# a graph without the feature cannot run another value of the column than its default
+# a graph without the feature can only run the column's default
 NEEDS_FEATURE = {"r": "learned variance", "w": "guidance", "s": "classifier"}
 MAX_N = 1 << 24  # n travels as float32
 
@@ -51,9 +51,11 @@ MAX_N = 1 << 24  # n travels as float32
 class Plan:
     """A sampler: `table` float64 [steps, len(COLUMNS)], and `start`: x begins as start[0]·init + start[1]·z.
 
-    `level` is (α, σ) of x = α·x0 + σ·ε as the first row reads it; ka and kb say the same of what each row leaves.
-    `name` is for people; nothing downstream depends on it. Raises InputError when the table is empty, of another
-    width, not finite in float32, or has a noise index n that is not an integer in [0, 2^24).
+    `level` is (α, σ) of x = α·x0 + σ·ε as the first row reads it. The columns ka and kb are α and σ of the x that each
+    row leaves. `name` is for people; nothing downstream depends on it.
+
+    Raises InputError when the table is empty, has another width, is not finite in float32, or has a noise index n that
+    is not an integer in [0, 2^24).
     """
 
     table: Float64
@@ -88,7 +90,7 @@ class Plan:
         level: tuple[float, float] = (0.0, 1.0),
         **columns: ArrayLike,
     ) -> Plan:
-        """A plan from named columns, each a number or a list [steps]; n counts 0, 1, … unless given.
+        """A plan of named columns, each a number or a list [steps]; n counts 0, 1, … unless it is given.
 
         >>> Plan.of("euler", t=[2, 1], p=1.0, a=1.0, h=[-0.5, -0.5])
         """
@@ -117,7 +119,7 @@ class Plan:
         return self.table[:, COLUMNS.index(column)]
 
     def cut(self, first: int, last: int | None = None, start: tuple[float, float] | None = None) -> Plan:
-        """Rows first … last−1; each keeps its noise index."""
+        """The plan of rows first … last−1. Each row keeps its noise index."""
         begin, end, _ = slice(first, last).indices(len(self))
         if begin >= end:
             raise InputError(f"cut({first}, {last}) leaves none of the {len(self)} rows of plan {self.name!r}")
@@ -126,13 +128,11 @@ class Plan:
         return replace(self, table=table, start=self.start if start is None else start, level=level)
 
     def begun(self, first: int) -> Plan:
-        """Rows first …, to begin from images that are noised to the level at which row `first` reads x (img2img).
+        """The plan of rows first …, which begins from images that are noised to the level of row `first` (img2img).
 
-        Its start has both parts, (α, σ): Sampler.sample noises `init` by them, as its strength= does.
-
-        Each row keeps its noise index. A row that would read the x0 before it from m takes its own instead, as the
-        first step of a multistep method does; where it would read anything else, as Heun's second row, the plan begins
-        a row earlier.
+        Its start has both parts, (α, σ): Sampler.sample noises `init` by them, as strength= does. Each row keeps its
+        noise index. A row that would read the previous x0 from m takes its own x0 instead, as the first step of a
+        multistep method does. Where it would read anything else, as Heun's second row, the plan begins a row earlier.
         """
         if not 0 <= first < len(self):
             raise InputError(f"row {first} is outside 0 … {len(self) - 1}, the rows of plan {self.name!r}")
@@ -155,12 +155,12 @@ class Plan:
 
     @property
     def levels(self) -> Float64:
-        """(α, σ) of x before each row and after the last, float64 [steps + 1, 2]."""
+        """(α, σ) of x before each row and after the last one, float64 [steps + 1, 2]."""
         return np.vstack([self.level, np.column_stack([self["ka"], self["kb"]])])
 
     @property
     def features(self) -> tuple[str, ...]:
-        """What the plan needs of a step graph beyond the plain step: see FEATURES."""
+        """The FEATURES that a step graph must have to run the plan."""
         return tuple(f for name, f in NEEDS_FEATURE.items() if np.any(self[name] != DEFAULTS[name]))
 
     @property
@@ -171,7 +171,7 @@ class Plan:
     def rows(self, columns: Sequence[str]) -> Float32:
         """The table as an engine takes it, float32 [steps, len(columns)].
 
-        Raises InputError when the plan uses a column that a graph of these columns has no place for.
+        Raises InputError when the plan uses a column that is not among these.
         """
         for name, feature in NEEDS_FEATURE.items():
             if name not in columns and feature in self.features:
@@ -181,8 +181,8 @@ class Plan:
 
 
 def idle_row(columns: Sequence[str]) -> Float32:
-    """The identity row, float32 [len(columns)]: x' = x, m' = m; for lanes without work.
+    """The identity row, float32 [len(columns)]: x' = x, m' = m. It is for lanes without work.
 
-    In a lane with a mask x' is known there, clean: what has yet to run is better not written.
+    Where a lane has a mask, the row makes x' the clean known pixels. So write a sample when it is to run, not before.
     """
     return np.array([{**DEFAULTS, "a": 1.0, "g": 1.0}[name] for name in columns], dtype=np.float32)

@@ -1,4 +1,4 @@
-"""The noise schedule: q(x_t | x_0) = N(α_t x_0, σ_t² I), in float64."""
+"""Schedule: the noise of each timestep, q(x_t | x_0) = N(α_t x_0, σ_t² I), in float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from epsrt.errors import InputError, typed
+from epsrt.errors import InputError, is_whole, typed
 from epsrt.types import Float64
 
 Kind = Literal["linear", "scaled-linear", "cosine", "sigmoid", "given", "ve", "flow"]
@@ -20,19 +20,21 @@ KINDS: tuple[Kind, ...] = ("linear", "scaled-linear", "cosine", "sigmoid", "give
 class Schedule:
     """A schedule of T steps. All kinds but the last two preserve variance: α_t = √ᾱ_t, σ_t = √(1 − ᾱ_t).
 
-    kind          betas
-    linear        β from beta_start to beta_end (DDPM, arXiv 2006.11239, section 4)
-    scaled-linear √β from √beta_start to √beta_end (latent diffusion, arXiv 2112.10752)
-    cosine        from ᾱ = cos²((t/T + 0.008)/1.008 · π/2), β ≤ 0.999 (arXiv 2102.09672, eq. 17); has no beta range
-    sigmoid       β along a sigmoid over [−6, 6] from beta_start to beta_end (GeoDiff, arXiv 2203.02923)
-    given         `betas` itself; T is its length; a last β of 1 is zero terminal SNR
+    kind          what it is
+    linear        β runs evenly from beta_start to beta_end (DDPM, arXiv 2006.11239, section 4)
+    scaled-linear √β runs evenly from √beta_start to √beta_end (latent diffusion, arXiv 2112.10752)
+    cosine        ᾱ = cos²((t/T + 0.008)/1.008 · π/2), β ≤ 0.999 (arXiv 2102.09672, eq. 17); it has no beta range
+    sigmoid       β follows a sigmoid over [−6, 6] from beta_start to beta_end (GeoDiff, arXiv 2203.02923)
+    given         `betas` are the schedule; T is their number; a last β of 1 is zero terminal SNR
     ve            α = 1, σ geometric from sigma_min (t = 0) to sigma_max (t = T−1): NCSN (arXiv 1907.05600, section 4),
                   EDM (arXiv 2206.00364, whose defaults these are)
     flow          α = 1 − t/T, σ = t/T, 0 < t ≤ T: flow matching, rectified flow (arXiv 2209.03003)
 
-    t is 0 … T−1, and between whole ones λ = ln(α/σ) is linear; a flow's is any number above 0, up to T. `zero_snr`
-    rescales √ᾱ so that the last step is pure noise (arXiv 2305.08891, algorithm 1).
-    Raises InputError when T is outside 1 … 1,000,000, a β outside (0, 1) or lost in rounding, or ve's range is none.
+    t is a number in 0 … T−1; between whole timesteps λ = ln(α/σ) is linear. A flow's t is any number above 0, up to T.
+    `zero_snr` rescales √ᾱ so that the last step is pure noise (arXiv 2305.08891, algorithm 1).
+
+    Raises InputError when T is outside 1 … 1,000,000, when a β is outside (0, 1) or is lost in rounding, and when
+    sigma_min and sigma_max of ve are not positive and ascending.
     """
 
     kind: Kind = "linear"
@@ -54,7 +56,7 @@ class Schedule:
             raise InputError(f"a {self.kind} schedule {'needs' if self.kind == 'given' else 'takes no'} betas")
         if self.kind == "given" and len(self.betas) != self.T:
             raise InputError(f"T is {self.T} but {len(self.betas)} betas are given: leave T to Schedule.given")
-        if isinstance(self.T, bool) or not isinstance(self.T, (int, np.integer)) or not 1 <= self.T <= 1_000_000:
+        if not is_whole(self.T) or not 1 <= self.T <= 1_000_000:
             raise InputError(f"a schedule has 1 to 1,000,000 steps, not T = {self.T!r}")
         if not self.preserves_variance:
             if self.zero_snr:
@@ -110,7 +112,7 @@ class Schedule:
 
     @property
     def span(self) -> tuple[int, int]:
-        """The cleanest and the noisiest whole timestep."""
+        """The cleanest and the noisiest whole timestep, in this order."""
         return (1, self.T) if self.kind == "flow" else (0, self.T - 1)
 
     def _betas(self) -> Float64:
@@ -149,13 +151,13 @@ class Schedule:
 
     @cached_property
     def snr(self) -> Float64:
-        """Signal-to-noise ratio α_t² / σ_t², float64 [T], cleanest first; read-only."""
+        """The signal-to-noise ratio α_t² / σ_t², float64 [T], cleanest first; read-only."""
         alpha, sigma = self.at(np.arange(self.span[0], self.span[1] + 1))
         return _read_only((alpha / sigma) ** 2)
 
     @cached_property
     def log_snr_range(self) -> tuple[float, float]:
-        """λ = ln(α/σ) at the noisiest whole timestep that is not pure noise, and at the cleanest."""
+        """λ = ln(α/σ) at the noisiest whole timestep that is not pure noise, and at the cleanest one."""
         finite = self.snr[self.snr > 0]
         if not finite.size:
             raise InputError("the schedule has no noise level below infinity: give it more than one timestep")
@@ -167,7 +169,7 @@ class Schedule:
             return np.log(self.alpha_bar / (1 - self.alpha_bar)) / 2
 
     def at(self, t: ArrayLike) -> tuple[Float64, Float64]:
-        """α and σ at timesteps t, whole or fractional; float64, t's shape.
+        """α and σ at timesteps t, whole or fractional: float64 of t's shape each.
 
         Raises InputError outside 0 … T−1 (flow: 0 … T), and between the last two where the last is pure noise.
         """
@@ -190,7 +192,7 @@ class Schedule:
         return np.sqrt(bar), np.sqrt(1 - bar)
 
     def t_at(self, log_snr: ArrayLike) -> Float64:
-        """The timestep, fractional, at which ln(α/σ) is `log_snr`: at's inverse. Clamped to 0 … T−1 (flow: 0 … T)."""
+        """The fractional timestep at which ln(α/σ) is `log_snr`: at's inverse, clamped to 0 … T−1 (flow: 0 … T)."""
         log_snr = np.asarray(log_snr, np.float64)
         match self.kind:
             case "ve":
@@ -204,7 +206,7 @@ class Schedule:
         return np.asarray(np.clip(t, 0, self.span[1]), np.float64)
 
     def level(self, log_snr: Float64) -> tuple[Float64, Float64, Float64]:
-        """t, α and σ where ln(α/σ) is `log_snr`. Beyond the schedule's ends α and σ go on, t (see t_at) stays."""
+        """t, α and σ where ln(α/σ) is `log_snr`. Beyond the schedule's ends α and σ go on, and t stays (see t_at)."""
         signal = 1 / (1 + np.exp(-log_snr * (2 if self.preserves_variance else 1)))
         match self.kind:
             case "ve":

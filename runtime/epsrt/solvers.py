@@ -1,8 +1,8 @@
-"""Samplers: pure functions (schedule, timesteps, …) -> Plan, in float64.
+"""Solvers: pure functions (schedule, timesteps, …) -> Plan, in float64. One function is one sampler.
 
-In the formulas x = α·x0 + σ·ε now, α' and σ' are of the next row (1 and 0 after the last), ρ = ασ'/(α'σ), λ = ln(α/σ).
-All take the options of epsrt.noise_levels.Network too: prediction, sigma_data, clip. Where α² = ᾱ and σ² = 1 − ᾱ these
-are the papers' own formulas; the same rows serve every other schedule.
+In the formulas x = α·x0 + σ·ε now, α' and σ' belong to the next row (1 and 0 after the last), ρ = ασ'/(α'σ) and
+λ = ln(α/σ). All solvers take the options of epsrt.noise_levels.Network too: prediction, sigma_data, clip. Where α² = ᾱ
+and σ² = 1 − ᾱ these are the papers' own formulas; the same rows serve every other schedule.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def ddpm(
 ) -> Plan:
     """Ancestral sampling, DDPM (arXiv 2006.11239, eq. 7 and algorithm 2) on any sub-sequence of timesteps.
 
-    variance  fixed_small: the posterior's β̃; fixed_large: β (section 3.2); with _log, the same number, which others
-              compute through a logarithm; learned: exp(v) with v the network's second output (a graph that has it);
-              learned_range: log-linear between the two, v = −1 … 1 (arXiv 2102.09672, eq. 15)
+    variance  fixed_small is the posterior's β̃, fixed_large is β (section 3.2). With _log it is the same number, which
+              others compute through a logarithm. learned is exp(v), v the network's second output. learned_range is
+              log-linear between β̃ (v = −1) and β (v = 1) (arXiv 2102.09672, eq. 15)
     """
     at = visit(schedule, timesteps, **network)
     rho, zero = at.ratio, np.zeros_like(at.t)
@@ -108,7 +108,8 @@ def ddim(
 ) -> Plan:
     """DDIM (arXiv 2010.02502, eq. 12, σ from eq. 16): η = 0 is deterministic, η = 1 has DDPM's variance.
 
-    `rederive` computes ε anew from the clipped x0 (diffusers' use_clipped_model_output); else it is the network's own.
+    With `rederive` ε is computed anew from the clipped x0 (diffusers' use_clipped_model_output); else it is the
+    network's own.
     """
     at = visit(schedule, timesteps, **network)
     if _diffusers(compatible, schedule):
@@ -126,10 +127,10 @@ def ddim_inversion(
     set_alpha_to_one: bool = True,
     **network: Unpack[Network],
 ) -> Plan:
-    """DDIM backwards, image to noise (arXiv 2010.02502, section 4.3): begins from images, visits `timesteps` upwards.
+    """DDIM backwards, from image to noise (arXiv 2010.02502, section 4.3): the plan visits `timesteps` upwards.
 
-    The network is told the level that a row goes to, as diffusers' is, so that a row undoes DDIM's, but for the x it
-    sees. clip: None unless given; a clipped x0 cannot be undone.
+    The network is told the level that a row goes to, as diffusers' is. So a row undoes DDIM's, except that the network
+    sees another x. clip is None unless given: a clipped x0 cannot be undone.
     """
     network.setdefault("clip", None)
     to = visit(schedule, timesteps, **network).take(slice(None, None, -1))
@@ -166,7 +167,7 @@ def euler(
 ) -> Plan:
     """Euler for the probability-flow ODE dx/dσ = (x − x0)/σ, α = 1: EDM's algorithm 2 without its correction.
 
-    Churn as in `heun`. Without it, DDIM with ε from the clipped x0; x is in units of α.
+    Churn is as in `heun`. Without churn this is DDIM with ε from the clipped x0. x is in units of α.
     """
     at = visit(schedule, timesteps, **network).exploding("euler")
     at, noise, start = _churned(at, s_churn, s_tmin, s_tmax, s_noise)
@@ -186,9 +187,9 @@ def heun(
 ) -> Plan:
     """Heun for the probability-flow ODE: EDM's algorithm 2 (arXiv 2206.00364), two rows a step, one in the last.
 
-    Churn raises σ by γ = min(s_churn/S, √2 − 1) where s_tmin ≤ σ ≤ s_tmax and adds the noise that lacks, times s_noise;
-    a row adds that of the next step, `start` the first's. σ is σ/α of the schedule, and x in units of α. Only an edm
-    network can be told of more noise than the schedule has: for others churn goes no higher.
+    Churn raises σ by γ = min(s_churn/S, √2 − 1) where s_tmin ≤ σ ≤ s_tmax, and adds the noise for it, times s_noise. A
+    row adds the noise of the next step, and `start` that of the first. σ is the schedule's σ/α, and x is in units of α.
+    Only an edm network can be told of more noise than the schedule has; for others churn goes no higher.
     """
     at = visit(schedule, timesteps, **network).exploding("heun")
     hat, noise, start = _churned(at, s_churn, s_tmin, s_tmax, s_noise)
@@ -198,7 +199,7 @@ def heun(
 def flow_euler(schedule: Schedule, timesteps: Times, **network: Unpack[Network]) -> Plan:
     """Euler along the straight path, dx/ds = ε − x0 (rectified flow, arXiv 2209.03003, section 2.1).
 
-    Of other schedules x is taken in units of α + σ, where their path is straight too.
+    For other schedules x is taken in units of α + σ, where their path is straight too.
     """
     at = visit(schedule, timesteps, **network).straight()
     ratio = at.sigma_next / at.sigma
@@ -226,7 +227,7 @@ def euler_maruyama(schedule: Schedule, timesteps: Times, **network: Unpack[Netwo
 def dpmpp_2s(schedule: Schedule, timesteps: Times, **network: Unpack[Network]) -> Plan:
     """DPM-Solver++(2S) (arXiv 2211.01095, algorithm 1 with r = ½): two rows a step, by way of the middle in λ.
 
-    One row in the last step, whose middle does not exist. The middle is a fractional timestep.
+    The last step has one row, for its middle does not exist. The middle is a fractional timestep.
     """
     at = visit(schedule, timesteps, **network)
     if at.alpha[0] == 0:
@@ -241,7 +242,7 @@ def dpmpp_2s(schedule: Schedule, timesteps: Times, **network: Unpack[Network]) -
 
 
 def dpmpp_2m(schedule: Schedule, timesteps: Times, **network: Unpack[Network]) -> Plan:
-    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2); m holds the previous x0. First and last row are of order 1."""
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2). m holds the previous x0. First and last row have order 1."""
     at = visit(schedule, timesteps, **network)
     gain, back = at.alpha_next * (1 - at.ratio), _extrapolation(at)
     return _plan("dpmpp-2m", at, a=at.sigma_next / at.sigma, b=gain * (1 + back), c=-gain * back, f=1.0)
@@ -273,8 +274,8 @@ def langevin(
 ) -> Plan:
     """Annealed Langevin dynamics (NCSN, arXiv 1907.05600, algorithm 1): `each` steps x + ½k·score + √k·z a level.
 
-    k = rate·σ², the paper's ε/σ_L² = 0.2 with 100 steps a level; few need more. `denoise` ends with a row that takes x0
-    (arXiv 2009.05475). x is in units of α; clip: None unless given, for a clipped x0 is no score.
+    k = rate·σ²; the paper's rate is ε/σ_L² = 0.2, with 100 steps a level. `denoise` ends with a row that takes x0
+    (arXiv 2009.05475). x is in units of α. clip is None unless given, for a clipped x0 gives no score.
     """
     if not 1 <= typed("each", each, 1) <= 1000:
         raise InputError(f"each = {each} is outside 1 … 1000, the steps a level")
@@ -314,8 +315,8 @@ def _first_order(name: str, at: Levels, eta: float, rederive: bool) -> Plan:
 
 
 def _heun(name: str, hat: Levels, at: Levels, noise: Float64, start: float) -> Plan:
-    """The first row, at `hat`, parks the mean of x and Euler's x' in m; the second, at `at`'s next level, completes
-    x + ½(σ' − σ)(d + d'), d = (x − x0)/σ, and adds `noise`.
+    """Two rows a step. The first, at `hat`, parks the mean of x and Euler's x' in m. The second, at `at`'s next level,
+    completes x + ½(σ' − σ)(d + d'), d = (x − x0)/σ, and adds `noise`.
     """
     ratio = hat.sigma_next / hat.sigma
     first = {"a": ratio, "b": 1 - ratio, "e": (1 + ratio) / 2, "f": (1 - ratio) / 2}
@@ -325,7 +326,7 @@ def _heun(name: str, hat: Levels, at: Levels, noise: Float64, start: float) -> P
 
 
 def _two_rows(name: str, at: Levels, start: float, first: Columns, then: Levels, second: Columns) -> Plan:
-    """Two rows a step, `first` read at `at`, `second` at `then`; the last step is its first row alone."""
+    """Two rows a step: `first` is read at `at`, `second` at `then`. The last step is its first row alone."""
     one = {**at.columns(), **first, "ka": np.append(then.alpha, 1.0), "kb": np.append(then.sigma, 0.0)}
     two = {**then.columns(), **second, "ka": at.alpha[1:], "kb": at.sigma[1:]}
     rows = {key: np.zeros(2 * len(at.t) - 1) for key in one.keys() | two.keys()}
@@ -367,7 +368,7 @@ def _diffusers(compatible: str | None, schedule: Schedule) -> bool:
 
 
 def _strided(at: Levels, set_alpha_to_one: bool) -> Levels:
-    """diffusers' DDIM: the timestep before t is t − ⌊T/S⌋ whatever the list says; before 0, ᾱ is 1 or that of t = 0."""
+    """diffusers' DDIM: the timestep after t is t − ⌊T/S⌋ whatever the list says; below 0, ᾱ is 1 or that of t = 0."""
     before = at.t - at.schedule.T // len(at.t)
     alpha, sigma = at.schedule.at(np.maximum(before, 0))
     ends = (before < 0) & set_alpha_to_one
@@ -378,8 +379,8 @@ class Method(NamedTuple):
     """A solver and what is published of it."""
 
     solver: Callable[..., Plan]
-    order: int  # of convergence as steps grow; of a stochastic one, of its distribution (weak)
-    evaluations: str  # of the network, a step
+    order: int  # of convergence as steps grow; a stochastic method's is that of its distribution (weak)
+    evaluations: str  # of the network in a step
     stochastic: str  # no, yes, or the option that makes it so
     paper: str
     clips: bool = True  # x0 by default

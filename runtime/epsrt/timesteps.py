@@ -1,4 +1,4 @@
-"""Which timesteps a sampler visits: descending lists of t in the schedule, whole or fractional."""
+"""Timesteps: which ones a sampler visits. Descending lists of t in the schedule, whole or fractional."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from epsrt.errors import InputError, one_of, typed
+from epsrt.errors import InputError, is_whole, one_of, typed
 from epsrt.schedule import Schedule
 from epsrt.types import Float64
 
@@ -34,25 +34,26 @@ def respaced(spacing: str) -> bool:
 
 
 def spaced(schedule: Schedule | int, steps: int | None, spacing: str = "trailing", **options: Any) -> list[float]:
-    """`steps` distinct timesteps of a schedule (or of any that has T = `schedule`), from noisy to clean.
+    """`steps` distinct timesteps of a schedule (or of any schedule of T = `schedule` steps), from noisy to clean.
 
-    leading      0, k, 2k, … with k = ⌊T/steps⌋ (DDPM's and DDIM's own; never reaches T − 1 unless steps = T), moved up
-                 by `steps_offset` (0)
+    leading      0, k, 2k, … with k = ⌊T/steps⌋, moved up by `steps_offset` (0). It is DDPM's and DDIM's own, and never
+                 reaches T − 1 unless steps = T
     linspace     T−1 … 0 in even, rounded strides
-    trailing     T−1, T−1−T/steps, … (arXiv 2305.08891, table 2: starts where training ended)
+    trailing     T−1, T−1−T/steps, … It starts where training ended (arXiv 2305.08891, table 2)
     quadratic    ⌊c i²⌋ up to 0.8 T (arXiv 2010.02502, section D.2 and its code), moved up where two would coincide
-    karras       σ^(1/ρ) even from sigma_max to sigma_min, ρ = `rho` (7) (arXiv 2206.00364, eq. 5)
-    exponential  ln σ even from sigma_max to sigma_min
-    lambda       λ = ln(α/σ) even from lambda_min to lambda_max (arXiv 2206.00927, section 3.3)
-    ddim25       0, k, 2k, … with the k that gives 25; refused where none does (improved-diffusion's respacing)
-    10,10,15     the schedule in equal sections, so many even, rounded strides in each, the cleanest section first
+    karras       σ^(1/ρ) is even from sigma_max to sigma_min, ρ = `rho` (7) (arXiv 2206.00364, eq. 5)
+    exponential  ln σ is even from sigma_max to sigma_min
+    lambda       λ = ln(α/σ) is even from lambda_min to lambda_max (arXiv 2206.00927, section 3.3)
+    ddim25       0, k, 2k, … with the k that gives 25 (improved-diffusion's respacing); refused where none does
+    10,10,15     the schedule is cut into equal sections, each with so many even, rounded strides, the cleanest first
 
-    Of a flow the first three are even in t and not rounded, and then shifted: s' = shift·s/(1 + (shift − 1)s), s = t/T
-    (arXiv 2403.03206, eq. 23). The σ of karras and exponential is that of α = 1, σ/α; by default the schedule's ends;
-    these and lambda visit fractional timesteps. Respacing strings take `steps` None or their own count.
+    A flow's leading, linspace and trailing timesteps are not rounded. They are then shifted: s' = shift·s/(1 + (shift −
+    1)s), s = t/T (arXiv 2403.03206, eq. 23). The σ of karras and exponential is σ/α. Their ends, and lambda's, are the
+    schedule's unless given, and all three visit fractional timesteps. A respacing string takes `steps` None or its own
+    count.
 
     Raises InputError when `steps` is outside [1, T] (karras, exponential, lambda: below 1), for a range that leaves the
-    schedule, an option that the spacing does not take, or when it would visit only t = 0.
+    schedule, for an option that the spacing does not take, and when it would visit only t = 0.
     """
     if not isinstance(schedule, Schedule):
         schedule = Schedule("linear", T=typed("T", schedule, 1))
@@ -72,7 +73,7 @@ def spaced(schedule: Schedule | int, steps: int | None, spacing: str = "trailing
         return [t + schedule.span[0] for t in found]
     even = spacing not in ("karras", "exponential", "lambda")
     most = schedule.T if even else 1_000_000
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= most:
+    if steps is None or not is_whole(steps) or not 1 <= steps <= most:
         why = ", the steps that the schedule has" if even else ""
         raise InputError(f"steps = {steps!r} is outside 1 … {most}{why}")
     if even:
@@ -137,7 +138,7 @@ def _by_noise(schedule: Schedule, steps: int, spacing: str, rho: float = 7.0, **
 
 
 def _respace(T: int, text: str) -> list[int]:
-    """Timesteps by improved-diffusion's strings, descending."""
+    """The timesteps of one of improved-diffusion's strings, descending."""
     if text.startswith("ddim"):
         count = int(text[4:])
         strides = [k for k in range(1, T) if -(-T // k) == count]
@@ -158,9 +159,9 @@ def _respace(T: int, text: str) -> list[int]:
 
 
 def given(schedule: Schedule, ts: Sequence[float] | Float64) -> Float64:
-    """Check an explicit list: numbers in the schedule, strictly descending; float64 [len(ts)].
+    """An explicit list as float64 [len(ts)]: numbers in the schedule that strictly descend.
 
-    Raises InputError naming the first misfit.
+    Raises InputError that names the first misfit.
     """
     if not isinstance(ts, (Sequence, np.ndarray)) or isinstance(ts, str) or getattr(ts, "ndim", 1) == 0:
         raise InputError(f"timesteps = {ts!r} is not a list of numbers")
