@@ -24,6 +24,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typed_request.py
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/noise.py
