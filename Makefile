@@ -1,11 +1,11 @@
 # Two commands matter: `make demo` and `make test`. Both work in .venv, which they make.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := cpu,openvino,export,train,cli,charts,tensorrt-rtx,dev
+EXTRAS := cpu,openvino,export,train,cli,charts,tensorrt-rtx,dev,docs
 # Their own requirements hold a torchvision that no CPU torch loads, and a hundred packages that no test needs.
 FOREIGN := denoising-diffusion-pytorch torchcfm
 
-.PHONY: demo samplers gallery test lint bench gpu clean
+.PHONY: demo samplers gallery test lint docs bench gpu clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
@@ -17,7 +17,7 @@ gallery: .venv/installed
 	$(BIN)/python examples/gallery.py
 
 # A file's tests stay in one process, and each process on one core: they would only wait for each other's threads.
-test: lint
+test: lint docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/installed
@@ -25,6 +25,10 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy tests/typed_request.py
+
+# The site, in out/site: a broken link or reference fails. The variable keeps an advertisement of the theme's out.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/noise.py

@@ -6,7 +6,7 @@ from pathlib import Path
 from epsrt import Plan
 from epsrt.solvers import METHODS, options_of
 
-PAGE = (Path(__file__).parents[1] / "docs" / "samplers.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "reference" / "samplers.md").read_text()
 
 
 def test_the_pages_python_runs():

@@ -1,6 +1,5 @@
-"""docs/editing.md: its Python and its commands run, its pictures exist."""
+"""docs/how-to/guide-and-edit.md: its Python and its commands run, its pictures exist."""
 
-import inspect
 import re
 import shlex
 import shutil
@@ -12,12 +11,12 @@ from PIL import Image, ImageSequence
 from sklearn.datasets import load_digits
 from typer.main import get_command
 
-from epsrt import Sampler
+from epsrt.request import Arguments
 from epsrt_command.app import app
 from helpers import tiny
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAGE = (DOCS / "editing.md").read_text()
+DOCS = Path(__file__).parents[1] / "docs" / "how-to"
+PAGE = (DOCS / "guide-and-edit.md").read_text()
 COMMANDS = [shlex.split(line)[1:] for line in re.findall(r"^    (epsrt .*)$", PAGE, re.MULTILINE)]
 RUN = [words for words in COMMANDS if words[0] not in ("train", "export")]  # those take minutes
 
@@ -90,7 +89,7 @@ def test_the_options_that_the_text_names_exist():
     known = {name for c in ("sample", "export") for p in commands[c].params for name in (*p.opts, *p.secondary_opts)}
     assert set(re.findall(r"`(--[a-z-]+)`", PAGE)) <= known
     table = re.search(r"\n\| feature .*?\n\n", PAGE, re.DOTALL)
-    arguments = {*inspect.signature(Sampler.sample).parameters, "invert", "latents", "stream", "slerp"}
+    arguments = {*Arguments.__annotations__, "invert", "latents", "stream", "slerp"}
     for row in table[0].strip().splitlines()[2:]:
         for name in re.findall(r"`([a-z_]+)`", row.split("|")[2]):
             assert name in arguments

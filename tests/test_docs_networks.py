@@ -1,4 +1,4 @@
-"""docs/networks.md: its Python runs, and what it exports is no check of nothing."""
+"""docs/how-to/your-network.md: its Python runs, and what it exports is no check of nothing."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 
 from epsrt import Bundle, Sampler
 
-PAGE = (Path(__file__).parents[1] / "docs" / "networks.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "how-to" / "your-network.md").read_text()
 BUNDLES = {"any": "epsilon", "sized": "epsilon", "edm": "edm", "ncsn": "score", "sde": "score", "flow": "velocity"}
 
 
@@ -62,4 +62,4 @@ def test_the_pages_links_and_families_are_real():
     for family in re.findall(r"--from ([a-z-]+)", PAGE):
         assert family in FAMILIES
     for target in re.findall(r"\]\(([^)#]+)", PAGE):
-        assert (Path(__file__).parents[1] / "docs" / target).exists()
+        assert (Path(__file__).parents[1] / "docs" / "how-to" / target).exists()
