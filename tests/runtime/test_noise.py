@@ -124,6 +124,18 @@ def test_bits_do_not_depend_on_the_grouping(seeds, size):
             np.testing.assert_array_equal(alone.view(np.uint32), together[a : a + group].view(np.uint32))
 
 
+@pytest.mark.parametrize("size", [7, 64, 1000, 70_000], ids=lambda size: f"{size} numbers")
+@pytest.mark.parametrize(
+    "seeds", [[1, 1 + 2**32], [1 + 2**32, 1, 1], [1, 2], [2**32, 1], [5, 5]], ids=lambda seeds: f"seeds {seeds}"
+)
+def test_seeds_that_differ_in_one_word_are_each_their_own(seeds, size):
+    """Several rows a block, or several blocks a row; the low 32 bits of two seeds may be the same, or the high."""
+    together = normals(seeds, 0, STEP, 3, size)
+    for seed, row in zip(seeds, together, strict=True):
+        np.testing.assert_array_equal(row.view(np.uint32), normals(seed, 0, STEP, 3, size).view(np.uint32))
+    assert len(np.unique(together, axis=0)) == len(set(seeds))
+
+
 def test_bits_do_not_depend_on_the_size_or_the_block(monkeypatch):
     whole = normals(8, 1, STEP, 3, 200_001)
     for size in (1, 2, 5, 17, 63, 64, 65, 777, 65_535, 65_536, 65_537, 131_075):
@@ -202,6 +214,9 @@ def test_other_outs_are_refused(out):
         ({"seed": "7"}, r"seed 7 is not an integer"),
         ({"index": 2**32}, r"index 4294967296 is not an integer in \[0, 2\*\*32\)"),
         ({"index": [0, -1]}, r"index -1 is not"),
+        ({"index": np.array([0, 2**32, 1])}, r"index 4294967296 is not an integer in \[0, 2\*\*32\)"),
+        ({"index": np.array([2, -3, 1])}, r"index -3 is not an integer in \[0, 2\*\*32\)"),
+        ({"n": np.array([[0, 2**40]])}, r"noise index n 1099511627776 is not an integer"),
         ({"n": 2**32}, r"noise index n 4294967296 is not an integer in \[0, 2\*\*32\)"),
         ({"n": np.array([-1])}, r"noise index n -1 is not"),
         ({"stream": -1}, r"stream -1 is not an integer in \[0, 2\*\*32\)"),
