@@ -19,6 +19,7 @@ from epsrt.engines.gpu import cuda
 from epsrt.engines.gpu.lanes import DeviceLanes
 
 Run = Callable[[], Any]
+Row = dict[str, Any]
 KERNEL_RUNS = 50  # launches of a kernel that are timed as one
 
 

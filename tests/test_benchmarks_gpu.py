@@ -13,7 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
 from epsrt import Bundle, Sampler
 from epsrt.parity.measure import worst_psnr
@@ -213,6 +218,15 @@ def test_the_plain_loop_is_our_ddim(small_bundle_path) -> None:
         assert worst_psnr(draw(20), want, bundle.manifest.value_range) >= 90
 
 
+FAKE_ONNXRUNTIME = """
+import sys
+sys.path.append({fake!r})
+import fake_onnxruntime
+sys.modules["onnxruntime"] = fake_onnxruntime
+fake_onnxruntime.OPTIONS[fake_onnxruntime.CUDA].add("fuse_conv_bias")
+"""
+
+
 @pytest.fixture(scope="module")
 def on_gpu(small_bundle_path, tmp_path_factory) -> Callable[..., str]:
     """on_gpu(arguments …) runs Python on the stand-in, with a pretended TensorRT, in a folder: what it printed."""
@@ -232,17 +246,22 @@ def on_gpu(small_bundle_path, tmp_path_factory) -> Callable[..., str]:
         f"import sys\nsys.path.append({str(fake)!r})\nimport fake_tensorrt\nsys.modules[__name__] = fake_tensorrt\n"
     )
     (package.parent / "torch.py").write_text('raise ImportError("no torch in this test")\n')  # a second each
-    sources = [str(ROOT / source) for source in ("runtime", "export", "trainer")]
+    sources = [str(ROOT / source) for source in ("runtime", "export", "trainer", "command", "benchmarks")]
     env = environment(library.parent, capability="9.0", name="NVIDIA Pretended") | {
         "PYTHONPATH": os.pathsep.join([str(package.parent), *sources]),
         "EPSRT_CACHE": str(folder / "cache"),
     }
 
-    def run(*arguments: object) -> str:
+    fakes = folder / "fakes"  # for those who ask for them by their name on the path
+    fakes.mkdir()
+    (fakes / "sitecustomize.py").write_text(FAKE_ONNXRUNTIME.format(fake=str(fake)))
+
+    def run(*arguments: object, pretend_onnxruntime: bool = False) -> str:
+        path = os.pathsep.join([*([str(fakes)] if pretend_onnxruntime else []), env["PYTHONPATH"]])
         done = subprocess.run(
             [sys.executable, *map(str, arguments)],
             cwd=folder,
-            env={**os.environ, **env},
+            env={**os.environ, **env, "PYTHONPATH": path},
             capture_output=True,
             text=True,
             check=False,
@@ -324,6 +343,89 @@ assert (row["graphs"], row["bare_steps_in_graph"]) == ("none", "alone"), row
 def test_timing_engines_that_we_do_not_capture(on_gpu) -> None:
     """onnxruntime captures its steps by itself; and what CUDA refuses to capture runs step by step."""
     on_gpu("-c", ENGINES, ROOT / "benchmarks", ROOT / "tests/gpu")
+
+
+def quick(on_gpu: Callable[..., str], out: Path, *more: object) -> list[dict[str, Any]]:
+    """The rows of benchmarks/gpu_quick.py with small sizes."""
+    given = ("--digits", "out/bench/small-256-fp32.epsrt", "--network", "small", "--small", "--state", out / "state")
+    on_gpu(ROOT / "benchmarks/gpu_quick.py", "--out", out, *given, *more, pretend_onnxruntime=True)
+    return json.loads((out / "gpu.json").read_text())
+
+
+def test_the_quick_measurement_on_the_stand_in(on_gpu, tmp_path) -> None:
+    rows = quick(on_gpu, tmp_path, "--seconds", "300", "--parts", "kernels,digits,variants,race,parity,more")
+    assert all(row["passed"] for row in rows if "passed" in row), rows
+    by_part = {row["part"]: {r["what"] for r in rows if r["part"] == row["part"] and "error" not in r} for row in rows}
+    assert by_part["kernels"] >= {"device", "noise", "noise kernel", "host time of a launch", "check kernel", "copy"}
+    assert by_part["digits"] == {"providers", "layout", "rung", "verify", "samples", "step"}
+    assert by_part["variants"] == {"fuse", "layout", "step"}  # whose fused graphs onnxruntime's CPU cannot run
+    assert by_part["parity"] == {"rung", "verify"}
+    assert "race" not in by_part["race"]  # there is no torch in this test
+    layouts = [(r["nhwc"], r["options"]) for r in rows if r["part"] == "variants" and r["what"] == "layout"]
+    assert layouts[:3] == [(False, {}), (True, {}), (True, {"fuse_conv_bias": "1"})]
+    assert {r["precision"] for r in rows if r["what"] == "verify"} == {"fp32"}
+    errors = {(r["part"], r["what"]): r["error"] for r in rows if "error" in r}
+    assert "fp16" in errors["digits", "digits"]  # the bundle has none
+    assert "no torch in this test" in errors["race", "race"]
+
+
+def test_fused_group_norms_compute_what_the_exported_do(bundle_path) -> None:
+    """onnxruntime's operator runs on GPUs alone: here it is NumPy's."""
+    from group_norm import fuse
+
+    class GroupNorm(OpRun):
+        op_domain = "com.microsoft"
+
+        def _run(self, x, scale, bias, groups, activation, epsilon, channels_last):
+            assert channels_last
+            apart = x.reshape(len(x), -1, groups, x.shape[-1] // groups).astype(np.float64)
+            mean, variance = apart.mean((1, 3), keepdims=True), apart.var((1, 3), keepdims=True)
+            y = ((apart - mean) / np.sqrt(variance + epsilon)).reshape(x.shape) * scale + bias
+            return ((y / (1 + np.exp(-y)) if activation else y).astype(x.dtype),)
+
+    bundle = Bundle.open(bundle_path)
+    path = bundle.path / bundle.graph("fp32").file
+    model = onnx.load(path)
+    before = ReferenceEvaluator(model)
+    rng = np.random.default_rng(0)
+    given = {}
+    for name, kind in ((i.name, i.type.tensor_type) for i in model.graph.input):
+        size = [d.dim_value or 2 for d in kind.shape.dim]
+        given[name] = rng.random(size, np.float32) if kind.elem_type == TensorProto.FLOAT else np.ones(size, np.int64)
+    want = before.run(None, given)
+    norms, with_silu = fuse(model)
+    assert norms >= with_silu > 0
+    assert {n.op_type for n in model.graph.node} & {"InstanceNormalization", "GroupNorm"} == {"GroupNorm"}
+    got = ReferenceEvaluator(model, new_ops=[GroupNorm]).run(None, given)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_part_that_hangs_or_dies_costs_its_own_share(tmp_path, monkeypatch, capsys) -> None:
+    import gpu_quick
+
+    (tmp_path / "bad_parts.py").write_text(
+        "import os, time\nfrom epsrt.bench import isolated\n"
+        "def hangs(given):\n    isolated.say({'what': 'figure', 'value': 1})\n    time.sleep(60)\n"
+        "def dies(given):\n    isolated.say({'what': 'figure', 'value': 2})\n    os.abort()\n"
+        "def works(given):\n    isolated.say({'what': 'figure', 'value': given['value']})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import bad_parts
+
+    parts = {name: (getattr(bad_parts, name), 3.0, False) for name in ("hangs", "dies", "works")}
+    monkeypatch.setattr(gpu_quick, "PARTS", parts)
+    rows = gpu_quick.Rows(tmp_path / "gpu.json")
+    gpu_quick.run(rows, {"value": 3}, list(parts), 100.0, tmp_path / "log", None)
+    kept = json.loads((tmp_path / "gpu.json").read_text())
+    assert [(r["part"], r["what"]) for r in kept] == [
+        ("hangs", "figure"), ("hangs", "cut off"), ("dies", "figure"), ("dies", "died"), ("works", "figure"),
+    ]  # fmt: skip
+    assert "SIGABRT" in kept[3]["error"]
+    assert [r["value"] for r in kept if r["what"] == "figure"] == [1, 2, 3]
+    gpu_quick.run(rows, {"value": 4}, ["works"], 0.0, tmp_path / "log", None)
+    assert rows.rows[-1]["what"] == "left"
+    assert "cut off" in gpu_quick.summary(rows.rows)
 
 
 def test_without_a_gpu_it_says_so(tmp_path) -> None:

@@ -1,33 +1,194 @@
-"""A case in a process of its own, which does nothing else: its peak memory, and how soon its first image is there.
+"""A function in a process of its own, whose end is sure; and what `epsrt bench` runs so: a case that does nothing else.
 
-The process is `python -m epsrt.bench.isolated TASK`. Its own lines on stdout begin with MARK: libraries print as well.
+`epsrt bench` measures a case's peak memory and the seconds to its first image in such a process, and the scripts in
+benchmarks/ measure their cases in one.
 """
 
 from __future__ import annotations
 
+import math
+import os
+import queue
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import msgspec
 
-from epsrt.errors import EngineError, EpsrtError
+from epsrt.errors import EngineError, EpsrtError, one_line
 
-MARK = "epsrt-bench "
+LINGER_S = 20.0  # that a process may take to end once its result is there
+PATIENCE_S = 8.0  # that a process may take to end once it was asked to
+WATCH_S, WAIT_S = 0.01, 0.5  # between two calls of `watch`; between two looks at the clock without it
 START_LIMIT_S = 20.0  # for the image of a start
-END_LIMIT_S = 10.0  # for a process that has said all
 MEMORY_S, MEMORY_STEPS = 0.3, 2  # of the batch: buffers have grown after the first steps
 STATUS = Path("/proc/self/status")
+ENTRY = "from epsrt.bench.isolated import main; main()"  # not -m, which would load this module twice
+
+Heard = Callable[[float, Any], object]
+_pipe: IO[bytes] | None = None  # to the process that called; None where nobody did
+
+
+class LateError(EngineError):
+    """The function took longer than it was given; its process was ended."""
+
+
+def call(
+    function: Callable[[Any], Any],
+    given: object,
+    *,
+    seconds: float = math.inf,
+    heard: Heard = lambda at, value: None,
+    watch: Callable[[], object] | None = None,
+    log: Path | None = None,
+) -> Any:
+    """What `function(given)` returns in a process of its own, which is over when this returns.
+
+    function  at the top of a module; a script's own too
+    given     JSON, as what it returns and says must be
+    heard     is called with whatever the function passes to `say`, and the seconds since the process was started
+    watch     is called every WATCH_S until the function first says something
+    log       the file to which what the process prints is appended
+
+    Raises EngineError with the function's sentence where it fails, or says how its process died; LateError after
+    `seconds`.
+    """
+    module = sys.modules[function.__module__]
+    name, folder = module.__name__, ""
+    if "." not in name:  # a script's, or of a module beside one
+        file = Path(str(module.__file__)).resolve()
+        name, folder = file.stem, str(file.parent)
+    argument = msgspec.json.encode(given).decode()
+    command = [sys.executable, "-P", "-c", ENTRY, folder, name, function.__name__, argument]
+    with log.open("ab+") if log else tempfile.TemporaryFile() as printed:
+        start = printed.seek(0, os.SEEK_END)
+        begin = time.perf_counter()
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=printed, start_new_session=True
+        )
+        try:
+            said = _listen(process, begin, begin + seconds, heard, watch)
+        except BaseException:
+            _end(process, 0.0)
+            raise
+        _end(process, LINGER_S)
+        if said is None:
+            printed.seek(start)
+            words = printed.read().decode(errors="replace").strip().splitlines()
+            last = f": {words[-1].strip()[:400]}" if words else ""
+            raise EngineError(f"its process ended with {_how(process.returncode)}{last}")
+    if "error" in said:
+        raise EngineError(said["error"])
+    return said["result"]
+
+
+def say(value: object) -> None:
+    """Tell the process that called; nothing happens where nobody did."""
+    _write({"said": value})
+
+
+def _listen(
+    process: subprocess.Popen[bytes], begin: float, end: float, heard: Heard, watch: Callable[[], object] | None
+) -> dict[str, Any] | None:
+    """The process's last word, {"result": …} or {"error": …}; None where it ended without one."""
+    lines: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
+    out = process.stdout
+    assert out is not None
+
+    def read() -> None:
+        for line in out:
+            lines.put((time.perf_counter() - begin, line))
+        lines.put((0.0, b""))
+        out.close()
+
+    threading.Thread(target=read, daemon=True).start()
+    over = False
+    while True:
+        left = end - time.perf_counter()
+        try:
+            at, line = lines.get(timeout=max(0.0, min(WATCH_S if watch else WAIT_S, left)))
+        except queue.Empty:
+            if left <= 0:
+                raise LateError(f"it took more than the {end - begin:.0f} s that it was given") from None
+            if over:
+                return None
+            over = process.poll() is not None  # a process that it forked may hold the pipe open
+            if watch:
+                watch()
+            continue
+        if not line:
+            return None
+        said: dict[str, Any] = msgspec.json.decode(line)
+        if "said" not in said:
+            return said
+        watch = None
+        heard(at, said["said"])
+
+
+def _end(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Wait for a process; end it after `seconds`, kindly first, so that it cleans up."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+        return
+    if sys.platform != "win32":
+        for kind, patience in ((signal.SIGINT, PATIENCE_S), (signal.SIGKILL, None)):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, kind)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(patience)
+                return
+    process.kill()
+    process.wait()
+
+
+def _how(code: int) -> str:
+    try:
+        return f"status {code}" if code >= 0 else signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _write(message: dict[str, Any]) -> None:
+    if _pipe is not None:
+        _pipe.write(msgspec.json.encode(message) + b"\n")
+        _pipe.flush()
+
+
+def main() -> None:
+    """The process's part."""
+    global _pipe
+    folder, module, name, given = sys.argv[1:]
+    _pipe = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever prints, prints into the log
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background lets its children ignore
+    if folder:
+        sys.path.insert(0, folder)
+    from importlib import import_module
+
+    try:
+        _write({"result": getattr(import_module(module), name)(msgspec.json.decode(given))})
+    except EpsrtError as error:
+        _write({"error": str(error)})
+    except MemoryError:
+        _write({"error": "it takes more memory than there is"})
+    except Exception as error:  # anybody's library may fail
+        import traceback
+
+        traceback.print_exc()
+        _write({"error": f"{type(error).__name__}: {one_line(error, 600)}"})
 
 
 class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the process does: with `start` a request for one image, then some steps of `batch`; 0: none."""
+    """What a bench's process does: with `start` a request for one image, then some steps of `batch`; 0: none."""
 
     bundle: str
     engine: str
@@ -41,14 +202,6 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     start: bool = True
 
 
-class _Said(msgspec.Struct, omit_defaults=True):
-    first: bool = False  # the first image is there
-    late: bool = False  # it would have taken longer than START_LIMIT_S
-    memory: int | None = None
-    done: bool = False
-    error: str = ""
-
-
 @dataclass(frozen=True)
 class Found:
     startup_s: float | None  # from the process's start to the first image; None where that takes too long
@@ -56,38 +209,17 @@ class Found:
 
 
 def run(task: Task) -> Found:
-    """Start the process and wait for it. Raises EngineError where the case fails in it, or it dies."""
-    argument = msgspec.json.encode(task).decode()
-    startup_s: float | None = None
-    with tempfile.TemporaryFile() as errors:
-        begin = time.perf_counter()
-        with _process([sys.executable, "-P", "-m", "epsrt.bench.isolated", argument], errors) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                now = time.perf_counter() - begin
-                if not line.startswith(MARK.encode()):
-                    continue
-                said = msgspec.json.decode(line[len(MARK) :], type=_Said)
-                if said.error:
-                    raise EngineError(said.error)
-                if said.first:
-                    startup_s = now
-                if said.done:
-                    with suppress(subprocess.TimeoutExpired):
-                        process.wait(END_LIMIT_S)
-                    process.kill()  # a library that hangs as it ends
-                    return Found(startup_s, said.memory)
-            code = process.wait()
-        errors.seek(0)
-        words = errors.read().decode(errors="replace").strip().splitlines()
-    raise EngineError(f"its process ended with {_end(code)}{': ' + words[-1].strip()[:300] if words else ''}")
+    """Do a task in a process of its own. Raises EngineError where it fails, or its process dies."""
+    startup: list[float] = []
+    memory = call(serve, task, heard=lambda at, first: startup.append(at) if first else None)
+    return Found(startup[0] if startup else None, memory)
 
 
-def serve(task: Task) -> None:
-    """The process's part."""
+def serve(given: dict[str, Any]) -> int | None:
+    """Do a task here. Says whether the first image came in time; returns the peak memory in bytes."""
     from epsrt import Sampler
 
-    begin = time.perf_counter()
+    task, begin = msgspec.convert(given, Task), time.perf_counter()
     with Sampler.open(
         task.bundle, task.engine, precision=task.precision, threads=task.threads, trust_engines=task.trust_engines
     ) as sampler:
@@ -99,18 +231,18 @@ def serve(task: Task) -> None:
             late = done < total and time.perf_counter() - begin > START_LIMIT_S
             return not late
 
-        asked = {"method": task.method, "steps": task.steps, "labels": task.label}
+        asked: dict[str, Any] = {"method": task.method, "steps": task.steps, "labels": task.label}
         if task.start:
-            sampler.sample(1, **asked, on_step=in_time, every=max(1, rows // 10))  # type: ignore[arg-type]
-            _say(_Said(late=True) if late else _Said(first=True))
+            sampler.sample(1, **asked, on_step=in_time, every=max(1, rows // 10))
+            say(not late)
         if task.batch:
             start = time.perf_counter()
 
             def going(done: int, total: int) -> bool:
                 return done < MEMORY_STEPS or time.perf_counter() - start < MEMORY_S
 
-            sampler.sample(task.batch, **asked, batch=task.batch, on_step=going)  # type: ignore[arg-type]
-    _say(_Said(memory=peak_memory()[0], done=True))
+            sampler.sample(task.batch, **asked, batch=task.batch, on_step=going)
+    return peak_memory()[0]
 
 
 def peak_memory() -> tuple[int | None, str]:
@@ -128,46 +260,3 @@ def peak_memory() -> tuple[int | None, str]:
         return None, "not measured"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10, "ru_maxrss"
-
-
-@contextmanager
-def _process(command: list[str], errors: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that ends with the block, and hears no Ctrl-C: this one ends it."""
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
-    )
-    try:
-        yield process
-    except BaseException:
-        process.kill()
-        raise
-    finally:
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
-
-
-def _end(code: int) -> str:
-    import signal
-
-    try:
-        return f"status {code}" if code >= 0 else signal.Signals(-code).name
-    except ValueError:
-        return f"signal {-code}"
-
-
-def _say(said: _Said) -> None:
-    print(MARK + msgspec.json.encode(said).decode(), flush=True)
-
-
-def main() -> None:
-    try:
-        serve(msgspec.json.decode(sys.argv[1], type=Task))
-    except EpsrtError as error:
-        _say(_Said(error=str(error)))
-    except MemoryError:
-        _say(_Said(error="it takes more memory than there is"))
-
-
-if __name__ == "__main__":
-    main()

@@ -13,7 +13,7 @@ from time import perf_counter
 import msgspec
 
 from epsrt import machine
-from epsrt.bench import isolated as alone
+from epsrt.bench import isolated
 from epsrt.bench.report import FORMAT, STARTS, Case, Of, Opened, Report, Row, Workload, with_ratios
 from epsrt.bench.timing import Course, alternate
 from epsrt.bundle import Bundle
@@ -52,11 +52,9 @@ class Asked:
         if not self.engines or not self.precisions or not self.batches:
             raise InputError("there is nothing to measure: give an engine, a precision and a batch at least")
         for batch in self.batches:
-            if whole("batch", batch) < 1:
-                raise InputError(f"batch = {batch}: give at least 1")
+            whole("batch", batch, least=1)
         if self.seconds is None:
-            if whole("rounds", self.rounds) < 1:
-                raise InputError(f"rounds = {self.rounds}: give at least 1")
+            whole("rounds", self.rounds, least=1)
         elif not 0 < self.seconds < math.inf:
             raise InputError(f"seconds = {self.seconds} is no time to measure for: give a number above 0")
 
@@ -140,7 +138,7 @@ def bench(bundle: Bundle, asked: Asked, ready: Ready, say: Say = lambda sentence
         Of(bundle.path.name, bundle.manifest.digest),
         Workload(plan.name, len(plan), asked.threads),
         batches,
-        f"peak resident memory of a process that does only this ({alone.peak_memory()[1]}), without the GPU's",
+        f"peak resident memory of a process that does only this ({isolated.peak_memory()[1]}), without the GPU's",
         machine.describe(),
         ready.openings,
         False,
@@ -189,7 +187,7 @@ def _measured(
     with ExitStack() as stack:
         courses = []
         for case in group:
-            task = alone.Task(
+            task = isolated.Task(
                 str(bundle.path),
                 case.engine,
                 case.precision,
@@ -202,7 +200,7 @@ def _measured(
                 (case.engine, case.precision) not in started,
             )
             try:
-                found[case] = _alone(task)
+                found[case] = _isolated(task)
             except EpsrtError as error:  # here it would fail as well, and take the other cases with it
                 fail(case, error)
         for case in found:
@@ -224,7 +222,7 @@ def _slow_starters(report: Report) -> set[tuple[str, str]]:
     }
 
 
-def _alone(task: alone.Task) -> tuple[int | None, tuple[float, ...]]:
+def _isolated(task: isolated.Task) -> tuple[int | None, tuple[float, ...]]:
     """Peak memory, and seconds of some starts: STARTS of them if they are quick."""
     memory = _warm(msgspec.structs.replace(task, start=False)).memory
     if not task.start:
@@ -235,15 +233,15 @@ def _alone(task: alone.Task) -> tuple[int | None, tuple[float, ...]]:
         starts.append(again)
         if len(starts) == STARTS or sum(starts) >= STARTS_S:
             break
-        again = alone.run(task).startup_s
+        again = isolated.run(task).startup_s
     return memory, tuple(starts)
 
 
-def _warm(task: alone.Task) -> alone.Found:
+def _warm(task: isolated.Task) -> isolated.Found:
     """A process that had nothing left to build: the second, where the first put something into the engine cache."""
     before = _built()
-    found = alone.run(task)
-    return found if _built() == before else alone.run(task)
+    found = isolated.run(task)
+    return found if _built() == before else isolated.run(task)
 
 
 def _built() -> set[tuple[Path, str]]:
