@@ -22,6 +22,7 @@ from epsrt_command.commands import (
     train,
     verify,
 )
+from epsrt_command.register import HELP, register
 
 app = typer.Typer(
     name="epsrt",
@@ -29,7 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP,
 )
 
 
@@ -50,22 +51,6 @@ def root(
     pass
 
 
-for module in (
-    train,
-    export,
-    build,
-    verify,
-    sample,
-    invert,
-    interpolate,
-    plan,
-    bound,
-    score,
-    bench,
-    inspect,
-    doctor,
-    cache,
-):
-    app.command(cls=getattr(module, "COMMAND", None), epilog=module.EXAMPLES)(
-        getattr(module, module.__name__.rsplit(".", 1)[1])
-    )
+ORDER = (train, export, build, verify, sample, invert, interpolate, plan, bound, score, bench, inspect, doctor, cache)
+for module in ORDER:
+    register(app, getattr(module, module.__name__.rsplit(".", 1)[1]), module.EXAMPLES, getattr(module, "COMMAND", None))

@@ -14,7 +14,8 @@ from typer import Option
 
 from epsrt.engines import ENGINES
 from epsrt.errors import InputError
-from epsrt_command import bench_compare, options, planning, show
+from epsrt_command import options, planning, show
+from epsrt_command.commands import bench_compare
 
 if TYPE_CHECKING:
     from epsrt.bench.report import Report, Row
@@ -22,15 +23,10 @@ if TYPE_CHECKING:
     from epsrt.bundle import Bundle
 
 EXAMPLES = """\
-[bold]Examples[/]
-
 epsrt bench out/digits.epsrt
-
 epsrt bench out/digits.epsrt --engine all --batch 1,8,32 --method ddim --steps 20 --out before.json
-
 epsrt bench out/digits.epsrt --engine onnxruntime --precision fp32,fp16 --threads 1 --seconds 10
-
-epsrt bench compare before.json after.json     (see epsrt bench compare --help)
+epsrt bench compare before.json after.json   # see epsrt bench compare --help
 """
 
 SECONDS, BATCHES = 3.0, "1,8,32"

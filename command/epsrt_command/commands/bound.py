@@ -15,12 +15,8 @@ from epsrt.errors import InputError
 from epsrt_command import show
 
 EXAMPLES = """\
-[bold]Examples[/]
-
 epsrt bound out/digits.safetensors --data digits
-
 epsrt bound cifar.safetensors --data cifar-10-batches-bin --images 256 --timesteps 1000 --out curve.png
-
 epsrt bound out/digits.safetensors --data digits --variance fixed_large --json
 """
 

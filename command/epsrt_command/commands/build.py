@@ -17,14 +17,9 @@ from epsrt_command import show
 CHOICES = tuple(f for f in FEATURES if f not in FEATURES_OF_ALL)  # the others come by themselves
 
 EXAMPLES = """\
-[bold]Examples[/]
-
 epsrt build out/digits.epsrt
-
 epsrt build cifar.epsrt --batch 1:1:1 --batch 2:8:64 --precision fp16 --level 5
-
 epsrt build out/digits.epsrt --features guidance
-
 epsrt build cifar.epsrt --engine tensorrt-rtx --target sm89,sm120 --ship
 """
 

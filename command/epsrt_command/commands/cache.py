@@ -17,14 +17,9 @@ if TYPE_CHECKING:
     from epsrt.engines.cache.store import EngineCache, Entry
 
 EXAMPLES = """\
-[bold]Examples[/]
-
 epsrt cache
-
 epsrt cache --prune
-
 epsrt cache --prune --older-than 30
-
 epsrt cache --prune --bundle 3fa94c17 --json
 """
 PACKAGES = {

@@ -19,12 +19,8 @@ if TYPE_CHECKING:
     from epsrt.engines.probe import EngineInfo
 
 EXAMPLES = """\
-[bold]Examples[/]
-
 epsrt doctor
-
 epsrt doctor out/digits.epsrt
-
 epsrt doctor --json | jq -r .auto
 """
 
@@ -33,7 +29,7 @@ PACKAGES = (*machine.PACKAGES, "nvidia-cuda-nvrtc", "filelock", "torch")
 
 def doctor(
     bundle: Annotated[
-        Path | None, typer.Argument(metavar="[BUNDLE]", help="A bundle: show also what each engine would take of it.")
+        Path | None, typer.Argument(metavar="BUNDLE", help="A bundle: show also what each engine would take of it.")
     ] = None,
     as_json: show.JsonOption = False,
 ) -> None:

@@ -12,22 +12,13 @@ from epsrt.errors import InputError
 from epsrt_command import planning, show
 
 EXAMPLES = """\
-[bold]Examples[/]
-
 epsrt export out/digits.safetensors out/digits.epsrt
-
 epsrt export cifar.safetensors cifar.epsrt --max-batch 128 --precision fp32
-
 epsrt export cifar.safetensors cifar.epsrt --threshold-ratio 0.995 --threshold-max 1.5
-
 epsrt export cifar.safetensors cifar.epsrt --sizes 8:64
-
 epsrt export out/digits.safetensors out/edit.epsrt --masked --classifier out/judge.safetensors
-
 epsrt export --from diffusers path/to/ddpm-cifar10-32 cifar.epsrt
-
 epsrt export --from guided-diffusion 64x64_diffusion.pt imagenet.epsrt --set flags="--class_cond True --image_size 64 …"
-
 epsrt export --from denoising-diffusion-pytorch model-70.pt mine.epsrt --set image_size=32
 """
 
@@ -55,7 +46,8 @@ def export(
         ),
     ] = None,
     precision: Annotated[
-        list[str] | None, typer.Option(help="fp32, fp16, int8; may be repeated; by default the first two.")
+        list[str] | None,
+        typer.Option(metavar="PRECISION", help="fp32, fp16 or int8; may be repeated. By default the first two."),
     ] = None,
     max_batch: Annotated[
         int | None, typer.Option(help="Largest batch of the step graphs; by default 64, fewer above 64 × 64 pixels.")

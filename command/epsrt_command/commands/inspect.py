@@ -9,10 +9,7 @@ import msgspec
 from epsrt_command import show
 
 EXAMPLES = """\
-[bold]Examples[/]
-
 epsrt inspect out/digits.epsrt
-
 epsrt inspect out/digits.epsrt --json | jq .manifest.schedule
 """
 

@@ -17,12 +17,8 @@ from epsrt.types import Float32
 from epsrt_command import options, planning, show
 
 EXAMPLES = """\
-[bold]Examples[/]
-
 epsrt interpolate out/digits.epsrt --seeds 1,2,3 --labels 3 --out strip.png
-
 epsrt interpolate out/digits.epsrt --seeds 1,2 --frames 30 --labels 8 --guidance 2 --out walk.gif
-
 epsrt interpolate out/digits.epsrt --latents latents.npz --labels 7 --method dpmpp-2m --steps 20 --out frames.npz
 """
 

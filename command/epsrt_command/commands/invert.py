@@ -15,12 +15,8 @@ from epsrt.solvers import inverse_of
 from epsrt_command import options, planning, show
 
 EXAMPLES = """\
-[bold]Examples[/]
-
 epsrt invert out/digits.epsrt --init sevens.npz --steps 50 --out latents.npz
-
 epsrt invert out/digits.epsrt --init photos/ --labels 3 --steps 100 --out latents.npz --json
-
 epsrt interpolate out/digits.epsrt --latents latents.npz --labels 7 --steps 50 --out walk.gif
 """
 

@@ -18,14 +18,9 @@ from epsrt.types import Float64
 from epsrt_command import planning, show
 
 EXAMPLES = """\
-[bold]Examples[/]
-
 epsrt plan --list
-
 epsrt plan --method dpmpp-2m --steps 20 --spacing karras --out plan.png
-
 epsrt plan --method ddpm --steps 1000 --bundle out/digits.epsrt --json
-
 epsrt plan --method heun --schedule ve --prediction edm --spacing karras --steps 18 --set s_churn=40
 """
 

@@ -13,27 +13,16 @@ from epsrt.errors import InputError
 from epsrt_command import options, planning, show
 
 EXAMPLES = """\
-[bold]Examples[/]
-
 epsrt sample out/digits.epsrt --steps 50 --labels 0,1,2,3,4,5,6,7,8,9 --seed 1 --out grid.png
-
 epsrt sample out/digits.epsrt --method ddpm --steps 1000 -n 64 --labels 7 --out sevens.npz
-
 epsrt sample out/digits.epsrt --method dpmpp-2m --steps 10 --spacing karras --set rho=5
-
 epsrt sample out/digits.epsrt -n 500 --eta 0.5 --out folder/ --json
-
 epsrt sample out/digits.epsrt --labels 3,5 --guidance 2 --trajectory forming.gif
-
 epsrt sample out/digits.epsrt --init sevens.npz --strength 0.6 --labels 1 --out ones.png
-
-epsrt sample out/digits.epsrt --latents latents.npz --method ddim --steps 50     (of epsrt invert)
-
-epsrt sample masked.epsrt --known photo.png --mask 0:16,: -n 8 --resample 10     (exported with --masked)
-
-epsrt sample masked.epsrt --known photo.png --size 64x64 --at 0,16 --out wide.png     (and with --sizes)
-
-epsrt sample guided.epsrt --classifier 2 --labels 3 -n 8     (exported with --classifier)
+epsrt sample out/digits.epsrt --latents latents.npz --method ddim --steps 50   # of epsrt invert
+epsrt sample masked.epsrt --known photo.png --mask 0:16,: -n 8 --resample 10   # exported with --masked
+epsrt sample masked.epsrt --known photo.png --size 64x64 --at 0,16 --out wide.png   # and with --sizes
+epsrt sample guided.epsrt --classifier 2 --labels 3 -n 8   # exported with --classifier
 """
 
 

@@ -16,13 +16,9 @@ from epsrt.types import UInt8
 from epsrt_command import inputs, options, show
 
 EXAMPLES = """\
-[bold]Examples[/]
-
 epsrt score samples.npz photos/ --features inception.onnx --range 0,255
-
 epsrt score folder/ photos/ --features inception.onnx --names features=pool3,logits=fc --json
-
-epsrt score samples.npz real.npz --features classifier.onnx --resamples 1000     (its metadata says the range)
+epsrt score samples.npz real.npz --features classifier.onnx --resamples 1000   # its metadata says the range
 """
 
 ORIENTATION = 0x0112  # of EXIF; from 5 on, a quarter turn

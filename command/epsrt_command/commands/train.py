@@ -12,16 +12,10 @@ from epsrt.errors import InputError
 from epsrt_command import show
 
 EXAMPLES = """\
-[bold]Examples[/]
-
 epsrt train --preset digits --out out/digits.safetensors
-
 epsrt train --preset digits-dit --out out/dit.safetensors --set network.depth=6 --set network.time_features=fourier
-
 epsrt train --preset digits-classifier --out out/digits-classifier.safetensors   # of noised digits, to guide others
-
 epsrt train --preset ddpm-cifar10 --data cifar-10-batches-bin --out cifar.safetensors --set train.dtype=bf16
-
 torchrun --nproc-per-node 8 -m epsrt_trainer --preset ddpm-cifar10 --data photos/ --size 32 --out photos.safetensors
 """
 

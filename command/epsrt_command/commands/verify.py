@@ -14,10 +14,7 @@ from epsrt.manifest import Rung
 from epsrt_command import show
 
 EXAMPLES = """\
-[bold]Examples[/]
-
 epsrt verify out/digits.epsrt
-
 epsrt verify out/digits.epsrt --engine onnxruntime --precision fp16 --json
 """
 

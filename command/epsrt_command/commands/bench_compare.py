@@ -15,18 +15,15 @@ from typer import Option
 
 from epsrt.errors import InputError
 from epsrt_command import show
+from epsrt_command.register import register
 
 if TYPE_CHECKING:
     from epsrt.bench.compare import Change, Comparison
 
 EXAMPLES = """\
-[bold]Examples[/]
-
 epsrt bench compare before.json after.json
-
 epsrt bench compare before.json after.json --band 10% --json
-
-epsrt bench out/digits.epsrt --out new.json && epsrt bench compare kept.json new.json     (in CI)
+epsrt bench out/digits.epsrt --out new.json && epsrt bench compare kept.json new.json   # in CI
 """
 
 COLOURS = {"regression": "red", "gain": "green", "same": "", "not judged": "dim"}
@@ -72,10 +69,8 @@ def compare(
 def command() -> Any:
     """As a command by itself."""
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-    app.command("compare", epilog=EXAMPLES)(compare)
-    made = typer.main.get_command(app)
-    made.context_settings["help_option_names"] = ["-h", "--help"]
-    return made
+    register(app, compare, EXAMPLES)
+    return typer.main.get_command(app)
 
 
 def _print(made: Comparison, a: Path, b: Path) -> None:
