@@ -1,8 +1,8 @@
 """Conditioning, guidance and editing of the digits, a picture a feature: `make gallery`.
 
-Trains and exports into out/ what is missing. The pictures of docs/how-to/guide-and-edit.md are drawn from fixed seeds: a
-second run draws the same bytes. The real digits are scikit-learn's, which the network was trained on; the first of each
-class is left in out/real/ for the commands of that page.
+Trains and exports into out/ what is missing. The pictures of docs/how-to/guide-and-edit.md are drawn from fixed seeds,
+so that a second run draws the same bytes. The real digits are scikit-learn's, which the network was trained on; the
+first of each class is left in out/real/ for the commands of that page.
 """
 
 from __future__ import annotations

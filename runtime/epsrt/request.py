@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Self, Unpack
 
 import numpy as np
@@ -133,7 +134,7 @@ class Request:
         given: dict[str, Any] = {name: _listed(value) if name in PER_SAMPLE else value for name, value in asked.items()}
         if given.get("seeds") is not None and not isinstance(given["seeds"], list):
             raise InputError(f"seeds = {given['seeds']!r} are not one a sample: give a list, or seed=")
-        self.n, self.asked = n, given
+        self.n, self.asked = n, MappingProxyType(given)
 
         def of(**names: str) -> dict[str, Any]:
             return {field: given[name] for field, name in names.items() if name in given}
