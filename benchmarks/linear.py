@@ -155,6 +155,7 @@ def chart(rows: list[Row], path: Path) -> None:
     """Seconds by steps, seconds by batch, memory by steps. Needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     from epsrt_command.charts import save
 
@@ -173,6 +174,10 @@ def chart(rows: list[Row], path: Path) -> None:
         axes.set_title(
             f"{other}: log–log slope {row['log_slope']:.3f}, R² {row['log_r2']:.4f}", loc="left", fontsize=10
         )
+        axes.set_xticks(x, [f"{size:,}" for size in x])
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(what)
         axes.set_ylabel("seconds")
         axes.legend(frameon=False)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpu_cases import align
-from race_rivals import AUTO, BY_NAME
+from race_rivals import AUTO, BY_NAME, CONTESTANTS
 
 from epsrt_command.charts import save
 
@@ -150,66 +151,61 @@ def _processes(rows: list[Row]) -> list[str]:
 
 
 def chart(rows: list[Row], path: Path) -> None:
-    """Image steps a second by batch, one line a contestant, one panel a network. Needs matplotlib."""
+    """How many times as long as ours each rival takes: bars, a row of panels a network, a panel a batch."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
 
-    races = [row for row in rows if row["what"] == "race" and "contestants" in row]
+    races = [row for row in rows if row["what"] == "race" and row.get("contestants")]
     networks = list(dict.fromkeys(row["network"] for row in races))
-    figure = Figure(figsize=(5.5 * max(len(networks), 1), 5.2), layout="constrained")
+    batches = sorted({row["batch"] for row in races})
+    figure = Figure(figsize=(3.4 * len(batches) + 1.4, 2.9 * len(networks) + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, network in zip(figure.subplots(1, max(len(networks), 1), squeeze=False)[0], networks, strict=False):
-        of_network = sorted((r for r in races if r["network"] == network), key=lambda r: r["batch"])
-        batches = [r["batch"] for r in of_network]
-        for name in BY_NAME:
-            points = [(r["batch"], r["contestants"][name]) for r in of_network if name in r["contestants"]]
-            if points:
-                speeds = [1e3 * batch / one["ms"] for batch, one in points]
-                axes.plot([batch for batch, _ in points], speeds, label=_label(name, points), **STYLES[name])
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
-        axes.set_xticks(batches, [str(b) for b in batches])
-        axes.set_title(network, loc="left", fontsize="medium")
-        axes.set_xlabel("batch")
-        axes.set_ylabel("image steps a second")
-        axes.grid(True, which="both", color="0.92", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    named: dict[str, Any] = {}
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            named.setdefault(label, handle)
-    if named:
-        figure.legend(
-            named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize="small"
-        )
+    title = "How many times as long as ours a step takes on a CPU: shorter bars are faster"
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    panels = figure.subplots(len(networks), len(batches), squeeze=False, sharex="row", sharey="row")
+    for line, network in zip(panels, networks, strict=True):
+        of_network = {row["batch"]: row for row in races if row["network"] == network}
+        all_of = [row["contestants"] for row in of_network.values()]
+        times = {name: [of[name]["times"] for of in all_of if name in of] for name in RIVALS}
+        slowest = sorted((-statistics.mean(found), name) for name, found in times.items() if found)
+        names = [name for _, name in slowest]
+        for axes, batch in zip(line, batches, strict=True):
+            _bars(axes, of_network.get(batch), names)
+            axes.set_title(f"{network}, batch {batch}", loc="left", fontsize="medium")
     save(figure, path)
 
 
-def _label(name: str, points: list[tuple[int, Row]]) -> str:
-    """With what a contestant chose itself."""
-    if name not in (AUTO, "OpenVINO loop"):
-        return name
-    one = points[0][1]
-    return f"{name} ({one['library']} {one['precision']})" if name == AUTO else f"{name} {one['precision']}"
+RIVALS = tuple(c.name for c in CONTESTANTS if not c.ours)
+OURS, BF16, FP32 = "#c8442c", "#5b7a9d", "#b4c3d4"  # a bar of ours; of a rival by its precision
 
 
-# ours are solid, and those over the same library share a colour; dashes are FP32 of what has bf16 too
-STYLES: dict[str, Row] = {
-    AUTO: {"color": "C3", "marker": "o", "linewidth": 2.5},
-    "epsrt openvino bf16": {"color": "C3", "marker": "o"},
-    "epsrt openvino fp32": {"color": "C1", "marker": "o"},
-    "epsrt onnxruntime fp32": {"color": "C0", "marker": "o"},
-    "OpenVINO loop": {"color": "C3", "marker": "x", "linestyle": ":"},
-    "OpenVINO loop fp32": {"color": "C1", "marker": "x", "linestyle": ":"},
-    "onnxruntime loop": {"color": "C0", "marker": "x", "linestyle": ":"},
-    "PyTorch fp32": {"color": "C2", "marker": "s", "linestyle": "--"},
-    "PyTorch bf16": {"color": "C2", "marker": "s"},
-    "torch.compile fp32": {"color": "C4", "marker": "^", "linestyle": "--"},
-    "torch.compile bf16": {"color": "C4", "marker": "^"},
-    "diffusers": {"color": "0.3", "marker": "D"},
-}
+def _bars(axes: Any, row: Row | None, rivals: list[str]) -> None:
+    """From the top: ours at its best, then the rivals."""
+    of = row["contestants"] if row else {}
+    bars = [(_label(name, of.get(name)), of[name]["times"] if name in of else 0.0) for name in rivals]
+    colours = [BF16 if of.get(name, {}).get("precision") == "bf16" else FP32 for name in rivals]
+    if row:
+        bars.append((_label(AUTO, of[row["best"]]), 1.0))
+        colours.append(OURS)
+    widths = [times for _, times in bars]
+    axes.barh(range(len(bars)), widths, color=colours, height=0.72)
+    axes.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize="small")
+    for place, times in enumerate(widths):
+        if times:
+            weight = "bold" if place == len(rivals) else "normal"
+            axes.text(times, place, f" {times:.2f}", va="center", fontsize="small", fontweight=weight)
+    if row:
+        axes.axvline(1, color=OURS, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
+        for label in axes.get_yticklabels()[-1:]:  # of the first panel; the others share them
+            label.set_fontweight("bold")
+        axes.set_xlabel(f"epsrt: {of[row['best']]['ms']:.3g} ms a step\n", fontsize="small", loc="left")
+    axes.margins(x=0.14)
+    axes.set_xlim(left=0)
+    axes.set_xticks([])
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def _label(name: str, one: Row | None) -> str:
+    """A rival with its precision."""
+    return name if one is None or name.endswith(one["precision"]) else f"{name} {one['precision']}"

@@ -364,7 +364,7 @@ def test_table_and_chart(folder: Path) -> None:
         drawn = len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0))
         assert drawn > 50
     before = (folder / "race.png").read_bytes()
-    rows[0]["contestants"]["diffusers"]["ms"] *= 3
+    rows[0]["contestants"]["diffusers"]["times"] *= 3
     chart(rows, folder / "race.png")
     assert (folder / "race.png").read_bytes() != before
 
