@@ -5,7 +5,7 @@ EXTRAS := cpu,openvino,export,train,cli,charts,tensorrt-rtx,dev,docs
 # Their own requirements hold a torchvision that no CPU torch loads, and a hundred packages that no test needs.
 FOREIGN := denoising-diffusion-pytorch torchcfm
 
-.PHONY: demo samplers gallery test lint docs bench gpu clean
+.PHONY: demo samplers gallery test lint mutants docs bench gpu clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
@@ -29,6 +29,11 @@ lint: .venv/installed
 # The site, in out/site: a broken link or reference fails. The variable keeps an advertisement of the theme's out.
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+# Some 900 small changes to the core, one at a time: the tests must notice nine in ten. Half an hour on two cores.
+mutants: .venv/installed
+	mkdir -p out
+	$(BIN)/python tests/mutation --json out/mutants.json
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/noise.py

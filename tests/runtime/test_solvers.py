@@ -327,3 +327,32 @@ def test_solvers_take_no_unknown_option_of_the_network():
 def test_numpys_scalars_are_numbers():
     plan = make("ddim", SCHEDULE, steps=np.int64(5), eta=np.float32(0.5), clip=np.float64(2), rederive=np.bool_(True))
     np.testing.assert_array_equal(plan.table, make("ddim", SCHEDULE, steps=5, eta=0.5, clip=2.0, rederive=True).table)
+
+
+@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize(
+    ("low", "high", "churned"),
+    [
+        (1, 3, [1, 2, 3]),  # σ of the levels themselves: both ends are in
+        (2, 2, [2]),
+        (0, 4, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_churn_is_for_levels_from_s_tmin_to_s_tmax_and_both_are_in(method, low, high, churned):
+    ve = Schedule("ve", sigma_min=0.1, sigma_max=50)
+    ts = spaced(ve, 5, "exponential", sigma_max=20.0)
+    sigma = ve.at(np.array(ts))[1]  # descends
+    plan = getattr(solvers, method)(
+        ve, ts, prediction="edm", s_churn=1.0, s_tmin=sigma[high], s_tmax=sigma[low], s_noise=2.0
+    )
+    rows = slice(None, None, 2 if method == "heun" else 1)
+    told = np.exp(4 * plan["t"][rows])
+    raised = [sigma[i] * (1.2 if i in churned else 1.0) for i in range(5)]  # γ = s_churn/5
+    np.testing.assert_allclose(told, raised, rtol=1e-9)
+    added = 2 * np.sqrt(np.square(raised) - sigma**2)
+    assert plan.start[1] == pytest.approx(np.hypot(sigma[0], added[0]), rel=1e-12)
+    np.testing.assert_allclose(plan["d"][1::2] if method == "heun" else plan["d"][:-1], added[1:], rtol=1e-9)
+    outside = getattr(solvers, method)(
+        ve, ts, prediction="edm", s_churn=1.0, s_tmin=1.0001 * sigma[2], s_tmax=0.9999 * sigma[1]
+    )
+    assert not outside.stochastic

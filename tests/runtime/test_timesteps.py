@@ -247,3 +247,15 @@ def test_a_flows_timesteps_lie_above_zero():
 def test_given_refusals_name_the_first_misfit(ts, message):
     with pytest.raises(EpsrtError, match=message):
         given(Schedule(T=100), ts)
+
+
+def test_timesteps_nearer_than_a_billionth_of_the_schedule_are_one():
+    for T in (100, 1000):
+        schedule, near = Schedule(T=T), 1e-9 * T
+        assert len(given(schedule, [50 + 1.1 * near, 50])) == 2
+        with pytest.raises(EpsrtError, match="timestep 50 appears twice: timesteps must descend"):
+            given(schedule, [50 + 0.9 * near, 50])
+        with pytest.raises(EpsrtError, match="timestep 50.* appears twice"):
+            given(schedule, [50, 50 + 0.9 * near])
+        with pytest.raises(EpsrtError, match="timestep 50.* comes after 50"):
+            given(schedule, [50, 50 + 1.1 * near])
