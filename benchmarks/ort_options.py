@@ -31,6 +31,7 @@ import numpy as np
 from common import RESULTS, bundle, median_ratio, write
 
 from epsrt import Bundle
+from epsrt.engines.signature import Signature, Tensor
 from epsrt.manifest import Manifest, StepGraph
 from epsrt.plan import idle_row
 
@@ -172,17 +173,19 @@ def steps(
     if variant.saved:
         path = Path(folder) / graph.file
     session = ort.InferenceSession(path, made, providers=["CPUExecutionProvider"])
-    image, rng = (part, *here.manifest.shape), np.random.default_rng(0)
-    makes: dict[str, Callable[[], Any]] = {
-        "image": lambda: rng.standard_normal(image, dtype=np.float32),
-        "label": lambda: np.zeros(part, np.int64),
-        "rows": lambda: np.tile(idle_row(graph.columns), (part, 1)),
-    }
+    signature, rng = Signature.of(here, graph, part, here.manifest.shape), np.random.default_rng(0)
+    rows = np.tile(idle_row(graph.columns), (part, 1))
+
+    def given_to(name: str, tensor: Tensor) -> Any:
+        if tensor.dtype == "int64":
+            return tensor.zeros()
+        return rows.copy() if name == "rows" else rng.standard_normal(tensor.extents, dtype=np.float32)
+
     bindings, buffers = [], []
     for _ in range(variant.split):
         binding: Any = session.io_binding()
-        given = {name: makes[kind]() for name, kind in here.inputs(graph).items()}
-        results = {name: np.zeros(image, np.float32) for name in ("x_next", "m_next", "x0")}
+        given = {name: given_to(name, tensor) for name, tensor in signature.inputs.items()}
+        results = {name: tensor.zeros() for name, tensor in signature.outputs.items()}
         for arrays, bind in ((given, binding.bind_input), (results, binding.bind_output)):
             for name, array in arrays.items():
                 bind(name, "cpu", 0, array.dtype.type, list(array.shape), array.ctypes.data)

@@ -20,6 +20,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 
 from epsrt import Bundle, Plan
 from epsrt.engines import Engine, Sample, open_engine
+from epsrt.engines.signature import Signature
 from epsrt.errors import InputError
 from epsrt.manifest import StepGraph
 from epsrt_export.onnx_graph import WeightsFile
@@ -93,7 +94,7 @@ def states_of(engine: Engine, plan: Plan, labels: Sequence[int], seed: int = CAL
     rows, n = np.repeat(plan.rows(engine.columns)[:, None], len(labels), 1), len(labels)
     if "w" in engine.columns:
         rows[:, 1::2, engine.columns.index("w")] = GUIDANCE
-    named, states = engine.bundle.inputs(engine.graph), list[Feeds]()
+    named, states = Signature.of(engine.bundle, engine.graph).inputs, list[Feeds]()
     with engine.lanes(n) as lanes:
         for i, label in enumerate(labels):
             lanes.write(i, Sample(seed=seed, index=i, start=(0.0, plan.start[1]), label=label))

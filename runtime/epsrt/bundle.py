@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import msgspec
 from numpy.typing import NDArray
@@ -161,18 +161,6 @@ class Bundle:
     def has(self, feature: str) -> bool:
         """Whether some step graph has a feature of epsrt.plan.FEATURES."""
         return any(feature in g.features for g in self.manifest.graphs)
-
-    def inputs(self, graph: StepGraph) -> dict[str, Literal["image", "rows", "label"]]:
-        """What a step graph takes: images float32 [batch, C, H, W], rows, labels int64 [batch]."""
-        found: dict[str, Literal["image", "rows", "label"]]
-        found = {"x": "image", "m": "image", "z": "image", "rows": "rows"}
-        if self.labelled:
-            found["label"] = "label"
-        if "classifier" in graph.features:
-            found["target"] = "label"
-        if "mask" in graph.features:
-            found |= {"known": "image", "mask": "image", "z2": "image"}
-        return found
 
     def golden(self) -> dict[str, NDArray[Any]]:
         """The golden file: inputs, and PyTorch's outputs recorded at export."""

@@ -6,6 +6,7 @@ import pytest
 from torch import nn
 
 from epsrt import Bundle, BundleError, EngineError, EpsrtError, Sampler, open_engine
+from epsrt.engines.signature import Signature
 from epsrt.parity.measure import LIMITS, relative_l2
 from epsrt.verify import verify
 from epsrt_export import ParityError, export_network
@@ -39,7 +40,7 @@ class TestGraphs:
         for graph in (g for g in graphs if g.precision == "int8"):
             twin = bundle.graph("fp32", graph.features)
             assert (graph.columns, graph.weights) == (twin.columns, "weights-int8.bin")
-            assert bundle.inputs(graph) == bundle.inputs(twin)
+            assert Signature.of(bundle, graph) == Signature.of(bundle, twin)
 
     def test_convolutions_but_the_first_and_the_last(self, bundle):
         model = onnx.load(bundle.path / bundle.graph("int8").file)

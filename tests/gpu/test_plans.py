@@ -346,7 +346,7 @@ assert f'run "{command(" --features guidance,mask")}"' in refuse("guidance", "ma
 other = built(bundle, features=["mask"]).entry
 cache.store(entry.record.key, cache.read(other), bundle_name="tiny.epsrt")
 sentence = refuse("guidance", "mask")  # the wrong graph's plan under its name
-assert "has rows as ((-1, 17), <DataType.FLOAT: 0>), the manifest implies ((-1, 19), " in sentence, sentence
+assert ".epsrt: rows is float32 [?, 17], the manifest implies float32 [?, 19]: run " in sentence, sentence
 assert sentence.endswith(f'run "{command(" --features guidance,mask")}"')
 """,
         bundle,
@@ -360,7 +360,7 @@ def test_a_plan_that_lacks_an_input_is_refused(on_stand_in, edited_bundle_path) 
 mask, judged = (built(bundle, features=[f]).entry for f in ("mask", "classifier"))
 EngineCache().store(judged.record.key, EngineCache().read(mask), bundle_name="tiny.epsrt")
 sentence = refused(open_engine, bundle, "tensorrt", precision="fp32", features=["classifier"])
-assert "has target as None, the manifest implies ((-1,), <DataType.INT64: 5>): run " in sentence, sentence
+assert ".epsrt: target is missing, the manifest implies int64 [?]: run " in sentence, sentence
 """,
         edited_bundle_path,
     )
@@ -373,8 +373,9 @@ built(bundle, features=["mask", "guidance"], profiles=((1, 2, 4), (5, 8, 8)))
 gpu = open_engine(bundle, "tensorrt", precision="fp32", features=["mask", "guidance"])
 shapes = lambda name, i: gpu.engine.get_tensor_profile_shape(name, i)
 for i, batches in enumerate(((1, 2, 4), (5, 8, 8))):
-    for name, kind in bundle.inputs(gpu.graph).items():
-        rest = {"image": (1, 8, 8), "rows": (len(gpu.columns),), "label": ()}[kind]
+    image, rows, label = (1, 8, 8), (len(gpu.columns),), ()
+    for name, rest in {"x": image, "m": image, "z": image, "rows": rows, "label": label, "known": image, "mask": image,
+                       "z2": image}.items():
         assert shapes(name, i) == [(n, *rest) for n in batches], name
 """,
         edited_bundle_path,

@@ -359,15 +359,6 @@ def test_graphs_that_are_only_apart_are_named(edited_bundle_path):
         Bundle.open(edited_bundle_path).graph("fp32", ["guidance", "classifier"])
 
 
-def test_what_each_graph_takes(edited_bundle_path):
-    opened = Bundle.open(edited_bundle_path)
-    plain = {"x": "image", "m": "image", "z": "image", "rows": "rows", "label": "label"}
-    masked = {"known": "image", "mask": "image", "z2": "image"}
-    assert opened.inputs(opened.graph("fp32")) == plain
-    assert opened.inputs(opened.graph("fp32", ["guidance", "mask"])) == plain | masked
-    assert opened.inputs(opened.graph("fp16", ["classifier", "mask"])) == plain | {"target": "label"} | masked
-
-
 def test_graphs_of_a_bundle_with_options_are_found_unasked(learned_bundle_path):
     opened = Bundle.open(learned_bundle_path)
     m, plain = opened.manifest, opened.graph("fp32")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from epsrt.bundle import Bundle
 from epsrt.engines.probe import both_onnxruntimes
+from epsrt.engines.signature import FREE, Signature, Tensor
 from epsrt.errors import EngineError
-from epsrt.manifest import StepGraph
-from epsrt.types import Shape
 
 try:
     import onnxruntime as ort
@@ -19,6 +18,8 @@ except ImportError as error:
 
 __all__ = ["check_signature", "ort", "refuse_both_packages"]
 
+DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}  # onnxruntime's words, and NumPy's
+
 
 def refuse_both_packages() -> None:
     """Raise EngineError where onnxruntime and onnxruntime-gpu are both installed: together they are neither."""
@@ -26,30 +27,10 @@ def refuse_both_packages() -> None:
         raise EngineError(sentence)
 
 
-def check_signature(
-    session: Any, bundle: Bundle, graph: StepGraph, batch: int | None = None, shape: Shape | None = None
-) -> None:
-    """Raw pointers are bound, so inputs and outputs must be what the manifest says.
-
-    batch, shape  None where they are free; of a shape C is not, nor are H and W in a bundle without sizes
-    """
-    m = bundle.manifest
-    own: tuple[int | None, ...] = m.shape if m.sizes is None else (m.shape[0], None, None)
-    image = [batch, *(own if shape is None else shape)]
-    kinds = {
-        "image": ("tensor(float)", image),
-        "rows": ("tensor(float)", [batch, len(graph.columns)]),
-        "label": ("tensor(int64)", [batch]),
-    }
-    want = {name: kinds[kind] for name, kind in bundle.inputs(graph).items()}
-    want |= dict.fromkeys(("x_next", "m_next", "x0"), kinds["image"])
-    have = {
-        v.name: (v.type, [d if isinstance(d, int) else None for d in v.shape])
+def check_signature(session: Any, signature: Signature, file: Path) -> None:
+    """Raise EngineError unless a session of a step graph's file takes and gives what the manifest implies."""
+    found = {
+        v.name: Tensor(DTYPES.get(v.type, v.type), tuple(d if isinstance(d, int) else FREE for d in v.shape))
         for v in [*session.get_inputs(), *session.get_outputs()]
     }
-    if have != want:
-        name = next(k for k in [*want, *have] if have.get(k) != want.get(k))
-        raise EngineError(
-            f"{bundle.path / graph.file}: {name} is {have.get(name)}, the manifest implies {want.get(name)}: "
-            "export the bundle again"
-        )
+    signature.check(found, file, "export the bundle again")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from epsrt import noise
 from epsrt.engine import Closing, Engine, Sample, check_lane, check_rows, check_sample, not_finite
+from epsrt.engines.signature import Signature
 from epsrt.errors import NotFiniteError
 from epsrt.plan import idle_row
 from epsrt.types import Arrays, Float32, Shape
@@ -35,11 +36,8 @@ class HostLanes(Closing):
         self._x0 = np.zeros(shape, np.float32)
         self._size = self._x0[0].size
         self._row = np.tile(idle_row(engine.columns), (batch, 1))
-        self._fixed: Arrays = {  # what else the graph takes: z, label, target, known, mask, z2
-            name: np.zeros(shape, np.float32) if kind == "image" else np.zeros(batch, np.int64)
-            for name, kind in engine.bundle.inputs(engine.graph).items()
-            if name not in ("x", "m", "rows")
-        }
+        signature = Signature.of(engine.bundle, engine.graph, batch, image)
+        self._fixed: Arrays = {name: tensor.zeros() for name, tensor in signature.fixed.items()}
         self._now = 0  # which of the two x holds the state
         self._runs = [
             bind(

@@ -8,6 +8,7 @@ from epsrt.bundle import Bundle
 from epsrt.engine import Closing, check_batch, check_threads
 from epsrt.engines.cpu.lanes import HostLanes, Run
 from epsrt.engines.ort_library import check_signature, ort, refuse_both_packages
+from epsrt.engines.signature import Signature
 from epsrt.errors import EngineError, one_line
 from epsrt.manifest import StepGraph
 from epsrt.types import Arrays, Size
@@ -38,7 +39,7 @@ class OnnxRuntimeCpu(Closing):
         self.precision: str = graph.precision
         self.columns = graph.columns
         self.max_batch = bundle.manifest.max_batch
-        check_signature(self.session, bundle, graph)
+        check_signature(self.session, Signature.of(bundle, graph), file)
 
     def lanes(self, batch: int, size: Size | None = None) -> HostLanes:
         """See protocol.Engine."""

@@ -18,6 +18,7 @@ from epsrt.engine import Closing, check_batch, check_threads
 from epsrt.engines.cache.key import Options
 from epsrt.engines.cpu.compiled import Compiled, CompiledModels
 from epsrt.engines.cpu.lanes import HostLanes, Run
+from epsrt.engines.signature import FREE, Signature, Tensor
 from epsrt.errors import BundleError, EngineError, one_line
 from epsrt.machine import physical_cores
 from epsrt.manifest import Rung, StepGraph
@@ -31,6 +32,7 @@ except ImportError as error:
     raise EngineError(f'engine openvino needs its library ({error}): pip install "epsrt[openvino]"') from None
 
 LARGE = 4096  # elements of a weight that is worth to be halved
+DTYPES = {"f32": "float32", "i64": "int64"}  # OpenVINO's words, and NumPy's
 KEPT_MODELS = 4  # of an engine: for each batch and size that it met last, each with weights of its own
 
 log = logging.getLogger("epsrt")
@@ -131,9 +133,9 @@ class OpenVino(Closing):
         if self._hint == "bf16":
             keep_sines(model)
             halve_weights(model)
-        shapes = {"image": (batch, *image), "rows": (batch, len(self.columns)), "label": (batch,)}
+        inputs = Signature.of(self.bundle, self.graph, batch, image).inputs
         try:
-            model.reshape({name: shapes[kind] for name, kind in self.bundle.inputs(self.graph).items()})
+            model.reshape({name: tensor.extents for name, tensor in inputs.items()})
             return core().compile_model(model, "CPU", config)
         except RuntimeError as error:
             raise EngineError(
@@ -172,22 +174,9 @@ class OpenVino(Closing):
             raise EngineError(f"OpenVINO refuses {file}: {one_line(error)}; export the bundle again") from None
 
     def _check_signature(self, model: Any) -> None:
-        """Memory of ours is bound, so inputs and outputs must be what the manifest says."""
-        m = self.bundle.manifest
-        image = f"[?,{m.shape[0]},?,?]" if m.sizes else "[?,{},{},{}]".format(*m.shape)
-        kinds = {"image": f"f32 {image}", "rows": f"f32 [?,{len(self.columns)}]", "label": "i64 [?]"}
-        want = {name: kinds[kind] for name, kind in self.bundle.inputs(self.graph).items()}
-        want |= dict.fromkeys(("x_next", "m_next", "x0"), kinds["image"])
-        have = {
-            port.any_name: f"{port.element_type.to_string()} {port.partial_shape.to_string()}"
-            for port in [*model.inputs, *model.outputs]
-        }
-        if have != want:
-            name = next(k for k in [*want, *have] if have.get(k) != want.get(k))
-            raise EngineError(
-                f"{self.bundle.path / self.graph.file}: {name} is {have.get(name)}, the manifest implies "
-                f"{want.get(name)}: export the bundle again"
-            )
+        found = {port.any_name: Tensor(*_described(port)) for port in [*model.inputs, *model.outputs]}
+        file = self.bundle.path / self.graph.file
+        Signature.of(self.bundle, self.graph).check(found, file, "export the bundle again")
 
 
 def open_openvino(
@@ -222,6 +211,12 @@ def open_openvino(
             log.info("%s runs in fp32: in bf16 it misses %s", bundle.path.name, missed.name)
         half.close()
     return OpenVino(bundle, graph, precision or "fp32", threads, on)
+
+
+def _described(port: Any) -> tuple[str, tuple[int, ...]]:
+    """The dtype and the extents of a model's input or output."""
+    word, shape = port.element_type.to_string(), port.partial_shape
+    return DTYPES.get(word, word), tuple(n.get_length() if n.is_static else FREE for n in shape)
 
 
 def keep_sines(model: Any) -> None:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from epsrt.engine import Sample
+from epsrt.engines.signature import Signature
 from epsrt.types import Float32, Shape
-
-Kind = Literal["image", "rows", "label"]  # of a graph's input, as Bundle.inputs has it
-DTYPES: dict[Kind, type[np.float32] | type[np.int64]] = {"image": np.float32, "rows": np.float32, "label": np.int64}
-MOVING = ("x", "m", "rows")  # inputs at another address every step
 
 BEGIN = np.dtype(
     [
@@ -37,23 +34,17 @@ BEGIN = np.dtype(
 class Buffers:
     """Device addresses that a step reads and writes, for `width` lanes of images of `shape`. Two x and m alternate.
 
-    columns  how many a row has
-    inputs   all that the step graph takes, and the kind of each
-    fixed    address of each input that stays where it is: z, label, target, known, mask, z2, those that there are
+    signature  of the step graph, for this width and shape
+    fixed      the address of each of signature.fixed
     """
 
     width: int
     shape: Shape  # C, H, W
-    columns: int
-    inputs: Mapping[str, Kind]
+    signature: Signature
     x: tuple[int, int]
     m: tuple[int, int]
     x0: int
     fixed: Mapping[str, int]
-
-    def extents(self, kind: Kind) -> tuple[int, ...]:
-        """The shape of a kind of input; outputs are images."""
-        return {"image": (self.width, *self.shape), "rows": (self.width, self.columns), "label": (self.width,)}[kind]
 
     def sources(self, now: int, rows: int) -> dict[str, int]:
         """Address of each input that moves, for a step from x[now]."""

@@ -19,7 +19,8 @@ from epsrt import noise
 from epsrt.bundle import Bundle
 from epsrt.engine import Closing, Sample, check_lane, check_rows, check_sample, not_finite
 from epsrt.engines.gpu import cuda
-from epsrt.engines.gpu.buffers import MOVING, Buffers, Kind, pack
+from epsrt.engines.gpu.buffers import Buffers, pack
+from epsrt.engines.signature import Signature
 from epsrt.errors import EngineError, NotFiniteError
 from epsrt.manifest import StepGraph
 from epsrt.plan import idle_row
@@ -96,20 +97,18 @@ class DeviceLanes(Closing):
             self._stream.zero(made.pointer, size)
             return made.pointer
 
-        inputs = bundle.inputs(self.graph)
-        sizes: dict[Kind, int] = {"image": image, "label": 8 * width}
-        fixed = {name: memory(sizes[kind]) for name, kind in inputs.items() if name not in MOVING}
+        signature = Signature.of(bundle, self.graph, width, self.shape)
+        fixed = {name: memory(tensor.nbytes) for name, tensor in signature.fixed.items()}
         self._state = Buffers(
             width,
             self.shape,
-            len(self._columns),
-            inputs,
+            signature,
             (memory(image), memory(image)),
             (memory(image), memory(image)),
             memory(image),
             fixed,
         )
-        self._noises = {name: made for name, made in NOISES.items() if name in inputs}
+        self._noises = {name: made for name, made in NOISES.items() if name in fixed}
         self._seeds, self._indices = memory(8 * width), memory(4 * width)
         self._broken = memory(8 * width)  # step [width] int32, then t [width] float32
         self._row_bytes = -(-4 * width * (len(self._columns) + 1) // ALIGNMENT) * ALIGNMENT  # a step's rows and numbers

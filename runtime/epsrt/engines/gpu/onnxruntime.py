@@ -19,11 +19,13 @@ import threading
 from contextlib import nullcontext, redirect_stdout, suppress
 from typing import Any
 
+import numpy as np
+
 from epsrt.bundle import Bundle
 from epsrt.engine import Closing, check_batch
 from epsrt.engines.cache.store import EngineCache
 from epsrt.engines.gpu import cuda
-from epsrt.engines.gpu.buffers import DTYPES, Buffers
+from epsrt.engines.gpu.buffers import Buffers
 from epsrt.engines.gpu.lanes import CHUNK, DeviceLanes
 from epsrt.engines.ort_library import check_signature, ort, refuse_both_packages
 from epsrt.errors import EngineError, OutOfMemoryError, one_line
@@ -186,7 +188,7 @@ class _Session:
                 with EngineCache().kept_by(f"{TENSORRT}-{engine.key(width, shape)}") as folder:
                     on_tensorrt = engine.provider, _tensorrt_options(engine, stream, str(folder))
                     session = self._make(engine, options, [on_tensorrt, on_cuda])
-        check_signature(session, engine.bundle, engine.graph, width, shape)
+        check_signature(session, buffers.signature, self._path)
         return session
 
     def _make(self, engine: OnnxRuntimeCuda, options: Any, providers: list[tuple[str, dict[str, str]]]) -> Any:
@@ -203,11 +205,11 @@ class _Session:
     def _bind(self, buffers: Buffers, now: int) -> Any:
         binding = self._session.io_binding()
         addresses = {**buffers.fixed, **buffers.sources(now, self._row.pointer)}
-        for name, kind in buffers.inputs.items():
-            extents = list(buffers.extents(kind))
-            binding.bind_input(name, "cuda", 0, DTYPES[kind], extents, addresses[name])
-        for name, address in buffers.results(now).items():
-            binding.bind_output(name, "cuda", 0, DTYPES["image"], list(buffers.extents("image")), address)
+        addresses |= buffers.results(now)
+        takes = buffers.signature
+        for tensors, bind in ((takes.inputs, binding.bind_input), (takes.outputs, binding.bind_output)):
+            for name, tensor in tensors.items():
+                bind(name, "cuda", 0, np.dtype(tensor.dtype).type, list(tensor.extents), addresses[name])
         return binding
 
     def close(self) -> None:

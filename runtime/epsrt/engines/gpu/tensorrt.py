@@ -10,10 +10,11 @@ from typing import Any
 from epsrt.bundle import Bundle
 from epsrt.engine import Closing, Engine, check_batch
 from epsrt.engines.gpu import cuda
-from epsrt.engines.gpu.buffers import Buffers, Kind
+from epsrt.engines.gpu.buffers import Buffers
 from epsrt.engines.gpu.lanes import CHUNK, DeviceLanes
 from epsrt.engines.gpu.trt_build import build_command
 from epsrt.engines.gpu.trt_library import Library, make_logger
+from epsrt.engines.signature import FREE, Signature, Tensor
 from epsrt.errors import EngineError
 from epsrt.manifest import StepGraph
 from epsrt.types import Size
@@ -128,28 +129,15 @@ class TensorRt(Closing):
             raise EngineError(f"{self._library} cannot put the weights of {file} into its plan: {self._logger.told()}")
 
     def _check_signature(self) -> None:
-        """Raw addresses are bound, so the plan's tensors must be what the manifest says."""
         trt, engine = self._library.module, self.engine
-        m = self.bundle.manifest
-        image = (-1, *m.shape) if m.sizes is None else (-1, m.shape[0], -1, -1)
-        kinds: dict[Kind, tuple[tuple[int, ...], Any]]
-        kinds = {
-            "image": (image, trt.DataType.FLOAT),
-            "rows": ((-1, len(self.columns)), trt.DataType.FLOAT),
-            "label": ((-1,), trt.DataType.INT64),
-        }
-        want = {name: kinds[kind] for name, kind in self.bundle.inputs(self.graph).items()}
-        want |= dict.fromkeys(("x_next", "m_next", "x0"), kinds["image"])
-        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        have = {name: (tuple(engine.get_tensor_shape(name)), engine.get_tensor_dtype(name)) for name in names}
-        # an engine whose profile has one batch alone may have made it static
-        free = {name: ((-1, *shape[1:]), dtype) for name, (shape, dtype) in have.items()}
-        if free != want:
-            name = next(k for k in [*want, *free] if free.get(k) != want.get(k))
-            raise EngineError(
-                f"the plan of {self.bundle.path.name} has {name} as {have.get(name)}, the manifest implies "
-                f'{want.get(name)}: run "{build_command(self.bundle.path, self.name, self.graph)}"'
-            )
+        words = {trt.DataType.FLOAT: "float32", trt.DataType.INT64: "int64"}
+        found = {}
+        for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors)):
+            dtype, extents = engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name))
+            # where a profile has one batch alone, TensorRT may have made it static
+            found[name] = Tensor(words.get(dtype, str(dtype)), (FREE, *extents[1:]))
+        way_out = f'run "{build_command(self.bundle.path, self.name, self.graph)}"'
+        Signature.of(self.bundle, self.graph).check(found, f"the plan of {self.bundle.path.name}", way_out)
 
     def _runtime_cache(self, compiled: bytes) -> Any:
         if not self._library.compiles:
@@ -175,7 +163,7 @@ class _Context:
 
     def __init__(self, engine: TensorRt, profile: int, buffers: Buffers, stream: cuda.Stream):
         self._engine, self._buffers, self._handle = engine, buffers, stream.handle
-        shapes = {name: buffers.extents(kind) for name, kind in buffers.inputs.items()}
+        shapes = {name: tensor.extents for name, tensor in buffers.signature.inputs.items()}
         self._context, self._memory = engine.context(profile, stream, shapes)
         self._bind(buffers.fixed)
 

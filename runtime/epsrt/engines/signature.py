@@ -1,0 +1,85 @@
+"""The one declaration of what a step graph takes and gives, and the one check that an engine's graph is so.
+
+Engines bind raw addresses: a graph that is not what the manifest implies would read and write elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epsrt.bundle import Bundle
+from epsrt.errors import EngineError
+from epsrt.manifest import StepGraph
+from epsrt.types import Shape
+
+FREE = -1  # an extent that may be any
+MOVING = ("x", "m", "rows")  # the inputs that change their address from step to step
+OUTPUTS = ("x_next", "m_next", "x0")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or an output: `dtype` is NumPy's word, or a library's own for one that no step graph has."""
+
+    dtype: str
+    extents: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} [{', '.join('?' if n == FREE else str(n) for n in self.extents)}]"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a tensor whose extents are all given."""
+        return prod(self.extents) * np.dtype(self.dtype).itemsize
+
+    def zeros(self) -> NDArray[Any]:
+        """A tensor whose extents are all given, in the host's memory."""
+        return np.zeros(self.extents, self.dtype)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A step graph's inputs and outputs by name."""
+
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, bundle: Bundle, graph: StepGraph, batch: int = FREE, shape: Shape | None = None) -> Signature:
+        """What the manifest implies for a graph, with free extents, or for a batch and a shape C, H, W.
+
+        Without a shape, height and width are the bundle's where it has one size, else free.
+        """
+        m = bundle.manifest
+        own = m.shape if m.sizes is None else (m.shape[0], FREE, FREE)
+        image = Tensor("float32", (batch, *(shape or own)))
+        label = Tensor("int64", (batch,))
+        inputs = {"x": image, "m": image, "z": image, "rows": Tensor("float32", (batch, len(graph.columns)))}
+        if bundle.labelled:
+            inputs["label"] = label
+        if "classifier" in graph.features:
+            inputs["target"] = label
+        if "mask" in graph.features:
+            inputs |= dict.fromkeys(("known", "mask", "z2"), image)
+        return cls(inputs, dict.fromkeys(OUTPUTS, image))
+
+    @property
+    def fixed(self) -> dict[str, Tensor]:
+        """The inputs that stay at one address: z, label, target, known, mask, z2, those that there are."""
+        return {name: tensor for name, tensor in self.inputs.items() if name not in MOVING}
+
+    def check(self, found: Mapping[str, Tensor], where: object, way_out: str) -> None:
+        """Raise EngineError unless the tensors of a graph are these; `where` they were found, for the sentence."""
+        implied = {**self.inputs, **self.outputs}
+        for name in {**implied, **found}:
+            if found.get(name) != implied.get(name):
+                raise EngineError(
+                    f"{where}: {name} is {found.get(name, 'missing')}, the manifest implies "
+                    f"{implied.get(name, 'none')}: {way_out}"
+                )
