@@ -1,8 +1,10 @@
-"""What the tests share: tiny networks with weights that matter, and ways to damage a bundle."""
+"""What the tests share without torch: ways to damage a bundle, and new interpreters.
+
+Functions that edit a graph need onnx; a test that calls one is skipped where onnx is not installed.
+"""
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import hashlib
 import json
@@ -13,147 +15,23 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-import onnx
-import torch
-from torch import Tensor, nn
+import pytest
 
+from epsrt import Schedule
+
+if TYPE_CHECKING:
+    import onnx
+
+DATA = Path(__file__).parent / "data"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 MANIFEST = "manifest.json"
 T = 100  # of most schedules here: the golden DDPM trajectory has T steps
-
-
-def redraw(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Redraw every parameter, zero-initialised ones too, and scale `network.head` until out has RMS 1 on N(0, 1).
-
-    A freshly initialised network makes parity checks blind: its last layer may be zero, its output a constant.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    network.eval()
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            drawn = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
-                parameter.copy_(drawn / parameter[0].numel() ** 0.5 if "embed" not in name else 0.5 * drawn)
-            else:
-                parameter.copy_(0.1 * drawn + ("norm" in name and name.endswith("weight")))
-        rms = float(_outputs(network, generator).square().mean().sqrt())
-        for parameter in network.head.parameters():
-            parameter /= rms
-    return network
-
-
-def _outputs(network: nn.Module, generator: torch.Generator) -> Tensor:
-    x = torch.randn(64, *network.shape_in, generator=generator)
-    t = torch.linspace(0, T - 1, 64).round()
-    label = (torch.arange(64) % network.classes_in,) if network.classes_in else ()
-    return network(x, t, *label)[:, : network.shape_in[0]]  # a learned variance follows
-
-
-def unet(seed: int = 0, channels: int = 1, classes: int = 0, **more: Any) -> nn.Module:
-    """A redrawn U-Net for 8×8 images."""
-    from epsrt_trainer.unet import UNet, UNetConfig
-
-    network = UNet(unet_config(UNetConfig, channels, classes, **more))
-    network.shape_in, network.classes_in = (channels, 8, 8), classes
-    return redraw(network, seed)
-
-
-def unet_config(cls: Any, channels: int, classes: int, **more: Any) -> Any:
-    sizes = {"base_channels": 16, "channel_multipliers": (1, 2), "residual_blocks": 1, "attention_resolutions": (4,)}
-    return cls(channels, 8, classes=classes, **{"null_label": classes > 0, **sizes, **more})
-
-
-class Tiny(nn.Module):
-    """Not ours: a plain convolution net, its time embedding a table, so that a damaged row is one bad timestep."""
-
-    def __init__(self, channels: int = 1, size: int = 8, classes: int = 0, width: int = 16) -> None:
-        super().__init__()
-        self.shape_in, self.classes_in = (channels, size, size), classes
-        self.stem = nn.Conv2d(channels, width, 3, padding=1)
-        self.time_embed = nn.Embedding(T, width)
-        self.label_embed = nn.Embedding(classes, width) if classes else None
-        self.norm = nn.GroupNorm(2, width)
-        self.middle = nn.Conv2d(width, width, 3, padding=1)
-        self.head = nn.Conv2d(width, channels, 3, padding=1)
-
-    def features(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        condition = self.time_embed(t.long())
-        if self.label_embed is not None:
-            condition = condition + self.label_embed(label)
-        h = self.stem(x)
-        return h + torch.tanh(self.middle(self.norm(h) + condition[:, :, None, None].to(h.dtype)))
-
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        # like a trained ε: without the shortcut, most samples end at the clip
-        return self.head(self.features(x, t, label)) + 0.7 * x
-
-
-class Learned(Tiny):
-    """Tiny with a learned variance: 2C channels, the second half about `centre` (0 for a fraction, −4 for log σ²)."""
-
-    def __init__(self, centre: float = 0.0, channels: int = 1, **more: Any) -> None:
-        super().__init__(channels, **more)
-        self.centre = centre
-        self.spread = nn.Conv2d(self.head.in_channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        h = self.features(x, t, label)
-        return torch.cat([0.2 * self.head(h) + 0.8 * x, 0.5 * self.spread(h) + self.centre], 1)
-
-
-class Judge(nn.Module):
-    """A classifier of noised images, not ours: strided convolution, norm, pooling; t by a table."""
-
-    def __init__(self, channels: int = 1, classes: int = 10, width: int = 16) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(channels, width, 3, padding=1)
-        self.time_embed = nn.Embedding(T, width)
-        self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
-        self.norm = nn.GroupNorm(4, 2 * width)
-        self.head = nn.Linear(2 * width, classes)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        h = nn.functional.silu(self.stem(x) + self.time_embed(t.long())[:, :, None, None])
-        return self.head(nn.functional.silu(self.norm(self.down(h))).mean((2, 3)))
-
-
-def judge(seed: int = 0, **more: Any) -> nn.Module:
-    """A redrawn Judge."""
-    torch.manual_seed(seed)
-    return Judge(**more).eval()
-
-
-def tiny(seed: int = 0, **more: Any) -> nn.Module:
-    return redraw(Tiny(**more), seed)
-
-
-def learned(seed: int = 0, **more: Any) -> nn.Module:
-    return redraw(Learned(**more), seed)
-
-
-def diffusers_unet(seed: int = 0, T: int = 1000, **more: Any) -> nn.Module:
-    """A redrawn UNet2DModel for 8×8 images, as its owner has it."""
-    from diffusers import UNet2DModel
-
-    from epsrt import Schedule
-    from epsrt_export.families.diffusers import Denoiser
-    from epsrt_export.redraw import redraw
-
-    config = {
-        "sample_size": 8,
-        "block_out_channels": (16, 32),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    }
-    model = UNet2DModel(**{**config, **more})
-    variance = "learned_range" if model.config["out_channels"] == 6 else None
-    redraw(Denoiser(model, 3), Schedule(T=T), (3, 8, 8), model.config["num_class_embeds"] or 0, seed, variance=variance)
-    return model
+SCHEDULE = Schedule(T=T, beta_start=1e-3, beta_end=0.2)  # the linear schedule of 1,000 steps, in 100
+CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 def forge(bundle: Path, edit: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:
@@ -173,6 +51,7 @@ def forge(bundle: Path, edit: Callable[[dict[str, Any]], object] = lambda manife
 
 
 def edit_graph(path: Path, edit: Callable[[onnx.ModelProto], object]) -> None:
+    onnx = pytest.importorskip("onnx")
     model = onnx.load(path, load_external_data=False)
     edit(model)
     path.write_bytes(model.SerializeToString())
@@ -188,7 +67,7 @@ def move_weights(model: onnx.ModelProto, location: str) -> None:
 
 def externals(model: onnx.ModelProto) -> dict[str, dict[str, str]]:
     """name -> external data entries of each initializer outside the graph."""
-    external = onnx.TensorProto.EXTERNAL
+    external = pytest.importorskip("onnx").TensorProto.EXTERNAL
     return {
         tensor.name: {entry.key: entry.value for entry in tensor.external_data}
         for tensor in model.graph.initializer
@@ -198,23 +77,12 @@ def externals(model: onnx.ModelProto) -> dict[str, dict[str, str]]:
 
 def weights(bundle: Path, name: str, precision: str = "fp32") -> np.memmap:
     """A writable view of one external initializer of a bundle, by the end of its name."""
+    onnx = pytest.importorskip("onnx")
     model = onnx.load(bundle / f"step-{precision}.onnx", load_external_data=False)
     (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name.endswith(name)]
     place = externals(model)[tensor.name]
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
     return np.memmap(bundle / place["location"], dtype, "r+", int(place["offset"]), tuple(tensor.dims))
-
-
-def damaged(to_onnx: Callable[..., Any], weight: str, by: float, precision: str | None = None) -> Callable[..., Any]:
-    """to_onnx, with one value of one weight of the graph (of a precision) changed."""
-
-    def run(step: Any, *args: Any) -> Any:
-        if precision in (None, {torch.float32: "fp32", torch.float16: "fp16"}[step.dtype]):
-            step = copy.deepcopy(step)
-            step.network.get_parameter(weight).data[0, 0, 1, 1] += by
-        return to_onnx(step, *args)
-
-    return run
 
 
 def tree(path: Path) -> dict[str, bytes]:

@@ -23,7 +23,7 @@ from onnx.reference.op_run import OpRun
 from epsrt import Bundle, Sampler
 from epsrt.parity.measure import worst_psnr
 from gpu.stand_in.build import NoCompiler, build, environment  # here: later, benchmarks/gpu.py would hide it
-from helpers import tiny
+from nets import tiny
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [ROOT / "runtime/epsrt/engines/gpu/kernels.cu"]

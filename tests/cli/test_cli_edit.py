@@ -13,7 +13,7 @@ from PIL import Image, ImageSequence
 from test_cli import refusal, run
 
 from epsrt import Sampler, canvas
-from helpers import tiny
+from nets import tiny
 
 FEW = ("--method", "ddim", "--steps", 5)
 Refused = Callable[..., str]

@@ -14,7 +14,8 @@ import torch
 
 from epsrt import Bundle
 from epsrt.manifest import Sizes, Thresholding
-from helpers import forge, unet
+from helpers import forge
+from nets import unet
 
 EPSRT = str(Path(sys.executable).with_name("epsrt"))
 

@@ -12,7 +12,7 @@ from test_cli import refusal, run
 from epsrt import Bundle
 from epsrt.manifest import Sampling
 from epsrt_export.families import FAMILIES
-from helpers import diffusers_unet
+from nets import diffusers_unet
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from epsrt_export.decoder import levels_of, log_likelihood
 from epsrt_trainer.checkpoint import load_checkpoint, save_checkpoint
 from epsrt_trainer.data import load
 from epsrt_trainer.diffusion import target
-from helpers import redraw, unet
+from nets import redraw, unet
 
 MU, SD, LEVELS = 0.1, 0.2, 256
 STEP = 2 / (LEVELS - 1)

@@ -14,7 +14,8 @@ from epsrt.parity.measure import relative_l2, worst_psnr
 from epsrt.verify import verify
 from epsrt_export import ParityError, export_network, golden, parity
 from epsrt_trainer.sample import ddim_loop, ddpm_loop
-from helpers import damaged, forge
+from helpers import forge
+from nets import damaged
 
 graphs_module = sys.modules["epsrt_export.graphs"]
 SHAPE = (2, 8, 8)

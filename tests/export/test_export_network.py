@@ -24,7 +24,8 @@ from epsrt_export import parity as parity_module
 from epsrt_export.families import checkpoint as own
 from epsrt_trainer.checkpoint import load_checkpoint, save_checkpoint
 from epsrt_trainer.sample import ddim_loop
-from helpers import Tiny, damaged, externals, redraw, run_python, tiny, tree, unet
+from helpers import externals, run_python, tree
+from nets import Tiny, damaged, redraw, tiny, unet
 
 graphs_module = sys.modules["epsrt_export.graphs"]
 TINY = {"shape": (1, 8, 8), "precisions": ("fp32",), "max_batch": 2}
@@ -141,7 +142,7 @@ class TestBundlesOfUNets:
 
 class TestPlainModules:
     def test_a_module_that_is_not_ours_exports_and_samples(self, small_bundle_path, schedule):
-        assert Bundle.open(small_bundle_path).manifest.provenance.network == "helpers.Tiny"
+        assert Bundle.open(small_bundle_path).manifest.provenance.network == "nets.Tiny"
         x = torch.from_numpy(noise.normals(4, [0, 1, 2], noise.START, 0, 64).reshape(3, 1, 8, 8))
         network = tiny(seed=3)
         truth = ddim_loop(lambda x, t, label: network(x, t), schedule, x, spaced(schedule.T, 10))
@@ -227,7 +228,7 @@ class TestPlainModules:
 EXPORT_TINY = """
 import sys
 sys.path.insert(0, sys.argv[2])
-from helpers import tiny
+from nets import tiny
 from epsrt import Schedule
 from epsrt_export import export_network
 print(export_network(tiny(), Schedule(T=20), sys.argv[1], shape=(1, 8, 8), max_batch=2).manifest.digest)
@@ -350,7 +351,7 @@ class TestNothingIsLeft:
         code = f"""
 import resource, sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from helpers import tiny
+from nets import tiny
 from epsrt import Schedule
 from epsrt_export import export_network
 resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))  # the graph fits, its weights do not

@@ -16,7 +16,7 @@ from epsrt.parity.measure import worst_psnr
 from epsrt_export import export, families
 from epsrt_export.families.diffusers import WEIGHTS, Denoiser
 from epsrt_export.redraw import redraw
-from helpers import diffusers_unet
+from nets import diffusers_unet
 
 DDPM = {"num_train_timesteps": 40, "beta_start": 1e-3, "beta_end": 0.3}
 DIT = {

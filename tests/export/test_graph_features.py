@@ -15,7 +15,8 @@ from epsrt.plan import idle_row
 from epsrt.verify import verify, verify_all
 from epsrt_export import NoisedClassifier, ParityError, Source, export, graphs
 from epsrt_export.stepgraph import StepModule
-from helpers import T, externals, forge, judge, tiny
+from helpers import T, externals, forge
+from nets import judge, tiny
 
 SCHEDULE = Schedule(T=T, beta_start=1e-3, beta_end=0.2)
 KINDS = ["", "guidance", "classifier", "mask", "guidance-mask", "classifier-mask"]
@@ -40,7 +41,7 @@ class TestBundle:
 
     def test_the_classifier_is_described(self, edited):
         told = edited.manifest.classifier
-        assert (told.classes, told.network, told.source) == (10, "helpers.Judge", "judge")
+        assert (told.classes, told.network, told.source) == (10, "nets.Judge", "judge")
         assert told.parameters == sum(p.numel() for p in judge(seed=6).parameters())
         assert len(told.source_sha256) == 64
 
@@ -65,7 +66,7 @@ class TestBundle:
 
 def edited_network(bundle: Bundle) -> torch.nn.Module:
     from epsrt_trainer.unet import UNet, UNetConfig
-    from helpers import unet_config
+    from nets import unet_config
 
     return UNet(unet_config(UNetConfig, 1, 10))
 
@@ -177,7 +178,7 @@ class TestStepGraph:
     def test_a_learned_variance_is_the_labels_not_the_null_labels(self):
         """Of 2C channels, guidance mixes the first C; v is c's, as diffusers' DiTPipeline has it."""
         from epsrt.manifest import step_columns
-        from helpers import learned
+        from nets import learned
 
         network = learned(seed=3, classes=4)
         columns = step_columns("learned_range", ["guidance"])

@@ -11,7 +11,7 @@ from epsrt.parity.measure import LIMITS, relative_l2
 from epsrt.verify import verify
 from epsrt_export import ParityError, export_network
 from epsrt_export.int8 import calibration, quantise, states_of
-from helpers import tiny
+from nets import tiny
 
 LABELS = list(range(8))
 

@@ -15,7 +15,8 @@ from epsrt.plan import COLUMNS, FEATURES, STEP_COLUMNS, Plan
 from epsrt_export.onnx_graph import ALIGNMENT, EXTERNAL_FROM, WeightsFile, to_onnx
 from epsrt_export.precision import half_copy
 from epsrt_export.stepgraph import StepModule
-from helpers import Tiny, externals, redraw, tiny
+from helpers import externals
+from nets import Tiny, redraw, tiny
 
 SHAPE = (1, 8, 8)
 

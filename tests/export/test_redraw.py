@@ -11,7 +11,7 @@ from epsrt_export.redraw import redraw
 from epsrt_trainer.diffusion import predicted_x0
 from epsrt_trainer.sample import ddim_loop, network_input
 from epsrt_trainer.unet import UNet, UNetConfig
-from helpers import Tiny, unet, unet_config
+from nets import Tiny, unet, unet_config
 
 SHAPE = (1, 8, 8)
 

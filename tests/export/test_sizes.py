@@ -21,7 +21,8 @@ from epsrt_export.golden import _other_sizes
 from epsrt_export.onnx_graph import _example, to_onnx
 from epsrt_export.stepgraph import StepModule
 from epsrt_trainer.sample import ddim_loop
-from helpers import Tiny, forge, redraw, tiny, unet, weights
+from helpers import forge, weights
+from nets import Tiny, redraw, tiny, unet
 
 STEPS = 10
 

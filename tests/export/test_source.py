@@ -9,7 +9,7 @@ from epsrt import EpsrtError, Sampler, Schedule
 from epsrt.manifest import Sampling
 from epsrt_export import export, export_network
 from epsrt_export.source import Source
-from helpers import tiny
+from nets import tiny
 
 SHAPE = (1, 8, 8)
 

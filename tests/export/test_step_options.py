@@ -18,7 +18,7 @@ from epsrt_export import ParityError, export, export_network
 from epsrt_export.onnx_graph import to_onnx
 from epsrt_export.stepgraph import LARGEST_K, DynamicThreshold, StepModule
 from epsrt_trainer.sample import threshold
-from helpers import damaged, learned, tiny
+from nets import damaged, learned, tiny
 
 export_module = sys.modules["epsrt_export.export"]
 graphs_module = sys.modules["epsrt_export.graphs"]

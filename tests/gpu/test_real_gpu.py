@@ -8,11 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+import unets
 from epsrt import Bundle, EngineError, NotFiniteError, Sample, Sampler, idle_row, noise, open_engine
 from epsrt.engines import Engine, nvidia, probe
 from epsrt.parity.measure import worst_psnr
 from epsrt.verify import verify
 
+bundle_path, edited_bundle_path = unets.bundle_path, unets.edited_bundle_path  # with attention
 PROBLEM = nvidia.driver().problem
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(PROBLEM), reason=PROBLEM)]
 

@@ -7,15 +7,17 @@ from importlib.util import find_spec
 import msgspec
 import pytest
 
+import unets
 from epsrt import Bundle
 from epsrt.engines.gpu.trt_build import BuildOptions, build, describe
 from epsrt.engines.gpu.trt_library import library
 from epsrt.errors import EngineError
 from epsrt.manifest import StepGraph
-from helpers import diffusers_unet, tiny, unet
+from nets import diffusers_unet, tiny, unet
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx_cu13")
 
+edited_bundle_path = unets.edited_bundle_path  # with attention
 TARGETS = ("sm_86", "sm_89", "sm_120")
 
 

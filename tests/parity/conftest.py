@@ -4,6 +4,8 @@ import pytest
 from theirs import widen
 from toy import largest
 
+from unets import bundle_path, edited_bundle_path  # noqa: F401 (fixtures: their networks are at hand)
+
 FIGURES = pytest.StashKey[dict[tuple[str, str], float]]()
 REFERENCES = {"float32": "diffusers", "float64": "diffusers in float64"}
 

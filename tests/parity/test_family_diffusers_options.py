@@ -10,7 +10,7 @@ from toy import Toy, draw, run_plan
 from epsrt.bundle import Bundle
 from epsrt_export import families
 from epsrt_export.export import manifest_of
-from helpers import diffusers_unet
+from nets import diffusers_unet
 
 SMALL = {"num_train_timesteps": 100, "beta_start": 1e-3, "beta_end": 0.2}
 ZERO = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}

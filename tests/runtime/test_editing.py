@@ -9,6 +9,7 @@ import pytest
 
 from epsrt import BundleError, EpsrtError, Sampler, canvas, noise, slerp
 from epsrt.solvers import METHODS
+from helpers import DATA
 
 STEPS = 10
 
@@ -22,11 +23,7 @@ def sampler(edited_bundle_path):
 @pytest.fixture(scope="module")
 def digits():
     """Real digits of classes 0 … 7, float32 [8, 1, 8, 8] in −1 … 1."""
-    from epsrt_trainer.data import load
-
-    data = load("digits")
-    chosen = [int(np.flatnonzero(data.labels.numpy() == c)[0]) for c in range(8)]
-    return data.images.numpy()[chosen]
+    return np.load(DATA / "digits.npy").astype(np.float32) / 8 - 1
 
 
 @pytest.fixture

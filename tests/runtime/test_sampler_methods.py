@@ -1,10 +1,10 @@
-"""Every method through the Sampler: the same as its rows walked in PyTorch, and images to begin from."""
+"""Every method through the Sampler: the same as its rows walked in NumPy, and images to begin from."""
 
 import numpy as np
 import pytest
-import torch
 
 from epsrt import EpsrtError, noise
+from epsrt.parity.measure import network_outputs
 from epsrt.solvers import METHODS
 
 STEPS = 6
@@ -12,16 +12,14 @@ OPTIONS = {"ddim": {"eta": 0.5}, "heun": {"s_churn": 2.0}, "euler": {"s_churn": 
 
 
 def walk(plan, network, seed, label, init=None):
-    """The plan's rows, one by one, on the module that was exported, in float64 but for the network."""
+    """The plan's rows, one by one, in float64 but for the network."""
     index, shape = np.arange(len(label)), (len(label), 1, 8, 8)
     z = noise.normals(seed, index, noise.START, 0, 64).reshape(shape)
     x = plan.start[1] * z.astype(np.float64) + (0 if init is None else plan.start[0] * init)
     m = np.zeros_like(x)
     for i in range(len(plan)):
         k = {name: plan[name][i] for name in ("t", "in_scale", "clip", "n", *"pqabhcdefog")}
-        scaled, t = torch.from_numpy((k["in_scale"] * x).astype(np.float32)), torch.full((len(label),), k["t"]).float()
-        with torch.inference_mode():
-            out = network(scaled, t, torch.tensor(label)).double().numpy()
+        out = network((k["in_scale"] * x).astype(np.float32), np.full(len(label), k["t"], np.float32), label)
         x0 = np.clip(k["p"] * x + k["q"] * out, -k["clip"], k["clip"])
         z = noise.normals(seed, index, noise.STEP, int(k["n"]), 64).reshape(shape)
         x, m = (
@@ -29,6 +27,12 @@ def walk(plan, network, seed, label, init=None):
             k["e"] * x + k["f"] * x0 + k["o"] * out + k["g"] * m,
         )
     return x
+
+
+@pytest.fixture
+def network(engine):
+    """The network alone, by the step graph."""
+    return lambda x, t, label: network_outputs(engine, x, t, np.array(label), len(x)).astype(np.float64)
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "ddim-inversion"])

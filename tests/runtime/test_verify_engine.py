@@ -5,7 +5,7 @@ import pytest
 
 from epsrt import Bundle, BundleError, open_engine
 from epsrt.manifest import GOLDEN
-from epsrt.parity.measure import LIMITS, network_outputs, relative_l2, worst_psnr
+from epsrt.parity.measure import LIMITS, relative_l2, worst_psnr
 from epsrt.verify import verify
 from helpers import edit_graph, forge, weights
 
@@ -69,7 +69,7 @@ def test_trajectories_have_not_collapsed(bundle_path):
     assert 0.5 < np.sqrt(np.square(out).mean()) < 2
 
 
-@pytest.mark.parametrize("name", ["up.0.conv1.weight", "middle.0.attention.qkv.weight", "label_embed.weight"])
+@pytest.mark.parametrize("name", ["time_embed.weight", "middle.weight"])
 def test_a_damaged_weight_is_found(copy_of, bundle_path, name):
     path = copy_of(bundle_path)
     values = weights(path, name)
@@ -195,18 +195,6 @@ def test_a_golden_file_that_lacks_something_is_named(copy_of, small_bundle_path,
         measured(path)
 
 
-def test_network_outputs_are_the_networks_in_any_batch(engine, network):
-    import torch
-
-    generator = np.random.default_rng(0)
-    x = generator.standard_normal((5, 1, 8, 8), np.float32)
-    t, label = np.array([0, 30, 99, 30, 7], np.float32), np.array([0, 10, 3, 4, 5])
-    with torch.no_grad():
-        truth = network(torch.from_numpy(x), torch.from_numpy(t), torch.from_numpy(label)).numpy()
-    for batch in (1, 2, 5, 8):
-        assert relative_l2(network_outputs(engine, x, t, label, batch), truth) < 2e-6
-
-
 def test_figures():
     a = np.array([3.0, 4.0])
     assert relative_l2(a, a) == 0
@@ -216,17 +204,3 @@ def test_figures():
     other[1] += 0.2
     assert worst_psnr(other, images, (-1.0, 1.0)) == pytest.approx(20.0, abs=1e-5)
     assert worst_psnr(other[:1], images[:1], (-1.0, 1.0)) == 300
-
-
-def test_the_networks_of_the_tests_are_not_blind(network, plain_network):
-    """No parameter is still zero, and out has RMS 0.5 to 2 on N(0, 1), whatever t and label are."""
-    import torch
-
-    for module, shape, label in ((network, (1, 8, 8), (torch.arange(32) % 11,)), (plain_network, (3, 8, 8), ())):
-        assert all(p.abs().max() > 1e-3 for p in module.parameters())
-        x = torch.randn(32, *shape, generator=torch.Generator().manual_seed(1))
-        with torch.no_grad():
-            out = module(x, torch.linspace(0, 99, 32), *label)
-            other = module(x, torch.linspace(99, 0, 32), *label)
-        assert 0.5 < float(out.square().mean().sqrt()) < 2
-        assert float((out - other).abs().max()) > 0.1

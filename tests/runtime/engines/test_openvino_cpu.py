@@ -244,11 +244,11 @@ class TestCompiledModels:
             np.testing.assert_array_equal(lanes.read(0), want[0])
 
     @bf16
-    def test_kept_ones_have_bf16_weights(self, bundle_path, cache):
+    def test_kept_ones_have_bf16_weights(self, digits_bundle_path, cache):
         for precision in ("fp32", "bf16"):
-            open_engine(Bundle.open(bundle_path), "openvino", precision=precision, threads=1).lanes(1)
+            open_engine(Bundle.open(digits_bundle_path), "openvino", precision=precision, threads=1).lanes(1)
         sizes = {entry.record.key.precision: entry.record.size for entry in cache.entries()}
-        assert sizes["bf16"] < 0.8 * sizes["fp32"]  # of a network whose weights are few
+        assert sizes["bf16"] < 0.8 * sizes["fp32"]
 
     def models(self, path, precision="bf16"):
         opened = Bundle.open(path)
