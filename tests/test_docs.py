@@ -5,6 +5,7 @@ Blocks marked `python` and `sh` run. `console` blocks are only shown: they need 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -70,14 +71,9 @@ def materials(request, once, schedule) -> dict[str, Callable[[Path], object]]:
         path = Path(request.getfixturevalue(fixture))
         return partial(shutil.copytree if path.is_dir() else shutil.copy, path)
 
-    def digits(path: Path) -> None:
-        trained = ROOT / "examples" / "digits.epsrt"
-        path.parent.mkdir()
-        path.symlink_to(trained if trained.exists() else request.getfixturevalue("bundle_path"))
-
     canvas = {"shape": (1, 8, 8), "classes": 10, "null_label": 10, "masked": True, "sizes": (2, 16), "max_batch": 4}
     return {
-        "examples/digits.epsrt": digits,
+        "examples": lambda path: path.symlink_to(ROOT / "examples"),
         "out/digits.safetensors": lambda path: copied("checkpoint_path")(path),
         "out/digits.epsrt": lambda path: copied("bundle_path")(path),
         "out/gallery.epsrt": lambda path: copied("edited_bundle_path")(path),
@@ -178,8 +174,6 @@ def test_what_a_page_names_exists(page):
     for path in re.findall(r"\b(?:python|pytest) ((?:benchmarks|examples|tests)/[\w/.-]+)", text):
         assert (ROOT / path).exists(), path
     for path in re.findall(r"`((?:runtime|export|trainer|command|tests|benchmarks|examples)/[\w/.-]+)`", text):
-        if path in ("tests/data", "examples/digits.epsrt"):
-            continue
         assert (ROOT / path).exists(), path
     for family in re.findall(r"--from ([a-z-]+)", text):
         assert family in FAMILIES
@@ -188,6 +182,17 @@ def test_what_a_page_names_exists(page):
 def test_the_readmes_links_and_pictures_exist():
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", TEXTS["README.md"] + TEXTS["CONTRIBUTING.md"]):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_docstrings_become_markdown():
+    spec = importlib.util.spec_from_file_location("docstrings", ROOT / "docs" / "tools" / "docstrings.py")
+    docstrings = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(docstrings)
+    plain = "What it is.\n\nn, m   two numbers,\n       whole\nseed   one\n\n>>> f(1)\n2\n\n    x = 1   a formula"
+    made = docstrings.markdown(plain)
+    assert "- `n, m`: two numbers, whole\n- `seed`: one\n" in made
+    assert "```pycon\n>>> f(1)\n2\n```" in made
+    assert made.startswith("What it is.\n") and made.endswith("\n    x = 1   a formula")
 
 
 def test_the_table_of_methods_is_the_programs():
