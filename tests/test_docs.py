@@ -31,7 +31,7 @@ from epsrt.solvers import METHODS, options_of
 from epsrt_command.app import app
 from epsrt_export import export_network
 from epsrt_export.families import FAMILIES
-from helpers import tiny
+from nets import tiny
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -192,7 +192,8 @@ def test_docstrings_become_markdown():
     made = docstrings.markdown(plain)
     assert "- `n, m`: two numbers, whole\n- `seed`: one\n" in made
     assert "```pycon\n>>> f(1)\n2\n```" in made
-    assert made.startswith("What it is.\n") and made.endswith("\n    x = 1   a formula")
+    assert made.startswith("What it is.\n")
+    assert made.endswith("\n    x = 1   a formula")
 
 
 def test_the_table_of_methods_is_the_programs():
