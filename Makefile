@@ -5,7 +5,7 @@ EXTRAS := cpu,openvino,export,train,cli,charts,tensorrt-rtx,dev,docs
 # Their own requirements hold a torchvision that no CPU torch loads, and a hundred packages that no test needs.
 FOREIGN := denoising-diffusion-pytorch torchcfm
 
-.PHONY: demo samplers gallery test lint mutants docs bench gpu clean
+.PHONY: demo samplers gallery test test-runtime lint mutants docs bench gpu clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
@@ -19,6 +19,10 @@ gallery: .venv/installed
 # A file's tests stay in one process, and each process on one core: they would only wait for each other's threads.
 test: lint docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# The runtime's tests, and whatever else needs no torch, where there is none.
+test-runtime: .venv-runtime/installed
+	OMP_NUM_THREADS=1 .venv-runtime/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile tests/runtime
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -55,5 +59,11 @@ gpu:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(FOREIGN)
 	touch $@
 
+.venv-runtime/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-runtime
+	.venv-runtime/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[cpu,openvino,cli]' pytest pytest-xdist
+	touch $@
+
 clean:
-	rm -rf .venv out dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-runtime out dist build .pytest_cache .mypy_cache .ruff_cache

@@ -42,8 +42,23 @@ MANIFEST_LIMIT = 64 << 20
 HOW_TO_EXPORT = {"mask": "--masked (masked=True)", "classifier": "--classifier (classifier=)"}
 
 
+class _Wrote(msgspec.Struct):
+    versions: dict[str, str]
+
+
 class _Version(msgspec.Struct):
+    """What is read of a manifest of any format: of its other fields only some may be as they are now."""
+
     format: int
+    provenance: msgspec.Raw = msgspec.Raw()
+
+    @property
+    def written_by(self) -> str:
+        """The version of epsrt that exported the bundle; "" where that is not to be found."""
+        try:
+            return msgspec.json.decode(self.provenance, type=_Wrote).versions.get("epsrt", "")
+        except msgspec.DecodeError:
+            return ""
 
 
 @dataclass(frozen=True)
@@ -214,15 +229,25 @@ def _read_manifest(path: Path) -> Manifest:
         raise BundleError(f"{path} is {path.stat().st_size} bytes, more than any manifest: it is damaged")
     raw = path.read_bytes()
     try:
-        version = msgspec.json.decode(raw, type=_Version).format
-        if version != FORMAT:
-            raise BundleError(f"{path} has format {version}, this epsrt reads {FORMAT}: update epsrt or export again")
+        version = msgspec.json.decode(raw, type=_Version)
+        if version.format != FORMAT:
+            raise BundleError(_of_another_format(path, version))
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} is not a manifest ({error}): it is damaged, copy or export it again") from None
     if digest(manifest) != manifest.digest or render(manifest) != raw:
         raise BundleError(f"{path} was changed after its export (its digest differs): copy or export it again")
     return manifest
+
+
+def _of_another_format(path: Path, version: _Version) -> str:
+    by = version.written_by
+    if version.format > FORMAT:
+        way = f"update epsrt to {by} or newer" if by else "update epsrt"
+    else:
+        way = "export the network again, or open the bundle with the version that wrote it"
+    wrote = f"epsrt {by}" if by else "another version of epsrt"
+    return f"{path} has format {version.format}, written by {wrote}, and this one reads format {FORMAT}: {way}"
 
 
 def _check_files(path: Path, files: dict[str, FileEntry]) -> None:

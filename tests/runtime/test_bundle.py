@@ -197,8 +197,8 @@ def rename(old, new):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (change(format=5), "has format 5, this epsrt reads 4: update epsrt or export again"),
-        (change(format=1), "has format 1, this epsrt reads 4"),
+        (change(format=5), "has format 5, written by epsrt .*, and this one reads format 4: update epsrt to"),
+        (change(format=3), "has format 3, written by epsrt .*: export the network again, or open the bundle with"),
         (change(format="1"), "is not a manifest .*format"),
         (change(max_batch="8"), r"is not a manifest \(Expected `int`, got `str` - at `\$.max_batch`"),
         (change(shape=[1, 8]), "is not a manifest .*shape"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
-from epsrt import Bundle, Sampler, open_engine
+from epsrt import Bundle, BundleError, Sampler, open_engine
+from epsrt.manifest import FORMAT, MANIFEST
 from epsrt.verify import verify_all
 from helpers import DATA, EXAMPLES
 
@@ -38,9 +41,33 @@ class TestWrittenByAnotherVersion:
         assert plain.std() > 0.2
 
 
-def test_there_is_one_of_every_format_from_4_on():
-    from epsrt.manifest import FORMAT
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (
+            {"format": 7, "provenance": {"versions": {"epsrt": "3.1"}, "new": 1}, "other": []},
+            "has format 7, written by epsrt 3.1, and this one reads format 4: update epsrt to 3.1 or newer$",
+        ),
+        (
+            {"format": 7, "provenance": {"versions": ["3.1"]}},
+            "has format 7, written by another version of epsrt, and this one reads format 4: update epsrt$",
+        ),
+        (
+            {"format": 2, "provenance": {"versions": {"epsrt": "0.1.0"}}},
+            "has format 2, written by epsrt 0.1.0, and this one reads format 4: export the network again, or open the "
+            "bundle with the version that wrote it$",
+        ),
+        ({"format": 2}, "has format 2, written by another version of epsrt, and this one reads format 4: export the"),
+    ],
+)
+def test_an_unknown_format_is_named_with_the_version_that_wrote_it(tmp_path, found, message):
+    """Whatever the rest of its manifest has become."""
+    (tmp_path / MANIFEST).write_text(json.dumps(found))
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(tmp_path)
 
+
+def test_there_is_one_of_every_format_from_4_on():
     assert [path.stem for path in WRITTEN] == [f"format-{n}" for n in range(4, FORMAT + 1)]
 
 
