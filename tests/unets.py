@@ -60,7 +60,7 @@ def bundle_path(checkpoint_path: Path, once: Once) -> Path:
     """A conditional bundle of `network`, FP32 and FP16."""
     from epsrt_export import export
 
-    return once("new.epsrt", lambda out: export(checkpoint_path, out, max_batch=8))
+    return once("new-tiny.epsrt", lambda out: export(checkpoint_path, out, max_batch=8))
 
 
 @pytest.fixture(scope="session")
