@@ -22,7 +22,7 @@ test: lint docs
 
 # The runtime's tests, and whatever else needs no torch, where there is none.
 test-runtime: .venv-runtime/installed
-	OMP_NUM_THREADS=1 .venv-runtime/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile tests/runtime
+	OMP_NUM_THREADS=1 .venv-runtime/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile tests/runtime tests/test_structure.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
