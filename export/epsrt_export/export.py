@@ -134,7 +134,8 @@ def export(
             )
         manifest = manifest_of(source, max_batch, graphs, others, judge)
         kept = golden.record(network, manifest, tell, None if judge is None else judge.network)
-        (beside / GOLDEN).write_bytes(safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in kept.items()}))
+        arrays = {name: np.ascontiguousarray(array) for name, array in kept.to_arrays().items()}
+        (beside / GOLDEN).write_bytes(safetensors.numpy.save(arrays))
         if "int8" in precisions:
             tell("graphs int8", 0.0)
             graphs += write_int8(Bundle(beside, manifest), partial(tell, "graphs int8"))

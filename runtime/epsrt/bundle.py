@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import msgspec
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -33,6 +32,7 @@ from epsrt.manifest import (
     digest,
     render,
 )
+from epsrt.parity.golden import Golden
 from epsrt.plan import FEATURES, Plan
 from epsrt.solvers import Options
 from epsrt.timesteps import SPACINGS, respaced
@@ -177,12 +177,16 @@ class Bundle:
         """Whether some step graph has a feature of epsrt.plan.FEATURES."""
         return any(feature in g.features for g in self.manifest.graphs)
 
-    def golden(self) -> dict[str, NDArray[Any]]:
-        """The golden file: inputs, and PyTorch's outputs recorded at export."""
+    def golden(self) -> Golden:
+        """The golden file: inputs, and PyTorch's outputs recorded at export.
+
+        Raises BundleError where it is not what the manifest asks for.
+        """
         try:
-            return dict(load_file(self.path / GOLDEN))
+            arrays = load_file(self.path / GOLDEN)
         except (SafetensorError, OSError) as error:
             raise BundleError(f"{self.path / GOLDEN} is not a safetensors file ({error}): export again") from None
+        return Golden.from_arrays(arrays, self.manifest, self.path)
 
     def parity(self) -> list[Rung]:
         """What the export measured."""

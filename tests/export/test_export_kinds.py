@@ -177,18 +177,17 @@ class TestTheWholeGate:
         """Trajectories that collapse, explode or end at the clip agree cheaply; so does a network without an output."""
         kept, schedule = bundles(kind).golden(), KINDS[kind][1]
         for name in ("ddim-40", "ddpm-40"):
-            x = kept[f"trajectory.{name}.x"]
+            run = kept.trajectories[name]
+            x = run.x
             assert 0.2 < x.std() < 0.8
             assert (np.abs(x) < 0.99).mean() > 0.7
             assert np.abs(x[0] - x[1]).max() > 0.3
             noisiest = float(schedule.at(schedule.span[1])[1])
-            assert kept[f"trajectory.{name}.start"] == pytest.approx(
-                [0, 1 if schedule.preserves_variance else noisiest]
-            )
+            assert run.start == pytest.approx([0, 1 if schedule.preserves_variance else noisiest])
         alpha, sigma = schedule.at(np.arange(schedule.span[0], schedule.span[1] + 1)[[0, -1]])
-        spread = kept["step.x"][[0, -1]].std((1, 2, 3))
-        assert spread == pytest.approx(np.sqrt((alpha * kept["trajectory.ddim-40.x"].std()) ** 2 + sigma**2), rel=0.3)
-        assert (np.square(kept["network.out"]).mean((1, 2, 3)) > 1e-6).all()
+        spread = kept.step.x[[0, -1]].std((1, 2, 3))
+        assert spread == pytest.approx(np.sqrt((alpha * kept.trajectories["ddim-40"].x.std()) ** 2 + sigma**2), rel=0.3)
+        assert (np.square(kept.network.out).mean((1, 2, 3)) > 1e-6).all()
 
     @pytest.mark.parametrize("kind", ["edm-ve", "velocity-flow"])
     def test_the_network_is_told_what_it_knows(self, bundles, kind):
@@ -196,21 +195,22 @@ class TestTheWholeGate:
         across = np.unique(np.linspace(*schedule.span, 25).round())
         sigma = schedule.at(across)[1]
         told = np.log(sigma) / 4 if prediction == "edm" else across
-        np.testing.assert_allclose(kept["network.t"], told, rtol=1e-6)
-        assert 0.9 < kept["network.x"].std() < 1.1
+        np.testing.assert_allclose(kept.network.t, told, rtol=1e-6)
+        assert 0.9 < kept.network.x.std() < 1.1
         with torch.no_grad():
-            truth = denoiser(kind)(torch.from_numpy(kept["network.x"]), torch.from_numpy(kept["network.t"]))
-        assert relative_l2(kept["network.out"], truth.numpy()) < 1e-6
+            truth = denoiser(kind)(torch.from_numpy(kept.network.x), torch.from_numpy(kept.network.t))
+        assert relative_l2(kept.network.out, truth.numpy()) < 1e-6
 
     @pytest.mark.parametrize("kind", ["edm-ve", "velocity-flow", "v-zero"])
     def test_dear_networks_start_from_noised_images(self, tmp_path, monkeypatch, kind):
         monkeypatch.setattr(golden, "DEAR", 0)
         monkeypatch.setattr(golden, "CUT", ((2, 15), (1, 5)))
         kept, schedule = put(tmp_path / "dear.epsrt", kind).golden(), KINDS[kind][1]
-        assert kept["trajectory.ddpm-40-last-15.rows"].shape[0] == 15
+        run = kept.trajectories["ddpm-40-last-15"]
+        assert run.rows.shape[0] == 15
         start = [float(v) for v in schedule.at(schedule.span[0] + 14)]
-        assert kept["trajectory.ddpm-40-last-15.start"].tolist() == start
-        assert kept["trajectory.ddpm-40-last-15.init"].shape == (2, *SHAPE)
+        assert run.start.tolist() == start
+        assert run.init.shape == (2, *SHAPE)
 
     def test_thresholding_and_range_on_a_flow(self, tmp_path):
         bundle = put(tmp_path / "some.epsrt", "velocity-flow", thresholding=(0.9, 1.5), value_range=(0.0, 0.5))
@@ -221,7 +221,7 @@ class TestTheWholeGate:
         flow = Schedule("flow", T=60)
         options = {"shape": SHAPE, "prediction": "velocity", "precisions": ("fp32",), "max_batch": 2}
         bundle = export_network(Denoiser("velocity", flow).eval(), flow, tmp_path / "some.epsrt", **options)
-        t = bundle.golden()["trajectory.ddim-50.rows"][:, 0]
+        t = bundle.golden().trajectories["ddim-50"].rows[:, 0]
         np.testing.assert_allclose(t, 60 - 1.2 * np.arange(50), rtol=1e-6)
 
 

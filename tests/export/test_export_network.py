@@ -193,8 +193,8 @@ class TestPlainModules:
         path = put(tmp_path / "dear.epsrt").path
         bundle = Bundle.open(path)
         kept = bundle.golden()
-        assert kept["trajectory.ddpm-20-last-15.rows"].shape[0] == 15
-        assert kept["trajectory.ddpm-20-last-15.init"].shape == (2, 1, 8, 8)
+        assert kept.trajectories["ddpm-20-last-15"].rows.shape[0] == 15
+        assert kept.trajectories["ddpm-20-last-15"].init.shape == (2, 1, 8, 8)
         assert [r.name for r in bundle.parity()[3:]] == ["network", "step", "ddim-20", "ddpm-20-last-15", "batch"]
         with Sampler.open(path, "onnxruntime", threads=1) as sampler:
             assert all(rung.passed for rung in verify(sampler.engine))
@@ -292,10 +292,10 @@ class TestTheGate:
 
         def later(*args):
             kept = record(*args)
-            kept["trajectory.ddim-20.x"] = kept["trajectory.ddim-20.x"] + np.float32(0.001) * (
-                np.arange(4) == 2
-            ).reshape(-1, 1, 1, 1)
-            return kept
+            x = kept.trajectories["ddim-20"].x.copy()
+            x[2] += np.float32(0.001)
+            run = dataclasses.replace(kept.trajectories["ddim-20"], x=x)
+            return dataclasses.replace(kept, trajectories={**kept.trajectories, "ddim-20": run})
 
         monkeypatch.setattr(golden, "record", later)
         with pytest.raises(ParityError, match=r"ddim-20 in fp32 on onnxruntime is 66 dB \(at least 100 .* at image 2"):

@@ -32,7 +32,7 @@ print([name for name in sys.argv[3].split(",") if name in sys.modules])
     [
         ("epsrt", "BundleError nowhere does not exist"),
         ("guided-diffusion", "BundleError nowhere does not exist"),
-        ("diffusers", "EpsrtError --from diffusers needs diffusers: pip install diffusers"),
+        ("diffusers", "InputError --from diffusers needs diffusers: pip install diffusers"),
     ],
 )
 def test_only_the_family_that_is_asked_for_is_imported(family, message):

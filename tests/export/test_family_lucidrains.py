@@ -316,8 +316,8 @@ class TestTheWholeGate:
         for name in ("network", "step", f"ddim-{T}", f"ddpm-{T}", "batch"):
             assert {(name, "fp32"), (name, "fp16")} <= set(rungs)
         kept = bundle.golden()
-        assert 0.2 < kept[f"trajectory.ddim-{T}.x"].std() < 0.95
-        assert 0.2 < kept["network.out"].std() < 2
+        assert 0.2 < kept.trajectories[f"ddim-{T}"].x.std() < 0.95
+        assert 0.2 < kept.network.out.std() < 2
         with Sampler(open_engine(bundle, "onnxruntime", precision="fp32", threads=1)) as sampler:
             images = sampler.sample(IMAGES, seed=SEED)
             every = sampler.sample(IMAGES, seed=SEED, method="ddpm", steps=T)

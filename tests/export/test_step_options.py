@@ -171,13 +171,13 @@ class TestManifestAndGolden:
         )
         m, golden = bundle.manifest, bundle.golden()
         assert (m.variance, m.thresholding, m.sigma_data) == ("learned", Thresholding(1.0, 2.0), 0.7)
-        assert golden["network.out"].shape == (20, 4, 8, 8)
-        assert golden["step.rows"].shape == (20, len(step_columns("learned")))
-        rows = golden["trajectory.ddpm-20.rows"]
+        assert golden.network.out.shape == (20, 4, 8, 8)
+        assert golden.step.rows.shape == (20, len(step_columns("learned")))
+        rows = golden.trajectories["ddpm-20"].rows
         assert rows[:, LEARNED.index("r")].tolist() == [0.5] * 19 + [0.0]
-        peaks = np.abs(golden["threshold.x"]).max(axis=(1, 2, 3))
+        peaks = np.abs(golden.threshold.x).max(axis=(1, 2, 3))
         np.testing.assert_allclose(peaks, [1.0, 3.0, 8.0], rtol=1e-5)  # of a bound of 2: below, between, above 4
-        np.testing.assert_allclose(np.abs(golden["threshold.x0"]).max(axis=(1, 2, 3)), [1.0, 2.0, 2.0], rtol=1e-6)
+        np.testing.assert_allclose(np.abs(golden.threshold.x0).max(axis=(1, 2, 3)), [1.0, 2.0, 2.0], rtol=1e-6)
 
     def test_both_precisions_and_labels(self, tmp_path):
         bundle = put(

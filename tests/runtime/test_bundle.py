@@ -432,7 +432,7 @@ def test_damage_behind_a_right_hash_is_a_bundle_error(bundle, name):
 
 def test_golden_and_parity_can_be_read(small_bundle_path):
     opened = Bundle.open(small_bundle_path)
-    assert opened.golden()["network.x"].shape == (25, 1, 8, 8)
+    assert opened.golden().network.x.shape == (25, 1, 8, 8)
     assert all(rung.passed for rung in opened.parity())
 
 

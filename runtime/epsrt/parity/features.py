@@ -1,4 +1,4 @@
-"""Rungs of the ladder for what a step graph may have beyond the plain step: guidance, a classifier, a mask."""
+"""The rungs of what a step graph may have beyond the plain step: guidance, a classifier, a mask."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ from numpy.typing import NDArray
 
 from epsrt import noise
 from epsrt.engine import Engine, Sample
-from epsrt.errors import NotFiniteError
-from epsrt.manifest import Rung
-from epsrt.parity import measure
-from epsrt.types import Arrays
+from epsrt.parity.golden import Classifier, Guidance, Network, Step
+from epsrt.parity.measure import BATCH, Found, by_timestep, one_step, relative_l2, rows_for, worst
 
-# what each needs of the golden file
-NEEDS = {"guidance": ("guidance.null",), "classifier": ("classifier.target", "classifier.gradient")}
 WEIGHTS = (0.0, 1.0, 2.0, 4.0, 7.5)  # of guidance, in turn
 RESCALES = (0.0, 0.7)
 GRADIENT_LIMIT = 1e-4  # of a classifier's gradient, relative L2, in every precision: it is float32 in all
@@ -23,75 +19,60 @@ DOMINANT = 1e3  # how much larger than the network's output the gradient is made
 LEVEL = (0.8, 0.6)  # α and σ that known pixels are noised to, in every other state
 
 
-def guidance(engine: Engine, golden: Arrays) -> Rung:
+def guidance(engine: Engine, states: Network, recorded: Guidance) -> Found:
     """u + w·(c − u) at the network's timesteps, rescaled in every other; w = 0 is u alone and w = 1 c alone.
 
-    The figure is relative to what is combined, hypot(‖w·c‖, ‖(1 − w)·u‖): where c and u cancel, so do not their errors.
+    The figure is relative to what is combined, hypot(‖w·c‖, ‖(1 − w)·u‖): where c and u cancel, their errors do not.
     """
-    x, t, label, out = (golden[f"network.{key}"] for key in ("x", "t", "label", "out"))
-    c, u = out[:, : x.shape[1]].astype(np.float64), golden["guidance.null"].astype(np.float64)
-    w = np.resize(np.array(WEIGHTS), len(x))[:, None, None, None]
-    phi = np.resize(np.array(RESCALES), len(x))[:, None, None, None]
+    n, channels = states.x.shape[:2]
+    c, u = states.out[:, :channels].astype(np.float64), recorded.null.astype(np.float64)
+    w = np.resize(np.array(WEIGHTS), n)[:, None, None, None]
+    phi = np.resize(np.array(RESCALES), n)[:, None, None, None]
     mixed = u + w * (c - u)
     over = (1, 2, 3)
     factor = 1 + phi * (c.std(over, keepdims=True) / mixed.std(over, keepdims=True) - 1)
     scale = factor * np.sqrt((w * c) ** 2 + ((1 - w) * u) ** 2)
-    limit = measure.limits(engine)[0]
-    try:
-        found = measure.one_step(engine, x, t, label, min(engine.max_batch, 8), h=1.0, w=w.ravel(), phi=phi.ravel())
-    except NotFiniteError as error:
-        return measure.rung(engine, "guidance", None, "relative L2", limit, where=str(error))
+    batch = min(engine.max_batch, BATCH)
+    found = one_step(engine, states.x, states.t, states.label, batch, h=1.0, w=w.ravel(), phi=phi.ravel())
     errors = [_norm(a - b) / _norm(s) for a, b, s in zip(found, mixed * factor, scale, strict=True)]
-    worst = int(np.argmax(errors))
-    where = f"w = {w.ravel()[worst]:g}, rescaled by {phi.ravel()[worst]:g}"
-    return measure.rung(engine, "guidance", errors[worst], "relative L2", limit, where=where)
+    each = zip(w.ravel(), phi.ravel(), strict=True)
+    return worst(errors, [f"w = {weight:g}, rescaled by {by:g}" for weight, by in each])
 
 
-def classifier(engine: Engine, golden: Arrays) -> Rung:
+def classifier(engine: Engine, states: Network, recorded: Classifier) -> Found:
     """∇ log p(target | x) as the graph has it, weighed until it dwarfs the network's output."""
-    x, t, label, out = (golden[f"network.{key}"] for key in ("x", "t", "label", "out"))
-    target, gradient = golden["classifier.target"], golden["classifier.gradient"].astype(np.float64)
-    out = out[:, : x.shape[1]].astype(np.float64)
+    gradient = recorded.gradient.astype(np.float64)
+    out = states.out[:, : states.x.shape[1]].astype(np.float64)
     weight = np.array([DOMINANT * _norm(o) / max(_norm(g), 1e-30) for o, g in zip(out, gradient, strict=True)])
     weight = weight.astype(np.float32)
-    try:
-        found = measure.one_step(engine, x, t, label, min(engine.max_batch, 8), target, h=1.0, s=weight, j=1.0)
-    except NotFiniteError as error:
-        return measure.rung(engine, "classifier", None, "relative L2", GRADIENT_LIMIT, where=str(error))
+    batch = min(engine.max_batch, BATCH)
+    found = one_step(engine, states.x, states.t, states.label, batch, recorded.target, h=1.0, s=weight, j=1.0)
     added = weight[:, None, None, None].astype(np.float64) * gradient
-    return measure.by_timestep(engine, "classifier", found - out, added, t, GRADIENT_LIMIT)
+    return by_timestep(engine, found - out, added, states.t)
 
 
-def mask(engine: Engine, golden: Arrays) -> Rung:
-    """One DDPM step from PyTorch's states, of which a part is known, a part half so, and the rest as the step has it.
+def mask(engine: Engine, states: Step) -> Found:
+    """One DDPM step from PyTorch's states: a part of the image is known, a part half so, the rest as the step has it.
 
-    In every other state known pixels are noised to LEVEL, in the others left clean: there they must come back exactly.
+    Known pixels are noised to LEVEL in every other state. In the others they stay clean, and must come back exactly.
     """
-    states, truth, kept = golden["step.x"], golden["step.x_next"].astype(np.float64), golden["step.rows"]
-    rows, out = measure.rows_for(engine, kept), np.empty_like(states)
-    columns = [engine.columns.index(name) for name in ("ka", "kb", "n")]
-    known = np.roll(states, 1, axis=0)
-    part = np.resize(np.array([1.0, 0.0, 0.25, 0.0, 1.0, 0.0, 0.0], np.float32), states.shape[1:])
-    limit = measure.limits(engine)[0]
+    rows, truth, out = rows_for(engine, states.rows), states.x_next.astype(np.float64), np.empty_like(states.x)
+    ka_kb, n = [engine.columns.index(name) for name in ("ka", "kb")], engine.columns.index("n")
+    known = np.roll(states.x, 1, axis=0)
+    part = np.resize(np.array([1.0, 0.0, 0.25, 0.0, 1.0, 0.0, 0.0], np.float32), states.x.shape[1:])
     with engine.lanes(1) as lanes:
-        for i, x in enumerate(states):
-            ka, kb = rows[i, columns[:2]] = LEVEL if i % 2 else (1.0, 0.0)
-            seed, index, label = (int(golden[f"step.{key}"][i]) for key in ("seed", "index", "label"))
+        for i, x in enumerate(states.x):
+            ka, kb = rows[i, ka_kb] = LEVEL if i % 2 else (1.0, 0.0)
+            seed, index, label = (int(values[i]) for values in (states.seed, states.index, states.label))
             lanes.write(0, Sample(seed, index, (1.0, 0.0), x, label, known=known[i], mask=part))
             lanes.advance(rows[i][None, None])
-            try:
-                out[i] = lanes.read(0)
-            except NotFiniteError as error:
-                return measure.rung(engine, "mask", None, "relative L2", limit, where=str(error))
+            out[i] = lanes.read(0)
             if not kb and not np.array_equal(out[i][part == 1], known[i][part == 1]):
-                return measure.rung(
-                    engine, "mask", None, "relative L2", limit, where=f"known pixels of state {i} differ"
-                )
-            z2 = noise.normals(seed, index, noise.KNOWN, int(rows[i, columns[2]]), x.size).reshape(x.shape)
+                return Found(None, f"known pixels of state {i} differ")
+            z2 = noise.normals(seed, index, noise.KNOWN, int(rows[i, n]), x.size).reshape(x.shape)
             truth[i] = part * (ka * known[i] + kb * z2.astype(np.float64)) + (1 - part) * truth[i]
-    errors = [measure.relative_l2(a, b) for a, b in zip(out, truth, strict=True)]
-    worst = int(np.argmax(errors))
-    return measure.rung(engine, "mask", errors[worst], "relative L2", limit, where=f"state {worst}")
+    errors = [relative_l2(a, b) for a, b in zip(out, truth, strict=True)]
+    return worst(errors, [f"state {i}" for i in range(len(out))])
 
 
 def _norm(x: NDArray[Any]) -> float:

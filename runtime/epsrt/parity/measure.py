@@ -1,17 +1,19 @@
-"""How an engine is measured against what PyTorch recorded: what the rungs of epsrt.verify have in common."""
+"""What the rungs of the ladder have in common: figures, limits, one step of an engine, and how a rung is made."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from epsrt.engine import Engine, Sample
-from epsrt.errors import BundleError
+from epsrt.errors import NotFiniteError
 from epsrt.manifest import Rung, step_columns
 from epsrt.plan import DEFAULTS, idle_row
-from epsrt.types import Float32, Float64, Int64
+from epsrt.types import Float32, Int64
 
 # (largest relative L2 of a step, least PSNR of a trajectory in dB)
 LIMITS = {
@@ -20,6 +22,47 @@ LIMITS = {
     ("cuda", "fp32"): (1e-5, 90.0), ("cuda", "fp16"): (3e-3, 45.0),
 }  # fmt: skip
 PSNR_CEILING = 300.0  # identical images; infinity has no JSON
+BATCH = 8  # of states that are measured, where the engine allows it
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a measurement found: its figure (None: there is none), where that was the worst, and each timestep's."""
+
+    figure: float | None
+    where: str
+    by_timestep: tuple[tuple[int, float | None], ...] = ()
+
+
+@dataclass(frozen=True)
+class Check:
+    """A rung of the ladder before it is measured. `measure` may raise NotFiniteError; `limit` is as Rung has it."""
+
+    name: str
+    measure: Callable[[], Found]
+    limit: float
+    unit: str = "relative L2"
+    at_least: bool = False
+
+    def run(self, engine: Engine) -> Rung:
+        """Measure it on an engine. A lane that is not finite is a miss, and its sentence says where."""
+        try:
+            found = self.measure()
+        except NotFiniteError as error:
+            found = Found(None, str(error))
+        finite = found.figure is not None and np.isfinite(found.figure)
+        return Rung(
+            name=self.name,
+            engine=engine.name,
+            precision=engine.precision,  # type: ignore[arg-type]
+            figure=found.figure if finite else None,
+            limit=self.limit,
+            unit=self.unit,
+            where=found.where,
+            at_least=self.at_least,
+            by_timestep=found.by_timestep,
+            graph=engine.graph.stem,
+        )
 
 
 def relative_l2(value: NDArray[Any], truth: NDArray[Any]) -> float:
@@ -72,48 +115,28 @@ def one_step(
     return out
 
 
-def rung(engine: Engine, name: str, figure: float | None, unit: str, limit: float, **more: Any) -> Rung:
-    """A measurement of an engine's step graph."""
-    finite = figure is not None and np.isfinite(figure)
-    return Rung(
-        name,
-        engine.name,
-        engine.precision,  # type: ignore[arg-type]
-        figure if finite else None,
-        limit,
-        unit,
-        graph=engine.graph.stem,
-        **more,
-    )
-
-
 def limits(engine: Engine) -> tuple[float, float]:
     """(largest relative L2 of a step, least PSNR of a trajectory in dB)."""
     return LIMITS[engine.device, engine.precision]
 
 
-def by_timestep(
-    engine: Engine, name: str, out: NDArray[Any], truth: NDArray[Any], t: Float32, limit: float | None = None
-) -> Rung:
-    """Relative L2 of each state; the figure is the worst, the limit that of a step where none is given."""
+def worst(errors: Sequence[float], places: Sequence[str]) -> Found:
+    """The largest of some errors, and its place. A NaN counts as the largest."""
+    i = int(np.argmax(errors))
+    return Found(errors[i], places[i])
+
+
+def by_timestep(engine: Engine, out: NDArray[Any], truth: NDArray[Any], t: Float32) -> Found:
+    """Relative L2 of each state; the figure is the worst."""
     errors = [relative_l2(a, b) for a, b in zip(out, truth, strict=True)]
-    worst = int(np.argmax(errors))
-    ts = timesteps(engine, t)
-    each = tuple((int(s), e) for s, e in zip(ts, errors, strict=True))
-    limit = limits(engine)[0] if limit is None else limit
-    return rung(engine, name, errors[worst], "relative L2", limit, where=f"t = {ts[worst]:g}", by_timestep=each)
-
-
-def timesteps(engine: Engine, told: Float32) -> Float64:
-    """The schedule's whole timesteps, of t as the network is told it."""
-    return np.round(engine.bundle.manifest.timesteps(told))
+    ts = np.round(engine.bundle.manifest.timesteps(t))  # the schedule's own, and whole
+    found = worst(errors, [f"t = {t:g}" for t in ts])
+    return replace(found, by_timestep=tuple((int(t), e) for t, e in zip(ts, errors, strict=True)))
 
 
 def rows_for(engine: Engine, kept: Float32) -> Float32:
     """Recorded rows [steps, step_columns] in the engine's columns; those that it has beyond hold their defaults."""
     columns = step_columns(engine.bundle.manifest.variance)
-    if kept.shape[1] != len(columns):
-        raise BundleError(f"{engine.bundle.path}: the golden file's rows have other columns: export again")
     rows = np.tile(np.array([DEFAULTS[c] for c in engine.columns], np.float32), (len(kept), 1))
     rows[:, [engine.columns.index(c) for c in columns]] = kept
     return rows

@@ -1,0 +1,235 @@
+"""The golden file: inputs, and what PyTorch makes of them, so that any machine can prove parity without torch.
+
+On disk each array is named by its record and its field: `network.x`, `trajectory.ddim-50.rows`, `size.16x8.out`. The
+exporter fills these classes, and `Bundle.golden` reads them. An annotation holds the axes of an array; a letter stands
+for the same extent throughout a record:
+
+    C, H, W   the manifest's shape (in a record of another size, that size)
+    O         the channels that the network returns: C, or 2C where its variance is learned
+    K         the manifest's columns without a graph's own: epsrt.manifest.step_columns
+    n, s      any number from 1: of states or images, and of steps
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epsrt.errors import BundleError, EpsrtError
+from epsrt.manifest import Manifest, step_columns
+from epsrt.noise_levels import visit
+from epsrt.types import Arrays, Float32, Float64, Int64
+
+UInt64 = NDArray[np.uint64]
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """The network's outputs for states x ~ N(0, I), at timesteps across the schedule, t as the network is told it."""
+
+    x: Annotated[Float32, "n C H W"]
+    t: Annotated[Float32, "n"]
+    label: Annotated[Int64, "n"]
+    out: Annotated[Float32, "n O H W"]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """Noised images at the timesteps of `Network`, and one DDPM step of each; z is of (seed, index)."""
+
+    x: Annotated[Float32, "n C H W"]
+    rows: Annotated[Float32, "n K"]
+    seed: Annotated[UInt64, "n"]
+    index: Annotated[Int64, "n"]
+    label: Annotated[Int64, "n"]
+    x_next: Annotated[Float32, "n C H W"]
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """A whole run: its rows, and the images x that it ends with.
+
+    start   x begins as start[0]·init + start[1]·z
+    init    None: zeros
+    w       the weight of guidance; None: the run is not guided
+    """
+
+    rows: Annotated[Float32, "s K"]
+    start: Annotated[Float64, "2"]
+    seed: Annotated[UInt64, "n"]
+    index: Annotated[Int64, "n"]
+    label: Annotated[Int64, "n"]
+    x: Annotated[Float32, "n C H W"]
+    init: Annotated[Float32, "n C H W"] | None = None
+    w: Annotated[Float32, "1"] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Guidance:
+    """The network's outputs for the null label, at the states of `Network`."""
+
+    null: Annotated[Float32, "n C H W"]
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """∇ log p(target | x) at the states of `Network`, by autograd."""
+
+    target: Annotated[Int64, "n"]
+    gradient: Annotated[Float32, "n C H W"]
+
+
+@dataclass(frozen=True, eq=False)
+class Threshold:
+    """Images x whose quantiles lie below the bound, between it and the maximum, and above; x0 is what they become."""
+
+    x: Annotated[Float32, "n C H W"]
+    x0: Annotated[Float32, "n C H W"]
+
+
+Record = Network | Step | Trajectory | Guidance | Classifier | Threshold
+R = TypeVar("R", Network, Step, Trajectory, Guidance, Classifier, Threshold)
+
+
+@dataclass(frozen=True, eq=False)
+class Golden:
+    """Everything that the export recorded. A record is None where the network has no such thing."""
+
+    network: Network
+    step: Step
+    trajectories: dict[str, Trajectory]
+    guidance: Guidance | None = None
+    classifier: Classifier | None = None
+    threshold: Threshold | None = None
+    sizes: dict[tuple[int, int], Network] = field(default_factory=dict)  # by height and width
+
+    def to_arrays(self) -> Arrays:
+        """The arrays by their names on disk."""
+        records: dict[str, Record | None] = {
+            "network": self.network,
+            "step": self.step,
+            "guidance": self.guidance,
+            "classifier": self.classifier,
+            "threshold": self.threshold,
+            **{f"trajectory.{name}": run for name, run in self.trajectories.items()},
+            **{f"size.{height}x{width}": states for (height, width), states in self.sizes.items()},
+        }
+        fields = ((prefix, vars(record)) for prefix, record in records.items() if record is not None)
+        return {f"{prefix}.{name}": a for prefix, named in fields for name, a in named.items() if a is not None}
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays, manifest: Manifest, path: Path) -> Golden:
+        """The golden file of the bundle at `path`.
+
+        Raises BundleError where an array that the manifest asks for is missing or has another dtype or shape, or where
+        the rows are not those of the manifest's schedule, prediction, sigma_data and clip.
+        """
+        read = _Reader(arrays, manifest, path)
+        network, step = read(Network, "network"), read(Step, "step")
+        n, graphs = len(network.x), {feature for graph in manifest.graphs for feature in graph.features}
+        golden = cls(
+            network,
+            step,
+            {name: read(Trajectory, f"trajectory.{name}") for name in read.names("trajectory")},
+            read(Guidance, "guidance", n=n) if "guidance" in graphs else None,
+            read(Classifier, "classifier", n=n) if "classifier" in graphs else None,
+            read(Threshold, "threshold") if manifest.thresholding is not None else None,
+            dict(read.sizes()) if manifest.sizes is not None else {},
+        )
+        if all(run.w is not None for run in golden.trajectories.values()):
+            raise read.lacks("a trajectory")
+        if "guidance" in graphs and all(run.w is None for run in golden.trajectories.values()):
+            raise read.lacks("a guided trajectory")
+        if manifest.sizes is not None and not golden.sizes:
+            raise read.lacks("other sizes")
+        _check_rows(step.rows, manifest, path)
+        return golden
+
+
+@dataclass(frozen=True)
+class _Reader:
+    arrays: Arrays
+    manifest: Manifest
+    path: Path  # of the bundle
+
+    def __call__(self, kind: type[R], prefix: str, **extents: int) -> R:
+        """One record. `extents` of its letters are known; those of the manifest need not be told."""
+        channels, height, width = self.manifest.shape
+        outputs = channels if self.manifest.variance is None else 2 * channels
+        columns = len(step_columns(self.manifest.variance))
+        known = {"C": channels, "H": height, "W": width, "O": outputs, "K": columns, **extents}
+        found = {}
+        for name, (dtype, axes, optional) in _fields(kind).items():
+            key = f"{prefix}.{name}"
+            if key in self.arrays:
+                found[name] = self._checked(key, dtype, axes, known)
+            elif not optional:
+                raise self.lacks(key)
+        return kind(**found)
+
+    def _checked(self, key: str, dtype: np.dtype[Any], axes: tuple[str, ...], known: dict[str, int]) -> NDArray[Any]:
+        """An array, if it is as its annotation says. The first array of a record that has a letter says its extent."""
+        array = self.arrays[key]
+        if array.ndim == len(axes):
+            for axis, extent in zip(axes, array.shape, strict=True):
+                if extent and not axis.isdigit():
+                    known.setdefault(axis, extent)
+        wanted = [int(axis) if axis.isdigit() else known.get(axis, axis) for axis in axes]
+        if array.dtype != dtype or list(array.shape) != wanted:
+            want = ", ".join(map(str, wanted))
+            raise BundleError(
+                f"{self.path}: the golden file's {key} is {array.dtype} {list(array.shape)}, not {dtype} [{want}]: "
+                "export again"
+            )
+        return array
+
+    def names(self, kind: str) -> list[str]:
+        """The records of a kind of which there are several."""
+        parts = (key.split(".") for key in self.arrays)
+        return sorted({name[1] for name in parts if len(name) == 3 and name[0] == kind})
+
+    def sizes(self) -> Iterator[tuple[tuple[int, int], Network]]:
+        for name in self.names("size"):
+            if re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", name):
+                height, width = map(int, name.split("x"))
+                yield (height, width), self(Network, f"size.{name}", H=height, W=width)
+
+    def lacks(self, what: str) -> BundleError:
+        return BundleError(f"{self.path}: the golden file lacks {what}: export again")
+
+
+def _fields(kind: type) -> dict[str, tuple[np.dtype[Any], tuple[str, ...], bool]]:
+    """Each field's dtype, axes, and whether it may be missing."""
+    found = {}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        optional = NoneType in get_args(hint)
+        array = get_args(hint)[0] if optional else hint
+        assert get_origin(array) is Annotated
+        of, axes = get_args(array)
+        (scalar,) = get_args(get_args(of)[1])  # NDArray[np.float32] is ndarray[shape, dtype[float32]]
+        found[name] = (np.dtype(scalar), tuple(axes.split()), optional)
+    return found
+
+
+def _check_rows(rows: Float32, manifest: Manifest, path: Path) -> None:
+    """The recorded rows must read the network as the manifest says, for samples are made by the manifest."""
+    m = manifest
+    kept = dict(zip(step_columns(m.variance), rows[::-1].T, strict=True))  # descending t
+    try:
+        ts = np.round(m.timesteps(kept["t"]))
+        wanted = visit(m.schedule, ts, prediction=m.prediction, sigma_data=m.sigma_data, clip=m.clip).columns()
+    except EpsrtError:
+        wanted = {}
+    for name in ("t", "in_scale", "p", "q", "clip"):
+        if name not in wanted or not np.allclose(kept[name], wanted[name], rtol=1e-4, atol=1e-7):
+            raise BundleError(
+                f"{path}: the golden file's column {name} is not that of the manifest's {m.schedule.kind} schedule, "
+                f"{m.prediction} prediction and sigma_data {m.sigma_data:g}: export again"
+            )
