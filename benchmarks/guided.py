@@ -38,8 +38,8 @@ PAIRS = (
 def graphs() -> Bundle:
     """The three step graphs, written once."""
     from epsrt_export import Source
-    from epsrt_export.export import manifest_of
-    from epsrt_export.graphs import write_graphs
+    from epsrt_export.graphs import Recipe, write_graphs
+    from epsrt_export.manifest import manifest_of
     from epsrt_trainer.networks import build
     from epsrt_trainer.presets import PRESETS
 
@@ -55,7 +55,7 @@ def graphs() -> Bundle:
     if not FOLDER.exists():
         print(f"writing step graphs to {FOLDER} (once)", flush=True)
         with whole_directory(FOLDER) as beside:
-            made = write_graphs(network, "fp32", beside, shape, True, variants=variants, null_label=10)
+            made = write_graphs(Recipe(network, shape, True, variants=variants, null_label=10), "fp32", beside)
             (beside / "graphs.json").write_bytes(msgspec.json.encode(manifest_of(source, 64, made)))
     return Bundle(FOLDER, msgspec.json.decode((FOLDER / "graphs.json").read_bytes(), type=Manifest))
 

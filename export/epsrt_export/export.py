@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import math
-import platform
 from collections.abc import Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +14,24 @@ import safetensors.numpy
 import torch
 from torch import nn
 
-from epsrt import __version__
 from epsrt.bundle import Bundle
 from epsrt.engines import open_engine
-from epsrt.errors import InputError, one_of, typed
+from epsrt.errors import InputError, one_of
 from epsrt.files import sha256, whole_directory
-from epsrt.manifest import (
-    FORMAT,
-    GOLDEN,
-    MANIFEST,
-    PARITY,
-    FileEntry,
-    Manifest,
-    Provenance,
-    Rung,
-    Sizes,
-    StepGraph,
-    Thresholding,
-    render,
-)
-from epsrt.manifest import digest as digest_of
+from epsrt.manifest import GOLDEN, MANIFEST, PARITY, FileEntry, Manifest, Rung, Sizes, StepGraph, digest, render
+from epsrt.parity.golden import Golden
 from epsrt.schedule import Schedule
-from epsrt.types import OnProgress
+from epsrt.types import OnProgress, Shape
 from epsrt.verify import verify_all
 from epsrt_export import golden, parity
-from epsrt_export.families import checkpoint as own
+from epsrt_export.arguments import check_choices, classifier_for, largest_batch, ready, sizes_of, source_of
 from epsrt_export.gradient import log_prob_gradient
-from epsrt_export.graphs import DTYPES, variants_of, write_graphs
+from epsrt_export.graphs import Recipe, variants_of, write_graphs
 from epsrt_export.int8 import write_int8
+from epsrt_export.manifest import manifest_of
 from epsrt_export.source import NoisedClassifier, Source
 from epsrt_export.stepgraph import check_network, check_sizes
 from epsrt_trainer.checkpoint import Checkpoint
-
-PRECISIONS = (*DTYPES, "int8")
 
 
 def export(
@@ -83,70 +64,35 @@ def export(
     Raises InputError when the network does not fit, ParityError when a rung of the ladder is missed. In both cases,
     and when interrupted, `out` is as it was before.
     """
-    if not isinstance(source, (Source, Checkpoint, str, Path)):
-        raise InputError(f"a {type(source).__name__} is no Source and no path: see families.load, or export_network")
-    if not isinstance(source, Source):
-        source = own.of(source) if isinstance(source, Checkpoint) else own.load(source)
-    if thresholding is not None:
-        source = dataclasses.replace(source, thresholding=thresholding)
-    tell = on_stage or (lambda what, fraction: None)
-    out = Path(out)
-    others = None if sizes is None else _sizes(sizes)
-    if max_batch is None:
-        pixels = math.prod(source.shape[1:]) if others is None else others.largest**2
-        max_batch = max(1, min(64, 64**3 // max(1, pixels)))
-    max_batch = typed("max_batch", max_batch, 1)
-    _check(source, precisions, max_batch, others, classifier is not None)
+    tell, out = on_stage or (lambda what, fraction: None), Path(out)
+    source, others = source_of(source, thresholding), sizes_of(sizes)
+    max_batch = largest_batch(max_batch, source, others)
+    check_choices(source, precisions, others, classifier is not None)
     if out.exists() and not (out / MANIFEST).is_file():
         raise InputError(f"{out} exists and is not a bundle: choose another name, or remove it")
-    network, schedule = _ready(source.network), source.schedule
-    judge = None if classifier is None else _classifier(classifier, source)
-    gradient = None if judge is None else log_prob_gradient(judge.network, source.shape, judge.classes)
-    source = dataclasses.replace(source, sha256=source.weights_sha256)
+    source = dataclasses.replace(source, network=ready(source.network), sha256=source.weights_sha256)
+    judge = None if classifier is None else classifier_for(source, classifier)
+    recipe = _recipe(source, others, judge, masked, opset)
     Bundle(out, manifest_of(source, max_batch, (), others)).plan()  # its defaults make a plan
-    variants = variants_of(source.null_label is not None, masked, judge is not None)
-    check_network(network, source.shape, source.classes > 0, torch.float32, source.variance is not None)
+    check_network(source.network, source.shape, recipe.labelled, torch.float32, source.variance is not None)
     if others is not None:
-        check_sizes(network, source.shape, source.classes > 0, others, source.variance is not None)
-    rungs = [
-        parity.schedule_rung(schedule),
-        *parity.plan_rungs(schedule, source.prediction, source.bound, source.variance, source.sigma_data),
-    ]
+        check_sizes(source.network, source.shape, recipe.labelled, others, source.variance is not None)
+    rungs = parity.numpy_rungs(source)
     parity.require(rungs)
     with whole_directory(out) as beside:
         graphs: list[StepGraph] = []
         for precision in (p for p in precisions if p != "int8"):
             tell(f"graphs {precision}", 0.0)
-            graphs += write_graphs(
-                network,
-                precision,
-                beside,
-                source.shape,
-                source.classes > 0,
-                opset,
-                source.variance,
-                source.threshold,
-                others,
-                variants=variants,
-                null_label=source.null_label,
-                gradient=gradient,
-                on_graph=partial(tell, f"graphs {precision}"),
-            )
+            graphs += write_graphs(recipe, precision, beside, partial(tell, f"graphs {precision}"))
         manifest = manifest_of(source, max_batch, graphs, others, judge)
-        kept = golden.record(network, manifest, tell, None if judge is None else judge.network)
-        arrays = {name: np.ascontiguousarray(array) for name, array in kept.to_arrays().items()}
-        (beside / GOLDEN).write_bytes(safetensors.numpy.save(arrays))
+        _write_golden(beside, golden.record(source.network, manifest, tell, None if judge is None else judge.network))
         if "int8" in precisions:
             tell("graphs int8", 0.0)
             graphs += write_int8(Bundle(beside, manifest), partial(tell, "graphs int8"))
             manifest = msgspec.structs.replace(manifest, graphs=tuple(graphs))
         for precision in precisions:
-            rungs += _measure(Bundle(beside, manifest), precision, tell)
-        (beside / PARITY).write_bytes(msgspec.json.format(msgspec.json.encode(rungs), indent=1) + b"\n")
-        files = {p.name: FileEntry(sha256(p), p.stat().st_size) for p in sorted(beside.iterdir())}
-        manifest = msgspec.structs.replace(manifest, files=files)
-        manifest = msgspec.structs.replace(manifest, digest=digest_of(manifest))
-        (beside / MANIFEST).write_bytes(render(manifest))
+            rungs += _measured(Bundle(beside, manifest), precision, tell)
+        _seal(beside, manifest, rungs)
         Bundle.open(beside)  # what was written is what can be read
     return Bundle.open(out)
 
@@ -156,7 +102,7 @@ def export_network(
     schedule: Schedule,
     out: str | Path,
     *,
-    shape: tuple[int, int, int],
+    shape: Shape,
     sizes: tuple[int, int] | None = None,
     masked: bool = False,
     classifier: NoisedClassifier | str | Path | None = None,
@@ -188,119 +134,38 @@ def export_network(
     )
 
 
-def _sizes(given: tuple[int, int]) -> Sizes:
-    if not isinstance(given, (tuple, list)) or len(given) != 2:
-        raise InputError(f"sizes = {given!r} is not (multiple, largest), such as (8, 64)")
-    return Sizes(*(typed("sizes", n, 1) for n in given))
-
-
-def _ready(network: nn.Module) -> nn.Module:
-    """In eval mode, float32, on the CPU: itself where it is that, for some have gigabytes, else a copy.
-
-    Raises InputError for weights on the meta device.
-    """
-    for name, tensor in network.state_dict().items():
-        if tensor.is_meta:
-            raise InputError(
-                f"{name} of {type(network).__name__} is on the meta device, without values: load its weights"
-            )
-    tensors = [t for t in (*network.parameters(), *network.buffers()) if t.is_floating_point()]
-    if not any(m.training for m in network.modules()) and all(
-        t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors
-    ):
-        return network
-    return copy.deepcopy(network).eval().to("cpu", torch.float32)
-
-
-def _classifier(given: NoisedClassifier | str | Path, source: Source) -> NoisedClassifier:
-    """A classifier that fits the source's images and noise. Raises InputError."""
-    judge = given if isinstance(given, NoisedClassifier) else own.load_classifier(given)
-    if judge.shape is not None and judge.shape != source.shape:
-        shapes = ["×".join(map(str, shape)) for shape in (judge.shape, source.shape)]
-        raise InputError(
-            f"the classifier {judge.name} takes {shapes[0]}, the network {shapes[1]}: train it on the same"
-        )
-    if judge.schedule is not None and judge.schedule != source.schedule:
-        raise InputError(
-            f"the classifier {judge.name} was trained on another noise schedule ({judge.schedule.kind}, "
-            f"T = {judge.schedule.T}) than the network ({source.schedule.kind}, T = {source.schedule.T}): train it on "
-            "the network's"
-        )
-    return dataclasses.replace(judge, network=_ready(judge.network))
-
-
-def manifest_of(
-    source: Source,
-    max_batch: int,
-    graphs: Sequence[StepGraph],
-    sizes: Sizes | None = None,
-    judge: NoisedClassifier | None = None,
-) -> Manifest:
-    """What a bundle of this source says of itself, its files aside."""
-    by = source.threshold
-    provenance = Provenance(
-        network=source.kind,
-        parameters=sum(p.numel() for p in source.network.parameters()),
-        family=source.family,
-        source=source.name,
-        version=source.version,
-        source_sha256=source.weights_sha256,
-        config=source.config,
-        training=source.training,
-        versions={
-            "epsrt": __version__,
-            "torch": str(torch.__version__),
-            "onnx": version("onnx"),
-            "python": platform.python_version(),
-        },
-    )
-    return Manifest(
-        format=FORMAT,
-        shape=source.shape,
-        max_batch=max_batch,
-        schedule=source.schedule,
-        prediction=source.prediction,  # type: ignore[arg-type]
-        value_range=source.value_range,
-        clip=source.bound,
-        classes=source.classes,
-        class_names=tuple(source.class_names),
-        null_label=source.null_label,
+def _recipe(source: Source, sizes: Sizes | None, judge: NoisedClassifier | None, masked: bool, opset: int) -> Recipe:
+    return Recipe(
+        source.network,
+        source.shape,
+        source.classes > 0,
         variance=source.variance,
-        thresholding=None if by is None else Thresholding(by.ratio, by.maximum),
-        sigma_data=source.sigma_data,
-        sampling=source.sampling,
-        graphs=tuple(graphs),
-        provenance=provenance,
-        files={},
+        threshold=source.threshold,
+        null_label=source.null_label,
+        gradient=None if judge is None else log_prob_gradient(judge.network, source.shape, judge.classes),
         sizes=sizes,
-        classifier=None if judge is None else judge.described,
+        variants=variants_of(source.null_label is not None, masked, judge is not None),
+        opset=opset,
     )
 
 
-def _measure(bundle: Bundle, precision: str, tell: OnProgress) -> list[Rung]:
-    engine = open_engine(bundle, "onnxruntime", precision=precision)
-    try:
+def _write_golden(folder: Path, recorded: Golden) -> None:
+    arrays = {name: np.ascontiguousarray(array) for name, array in recorded.to_arrays().items()}
+    (folder / GOLDEN).write_bytes(safetensors.numpy.save(arrays))
+
+
+def _measured(bundle: Bundle, precision: str, tell: OnProgress) -> list[Rung]:
+    """The rungs of all step graphs of a precision. Raises ParityError where one is missed."""
+    with open_engine(bundle, "onnxruntime", precision=precision) as engine:
         rungs = verify_all(engine, lambda name, fraction: tell(f"parity {precision} {name}", fraction))
-    finally:
-        engine.close()
     parity.require(rungs)
     return rungs
 
 
-def _check(source: Source, precisions: Sequence[str], max_batch: int, sizes: Sizes | None, classifier: bool) -> None:
-    if not 1 <= max_batch <= 65536:
-        raise InputError(f"max_batch = {max_batch} is outside 1 … 65536")
-    words = list(precisions) if isinstance(precisions, Sequence) else [precisions]
-    if not words or any(word not in PRECISIONS for word in words) or len(set(words)) != len(words):
-        raise InputError(f"precisions = {words}: choose from {', '.join(PRECISIONS)}, each once")
-    if "int8" in words and "fp32" not in words:
-        raise InputError(f"precisions = {words}: int8 is made from the FP32 step graphs: add fp32")
-    if sizes is not None and source.thresholding is not None:
-        raise InputError(
-            "sizes and thresholding exclude each other: its quantile is found among a number of values that the graph "
-            "fixes: leave one of them out"
-        )
-    if sizes is not None and classifier:
-        raise InputError(
-            "sizes and a classifier exclude each other: its gradient is of one size: leave one of them out"
-        )
+def _seal(folder: Path, manifest: Manifest, rungs: Sequence[Rung]) -> None:
+    """Write what was measured, and the manifest with the hash of every file."""
+    (folder / PARITY).write_bytes(msgspec.json.format(msgspec.json.encode(rungs), indent=1) + b"\n")
+    files = {p.name: FileEntry(sha256(p), p.stat().st_size) for p in sorted(folder.iterdir())}
+    manifest = msgspec.structs.replace(manifest, files=files)
+    manifest = msgspec.structs.replace(manifest, digest=digest(manifest))
+    (folder / MANIFEST).write_bytes(render(manifest))

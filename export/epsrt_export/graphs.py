@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -12,6 +13,7 @@ from torch import nn
 
 from epsrt.errors import EpsrtError, InputError
 from epsrt.manifest import LearnedVariance, Sizes, StepGraph, step_columns, step_features
+from epsrt.types import Shape
 from epsrt_export.onnx_graph import WeightsFile, to_onnx
 from epsrt_export.onnx_passes import masked
 from epsrt_export.precision import half_copy
@@ -27,51 +29,69 @@ def variants_of(null_label: bool, masked: bool, classifier: bool) -> tuple[tuple
     return (*guides, *((*features, "mask") for features in guides if masked))
 
 
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """What the step graphs of a network are made of.
+
+    network    in eval mode, float32, on the CPU
+    shape      C, H, W
+    labelled   the network takes label [B] int64
+    variance, threshold, null_label   as in Source
+    gradient   of a classifier: see StepModule
+    sizes      other heights and widths that the graphs take
+    variants   the features of each graph, of guidance, classifier and mask
+    opset      of ONNX
+    """
+
+    network: nn.Module
+    shape: Shape
+    labelled: bool = False
+    variance: LearnedVariance | None = None
+    threshold: DynamicThreshold | None = None
+    null_label: int | None = None
+    gradient: nn.Module | None = None
+    sizes: Sizes | None = None
+    variants: Sequence[tuple[str, ...]] = ((),)
+    opset: int = 21
+
+
 def write_graphs(
-    network: nn.Module,
-    precision: str,
-    directory: Path,
-    shape: tuple[int, int, int],
-    labelled: bool,
-    opset: int = 21,
-    variance: LearnedVariance | None = None,
-    threshold: DynamicThreshold | None = None,
-    sizes: Sizes | None = None,
-    *,
-    variants: Sequence[tuple[str, ...]] = ((),),
-    null_label: int | None = None,
-    gradient: nn.Module | None = None,
-    on_graph: Callable[[float], object] = lambda share: None,
+    recipe: Recipe, precision: str, directory: Path, on_graph: Callable[[float], object] = lambda share: None
 ) -> list[StepGraph]:
     """Write step graphs of a network, and the one weights file that they share, into a directory.
 
-    `variants` are the features of each, of guidance, classifier and mask; `gradient` is the classifier's. The rest is
-    as in `export`.
+    `on_graph` is told after each which fraction is done. Raises InputError where the network does not compute in half
+    precision.
     """
-    dtype = DTYPES[precision]
-    if dtype == torch.float16:
-        network = half_copy(network)
-        try:
-            check_network(network, shape, labelled, dtype, variance is not None)
-        except EpsrtError as error:
-            raise InputError(f'in half precision, {error}; export with precisions=["fp32"] alone') from error
+    r, dtype = recipe, DTYPES[precision]
+    network = r.network if dtype == torch.float32 else _half(r)
     weights, made = WeightsFile(f"weights-{precision}.bin"), []
     models: dict[tuple[str, ...], onnx.ModelProto] = {}  # without a mask, which is put on at the end
-    for features in variants:
+    for features in r.variants:
         bare = tuple(f for f in features if f != "mask")
-        columns = step_columns(variance, bare)
+        columns = step_columns(r.variance, bare)
         if bare not in models:
-            guide = gradient if "classifier" in bare else None
-            step = StepModule(network, columns, labelled, dtype, threshold, null_label, guide)
-            models[bare] = to_onnx(step, shape, opset, weights, sizes)
+            guide = r.gradient if "classifier" in bare else None
+            step = StepModule(network, columns, r.labelled, dtype, r.threshold, r.null_label, guide)
+            models[bare] = to_onnx(step, r.shape, r.opset, weights, r.sizes)
         model = masked(models[bare], len(columns)) if "mask" in features else models[bare]
-        all_features = (*step_features(variance, threshold), *features)
-        graph = StepGraph("", weights.name, precision, step_columns(variance, features), all_features)  # type: ignore[arg-type]
+        all_features = (*step_features(r.variance, r.threshold), *features)
+        graph = StepGraph("", weights.name, precision, step_columns(r.variance, features), all_features)  # type: ignore[arg-type]
         graph = msgspec.structs.replace(graph, file="-".join(filter(None, ("step", graph.stem, precision))) + ".onnx")
         (directory / graph.file).write_bytes(model.SerializeToString(deterministic=True))
         made.append(graph)
-        on_graph(len(made) / len(variants))
+        on_graph(len(made) / len(r.variants))
     weights.write(directory)
     for graph in made:
         onnx.checker.check_model(directory / graph.file)
     return made
+
+
+def _half(recipe: Recipe) -> nn.Module:
+    """A copy of the network in half precision, if it computes in it."""
+    network = half_copy(recipe.network)
+    try:
+        check_network(network, recipe.shape, recipe.labelled, torch.float16, recipe.variance is not None)
+    except EpsrtError as error:
+        raise InputError(f'in half precision, {error}; export with precisions=["fp32"] alone') from error
+    return network

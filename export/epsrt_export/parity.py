@@ -15,6 +15,7 @@ from epsrt.manifest import Rung
 from epsrt.plan import Plan
 from epsrt.schedule import Schedule
 from epsrt.timesteps import spaced
+from epsrt_export.source import Source
 from epsrt_trainer.diffusion import SIGMA_DATA
 from epsrt_trainer.sample import ddim_loop, ddpm_loop
 
@@ -34,6 +35,12 @@ def require(rungs: Sequence[Rung]) -> None:
                 f"parity missed: {rung} in {r.precision} on {r.engine} is {figure} ({limit} allowed) at {r.where}; "
                 "no bundle was written"
             )
+
+
+def numpy_rungs(source: Source) -> list[Rung]:
+    """Rungs 1 and 2 for a source: all that can be measured before there is a graph."""
+    plans = plan_rungs(source.schedule, source.prediction, source.bound, source.variance, source.sigma_data)
+    return [schedule_rung(source.schedule), *plans]
 
 
 def schedule_rung(schedule: Schedule) -> Rung:

@@ -27,7 +27,7 @@ FEATURES = [(), ("guidance",), ("mask",), ("guidance", "mask")]  # of the preset
 @pytest.fixture(scope="session", params=["digits", "ddpm-cifar10"])
 def graphs(request, tmp_path_factory, small_bundle_path) -> Bundle:
     """The preset's step graphs, FP32 and FP16, with fresh weights: what a builder sees of a bundle."""
-    from epsrt_export.graphs import write_graphs
+    from epsrt_export.graphs import Recipe, write_graphs
     from epsrt_trainer.networks import build as make
     from epsrt_trainer.presets import PRESETS
 
@@ -36,13 +36,8 @@ def graphs(request, tmp_path_factory, small_bundle_path) -> Bundle:
     folder = tmp_path_factory.mktemp(request.param)
     classes, null = network.classes, network.classes if network.null_label else None
     variants = FEATURES if null is not None else [f for f in FEATURES if "guidance" not in f]
-    made = [
-        graph
-        for precision in ("fp32", "fp16")
-        for graph in write_graphs(
-            make(network).eval(), precision, folder, shape, classes > 0, variants=variants, null_label=null
-        )
-    ]
+    recipe = Recipe(make(network).eval(), shape, classes > 0, variants=variants, null_label=null)
+    made = [graph for precision in ("fp32", "fp16") for graph in write_graphs(recipe, precision, folder)]
     manifest = msgspec.structs.replace(
         Bundle.open(small_bundle_path).manifest,
         shape=shape,
@@ -85,11 +80,11 @@ def test_a_learned_variance_and_thresholding_build(learned_bundle_path, precisio
 
 @pytest.mark.parametrize(("size", "ratio"), [(64, 0.995), (64, 0.6876), (256, 0.995)])
 def test_thresholding_builds_up_to_the_largest_topk(tmp_path, small_bundle_path, size: int, ratio: float) -> None:
-    from epsrt_export.graphs import write_graphs
+    from epsrt_export.graphs import Recipe, write_graphs
     from epsrt_export.stepgraph import DynamicThreshold
 
     shape, threshold = (3, size, size), DynamicThreshold(ratio, 1.5)
-    (graph,) = write_graphs(tiny(channels=3), "fp32", tmp_path, shape, False, threshold=threshold)
+    (graph,) = write_graphs(Recipe(tiny(channels=3), shape, threshold=threshold), "fp32", tmp_path)
     manifest = msgspec.structs.replace(Bundle.open(small_bundle_path).manifest, shape=shape, graphs=(graph,))
     lib = library("tensorrt-rtx")
     assert build(lib, Bundle(tmp_path, manifest), graph, BuildOptions(((1, 2, 4),), targets=("sm_89",))).layers > 20
@@ -138,13 +133,14 @@ def of_family(name: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dit", "diffusers-dit", "diffusers-unet", "guided-diffusion", "lucidrains"])
 def test_each_family_builds(tmp_path, small_bundle_path, name: str) -> None:
-    from epsrt_export.graphs import write_graphs
+    from epsrt_export.graphs import Recipe, write_graphs
 
     package = {"lucidrains": "denoising_diffusion_pytorch"}.get(name, "diffusers")
     if find_spec(package) is None:
         pytest.skip(f"needs {package}")
     network, shape, variance = of_family(name)
-    (graph,) = write_graphs(network.eval(), "fp16", tmp_path, shape, name != "lucidrains", variance=variance)
+    recipe = Recipe(network.eval(), shape, name != "lucidrains", variance)
+    (graph,) = write_graphs(recipe, "fp16", tmp_path)
     manifest = msgspec.structs.replace(
         Bundle.open(small_bundle_path).manifest, shape=shape, graphs=(graph,), variance=variance
     )
@@ -222,12 +218,12 @@ def test_an_exception_from_the_progress_ends_the_build(small_bundle_path) -> Non
 def test_dynamic_sizes_build(tmp_path, small_bundle_path, precision: str, features: tuple[str, ...]) -> None:
     """A U-Net with attention, whose reshapes are by shapes that the graph computes."""
     from epsrt.manifest import Sizes
-    from epsrt_export.graphs import write_graphs
+    from epsrt_export.graphs import Recipe, write_graphs
 
     sizes = Sizes(2, 24)
     network = unet(channels=3, classes=3)
-    options = {"sizes": sizes, "variants": (features,), "null_label": 3}
-    (graph,) = write_graphs(network, precision, tmp_path, (3, 8, 8), True, **options)
+    recipe = Recipe(network, (3, 8, 8), True, sizes=sizes, variants=(features,), null_label=3)
+    (graph,) = write_graphs(recipe, precision, tmp_path)
     manifest = Bundle.open(small_bundle_path).manifest
     manifest = msgspec.structs.replace(manifest, shape=(3, 8, 8), graphs=(graph,), sizes=sizes, classes=3, null_label=3)
     bundle, lib = Bundle(tmp_path, manifest), library("tensorrt-rtx")

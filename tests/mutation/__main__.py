@@ -35,7 +35,7 @@ BUDGET = 40.0  # seconds of tests a mutant, as the first run took them
 RUN = "tests/runtime"
 PLANS = (f"{RUN}/test_solvers.py", f"{RUN}/test_plan.py", "tests/parity")
 SAMPLES = tuple(f"{RUN}/test_{n}.py" for n in ("request", "sampler", "sampler_methods", "guidance", "editing"))
-VERIFY = (f"{RUN}/test_verify_engine.py",)
+VERIFY = (f"{RUN}/test_golden.py", f"{RUN}/test_verify_engine.py", "tests/export/test_graph_features.py")
 EXPORT = ("tests/export",)
 TESTS: dict[str, tuple[str, ...]] = {  # file -> where its tests are, the plausible first
     "runtime/epsrt/schedule.py": (f"{RUN}/test_schedule.py", *PLANS),
@@ -55,6 +55,8 @@ TESTS: dict[str, tuple[str, ...]] = {  # file -> where its tests are, the plausi
     "runtime/epsrt/verify.py": VERIFY,
     "runtime/epsrt/parity/measure.py": VERIFY,
     "runtime/epsrt/parity/features.py": VERIFY,
+    "runtime/epsrt/parity/golden.py": VERIFY,
+    "runtime/epsrt/parity/rungs.py": VERIFY,
     "runtime/epsrt/engine.py": (*SAMPLES, f"{RUN}/engines"),
     "runtime/epsrt/engines/cpu/lanes.py": (f"{RUN}/engines/test_onnxruntime_cpu.py", *SAMPLES),
     "runtime/epsrt/engines/cache/key.py": (f"{RUN}/engines/test_engine_cache.py", "tests/gpu/test_plans.py"),

@@ -9,7 +9,7 @@ from toy import Toy, draw, run_plan
 
 from epsrt.bundle import Bundle
 from epsrt_export import families
-from epsrt_export.export import manifest_of
+from epsrt_export.manifest import manifest_of
 from nets import diffusers_unet
 
 SMALL = {"num_train_timesteps": 100, "beta_start": 1e-3, "beta_end": 0.2}
