@@ -40,8 +40,7 @@ mutants: .venv/installed
 	$(BIN)/python tests/mutation --json out/mutants.json
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/noise.py
-	$(BIN)/python benchmarks/plans.py
+	$(BIN)/python benchmarks/micro.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/race.py

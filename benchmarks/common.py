@@ -1,11 +1,10 @@
-"""What every benchmark shares: the machine in words, medians, networks to run, results as JSON."""
+"""What every benchmark shares: the machine in words, networks to run, results as JSON. epsrt.bench has the timing."""
 
 from __future__ import annotations
 
 import json
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,24 +26,6 @@ SEEDS = {
 def machine() -> dict[str, Any]:
     """Processor, cores, versions, and the GPU if there is one: what a reader needs to place a number."""
     return describe((*PACKAGES, "torch", "triton", "diffusers"))
-
-
-def alternate(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run, `rounds` times in turn after one warm-up each: what drifts, drifts for all."""
-    for run in runs.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begin)
-    return seconds
-
-
-def median_ratio(a: list[float], b: list[float]) -> float:
-    """Median over the rounds of a/b: neighbours in time share the machine's mood."""
-    return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> Path:

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import gpu_cases
 import gpu_parity
-import gpu_process
 import gpu_rivals
 import gpu_speed
 from common import RESULTS
@@ -50,11 +49,7 @@ def main() -> int:
     parser.add_argument("--networks", type=words, help=f"presets, or paths of bundles: {','.join(NETWORKS)}")
     parser.add_argument("--batches", type=numbers, default=list(BATCHES), help=",".join(map(str, BATCHES)))
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
-    parser.add_argument("--case", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.case:
-        gpu_process.serve(CASES, options.case)
-        return 0
     failed = 0
     for part in (options.part,) if options.part else PARTS:
         print(f"== {part}", flush=True)
@@ -83,8 +78,7 @@ def measure(name: str, options: argparse.Namespace) -> int:
     if nvidia.driver().problem:
         print(nvidia.driver().problem)
         return 0
-    command = [sys.executable, str(Path(__file__).resolve()), "--case"]
-    part = Part(name, command, options.results, options.minutes, options.rounds, options.fresh, options.retry)
+    part = Part(name, CASES, options.results, options.minutes, options.rounds, options.fresh, options.retry)
     try:
         if name == "parity":
             gpu_parity.run(part, options.networks or list(NETWORKS))

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from common import CACHE, machine
-from gpu_process import Row, run_case
 
 from epsrt import Bundle
+from epsrt.bench import isolated
 from epsrt.engines import nvidia, probe
-from epsrt.errors import BundleError, EpsrtError
+from epsrt.errors import BundleError, EngineError, EpsrtError
 from epsrt.files import whole_file
 from epsrt.machine import nvidia_smi
 
@@ -29,6 +29,10 @@ PRECISIONS = ("fp16", "fp32")
 GPU_ENGINES = tuple(info.name for info in probe.ENGINES if info.device == "cuda")
 MARGIN = 12.0  # seconds of a budget kept for what comes after the last case: its end, the table
 LEAST = 15.0  # seconds that a case is begun with
+LOG = CACHE / "gpu-case.log"  # what the last case printed
+
+Row = dict[str, Any]
+Cases = dict[str, Callable[[Row], Row]]  # by "what"; each says something once it times and wants no neighbour
 
 
 class Part:
@@ -37,7 +41,7 @@ class Part:
     def __init__(
         self,
         name: str,
-        command: list[str],
+        cases: Cases,
         results: Path,
         minutes: float,
         rounds: int = 20,
@@ -51,7 +55,7 @@ class Part:
         self.left: list[str] = []  # cases that the budget did not reach
         self.rows: list[Row] = [] if fresh else self._kept()
         self.current: list[Row] = []  # the rows that this run measured or found valid
-        self._command = command  # that runs a case: its key on stdin, the file for its result as last argument
+        self._cases = cases
         self._free = free_memory()
 
     def case(self, what: str, digest: str = "", given: Row | None = None, **key: Any) -> Row | None:
@@ -70,7 +74,8 @@ class Part:
                 return None
             print(f"{said} …", flush=True)
             begin = time.monotonic()
-            result = run_case(self._command, {**key, **(given or {}), "rounds": self.rounds}, seconds, self._free)
+            asked = {**key, **(given or {}), "rounds": self.rounds}
+            result = run_case(self._cases[what], asked, seconds, self._free)
             if result is None:
                 self.left.append(f"{said} (it takes more than the {seconds:.0f} s that were left)")
                 return None
@@ -158,6 +163,26 @@ class Part:
         return []
 
 
+def run_case(function: Callable[[Row], Row], key: Row, seconds: float, free: Callable[[], int] | None) -> Row | None:
+    """A case's result from a process of its own; None where it took longer than `seconds`, and was ended.
+
+    The GPU's memory is watched from here until the case says that it times: `peak_mib` is what the process and its
+    CUDA context took at most. A case that fails, or whose process dies, gives {"error": …}.
+    """
+    LOG.parent.mkdir(parents=True, exist_ok=True)
+    LOG.unlink(missing_ok=True)
+    seen = [free()] if free else [0]  # not the least yet: the last case's memory may still be on its way back
+    watch = (lambda: seen.append(free())) if free else None
+    try:
+        result: Row = isolated.call(function, key, seconds=seconds, watch=watch, log=LOG).value
+    except isolated.LateError:
+        return None
+    except EngineError as error:
+        return {"error": str(error)}
+    peak = max(seen) - min(seen)
+    return {**result, "peak_mib": round(peak / 2**20)} if peak else result
+
+
 def matches(row: Row, key: Row) -> bool:
     return all(row.get(k) == v for k, v in key.items())
 
@@ -208,7 +233,7 @@ def precisions(bundle: Bundle) -> list[str]:
     return [p for p in PRECISIONS if any(g.precision == p for g in bundle.manifest.graphs)]
 
 
-def export(key: Row, quiet: Callable[[], None]) -> Row:
+def export(key: Row) -> Row:
     """Case "export": FP32 and FP16; FP32 alone, and the gate's sentence, where FP16 misses a rung."""
     from common import bundle
 
@@ -225,17 +250,15 @@ def export(key: Row, quiet: Callable[[], None]) -> Row:
     return {"precisions": precisions(made), "parameters": parameters, "export_s": seconds, **missed}
 
 
-def engine(key: Row, quiet: Callable[[], None]) -> Row:
+def engine(key: Row) -> Row:
     """Case "engine": whether it loads, and for how long."""
     from epsrt import open_engine
 
     bundle = find_bundle(key["network"])
     assert bundle is not None
     begin = time.perf_counter()
-    opened = open_engine(bundle, key["engine"])
-    with opened.lanes(1):
+    with open_engine(bundle, key["engine"]) as opened, opened.lanes(1):
         seconds = round(time.perf_counter() - begin, 1)
-    opened.close()
     return {"library": probe.state(key["engine"]).library, "open_s": seconds}
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import msgspec
-from gpu_cases import Part, align, find_bundle, precisions
-from gpu_process import Row
+from gpu_cases import Part, Row, align, find_bundle, precisions
 
 from epsrt import Rung, open_engine
 from epsrt.verify import verify
@@ -29,16 +26,12 @@ def run(part: Part, networks: list[str]) -> None:
                 part.add({**key, "digest": digest, "from": "the export", **result(measured)}, key)
 
 
-def check(key: Row, quiet: Callable[[], None]) -> Row:
+def check(key: Row) -> Row:
     """Case "verify": the rungs, each with its figure, its limit and whether it passed."""
     bundle = find_bundle(key["network"])
     assert bundle is not None
-    engine = open_engine(bundle, key["engine"], precision=key["precision"])
-    try:
-        rungs = verify(engine)
-    finally:
-        engine.close()
-    return result(rungs)
+    with open_engine(bundle, key["engine"], precision=key["precision"]) as engine:
+        return result(verify(engine))
 
 
 def result(rungs: list[Rung]) -> Row:

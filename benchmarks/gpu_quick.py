@@ -77,7 +77,7 @@ class Export(threading.Thread):
     def run(self) -> None:
         try:
             made = isolated.call(parts.export, self._given, seconds=self._seconds, watch=self._go_on, log=self._log)
-            self._rows.keep({"what": "export", **made})
+            self._rows.keep({"what": "export", **made.value})
         except EngineError as error:
             self._rows.keep({"what": "export", "error": str(error)})
 
@@ -102,7 +102,11 @@ def run(rows: Rows, given: dict[str, Any], names: list[str], seconds: float, log
             continue
         given_s = min(limit, left - MARGIN)
         try:
-            heard = lambda at, row, name=name: rows.keep({"part": name, **row})  # noqa: E731
+
+            def heard(at: float, said: Any, name: str = name) -> None:
+                if isinstance(said, dict):  # gpu_speed's cases say a word before they time
+                    rows.keep({"part": name, **said})
+
             isolated.call(part, given, seconds=given_s, heard=heard, log=log)
         except isolated.LateError:
             rows.keep({"what": "cut off", "part": name, "seconds": round(given_s, 1)})

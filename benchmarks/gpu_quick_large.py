@@ -99,7 +99,7 @@ def race(given: Row) -> None:
 
     for what, case in (("matmul", gpu_speed.matmul), ("flops", gpu_speed.count_flops)):
         with attempt(what):
-            tell(what, **case({**given, "rounds": 10}, lambda: None))
+            tell(what, **case({**given, "rounds": 10}))
     with attempt("race"):
         run_race(given, PLAIN, batches(given))
 

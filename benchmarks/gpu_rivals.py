@@ -11,13 +11,13 @@ from functools import partial
 from typing import Any
 
 from common import CACHE
-from gpu_cases import Part, align, clocks, find_bundle, precisions
-from gpu_process import Row
+from gpu_cases import Part, Row, align, clocks, find_bundle, precisions
 from gpu_speed import fitting
 from gpu_timing import median_ratio, rounds, spread
 
 from epsrt import Bundle, Sampler, open_engine
-from epsrt.errors import EngineError, InputError
+from epsrt.bench import isolated
+from epsrt.errors import EngineError, InputError, one_line
 from epsrt.parity.measure import worst_psnr
 
 Draw = Callable[[int], Any]  # steps -> images
@@ -45,9 +45,9 @@ def run(part: Part, networks: list[str], batches: list[int]) -> None:
                 part.case("memory", digest, network=network, rival=name, batch=batch)
 
 
-def race(key: Row, quiet: Callable[[], None]) -> Row:
+def race(key: Row) -> Row:
     """Case "race": milliseconds of a whole call, images on the host, of ours and of each rival that runs here."""
-    quiet()
+    isolated.say("timing")
     bundle, batch = found(key), key["batch"]
     warm = compile_cache(batch) if key["group"] == "compiled" else False
     draws: dict[str, Callable[[], float]] = {}
@@ -63,7 +63,7 @@ def race(key: Row, quiet: Callable[[], None]) -> Row:
                 draw = rival(name, key["network"], bundle, batch)
                 made[name] = draw(STEPS)
             except Exception as error:  # a rival that cannot run is a finding
-                refused[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+                refused[name] = f"{type(error).__name__}: {one_line(error, 600)}"
                 continue
             first_s[name] = round(time.perf_counter() - begin, 2)
             draws[name] = partial(timed, draw)
@@ -97,7 +97,7 @@ def timed(draw: Draw) -> float:
     return 1e3 * (time.perf_counter() - begin)
 
 
-def memory(key: Row, quiet: Callable[[], None]) -> Row:
+def memory(key: Row) -> Row:
     """Case "memory": a short run, watched from outside: see run_case."""
     if key["rival"] in COMPILED:
         compile_cache(key["batch"])
@@ -144,7 +144,7 @@ def rival(name: str, network: str, bundle: Bundle, batch: int) -> Draw:
 
 def ours(bundle: Bundle, batch: int, stack: ExitStack) -> tuple[str, Draw]:
     """The fastest engine that loads here, and Sampler.sample on it in FP16."""
-    engine = open_engine(bundle, "auto", precision="fp16")
+    engine = stack.enter_context(open_engine(bundle, "auto", precision="fp16"))
     if engine.device != "cuda":
         raise EngineError("no GPU engine loads here: see the part speed, or epsrt doctor")
     sampler = stack.enter_context(Sampler(engine))

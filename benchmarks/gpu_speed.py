@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
-from gpu_cases import Part, align, clocks, find_bundle, precisions
-from gpu_process import Row
+from gpu_cases import Part, Row, align, clocks, find_bundle, precisions
 from gpu_timing import bare_runs, kernel, median_ratio, rounds, spread, whole
 
 from epsrt import Bundle, EngineError, Sampler, open_engine
+from epsrt.bench import isolated
 from epsrt.engines import Engine
 from epsrt.engines.gpu.lanes import DeviceLanes
 
@@ -55,12 +55,10 @@ def fitting(bundle: Bundle, batches: list[int]) -> list[int]:
 def opened(key: Row, stack: ExitStack) -> Engine:
     bundle = find_bundle(key["network"])
     assert bundle is not None
-    engine = open_engine(bundle, key["engine"], precision=key["precision"])
-    stack.callback(engine.close)
-    return engine
+    return stack.enter_context(open_engine(bundle, key["engine"], precision=key["precision"]))
 
 
-def measure(key: Row, quiet: Callable[[], None]) -> Row:
+def measure(key: Row) -> Row:
     """Case "step": milliseconds of the bare engine and of whole trajectories, in turn; our kernels alone; memory."""
     from epsrt.engines.gpu import cuda
 
@@ -68,14 +66,13 @@ def measure(key: Row, quiet: Callable[[], None]) -> Row:
     free = device.memory()[0]
     with ExitStack() as stack:
         engine = opened(key, stack)
-        lanes = engine.lanes(batch)
-        stack.callback(lanes.close)
+        lanes = stack.enter_context(engine.lanes(batch))
         assert isinstance(lanes, DeviceLanes)
         wholes = {method: whole(stack, lanes, engine, method, STEPS) for method in METHODS}
         for run in wholes.values():
             run()
         held = round((free - device.memory()[0]) / 2**20)
-        quiet()
+        isolated.say("timing")
         chunk = min(getattr(engine, "chunk", STEPS), STEPS)
         bares = bare_runs(stack, lanes, STEPS, {chunk, STEPS})
         kernels = {name: kernel(stack, lanes, name) for name in ("noise", "check")}
@@ -135,16 +132,15 @@ def loaded(lanes: DeviceLanes, engine: Engine) -> Row:
     return found.result()
 
 
-def chunks(key: Row, quiet: Callable[[], None]) -> Row:
+def chunks(key: Row) -> Row:
     """Case "chunk": DDIM trajectories by the number of steps in a captured graph, in turn."""
-    quiet()
+    isolated.say("timing")
     with ExitStack() as stack:
         engine: Any = opened(key, stack)
         runs, usual = {}, engine.chunk
         for chunk in sorted({*CHUNKS, usual}):
             engine.chunk = chunk
-            lanes = engine.lanes(key["batch"])
-            stack.callback(lanes.close)
+            lanes = stack.enter_context(engine.lanes(key["batch"]))
             if not lanes._runner.capturable:
                 raise EngineError(f"{engine.name} captures its steps by itself: the chunk changes nothing")
             runs[str(chunk)] = whole(stack, lanes, engine, "ddim", STEPS)
@@ -161,7 +157,7 @@ def chunks(key: Row, quiet: Callable[[], None]) -> Row:
     return {"steps": STEPS, "usual": usual, "chunks": result}
 
 
-def count_flops(key: Row, quiet: Callable[[], None]) -> Row:
+def count_flops(key: Row) -> Row:
     """Case "flops": of the PyTorch module on one image, two a multiply-add, counted."""
     import torch
     from common import image_shape, network
@@ -179,9 +175,9 @@ def count_flops(key: Row, quiet: Callable[[], None]) -> Row:
     }
 
 
-def matmul(key: Row, quiet: Callable[[], None]) -> Row:
+def matmul(key: Row) -> Row:
     """Case "matmul": TFLOP/s of an FP16 product of random matrices, by torch, else CuPy."""
-    quiet()
+    isolated.say("timing")
     try:
         name, run = by_torch()
     except Exception as no_torch:  # a CPU build, a driver too old, no package

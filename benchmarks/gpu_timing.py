@@ -5,7 +5,6 @@ This is the one place that looks inside DeviceLanes. Events are recorded on its 
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epsrt import Engine, EngineError, Plan, Sample, Sampler
+from epsrt.bench import timing
+from epsrt.bench.report import paired_ratio
 from epsrt.engines.gpu import cuda
 from epsrt.engines.gpu.lanes import DeviceLanes
 
@@ -30,28 +31,13 @@ def spread(values: list[float], digits: int = 4) -> dict[str, float]:
 
 
 def median_ratio(a: list[float], b: list[float], scale: float = 1.0) -> float:
-    """Median over the rounds of a / (scale · b): neighbours in time share the machine's mood."""
-    return round(statistics.median(x / (scale * y) for x, y in zip(a, b, strict=True)), 4)
+    """report.paired_ratio, rounded."""
+    return round(paired_ratio(a, b, scale), 4)
 
 
 def rounds(runs: dict[str, Run], most: int, least: int = 5, seconds: float = 30.0) -> dict[str, list[Any]]:
-    """What each run returns, all in turn, `most` times; fewer, but `least`, once `seconds` are spent.
-
-    Before that all run in turn, twice and for most/40 seconds at least (half a second, of the usual 20).
-    """
-    begin, done = time.perf_counter(), 0
-    while done < 2 or time.perf_counter() - begin < most / 40:
-        for run in runs.values():
-            run()
-        done += 1
-    begin = time.perf_counter()
-    kept: dict[str, list[Any]] = {name: [] for name in runs}
-    for i in range(most):
-        if i >= least and time.perf_counter() - begin > seconds:
-            break
-        for name, run in runs.items():
-            kept[name].append(run())
-    return kept
+    """timing.rounds, after two rounds and most/40 seconds (half a second, of the usual 20) that warm the device up."""
+    return timing.rounds(runs, most, least=min(least, most), seconds=seconds, warm=2, warm_s=most / 40)
 
 
 class Watch:

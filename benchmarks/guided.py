@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import msgspec
 import numpy as np
 import torch
-from common import CACHE, median_ratio, write
+from common import CACHE, write
 
 from epsrt import Bundle, Lanes, Plan, Sample, open_engine
+from epsrt.bench.report import paired_ratio
+from epsrt.bench.timing import clocked, rounds
 from epsrt.files import whole_directory
 from epsrt.manifest import Manifest
 
@@ -76,34 +78,34 @@ def rows_of(plan: Plan, columns: tuple[str, ...], batch: int) -> np.ndarray:
     return rows
 
 
+def run(lanes: Lanes, rows: np.ndarray) -> None:
+    lanes.advance(rows)
+    lanes.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
-    bundle = graphs()
-    seconds: dict[str, list[float]] = {name: [] for name, *_ in RUNS}
+    most = parser.parse_args().rounds
+    bundle, runs = graphs(), {}
     with ExitStack() as stack:
-        plain = open_engine(bundle, "onnxruntime")
-        engines = {features: plain.on(bundle.graph("fp32", features)) for _, features, *_ in RUNS}
-        work = {}
+        plain = stack.enter_context(open_engine(bundle, "onnxruntime"))
+        engines = {
+            features: stack.enter_context(plain.on(bundle.graph("fp32", features)))
+            for features in dict.fromkeys(features for _, features, *_ in RUNS)
+        }
         for name, features, batch, method in RUNS:
             engine = engines[features]
             lanes = stack.enter_context(engine.lanes(batch))
             begin(lanes, "mask" in features, bundle.manifest.shape)
-            work[name] = lanes, rows_of(bundle.plan(method, STEPS), engine.columns, batch)
-        for round_ in range(rounds + 1):  # the first warms up
-            for name, (lanes, rows) in work.items():
-                start = time.perf_counter()
-                lanes.advance(rows)
-                lanes.wait()
-                if round_:
-                    seconds[name].append(time.perf_counter() - start)
+            runs[name] = clocked(partial(run, lanes, rows_of(bundle.plan(method, STEPS), engine.columns, batch)))
+        seconds = rounds(runs, most, warm=1)
     results = [
         {"run": name, "batch": batch, "ms_per_step": round(1e3 * statistics.median(seconds[name]) / STEPS, 2)}
         for name, _, batch, _ in RUNS
     ]
     for name, rival, limit in PAIRS:
-        ratio = median_ratio(seconds[name], seconds[rival])
+        ratio = paired_ratio(seconds[name], seconds[rival])
         results.append({"ratio": f"{name} / {rival}", "median": round(ratio, 4), "limit": limit})
     for row in results:
         print(", ".join(f"{key} {value}" for key, value in row.items()))

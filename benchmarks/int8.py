@@ -18,7 +18,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,12 @@ from typing import Any
 import msgspec
 import numpy as np
 import onnx
-from common import RESULTS, alternate, bundle, median_ratio, write
+from common import RESULTS, bundle, write
 from numpy.typing import NDArray
 
 from epsrt import Bundle, Sampler, open_engine
+from epsrt.bench.report import paired_ratio
+from epsrt.bench.timing import clocked, rounds
 from epsrt.engines import Engine
 from epsrt.manifest import GOLDEN, Rung
 from epsrt.parity.measure import relative_l2, worst_psnr
@@ -73,18 +75,16 @@ def psnrs(images: NDArray[np.float32], truth: NDArray[np.float32], value_range: 
     return [worst_psnr(images[i : i + 1], truth[i : i + 1], value_range) for i in range(len(images))]
 
 
-def speed(samplers: dict[str, Sampler], batch: int = 8, steps: int = 2, rounds: int = 5) -> list[dict[str, Any]]:
+def speed(samplers: dict[str, Sampler], batch: int = 8, steps: int = 2, most: int = 5) -> list[dict[str, Any]]:
     """Milliseconds a step of short trajectories, in turn, and the ratio of the rival's time to each."""
-    runs: dict[str, Callable[[], object]] = {
-        name: partial(s.sample, batch, method="ddim", steps=steps) for name, s in samplers.items()
-    }
-    seconds = alternate(runs, rounds)
+    runs = {n: clocked(partial(s.sample, batch, method="ddim", steps=steps)) for n, s in samplers.items()}
+    seconds = rounds(runs, most, warm=1)
     return [
         {
             "run": name,
             "batch": batch,
             "ms_per_step": round(1e3 * statistics.median(values) / steps, 2),
-            "ratio": round(median_ratio(seconds[RIVAL], values), 3),
+            "ratio": round(paired_ratio(seconds[RIVAL], values), 3),
         }
         for name, values in seconds.items()
     ]
@@ -117,10 +117,9 @@ def rungs(engine: Engine) -> dict[str, Any]:
 
 def quantised(source: Bundle, name: str, samples: int, folder: Path) -> dict[str, Bundle]:
     """The bundle in each variant, and as it is: "none"."""
-    engine = open_engine(source, "onnxruntime", precision="fp32")
-    with Sampler(engine) as sampler:
+    with open_engine(source, "onnxruntime", precision="fp32") as engine:
         labels = classes(source, samples) or [0] * samples
-        states = states_of(engine, sampler.plan("ddim", STATES), labels, seed=1000)
+        states = states_of(engine, source.plan("ddim", STATES), labels, seed=1000)
     graph, made = source.path / engine.graph.file, {"none": source}
     for variant, more in VARIANTS.items():
         if more.get("ends") and name != "digits":
@@ -140,7 +139,7 @@ def measure(name: str, source: Bundle, folder: Path) -> Iterator[dict[str, Any]]
     with ExitStack() as stack:
         samplers = {
             f"{variant} on {engine} {precision}": stack.enter_context(
-                Sampler(open_engine(made[variant], engine, precision=precision))
+                Sampler(stack.enter_context(open_engine(made[variant], engine, precision=precision)))
             )
             for variant in made
             for engine, precision in RUNS[variant]

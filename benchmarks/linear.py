@@ -9,11 +9,7 @@ with a noise index of its own), and over 200 calls of DDPM-50.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +22,8 @@ from race_case import clocks, others_share
 from race_table import BUSY
 
 from epsrt import Bundle, Plan, Sampler, open_engine
+from epsrt.bench import isolated
+from epsrt.bench.timing import clocked, rounds
 from epsrt.plan import COLUMNS
 
 Row = dict[str, Any]
@@ -37,16 +35,9 @@ CALLS, CALL_STEPS = 200, 50
 CHART = Path("docs/linear.png")
 
 
-def times(runs: dict[int, Callable[[], object]], rounds: int) -> dict[int, float]:
-    """Median seconds of each, in turn after a warm-up, every other round backwards."""
-    for run in runs.values():
-        run()
-    seconds: dict[int, list[float]] = {size: [] for size in runs}
-    for i in range(rounds):
-        for size in list(runs)[:: 1 if i % 2 == 0 else -1]:
-            begin = time.perf_counter()
-            runs[size]()
-            seconds[size].append(time.perf_counter() - begin)
+def times(runs: dict[int, Callable[[], object]], most: int) -> dict[int, float]:
+    """Median seconds of each, in turn after a warm-up."""
+    seconds = rounds({size: clocked(run) for size, run in runs.items()}, most, warm=1)
     return {size: statistics.median(values) for size, values in seconds.items()}
 
 
@@ -77,10 +68,9 @@ def fitted(what: str, seconds: dict[int, float]) -> Row:
 
 
 def timed(opened: Bundle) -> list[Row]:
-    engine = open_engine(opened, "auto")
     labels = 0 if opened.labelled else None
     before = clocks()
-    with Sampler(engine) as sampler:
+    with open_engine(opened, "auto") as engine, Sampler(engine) as sampler:
         by_steps = times(
             {n: partial(sampler.sample, AT_BATCH, method="ddim", steps=n, labels=labels) for n in STEPS}, ROUNDS
         )
@@ -101,11 +91,15 @@ def repeated(plan: Plan, times: int) -> Plan:
     return Plan(table, plan.start, f"{plan.name}, {times} times", plan.level)
 
 
-def memory(path: str, steps: int = MEMORY_STEPS, calls: int = CALLS) -> Row:
-    """KiB of this process after every EVERY steps of one trajectory, and then after every tenth call."""
+def memory(key: Row) -> Row:
+    """KiB of this process after every EVERY steps of one trajectory, and then after every tenth call.
+
+    key: bundle, steps, calls
+    """
+    steps, calls = key["steps"], key["calls"]
     within: dict[int, int] = {}
     over: dict[int, int] = {}
-    with Sampler.open(path) as sampler:
+    with Sampler.open(key["bundle"]) as sampler:
         labels = 0 if sampler.bundle.labelled else None
         once = sampler.plan("ddpm", min(steps, 1000))
         plan = repeated(once, steps // len(once))
@@ -196,17 +190,10 @@ def chart(rows: list[Row], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory", metavar="BUNDLE", help=argparse.SUPPRESS)
-    asked = parser.parse_args().memory
-    if asked:
-        print(json.dumps(memory(asked)))
-        return
+    parser.parse_args()
     opened = bundle("digits")
     rows = timed(opened)
-    done = subprocess.run(
-        [sys.executable, __file__, "--memory", str(opened.path)], check=True, stdout=subprocess.PIPE, text=True
-    )
-    rows.append(json.loads(done.stdout.splitlines()[-1]))
+    rows.append(isolated.call(memory, {"bundle": str(opened.path), "steps": MEMORY_STEPS, "calls": CALLS}).value)
     for row in rows:
         print(told(row))
     chart(rows, CHART)

@@ -13,7 +13,6 @@ import argparse
 import json
 import resource
 import shutil
-import subprocess
 import sys
 import time
 from collections import OrderedDict
@@ -29,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from epsrt import EngineError, Schedule
+from epsrt.bench import isolated
 from epsrt.bundle import Bundle
 from epsrt.engines.gpu.trt_build import BuildOptions, build
 from epsrt.engines.gpu.trt_library import library
@@ -341,25 +341,16 @@ def table(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--part", choices=["make", "measure"], help=argparse.SUPPRESS)
     given = parser.parse_args()
     for name in given.names:
         if name not in CASES:
             parser.error(f"no network {name!r}: choose from {', '.join(CASES)}")
-    if given.part == "make":
-        make(given.names[0])
-        return
-    if given.part == "measure":
-        print(json.dumps(measure(given.names[0])))
-        return
     file = RESULTS / "networks.json"
     rows = {row["name"]: row for row in json.loads(file.read_bytes())["rows"]} if file.exists() else {}
     for name in given.names or [name for name in CASES if name not in rows]:
         print(f"{name} …", file=sys.stderr, flush=True)
-        for part in ("make", "measure"):
-            command = [sys.executable, "-W", "ignore", __file__, "--part", part, name]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        rows[name] = json.loads(done.stdout.splitlines()[-1])
+        isolated.call(make, name)
+        rows[name] = isolated.call(measure, name).value
         write("networks", [rows[n] for n in CASES if n in rows])
         shutil.rmtree(OUT / name)
         shutil.rmtree(OUT / f"{name}.epsrt")

@@ -11,23 +11,24 @@ import statistics
 from functools import partial
 
 import numpy as np
-from common import alternate, bundle, median_ratio, write
+from common import bundle, write
 
 from epsrt import Sampler, open_engine
+from epsrt.bench.report import paired_ratio
+from epsrt.bench.timing import clocked, rounds
 from epsrt.engines.cpu.onnxruntime import OnnxRuntimeCpu
 
 # preset, batch, steps a run, rounds
 CASES = (("digits", 1, 250, 15), ("digits", 64, 50, 15), ("ddpm-cifar10", 8, 5, 9))
 
 
-def measure(preset: str, batch: int, steps: int, rounds: int) -> list[dict[str, object]]:
+def measure(preset: str, batch: int, steps: int, most: int) -> list[dict[str, object]]:
     opened = bundle(preset)
-    engine = open_engine(opened, "onnxruntime")
-    assert isinstance(engine, OnnxRuntimeCpu)
     shape = (batch, *opened.manifest.shape)
     image = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     rows = []
-    with Sampler(engine) as sampler:
+    with open_engine(opened, "onnxruntime") as engine, Sampler(engine) as sampler:
+        assert isinstance(engine, OnnxRuntimeCpu)
         for method in ("ddim", "ddpm"):
             plan = sampler.plan(method, steps)
             feeds = {
@@ -44,13 +45,13 @@ def measure(preset: str, batch: int, steps: int, rounds: int) -> list[dict[str, 
                     engine.session.run(None, feeds)
 
             labels = 0 if opened.labelled else None
-            runs = {"bare": bare, "sampler": partial(sampler.sample, batch, plan=plan, labels=labels)}
-            seconds = alternate(runs, rounds)
+            whole = partial(sampler.sample, batch, plan=plan, labels=labels)
+            seconds = rounds({"bare": clocked(bare), "sampler": clocked(whole)}, most, warm=1)
             ms = {name: 1e3 * statistics.median(values) / steps for name, values in seconds.items()}
             more = (
                 1e6 * statistics.median(s - b for s, b in zip(seconds["sampler"], seconds["bare"], strict=True)) / steps
             )
-            ratio = median_ratio(seconds["sampler"], seconds["bare"])
+            ratio = paired_ratio(seconds["sampler"], seconds["bare"])
             rows.append(
                 {
                     "network": preset,

@@ -165,10 +165,8 @@ def measured(options: argparse.Namespace, results: Results) -> list[str]:
         chosen = [Point(p.sampler, p.spacing, p.steps, min(p.n, options.samples)) for p in chosen]
     references(results, real, {"features": digest}, sorted({p.n for p in chosen}))
     left = []
-    running = open_engine(
-        bundle_of(options.bundle), options.engine, precision=options.precision, threads=options.threads
-    )
-    with Sampler(running) as sampler:
+    opened, how = bundle_of(options.bundle), {"precision": options.precision, "threads": options.threads}
+    with open_engine(opened, options.engine, **how) as engine, Sampler(engine) as sampler:
         for point in chosen:
             key = key_of(point, sampler, digest)
             if results.has(point.name, key):

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from common import CACHE, bundle, machine, network, write
-from gpu_cases import difference, matches
-from gpu_process import run_case, serve
+from gpu_cases import Cases, difference, matches, run_case
 from race_case import CASES
 from race_rivals import AUTO, BY_NAME, CONTESTANTS, prepare
 from race_table import chart, table
@@ -92,7 +91,7 @@ def kept(path: Path, here: Row) -> list[Row]:
     return []
 
 
-def run(wanted: list[Row], command: list[str], path: Path, seconds: float, end: float) -> list[Row]:
+def run(wanted: list[Row], cases: Cases, path: Path, seconds: float, end: float) -> list[Row]:
     """The rows of all cases: kept, or measured now and kept at once. Ends early where `end` (monotonic) has passed."""
     here: Row = json.loads(json.dumps(machine()))
     rows = kept(path, here)
@@ -103,7 +102,7 @@ def run(wanted: list[Row], command: list[str], path: Path, seconds: float, end: 
             break
         print(" ".join(str(value) for value in key.values() if value), "…", flush=True)
         more, begin = given(key, seconds), time.monotonic()
-        result = run_case(command, {**key, **more}, LIMIT, None)
+        result = run_case(cases[key["what"]], {**key, **more}, LIMIT, None)
         result = {"error": f"it took more than {LIMIT:.0f} s"} if result is None else result
         spent = round(time.monotonic() - begin, 1)
         more.pop("bundle")
@@ -123,11 +122,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each race, at most, after its warm-up")
     parser.add_argument("--minutes", type=float, default=60.0, help="after these no case is begun; run it again")
     parser.add_argument("--fresh", action="store_true", help="forget what an interrupted run left")
-    parser.add_argument("--case", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.case:
-        serve(CASES, options.case)
-        return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended: run it again to go on"))  # and so the case's process
     for what, names, known in (("network", options.networks, NETWORKS), ("contestant", options.without, BY_NAME)):
         unknown = [name for name in names if name not in known]
@@ -142,8 +137,7 @@ def main() -> int:
     for name in options.networks:
         open_engine(bundle(name)).close()  # what an engine measures or compiles at its first use is kept from then on
         prepare(name, network)
-    command = [sys.executable, str(Path(__file__).resolve()), "--case"]
-    rows = run(wanted, command, PART, options.seconds, end)
+    rows = run(wanted, CASES, PART, options.seconds, end)
     print(f"\n{table(rows)}\n")
     left = len(wanted) - len(rows)
     if left:

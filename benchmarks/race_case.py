@@ -1,4 +1,4 @@
-"""The cases of the race on a CPU, each run in a process of its own: gpu_process.serve.
+"""The cases of the race on a CPU, each run in a process of its own: see gpu_cases.run_case.
 
 PyTorch's and onnxruntime's idle threads may spin before they sleep, and take a core from whoever comes next. So each
 turn begins with a pause and an unmeasured step (not where a step takes longer than all of that), and a case tells how
@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import plain_loops as loops
-from common import alternate, median_ratio
-from race_rivals import AUTO, CONTESTANTS, Contestant, Field, Running, begin, module
+from race_rivals import AUTO, CONTESTANTS, Contestant, Field, Running, begin, draw_once, module
 
 from epsrt import Bundle, Sampler, open_engine
+from epsrt.bench import isolated
+from epsrt.bench.report import paired_ratio
+from epsrt.bench.timing import clocked, rounds
+from epsrt.errors import one_line
 from epsrt.parity.measure import worst_psnr
 
 Row = dict[str, Any]
@@ -34,7 +36,6 @@ PAUSE = 0.05  # seconds before a turn
 LONG = 0.25  # seconds of a step to which neither the pause nor a cold cache matters
 ALONE = 0.5  # seconds of each contestant's turns before the race, one at least
 SLOW = 10.0  # seconds of a start that is not measured a second time
-HERE = Path(__file__).parent
 
 
 def field_of(key: Row) -> Field:
@@ -44,7 +45,7 @@ def field_of(key: Row) -> Field:
     return Field(key["network"], Path(key["bundle"]), loops.start(key["batch"], m.shape), labels, m.schedule)
 
 
-def race(key: Row, quiet: Callable[[], None]) -> Row:
+def race(key: Row) -> Row:
     """Case "race": milliseconds a step of whole calls, images on the host, of ours and of each rival that runs here.
 
     key: network, batch, bundle, steps, seconds and rounds of the race at most, and the names that are left out.
@@ -76,7 +77,7 @@ def measure(
                 one = begin(contestant, field, stack, make)
                 made[contestant.name] = one.draw(steps)
             except Exception as error:  # of anybody's library: who cannot run is a finding
-                refused[contestant.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+                refused[contestant.name] = f"{type(error).__name__}: {one_line(error, 400)}"
                 continue
             first = time.perf_counter() - started
             if same_as_auto(contestant, one, found):
@@ -96,10 +97,10 @@ def measure(
     for name, row in found.items():
         row["ms"] = round(statistics.median(times[name]), 4)
         row["p90_ms"] = round(float(np.percentile(times[name], 90)), 4)
-        row["times"] = round(median_ratio(times[name], times[best]), 4)
+        row["times"] = round(paired_ratio(times[name], times[best]), 4)
         like = ours_like(name, found)
         if like is not None:
-            row["like"], row["times_like"] = like, round(median_ratio(times[name], times[like]), 4)
+            row["like"], row["times_like"] = like, round(paired_ratio(times[name], times[like]), 4)
         if name != "diffusers":  # its network has other weights
             row["psnr"] = round(worst_psnr(made[name], truth, (-1.0, 1.0)), 1)
     return {
@@ -158,25 +159,21 @@ def alone(draw: Draw, steps: int) -> float:
 
 
 def turns(draws: dict[str, Draw], steps: int, seconds: float, most: int, pause: float) -> dict[str, list[float]]:
-    """Milliseconds a step of each, in turn, every other round backwards: `most` rounds, 3 once `seconds` are spent."""
-    end = time.perf_counter() + seconds
-    kept: dict[str, list[float]] = {name: [] for name in draws}
-    for i in range(most):
-        if i >= 3 and time.perf_counter() > end:
-            break
-        for name in list(draws)[:: 1 if i % 2 == 0 else -1]:
-            if not kept[name] or kept[name][-1] < 1e3 * LONG:
-                time.sleep(pause)
-                if pause:
-                    draws[name](1)
-            kept[name].append(1e3 * _timed(draws[name], steps) / steps)
-    return kept
+    """Milliseconds a step of each, in turn: `most` rounds, 3 once `seconds` are spent. A quick one is begun gently."""
+    took: dict[str, float] = {}
+
+    def turn(name: str) -> float:
+        if pause and took.get(name, 0.0) < 1e3 * LONG:
+            time.sleep(pause)
+            draws[name](1)
+        took[name] = 1e3 * _timed(draws[name], steps) / steps
+        return took[name]
+
+    return rounds({name: partial(turn, name) for name in draws}, most, least=3, seconds=seconds)
 
 
 def _timed(draw: Draw, steps: int) -> float:
-    started = time.perf_counter()
-    draw(steps)
-    return time.perf_counter() - started
+    return clocked(partial(draw, steps))()
 
 
 def clocks() -> tuple[float, float, float]:
@@ -193,15 +190,15 @@ def others_share(before: tuple[float, float, float], after: tuple[float, float, 
     return round(max(busy - own, 0.0) / (wall * (os.cpu_count() or 1)), 3)
 
 
-def share(key: Row, quiet: Callable[[], None]) -> Row:
+def share(key: Row) -> Row:
     """Case "share": what of a step of Sampler is not its engine's, by method; the engine is the one that auto takes.
 
     The bare engine runs the same lanes' step over and over. key: bundle, batch, steps, rounds
     """
     bundle, batch, steps = Bundle.open(key["bundle"]), key["batch"], key["steps"]
-    engine, found = open_engine(bundle, "auto"), {}
+    found = {}
     labels = 0 if bundle.labelled else None
-    with Sampler(engine) as sampler, engine.lanes(batch) as lanes:
+    with open_engine(bundle, "auto") as engine, Sampler(engine) as sampler, engine.lanes(batch) as lanes:
         run: Callable[[], None] = lanes._runs[0]  # type: ignore[attr-defined]  # here alone we look inside
         lanes._x[0][:] = loops.start(batch, bundle.manifest.shape)  # type: ignore[attr-defined]
 
@@ -212,10 +209,8 @@ def share(key: Row, quiet: Callable[[], None]) -> Row:
         for method in ("ddim", "ddpm"):
             plan = sampler.plan(method, steps)
             lanes._row[:] = plan.rows(engine.columns)[0]  # type: ignore[attr-defined]
-            seconds = alternate(
-                {"bare": bare, "sampler": lambda plan=plan: sampler.sample(batch, plan=plan, labels=labels)},  # type: ignore[misc]
-                key["rounds"],
-            )
+            whole = partial(sampler.sample, batch, plan=plan, labels=labels)
+            seconds = rounds({"bare": clocked(bare), "sampler": clocked(whole)}, key["rounds"], warm=1)
             pairs = list(zip(seconds["sampler"], seconds["bare"], strict=True))
             found[method] = {
                 "bare_ms": round(1e3 * statistics.median(seconds["bare"]) / steps, 4),
@@ -225,28 +220,16 @@ def share(key: Row, quiet: Callable[[], None]) -> Row:
     return {"engine": engine.name, "precision": engine.precision, "methods": found}
 
 
-def process(key: Row, quiet: Callable[[], None]) -> Row:
+def process(key: Row) -> Row:
     """Case "process": a contestant in a process of its own, from its start to the images of one request.
 
     key: network, batch, bundle, contestant, steps, rounds. Gives `start_s`, the median, and `peak_mib`, the most.
     """
-    given = [key["contestant"], key["network"], key["bundle"], str(key["batch"]), str(key["steps"])]
     seconds, peaks = [], []
     for _ in range(key["rounds"]):
-        started = time.perf_counter()
-        done = subprocess.Popen(
-            [sys.executable, str(HERE / "race_process.py"), *given],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-        assert done.stdout is not None
-        said = done.stdout.readline()  # as soon as the images are there
-        seconds.append(time.perf_counter() - started)
-        done.communicate()
-        if done.returncode or not said.startswith("peak_kib "):
-            raise RuntimeError(f"its process ended with status {done.returncode}")
-        peaks.append(int(said.split()[1]) / 1024)
+        done = isolated.call(draw_once, key)
+        seconds.append(done.seconds)
+        peaks.append((done.memory or 0) / 2**20)
         if seconds[-1] > SLOW:
             break
     return {"start_s": round(statistics.median(seconds), 3), "peak_mib": round(max(peaks), 1)}

@@ -8,13 +8,18 @@ sample     `epsrt sample` of one digit with DDIM-20 on the engine that auto take
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from common import CACHE, alternate, bundle, median_ratio, write
+from common import CACHE, bundle, write
+
+from epsrt.bench.report import paired_ratio
+from epsrt.bench.timing import clocked, rounds
 
 ROUNDS = 9
 DIFFUSERS = CACHE / "diffusers-digits"
@@ -50,6 +55,9 @@ def save_rival() -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="fewer are not written to results/")
+    options = parser.parse_args()
     path = str(bundle("digits").path)
     save_rival()
     command = str(Path(sys.executable).with_name("epsrt"))
@@ -58,16 +66,14 @@ def main() -> None:
     def sample(engine: str) -> None:
         subprocess.run([*arguments, "--engine", engine], check=True, capture_output=True)
 
-    seconds = alternate(
-        {
-            "nothing": lambda: python("-c", "pass"),
-            "import epsrt": lambda: python("-c", "import epsrt"),
-            "epsrt sample": partial(sample, "auto"),
-            "epsrt sample, onnxruntime": partial(sample, "onnxruntime"),
-            "diffusers": lambda: python("-c", RIVAL),
-        },
-        ROUNDS,
-    )
+    runs: dict[str, Callable[[], object]] = {
+        "nothing": partial(python, "-c", "pass"),
+        "import epsrt": partial(python, "-c", "import epsrt"),
+        "epsrt sample": partial(sample, "auto"),
+        "epsrt sample, onnxruntime": partial(sample, "onnxruntime"),
+        "diffusers": partial(python, "-c", RIVAL),
+    }
+    seconds = rounds({name: clocked(run) for name, run in runs.items()}, options.rounds, warm=1)
     rows: list[dict[str, object]] = []
     for name, values in seconds.items():
         rows.append({"what": name, "seconds": round(statistics.median(values), 4)})
@@ -76,10 +82,11 @@ def main() -> None:
     rows.append({"what": "import epsrt alone", "seconds": round(imported, 4)})
     print(f"import epsrt alone {1e3 * imported:.0f} ms")
     for name in ("epsrt sample", "epsrt sample, onnxruntime"):
-        ratio = median_ratio(seconds["diffusers"], seconds[name])
+        ratio = paired_ratio(seconds["diffusers"], seconds[name])
         rows.append({"what": f"diffusers / {name}", "ratio": round(ratio, 2)})
         print(f"diffusers takes {ratio:.1f} × as long as {name}")
-    print(write("startup", rows))
+    if options.rounds >= ROUNDS:
+        print(write("startup", rows))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from epsrt import Bundle, Sampler
+from epsrt.bench import isolated
 from epsrt.parity.measure import worst_psnr
 from gpu.stand_in.build import NoCompiler, build, environment  # here: later, benchmarks/gpu.py would hide it
 from nets import tiny
@@ -39,31 +39,53 @@ def benchmarks() -> Iterator[None]:
 
 
 # A case: what it is told to do, and a result that counts its runs.
-CASE = """
-import json, os, pathlib, signal, sys, time
-key, out = json.load(sys.stdin), pathlib.Path(sys.argv[1])
-with open("runs", "a") as file: file.write(key["do"] + " ")
-print("the last words")
-if key["do"] == "die": os.kill(os.getpid(), signal.SIGSEGV)
-if key["do"] == "exit": sys.exit(3)
-if key["do"] == "sleep":
-    try: time.sleep(60)
-    except KeyboardInterrupt: pathlib.Path("cleaned").touch(); raise
-out.write_text(json.dumps({"error": "no"} if key["do"] == "fail" else {"value": key["rounds"]}))
-if key["do"] == "linger": time.sleep(60)
+CASES = """
+import os, pathlib, signal, sys, time
+def case(key):
+    with open("runs", "a") as file: file.write(key["do"] + " ")
+    print("the last words")
+    if key["do"] == "die": os.kill(os.getpid(), signal.SIGSEGV)
+    if key["do"] == "exit": sys.exit(3)
+    if key["do"] == "fail": raise ValueError("no")
+    if key["do"] == "sleep":
+        try: time.sleep(60)
+        except KeyboardInterrupt: pathlib.Path("cleaned").touch(); raise
+    if key["do"] == "linger":
+        import atexit
+        atexit.register(time.sleep, 60)
+    return {"value": key["rounds"]}
+
+def timing(key):
+    from epsrt.bench import isolated
+    time.sleep(0.2)
+    isolated.say("timing")
+    time.sleep(0.3)
+    return {}
 """
 
 
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The module CASES."""
+    folder = tmp_path_factory.mktemp("cases")
+    (folder / "made_up_cases.py").write_text(CASES)
+    sys.path.insert(0, str(folder))
+    import made_up_cases
+
+    yield made_up_cases
+    sys.path.remove(str(folder))
+
+
 @pytest.fixture
-def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """part(**options) is a Part whose cases run CASE; `runs()` are those that ran."""
+def part(cases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """part(**options) is a Part with one case; `runs()` are those that ran."""
     import gpu_cases
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gpu_cases, "machine", lambda: {"gpu": {"name": "one"}, "cores": 2})
     monkeypatch.setattr(gpu_cases, "LEAST", 0.5)
-    command = [sys.executable, "-c", CASE]
-    return lambda minutes=MINUTES, **more: gpu_cases.Part("test", command, tmp_path, minutes, 7, **more)
+    known = {"x": cases.case}
+    return lambda minutes=MINUTES, **more: gpu_cases.Part("test", known, tmp_path, minutes, 7, **more)
 
 
 def runs() -> list[str]:
@@ -88,7 +110,11 @@ def test_a_row_is_measured_once(part) -> None:
 
 
 def test_a_failure_is_a_row(part) -> None:
-    for do, want in (("fail", "no"), ("die", "its process ended with SIGSEGV: the last words"), ("exit", "status 3")):
+    for do, want in (
+        ("fail", "ValueError: no"),
+        ("die", "its process ended with SIGSEGV: the last words"),
+        ("exit", "status 3"),
+    ):
         row = part().case("x", do=do)
         assert want in row["error"]
         assert part().case("x", do=do) == row
@@ -96,7 +122,7 @@ def test_a_failure_is_a_row(part) -> None:
     last = part(retry=True)
     last.case("x", do="fail")
     assert runs() == ["fail", "die", "exit", "fail"]
-    assert "x: no" in last.summary()
+    assert "x: ValueError: no" in last.summary()
 
 
 def test_another_machines_rows_are_put_aside(part, monkeypatch, capsys) -> None:
@@ -133,22 +159,16 @@ def test_what_the_budget_does_not_reach_is_left(part, monkeypatch) -> None:
 
 
 def test_a_result_counts_though_its_process_stays(part, monkeypatch) -> None:
-    import gpu_process
-
-    monkeypatch.setattr(gpu_process, "LINGER", 0.2)
+    monkeypatch.setattr(isolated, "LINGER_S", 0.2)
     begin = time.monotonic()
     assert part().case("x", do="linger")["value"] == 7
     assert time.monotonic() - begin < 10
 
 
-def test_memory_is_watched_until_the_case_times(tmp_path, monkeypatch) -> None:
-    import gpu_process
+def test_memory_is_watched_until_the_case_times(cases, tmp_path, monkeypatch) -> None:
+    import gpu_cases
 
     monkeypatch.chdir(tmp_path)
-    code = (
-        "import pathlib, sys, time; out = pathlib.Path(sys.argv[1]); time.sleep(0.2);"
-        "out.with_suffix('.timing').touch(); time.sleep(0.3); out.write_text('{}')"
-    )
     free = iter([100 << 20, *[90 << 20, 40 << 20, 70 << 20] * 4, *[60 << 20] * 1000])
     seen: list[int] = []
 
@@ -156,17 +176,10 @@ def test_memory_is_watched_until_the_case_times(tmp_path, monkeypatch) -> None:
         seen.append(next(free))
         return seen[-1]
 
-    assert gpu_process.run_case([sys.executable, "-c", code], {}, 20, told) == {"peak_mib": 60}
-    assert len(seen) < 60
-
-
-def test_how_a_process_ended(tmp_path, monkeypatch) -> None:
-    import gpu_process
-
-    monkeypatch.setattr(gpu_process, "LOG", tmp_path / "log")
-    (tmp_path / "log").write_text("one\n two \n\n")
-    assert gpu_process.died(-signal.SIGABRT) == "its process ended with SIGABRT: two"
-    assert gpu_process.died(-99) == "its process ended with signal 99: two"
+    assert gpu_cases.run_case(cases.timing, {}, 20, told) == {"peak_mib": 60}
+    before = len(seen)
+    assert before > 4
+    assert gpu_cases.run_case(cases.timing, {}, 20, None) == {}
 
 
 def test_arithmetic() -> None:
@@ -180,7 +193,7 @@ def test_arithmetic() -> None:
     calls: list[str] = []
     kept = rounds({"a": lambda: calls.append("a") or 1, "b": lambda: calls.append("b") or 2}, 3)
     assert kept == {"a": [1, 1, 1], "b": [2, 2, 2]}
-    assert calls[-6:] == ["a", "b"] * 3
+    assert calls[-6:] == ["a", "b", "b", "a", "a", "b"]
     assert len(calls) >= 10  # two to warm up, at least
     assert len(rounds({"a": lambda: 1}, 20, least=4, seconds=0)["a"]) == 4
     assert align("a|n|last", [["xx", "1", "y"], ["z", "22", "q"]], 1) == ["a    n  last", "xx   1  y", "z   22  q"]
@@ -327,15 +340,15 @@ import gpu_rivals, gpu_speed
 from epsrt import EngineError
 
 key = {"network": "small", "precision": "fp32", "batch": 3, "rounds": 2, "gflop": 1.0, "matmul": 100.0}
-row = gpu_speed.measure({**key, "engine": "onnxruntime-cuda"}, lambda: None)
+row = gpu_speed.measure({**key, "engine": "onnxruntime-cuda"})
 assert (row["graphs"], row["bare_steps_in_graph"]) == ("the engine's own", "alone"), row
 assert row["tflops"] > 0 and "share_of_matmul" not in row, row  # FP32 is not held against FP16's product
 try:
-    gpu_speed.chunks({**key, "engine": "onnxruntime-cuda"}, lambda: None)
+    gpu_speed.chunks({**key, "engine": "onnxruntime-cuda"})
 except EngineError as error:
     assert "captures its steps by itself" in str(error)
 fake_tensorrt.knobs["fail_in_capture"] = True
-row = gpu_speed.measure({**key, "engine": "tensorrt"}, lambda: None)
+row = gpu_speed.measure({**key, "engine": "tensorrt"})
 assert (row["graphs"], row["bare_steps_in_graph"]) == ("none", "alone"), row
 """
 

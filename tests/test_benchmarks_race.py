@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from torch import nn
 
-from epsrt import Bundle, Sampler, Schedule
+from epsrt import Bundle, EngineError, Sampler, Schedule
+from epsrt.bench import isolated
 from epsrt.timesteps import spaced
 
 ROOT = Path(__file__).parents[1]
@@ -166,42 +167,42 @@ def test_those_alike_are_neighbours() -> None:
 
 PROCESS = """
 import sys
-sys.path.insert(0, sys.argv[1])
-import race_process
-race_process.main(*sys.argv[2:])
-print(*sorted({"epsrt", "torch", "onnxruntime", "diffusers", "openvino"} & set(sys.modules)))
+import race_rivals
+def imported(key):
+    race_rivals.draw_once(key)
+    return sorted({"epsrt", "torch", "onnxruntime", "diffusers", "openvino"} & set(sys.modules))
 """
 
 
-def test_a_process_imports_what_it_needs(folder: Path, bundle_path: Path, prepared: Path) -> None:
+def test_a_process_imports_what_it_needs(
+    folder: Path, bundle_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import race_case
 
     (folder / "out").mkdir()
     (folder / "out/bench").symlink_to(prepared)
-    arguments = (str(ROOT / "benchmarks"), "onnxruntime loop", "digits", str(bundle_path), "2", "3")
-    done = subprocess.run([sys.executable, "-c", PROCESS, *arguments], capture_output=True, text=True, check=True)
-    peak, imported = done.stdout.splitlines()
-    assert 20 << 10 < int(peak.removeprefix("peak_kib ")) < 4 << 20
-    assert imported == "onnxruntime"
-    key = {
-        "network": "digits",
-        "bundle": str(bundle_path),
-        "batch": 2,
-        "contestant": "epsrt onnxruntime fp32",
-        "steps": 3,
-        "rounds": 1,
-    }
-    row = race_case.process(key, lambda: None)
+    (folder / "what_a_rival_imports.py").write_text(PROCESS)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]))
+    import what_a_rival_imports
+
+    key = {"network": "digits", "bundle": str(bundle_path), "batch": 2, "steps": 3, "rounds": 1}
+    done = isolated.call(what_a_rival_imports.imported, {**key, "contestant": "onnxruntime loop"})
+    assert done.value == ["onnxruntime"]
+    assert done.memory is not None
+    assert 20 << 20 < done.memory < 4 << 30
+    key["contestant"] = "epsrt onnxruntime fp32"
+    row = race_case.process(key)
     assert 0.05 < row["start_s"] < 60
     assert row["peak_mib"] > 20
-    with pytest.raises(RuntimeError, match="status 1"):
-        race_case.process({**key, "bundle": "nowhere.epsrt"}, lambda: None)
+    with pytest.raises(EngineError, match=r"nowhere\.epsrt"):
+        race_case.process({**key, "bundle": "nowhere.epsrt"})
 
 
 def test_the_loops_own_share(bundle_path: Path) -> None:
     import race_case
 
-    row = race_case.share({"bundle": str(bundle_path), "batch": 1, "steps": 5, "rounds": 2}, lambda: None)
+    row = race_case.share({"bundle": str(bundle_path), "batch": 1, "steps": 5, "rounds": 2})
     assert set(row["methods"]) == {"ddim", "ddpm"}
     for one in row["methods"].values():
         assert one["bare_ms"] > 0
@@ -221,11 +222,11 @@ def test_the_cases() -> None:
 
 # A case that counts its runs; a batch of 8 dies.
 CASE = """
-import json, os, pathlib, signal, sys
-key, out = json.load(sys.stdin), pathlib.Path(sys.argv[1])
-with open("runs", "a") as file: file.write(f"{key['batch']} ")
-if key["batch"] == 8: os.kill(os.getpid(), signal.SIGSEGV)
-out.write_text(json.dumps({"value": key["seconds"]}))
+import os, signal
+def case(key):
+    with open("runs", "a") as file: file.write(f"{key['batch']} ")
+    if key["batch"] == 8: os.kill(os.getpid(), signal.SIGSEGV)
+    return {"value": key["seconds"]}
 """
 
 
@@ -235,24 +236,28 @@ def test_an_interrupted_run_is_taken_up(monkeypatch: pytest.MonkeyPatch, capsys:
     here: dict[str, Any] = {"cores": 2}
     monkeypatch.setattr(race, "machine", lambda: here)
     monkeypatch.setattr(race, "given", lambda key, seconds: {"bundle": "x", "seconds": seconds})
-    command, part, later = [sys.executable, "-c", CASE], Path("part.json"), time.monotonic() + 60
+    Path("dying_case.py").write_text(CASE)
+    monkeypatch.syspath_prepend(Path.cwd())
+    import dying_case
+
+    cases, part, later = {"race": dying_case.case}, Path("part.json"), time.monotonic() + 60
     wanted = [{"what": "race", "network": "digits", "batch": batch} for batch in (1, 8, 32)]
 
     def runs() -> list[str]:
         return Path("runs").read_text().split()
 
-    rows = race.run(wanted[:2], command, part, 7.0, later)
+    rows = race.run(wanted[:2], cases, part, 7.0, later)
     assert (rows[0]["value"], "bundle" in rows[0]) == (7.0, False)
     assert "SIGSEGV" in rows[1]["error"]
-    assert race.run(wanted, command, part, 7.0, 0.0) == rows  # no time: what there is
-    assert len(race.run(wanted, command, part, 7.0, later)) == 3
+    assert race.run(wanted, cases, part, 7.0, 0.0) == rows  # no time: what there is
+    assert len(race.run(wanted, cases, part, 7.0, later)) == 3
     assert runs() == ["1", "8", "32"]  # nothing twice, what failed neither
     here["cores"] = 4
-    race.run(wanted[:1], command, part, 7.0, later)
+    race.run(wanted[:1], cases, part, 7.0, later)
     assert "cores: 2, now 4" in capsys.readouterr().out
     assert runs() == ["1", "8", "32", "1"]
     part.write_text("{")
-    race.run(wanted[:1], command, part, 7.0, later)
+    race.run(wanted[:1], cases, part, 7.0, later)
     assert "starting over" in capsys.readouterr().out
     assert len(runs()) == 5
 
@@ -393,7 +398,10 @@ def test_memory_and_the_chart_of_lines(small_bundle_path: Path, folder: Path, mo
     monkeypatch.setattr(linear, "BATCHES", (1, 2))
     monkeypatch.setattr(linear, "ROUNDS", 1)
     monkeypatch.setattr(linear, "EVERY", 20)
-    rows = [*linear.timed(Bundle.open(small_bundle_path)), linear.memory(str(small_bundle_path), 100, 10)]
+    rows = [
+        *linear.timed(Bundle.open(small_bundle_path)),
+        linear.memory({"bundle": str(small_bundle_path), "steps": 100, "calls": 10}),
+    ]
     assert list(rows[2]["kib_after_steps"]) == [20, 40, 60, 80, 100]
     assert list(rows[2]["kib_after_calls"]) == [10]
     assert min(rows[2]["kib_after_steps"].values()) > 10 << 10

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from epsrt import Bundle, EngineError, EpsrtError, NotFiniteError, machine, open_engine
-from epsrt.bench import isolated, run, timing
+from epsrt.bench import child, isolated, run, timing
 from epsrt.bench.compare import compare, judged, noise_band
 from epsrt.bench.report import (
     Case,
@@ -220,10 +220,10 @@ def test_memory_is_the_process_s_own(small_bundle_path: Path) -> None:
     code = """
 import sys
 import numpy as np
-from epsrt.bench import isolated
+from epsrt.bench import child, isolated
 import msgspec
 ballast = np.ones(400 << 20, np.uint8)
-print(isolated.run(msgspec.json.decode(sys.argv[1], type=isolated.Task)).memory, isolated.peak_memory()[0])
+print(isolated.run(msgspec.json.decode(sys.argv[1], type=isolated.Task)).memory, child.peak_memory()[0])
 """
     argument = msgspec.json.encode(task(small_bundle_path)).decode()
     done = subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True, check=True)
@@ -233,14 +233,14 @@ print(isolated.run(msgspec.json.decode(sys.argv[1], type=isolated.Task)).memory,
 
 
 def test_memory_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    peak, what = isolated.peak_memory()
+    peak, what = child.peak_memory()
     assert what == "VmHWM"
-    monkeypatch.setattr(isolated, "STATUS", tmp_path / "none")
-    other, what = isolated.peak_memory()
+    monkeypatch.setattr(child, "STATUS", tmp_path / "none")
+    other, what = child.peak_memory()
     assert what == "ru_maxrss"
     assert other == pytest.approx(peak, rel=0.5)
     monkeypatch.setitem(sys.modules, "resource", None)
-    assert isolated.peak_memory() == (None, "not measured")
+    assert child.peak_memory() == (None, "not measured")
 
 
 def test_what_fails_in_the_process_is_its_sentence(small_bundle_path: Path) -> None:

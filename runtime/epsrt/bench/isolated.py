@@ -6,6 +6,7 @@ benchmarks/ measure their cases in one.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import queue
@@ -19,22 +20,29 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 
-from epsrt.errors import EngineError, EpsrtError, one_line
+from epsrt.bench import child
+from epsrt.errors import EngineError
 
 LINGER_S = 20.0  # that a process may take to end once its result is there
 PATIENCE_S = 8.0  # that a process may take to end once it was asked to
 WATCH_S, WAIT_S = 0.01, 0.5  # between two calls of `watch`; between two looks at the clock without it
 START_LIMIT_S = 20.0  # for the image of a start
 MEMORY_S, MEMORY_STEPS = 0.3, 2  # of the batch: buffers have grown after the first steps
-STATUS = Path("/proc/self/status")
-ENTRY = "from epsrt.bench.isolated import main; main()"  # not -m, which would load this module twice
 
 Heard = Callable[[float, Any], object]
-_pipe: IO[bytes] | None = None  # to the process that called; None where nobody did
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a function returned, the seconds from its process's start until then, and the process's peak memory."""
+
+    value: Any
+    seconds: float
+    memory: int | None  # bytes; None where the system does not tell
 
 
 class LateError(EngineError):
@@ -49,7 +57,7 @@ def call(
     heard: Heard = lambda at, value: None,
     watch: Callable[[], object] | None = None,
     log: Path | None = None,
-) -> Any:
+) -> Done:
     """What `function(given)` returns in a process of its own, which is over when this returns.
 
     function  at the top of a module; a script's own too
@@ -67,7 +75,7 @@ def call(
         file = Path(str(module.__file__)).resolve()
         name, folder = file.stem, str(file.parent)
     argument = msgspec.json.encode(given).decode()
-    command = [sys.executable, "-P", "-c", ENTRY, folder, name, function.__name__, argument]
+    command = [sys.executable, "-P", child.__file__, folder, name, function.__name__, argument]
     with log.open("ab+") if log else tempfile.TemporaryFile() as printed:
         start = printed.seek(0, os.SEEK_END)
         begin = time.perf_counter()
@@ -75,30 +83,32 @@ def call(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=printed, start_new_session=True
         )
         try:
-            said = _listen(process, begin, begin + seconds, heard, watch)
+            at, said = _listen(process, begin, begin + seconds, heard, watch)
         except BaseException:
             _end(process, 0.0)
             raise
         _end(process, LINGER_S)
-        if said is None:
+        if not said:
             printed.seek(start)
             words = printed.read().decode(errors="replace").strip().splitlines()
             last = f": {words[-1].strip()[:400]}" if words else ""
             raise EngineError(f"its process ended with {_how(process.returncode)}{last}")
     if "error" in said:
         raise EngineError(said["error"])
-    return said["result"]
+    return Done(said["result"], at, said["memory"])
 
 
 def say(value: object) -> None:
     """Tell the process that called; nothing happens where nobody did."""
-    _write({"said": value})
+    tell: Callable[[object], None] | None = getattr(sys.modules["__main__"], "epsrt_say", None)
+    if tell is not None:
+        tell(value)
 
 
 def _listen(
     process: subprocess.Popen[bytes], begin: float, end: float, heard: Heard, watch: Callable[[], object] | None
-) -> dict[str, Any] | None:
-    """The process's last word, {"result": …} or {"error": …}; None where it ended without one."""
+) -> tuple[float, dict[str, Any]]:
+    """When the process said its last word, and that: a result or an error; empty where it ended without one."""
     lines: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
     out = process.stdout
     assert out is not None
@@ -119,16 +129,14 @@ def _listen(
             if left <= 0:
                 raise LateError(f"it took more than the {end - begin:.0f} s that it was given") from None
             if over:
-                return None
+                return 0.0, {}
             over = process.poll() is not None  # a process that it forked may hold the pipe open
             if watch:
                 watch()
             continue
-        if not line:
-            return None
-        said: dict[str, Any] = msgspec.json.decode(line)
+        said: dict[str, Any] = json.loads(line or b"{}")
         if "said" not in said:
-            return said
+            return at, said
         watch = None
         heard(at, said["said"])
 
@@ -156,37 +164,6 @@ def _how(code: int) -> str:
         return f"signal {-code}"
 
 
-def _write(message: dict[str, Any]) -> None:
-    if _pipe is not None:
-        _pipe.write(msgspec.json.encode(message) + b"\n")
-        _pipe.flush()
-
-
-def main() -> None:
-    """The process's part."""
-    global _pipe
-    folder, module, name, given = sys.argv[1:]
-    _pipe = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever prints, prints into the log
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background lets its children ignore
-    if folder:
-        sys.path.insert(0, folder)
-    from importlib import import_module
-
-    try:
-        _write({"result": getattr(import_module(module), name)(msgspec.json.decode(given))})
-    except EpsrtError as error:
-        _write({"error": str(error)})
-    except MemoryError:
-        _write({"error": "it takes more memory than there is"})
-    except Exception as error:  # anybody's library may fail
-        import traceback
-
-        traceback.print_exc()
-        _write({"error": f"{type(error).__name__}: {one_line(error, 600)}"})
-
-
 class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a bench's process does: with `start` a request for one image, then some steps of `batch`; 0: none."""
 
@@ -211,12 +188,12 @@ class Found:
 def run(task: Task) -> Found:
     """Do a task in a process of its own. Raises EngineError where it fails, or its process dies."""
     startup: list[float] = []
-    memory = call(serve, task, heard=lambda at, first: startup.append(at) if first else None)
-    return Found(startup[0] if startup else None, memory)
+    done = call(serve, task, heard=lambda at, first: startup.append(at) if first else None)
+    return Found(startup[0] if startup else None, done.memory)
 
 
-def serve(given: dict[str, Any]) -> int | None:
-    """Do a task here. Says whether the first image came in time; returns the peak memory in bytes."""
+def serve(given: dict[str, Any]) -> None:
+    """Do a task here, and say whether the first image came in time."""
     from epsrt import Sampler
 
     task, begin = msgspec.convert(given, Task), time.perf_counter()
@@ -242,21 +219,3 @@ def serve(given: dict[str, Any]) -> int | None:
                 return done < MEMORY_STEPS or time.perf_counter() - start < MEMORY_S
 
             sampler.sample(task.batch, **asked, batch=task.batch, on_step=going)
-    return peak_memory()[0]
-
-
-def peak_memory() -> tuple[int | None, str]:
-    """This process's peak resident memory in bytes, and what that is. VmHWM begins with the program, as it should;
-    ru_maxrss, where there is no /proc, begins with that of the process that started it."""
-    try:
-        for line in STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) << 10, "VmHWM"
-    except (OSError, ValueError, IndexError):
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None, "not measured"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10, "ru_maxrss"

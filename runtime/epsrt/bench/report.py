@@ -169,9 +169,9 @@ def with_ratios(rows: Iterable[Row]) -> tuple[Row, ...]:
     )
 
 
-def paired_ratio(a: Sequence[float], b: Sequence[float]) -> float:
-    """Median over the rounds of a/b: neighbours in time share the machine's mood."""
-    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+def paired_ratio(a: Sequence[float], b: Sequence[float], scale: float = 1.0) -> float:
+    """Median over the rounds of a / (scale · b): neighbours in time share the machine's mood."""
+    return statistics.median(x / (scale * y) for x, y in zip(a, b, strict=True))
 
 
 def spread(values: Sequence[float]) -> float:

@@ -13,7 +13,7 @@ from time import perf_counter
 import msgspec
 
 from epsrt import machine
-from epsrt.bench import isolated
+from epsrt.bench import child, isolated
 from epsrt.bench.report import FORMAT, STARTS, Case, Of, Opened, Report, Row, Workload, with_ratios
 from epsrt.bench.timing import Course, alternate
 from epsrt.bundle import Bundle
@@ -138,7 +138,7 @@ def bench(bundle: Bundle, asked: Asked, ready: Ready, say: Say = lambda sentence
         Of(bundle.path.name, bundle.manifest.digest),
         Workload(plan.name, len(plan), asked.threads),
         batches,
-        f"peak resident memory of a process that does only this ({isolated.peak_memory()[1]}), without the GPU's",
+        f"peak resident memory of a process that does only this ({child.peak_memory()[1]}), without the GPU's",
         machine.describe(),
         ready.openings,
         False,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -30,6 +30,7 @@ ROUND_S = 0.1  # of requests at least, in a round
 SLOW_S = 0.02  # a step from which on waiting for each costs nothing that one could measure
 
 T = TypeVar("T")
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass
@@ -142,26 +143,67 @@ class Course(Closing):
 
 
 def alternate(
-    courses: Sequence[Course], seconds: float | None, rounds: int, failed: Callable[[Case, EpsrtError], object]
+    courses: Sequence[Course], seconds: float | None, count: int, failed: Callable[[Case, EpsrtError], object]
 ) -> list[Course]:
     """Give the courses rounds in turn; those that ran through come back.
 
-    seconds  a course: rounds go on until all of them took as long together, LEAST of them at least. None: `rounds`
+    seconds  a course: rounds go on until all of them took as long together, LEAST of them at least. None: `count`
     failed   is told of a course that raised, which takes no further part
     """
-    running, end = list(courses), time.perf_counter() + (seconds or 0.0) * len(courses)
-    least, count = (rounds if seconds is None else LEAST), 0
-    while running and (count < least or time.perf_counter() < end):
-        for course in _turned(running, count):  # nobody always follows the same neighbour
+    runs = {course: course.round for course in courses}
+    lost = lambda course, error: failed(course.case, error)  # noqa: E731
+    if seconds is None:
+        return list(rounds(runs, count, least=count, failed=lost))
+    return list(rounds(runs, None, least=LEAST, seconds=seconds * len(courses), failed=lost))
+
+
+def rounds(
+    runs: Mapping[Key, Callable[[], T]],
+    most: int | None,
+    *,
+    least: int = 1,
+    seconds: float | None = None,
+    warm: int = 0,
+    warm_s: float = 0.0,
+    failed: Callable[[Key, EpsrtError], object] | None = None,
+) -> dict[Key, list[T]]:
+    """What each run returns, all in turn: every other round runs backwards.
+
+    most     rounds; None: until `seconds` are over
+    least    rounds that are run although `seconds` are over
+    warm     rounds before, which do not count; more of them until `warm_s` seconds are over
+    failed   is told of a run that raised, which takes no further part and is not returned; None: it is raised
+    """
+    begin, done = time.perf_counter(), 0
+    while done < warm or time.perf_counter() - begin < warm_s:
+        for run in runs.values():
+            run()
+        done += 1
+    end = math.inf if seconds is None else time.perf_counter() + seconds
+    kept: dict[Key, list[T]] = {key: [] for key in runs}
+    count = 0
+    while kept and (most is None or count < most) and (count < least or time.perf_counter() < end):
+        for key in _turned(list(kept), count):  # nobody always follows the same neighbour
             try:
-                course.round()
+                kept[key].append(runs[key]())
             except EpsrtError as error:
-                failed(course.case, error)
-                running.remove(course)
+                if failed is None:
+                    raise
+                failed(key, error)
+                del kept[key]
         count += 1
-        if seconds is None and count == least:
-            break
-    return running
+    return kept
+
+
+def clocked(run: Callable[[], object]) -> Callable[[], float]:
+    """A run that returns its seconds."""
+
+    def timed() -> float:
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+
+    return timed
 
 
 def _rest() -> None:
