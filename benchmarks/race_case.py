@@ -163,7 +163,7 @@ def turns(draws: dict[str, Draw], steps: int, seconds: float, most: int, pause: 
     took: dict[str, float] = {}
 
     def turn(name: str) -> float:
-        if pause and took.get(name, 0.0) < 1e3 * LONG:
+        if pause and (name not in took or took[name] < 1e3 * LONG):
             time.sleep(pause)
             draws[name](1)
         took[name] = 1e3 * _timed(draws[name], steps) / steps

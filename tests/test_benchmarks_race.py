@@ -134,14 +134,13 @@ def test_turns_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_processes_are_noticed() -> None:
     import race_case
 
-    before, end = race_case.clocks(), time.monotonic() + 1.0
-    code = "import time\nend = time.monotonic() + 1\nwhile time.monotonic() < end: pass"
-    with subprocess.Popen([sys.executable, "-c", code]) as other:
-        while time.monotonic() < end:
+    before, end = race_case.clocks(), time.process_time() + 0.5
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        while time.process_time() < end:
             pass
         during = race_case.clocks()  # a child that has not been waited for is another process still
-        other.wait()
-    assert during[1] - before[1] > 0.2  # its own
+        other.kill()
+    assert during[1] - before[1] > 0.4  # its own
     assert race_case.others_share(before, during) > 0.1
     assert race_case.others_share((0.0, 0.0, 0.0), (5.0, 4.0, 1.0)) == round(1 / (os.cpu_count() or 1), 3)
     assert race_case.others_share((0.0, 0.0, 0.0), (5.0, 5.1, 1.0)) == 0
