@@ -23,7 +23,7 @@ BundleArgument = Annotated[
 ]
 EngineOption = Annotated[str, typer.Option(help=f"auto, or one of: {', '.join(ENGINES)}.")]
 TrustOption = Annotated[
-    bool, typer.Option("--trust-engines", help="Run plans that came with the bundle: native code of whoever sent it.")
+    bool, typer.Option("--trust-engines", help="Run the bundle's own engine files: native code of whoever sent them.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
 

@@ -34,18 +34,18 @@ def run(tmp_path: Path) -> Run:
 def test_build_says_what_it_made_and_finds_it_again(run: Run, bundle_path: Path) -> None:
     arguments = ("build", bundle_path, "--target", "sm89,sm_120", "--batch", "1:1:1", "--batch", "2:4:8")
     done = run(*arguments, "--json")
-    assert "no plan of tiny.epsrt for tensorrt-rtx was built yet: building it" in done.stderr
+    assert "no engine file of tiny.epsrt for tensorrt-rtx was built yet: building it" in done.stderr
     facts = json.loads(done.stdout)
     assert facts["engine"].startswith("tensorrt-rtx 1.")
     assert (facts["for"], facts["graph"], facts["batches"]) == ("sm_89, sm_120", "step-fp16.onnx", "1:1:1, 2:4:8")
     assert facts["built_now"] is True
     assert facts["layers"] > 300
-    assert Path(facts["plan"]).stat().st_size == facts["bytes"] > 100_000
+    assert Path(facts["engine_file"]).stat().st_size == facts["bytes"] > 100_000
     again = run(*arguments)
-    for word in ("Plan of", "none now: it was built", "sm_89, sm_120", "2:4:8", "MiB"):
+    for word in ("Engine file of", "none now: it was built", "sm_89, sm_120", "2:4:8", "MiB"):
         assert word in again.stdout
     listed = json.loads(run("cache", "--json").stdout)
-    assert [plan["path"] for plan in listed["plans"]] == [facts["plan"]]
+    assert [file["path"] for file in listed["engine_files"]] == [facts["engine_file"]]
 
 
 def test_inspect_prints_the_parsed_network(run: Run, small_bundle_path: Path) -> None:
@@ -58,9 +58,9 @@ def test_inspect_prints_the_parsed_network(run: Run, small_bundle_path: Path) ->
 def test_ship_puts_the_plan_beside_the_bundle(run: Run, small_bundle_path: Path, copy_of) -> None:
     bundle = copy_of(small_bundle_path)
     done = run("build", bundle, "--target", "sm89", "--ship", "--json")
-    plan = Path(json.loads(done.stdout)["plan"])
-    assert plan.parent == bundle / "engines"
-    assert plan.is_file()
+    file = Path(json.loads(done.stdout)["engine_file"])
+    assert file.parent == bundle / "engines"
+    assert file.is_file()
     assert run("inspect", bundle).stdout  # it is still that bundle
     sentence = run("sample", bundle, "--engine", "tensorrt-rtx", "--out", bundle.parent / "x.npz", code=1).stderr
     assert "CUDA_VISIBLE_DEVICES" in sentence or "no NVIDIA driver" in sentence
@@ -83,7 +83,7 @@ def test_ship_puts_the_plan_beside_the_bundle(run: Run, small_bundle_path: Path,
         (("--target", "sm89", "--level", "7"), "optimisation level 7 is outside 0 … 5"),
         (("--target", "sm89", "--workspace", "0"), "workspace = 0 MiB: give at least 1"),
         (("--target", "sm89", "--hardware-compatible", "all"), "use none, ampere+, same-capability"),
-        (("--target", "sm89", "--stripped"), "builds refittable and weight-stripped plans on a GPU alone"),
+        (("--target", "sm89", "--stripped"), "builds refittable and weight-stripped engine files on a GPU alone"),
         (("--engine", "onnxruntime"), "engine onnxruntime is not built ahead: use tensorrt or tensorrt-rtx"),
     ],
 )
@@ -92,7 +92,7 @@ def test_refusals(run: Run, small_bundle_path: Path, tmp_path: Path, arguments, 
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("epsrt: ")
     assert sentence in last
-    assert not list((tmp_path / "cache").rglob("*.plan"))
+    assert not list((tmp_path / "cache").rglob("*.engine"))
 
 
 def test_without_the_library(run: Run, small_bundle_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_features_choose_the_graph(run: Run, edited_bundle_path: Path) -> None:
         (("--features", "classifier"), "step-classifier-fp32.onnx"),
     ):
         assert json.loads(run(*arguments, *given, "--json").stdout)["graph"] == graph
-    assert len(json.loads(run("cache", "--json").stdout)["plans"]) == 4
+    assert len(json.loads(run("cache", "--json").stdout)["engine_files"]) == 4
     layers = json.loads(run(*arguments, "--features", "mask", "--inspect").stdout)["Network"]
     plain = json.loads(run(*arguments, "--inspect").stdout)["Network"]
     assert len(layers) > len(plain)

@@ -45,8 +45,8 @@ def cache(tmp_path, monkeypatch):
     return EngineCache()
 
 
-def store(cache, plan=b"plan" * 1000, name="digits.epsrt", days=0.0, **other):
-    entry = cache.store(msgspec.structs.replace(KEY, **other), plan, bundle_name=name)
+def store(cache, data=b"file" * 1000, name="digits.epsrt", days=0.0, **other):
+    entry = cache.store(msgspec.structs.replace(KEY, **other), data, bundle_name=name)
     used = time.time() - days * command.DAY
     os.utime(entry.record_path, (used, used))
     return next(e for e in cache.entries() if e.path == entry.path)
@@ -82,8 +82,8 @@ def test_help_has_examples(monkeypatch):
 
 
 def test_an_empty_cache(cache):
-    assert invoke() == f"{cache.directory}: 0 plans, 0 B, timing and other caches 0 B\n"
-    assert json.loads(invoke("--json")) == {"directory": str(cache.directory), "plans": [], "other_bytes": 0}
+    assert invoke() == f"{cache.directory}: 0 engine files, 0 B, timing and other caches 0 B\n"
+    assert json.loads(invoke("--json")) == {"directory": str(cache.directory), "engine_files": [], "other_bytes": 0}
     assert invoke("--prune") == f"{cache.directory}: 0 B freed (0 bytes)\n"
     assert pruned("--all") == {}
     assert not cache.directory.exists()
@@ -105,26 +105,26 @@ def test_the_list(cache):
     )
     cache.keep_blob("timing", b"x" * 2000)
     lines = [" ".join(line.split()) for line in invoke().splitlines()]
-    assert lines[0].startswith("Plans")
-    assert lines[1] == "bundle plan size last used"
+    assert lines[0].startswith("Engine files")
+    assert lines[1] == "bundle engine file size last used"
     assert lines[2].startswith("faces[red].epsrt tensorrt-rtx 1.7.1.116, fp32, batches 1:1:1 and 2:8:32 3.0 MiB ")
     assert lines[3] == f"{FACES[:16]} for sm_89, sm_120"
     assert lines[4] == f"built {new.built[:16].replace('T', ' ')}"
     used, size = time.strftime("%Y-%m-%d %H:%M", time.gmtime(old.used)), f"{old.size / 1024:.1f} KiB"
     assert lines[5] == f"digits.epsrt tensorrt 10.16.1.11, fp16, batches 1:8:64 {size} {used}"
     assert lines[6] == f"{DIGITS[:16]} for NVIDIA H200, sm_90"
-    assert lines[-1].startswith(f"{cache.directory}: 2 plans, 3.0 MiB, timing and other caches 2.")
+    assert lines[-1].startswith(f"{cache.directory}: 2 engine files, 3.0 MiB, timing and other caches 2.")
 
 
 def test_the_list_as_json(cache):
     entry = store(cache, days=2)
     report = json.loads(invoke("--json"))
-    (plan,) = report["plans"]
-    assert plan["path"] == str(entry.path)
-    assert plan["record"] == json.loads(entry.record_path.read_bytes())
-    assert plan["bytes"] == entry.size
-    assert plan["damage"] == ""
-    assert plan["used"] == time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(entry.used))
+    (data,) = report["engine_files"]
+    assert data["path"] == str(entry.path)
+    assert data["record"] == json.loads(entry.record_path.read_bytes())
+    assert data["bytes"] == entry.size
+    assert data["damage"] == ""
+    assert data["used"] == time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(entry.used))
 
 
 def test_damage_is_listed(cache):
@@ -135,7 +135,7 @@ def test_damage_is_listed(cache):
     assert "it has 2 bytes, its record says 4000" in text
     assert "its record cannot be read" in text
     assert DIGITS[:16] in text
-    assert sum(bool(plan["damage"]) for plan in json.loads(invoke("--json"))["plans"]) == 2
+    assert sum(bool(data["damage"]) for data in json.loads(invoke("--json"))["engine_files"]) == 2
 
 
 def test_prune_keeps_what_can_be_used(cache):
@@ -168,20 +168,28 @@ def test_a_library_that_is_not_installed_condemns_nothing(cache, monkeypatch):
 def test_prune_damage_and_leftovers(cache):
     good, cut, changed, lost, bare, open_ = (store(cache, gpu=str(i)) for i in range(6))
     cut.path.write_bytes(b"pl")
-    changed.path.write_bytes(b"plan" * 999 + b"plaN")
+    changed.path.write_bytes(b"file" * 999 + b"filE")
     lost.record_path.write_bytes(b"{")
     bare.path.unlink()
     open_.path.chmod(0o666)
-    beside = good.path.with_name(f".{'0' * 16}.0123456789ab.plan")
+    beside = good.path.with_name(f".{'0' * 16}.0123456789ab.engine")
     beside.write_bytes(b"half")
     gone = pruned()
     assert sorted(gone) == sorted([*paths(cut, changed, lost, bare, open_), str(beside)])
     assert gone[str(cut.path)] == "it has 2 bytes, its record says 4000"
-    assert gone[str(bare.path)] == "the plan is missing"
+    assert gone[str(bare.path)] == "the engine file is missing"
     for entry in (changed, open_):
         assert gone[str(entry.path)] == "its bytes are not those that were recorded, or others can write it"
     assert gone[str(beside)] == "left by a killed process"
     assert sorted(tree(good.path.parent)) == sorted([good.path.name, good.record_path.name])
+
+
+def test_prune_what_version_0_1_built(cache):
+    kept, old = store(cache), store(cache, gpu="")
+    plan = old.path.rename(old.path.with_suffix(".plan"))
+    assert pruned() == {str(old.path): "the engine file is missing", str(plan): "built by epsrt 0.1"}
+    assert left(cache) == paths(kept)
+    assert sorted(tree(kept.path.parent)) == sorted([kept.path.name, kept.record_path.name])
 
 
 def test_prune_by_last_use(cache):

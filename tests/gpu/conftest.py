@@ -32,7 +32,7 @@ sys.modules["tensorrt"] = sys.modules["tensorrt_rtx"] = trt
 import epsrt
 from epsrt import Bundle, EngineError, NotFiniteError, Sample, Sampler, idle_row, noise, open_engine
 from epsrt.verify import verify
-from epsrt.engines.gpu import cuda, engine_files as plans
+from epsrt.engines.gpu import cuda, engine_files
 from epsrt.engines.cache.store import EngineCache
 from epsrt.engines.gpu.trt_build import BuildOptions
 from epsrt.engines.gpu.trt_library import library
@@ -54,7 +54,7 @@ def refused(function, *arguments, **options):
 
 def built(bundle, precision="fp32", engine="tensorrt", features=(), **options):
     lib, graph = library(engine), bundle.graph(precision, features)
-    return plans.make_plan(lib, bundle, graph, BuildOptions(**options), say=lambda s: None)
+    return engine_files.make_engine_file(lib, bundle, graph, BuildOptions(**options), say=lambda s: None)
 
 def close(a, b):  # the network magnifies what the noises differ by, 4e-6 at most
     assert a.shape == b.shape and np.abs(a - b).max() < 1e-4, np.abs(a - b).max()

@@ -1,4 +1,5 @@
-"""A TensorRT in small: the same Python API, a plan that names an ONNX file, and onnxruntime's CPU for the work.
+"""A TensorRT in small: the same Python API, an engine file that names an ONNX file,
+and onnxruntime's CPU for the work.
 
 It runs on the stand-in driver: a context gives its stream a host function, so that a step runs when the stream does and
 can be captured. Each class has exactly what epsrt uses, in slots: using another name fails. test_tensorrt_api.py holds
@@ -406,13 +407,13 @@ class Runtime:
     def __init__(self, logger: ILogger) -> None:
         self.logger = logger
 
-    def deserialize_cuda_engine(self, plan: bytes) -> ICudaEngine | None:
-        if not plan.startswith(b"PLAN"):
+    def deserialize_cuda_engine(self, data: bytes) -> ICudaEngine | None:
+        if not data.startswith(b"PLAN"):
             self.logger.log(ILogger.ERROR, "the magic tag does not match")
             return None
-        made = json.loads(plan[4:])
+        made = json.loads(data[4:])
         if made["version"] != __version__:
-            self.logger.log(ILogger.ERROR, f"the plan is of version {made['version']}")
+            self.logger.log(ILogger.ERROR, f"the engine file is of version {made['version']}")
             return None
         return ICudaEngine(made)
 

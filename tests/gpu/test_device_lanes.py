@@ -1,4 +1,5 @@
-"""Device lanes and the TensorRT engine, run for real on the stand-in driver, with onnxruntime's CPU behind the plan."""
+"""Device lanes and the TensorRT engine, run for real on the stand-in driver, with onnxruntime's CPU
+behind the engine file."""
 
 from __future__ import annotations
 
@@ -256,7 +257,7 @@ with Sampler(gpu) as sampler, Sampler(cpu) as plain:
         got, want = (s.sample(n, method="ddpm", steps=10, seed=n, labels=1) for s in (sampler, plain))
         close(got, want)
     sentence = refused(sampler.sample, 8, batch=7, labels=1)
-    assert "batch = 7 is outside 1 … 6, the largest of the plan's batch profiles, 2:4:4, 6:6:6" in sentence
+    assert "batch = 7 is outside 1 … 6, the largest of the engine file's batch profiles, 2:4:4, 6:6:6" in sentence
 assert "a batch of 7 is outside 1 … 6" in refused(gpu.lanes, 7)
 
 from epsrt.engines.gpu.tensorrt import choose_profile
@@ -363,7 +364,7 @@ with gpu.lanes(1) as lanes, cpu.lanes(1) as plain:
 
 
 def test_other_sizes(on_stand_in, sized_bundle_path) -> None:
-    """Lanes of several sizes on one plan, whose profile holds them all; kept and reused by size."""
+    """Lanes of several sizes on one engine file, whose profile holds them all; kept and reused by size."""
     on_stand_in(
         BOTH
         + """

@@ -54,7 +54,7 @@ def run(on_stand_in: Run, edited_bundle_path: Path) -> Run:
 @pytest.mark.parametrize("features", KINDS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_samples_equal_the_cpu_engines(run: Run, engine: str, features: str) -> None:
-    """Five lanes (of six, where the plan's profile begins there), each with settings of its own, and refilled."""
+    """Five lanes (of six, where the batch profile begins there), each with settings of its own, and refilled."""
     run(
         """
 own = {"w": [1, 2.5, 0, -0.5, 1.5], "phi": [0, 0.7, 0, 0.3, 1], "s": [0, 1.5, -1, 0.5, 3]}

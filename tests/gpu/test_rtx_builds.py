@@ -156,13 +156,13 @@ def test_builds_for_each_target(graphs: Bundle, precision: str) -> None:
         options = BuildOptions(((1, 8, 256),), targets=(target,))
         made = build(lib, graphs, graph, options, on_progress=lambda name, share: told.append(share))
         assert made.layers > 500
-        assert holds_the_weights(made.plan, graphs, graph)
+        assert holds_the_weights(made.data, graphs, graph)
     assert (told[0], max(told), len(told) > 500) == (0.0, 1.0, True)
 
 
-def holds_the_weights(plan: bytes, bundle: Bundle, graph: StepGraph) -> bool:
+def holds_the_weights(data: bytes, bundle: Bundle, graph: StepGraph) -> bool:
     weights = (bundle.path / graph.weights).stat().st_size
-    return 0.5 * weights < len(plan) < 10 * weights + (16 << 20)
+    return 0.5 * weights < len(data) < 10 * weights + (16 << 20)
 
 
 @pytest.mark.slow
@@ -175,7 +175,7 @@ def test_the_presets_other_steps_build(graphs: Bundle, precision: str) -> None:
     for graph in others:
         made = build(lib, graphs, graph, BuildOptions(((1, 8, 256),), targets=("sm_89",)))
         assert made.layers > 500
-        assert holds_the_weights(made.plan, graphs, graph)
+        assert holds_the_weights(made.data, graphs, graph)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""epsrt build: a bundle's step graph becomes a TensorRT plan in the engine cache."""
+"""epsrt build: a bundle's step graph becomes a TensorRT engine file in the engine cache."""
 
 from __future__ import annotations
 
@@ -47,19 +47,20 @@ def build(
         str, Option(help="none; ampere+: also for newer GPUs; same-capability: for others of this GPU's kind.")
     ] = "none",
     version_compatible: Annotated[bool, Option("--version-compatible", help="Also for later TensorRTs.")] = False,
-    refittable: Annotated[bool, Option("--refittable", help="Weights can be replaced in the plan.")] = False,
+    refittable: Annotated[bool, Option("--refittable", help="Weights can be replaced in the engine file.")] = False,
     stripped: Annotated[bool, Option("--stripped", help="Leave the weights out; opening puts them in.")] = False,
-    again: Annotated[bool, Option("--again", help="Build even if the cache has just this plan.")] = False,
-    ship: Annotated[bool, Option("--ship", help="Also put the plan into the bundle, in engines/.")] = False,
+    again: Annotated[bool, Option("--again", help="Build even if the cache has just this engine file.")] = False,
+    ship: Annotated[bool, Option("--ship", help="Also put the engine file into the bundle, in engines/.")] = False,
     inspect: Annotated[
-        bool, Option("--inspect", help="Print the layers as JSON: the plan's on its GPU, else the parsed network's.")
+        bool,
+        Option("--inspect", help="Print the layers as JSON: the built ones on their GPU, else the parsed network's."),
     ] = False,
     as_json: show.JsonOption = False,
 ) -> None:
-    """Build a TensorRT plan of the fused step and keep it in the engine cache, where the engines find it."""
+    """Build a TensorRT engine file of the fused step and keep it in the engine cache, where the engines find it."""
     from epsrt.engines import graph_precision, nvidia
     from epsrt.engines.cache.store import EngineCache
-    from epsrt.engines.gpu.engine_files import make_plan, targets_of
+    from epsrt.engines.gpu.engine_files import make_engine_file, targets_of
     from epsrt.engines.gpu.trt_build import BuildOptions, describe
     from epsrt.engines.gpu.trt_library import library
 
@@ -81,7 +82,7 @@ def build(
         targets_of(lib, [t for t in (target or "").split(",") if t]),
     )
     with show.progress() as tell:
-        made = make_plan(lib, opened, graph, options, again=again, say=show.note, on_progress=tell)
+        made = make_engine_file(lib, opened, graph, options, again=again, say=show.note, on_progress=tell)
     entry, record = made.entry, made.entry.record
     assert record is not None
     if ship:
@@ -93,7 +94,7 @@ def build(
             print(_information(opened, name, graph))
         return
     facts: dict[str, Any] = {
-        "plan": str(entry.path),
+        "engine_file": str(entry.path),
         "engine": f"{record.key.engine} {record.key.version}",
         "for": ", ".join(filter(None, (record.key.gpu, *record.key.capabilities))),
         "graph": graph.file,
@@ -111,7 +112,7 @@ def build(
     if made.built is None:
         facts["seconds"] = f"none now: it was built {record.built[:16].replace('T', ' ')} UTC"
     del facts["built_now"]
-    table = show.table(f"Plan of {bundle}", "", "")
+    table = show.table(f"Engine file of {bundle}", "", "")
     for title, value in facts.items():
         table.add_row(title.replace("_", " "), str(value))
     show.out().print(table)
@@ -143,7 +144,7 @@ def _profile(text: str) -> tuple[int, int, int]:
 
 
 def _sizes(shape: tuple[int, int, int], sizes: Sizes) -> str:
-    """The least, likely and largest height × width of the plan's profiles."""
+    """The least, likely and largest height × width of the engine file's profiles."""
     least, largest = sizes.multiple, sizes.largest
     return f"{least}x{least}:{shape[1]}x{shape[2]}:{largest}x{largest}"
 

@@ -74,34 +74,35 @@ def cache(
 def _list(opened: EngineCache, as_json: bool) -> None:
     entries, blobs = opened.entries(), sum(p.lstat().st_size for p in opened.blobs())
     if as_json:
-        plans = [_described(entry) for entry in entries]
-        show.print_json({"directory": str(opened.directory), "plans": plans, "other_bytes": blobs})
+        files = [_described(entry) for entry in entries]
+        show.print_json({"directory": str(opened.directory), "engine_files": files, "other_bytes": blobs})
         return
     console = show.out()
     if entries:
         console.print(_table(entries), "")
     total = f"{show.size(sum(e.size for e in entries))}, timing and other caches {show.size(blobs)}"
     console.print(
-        f"{opened.directory}: {len(entries)} {'plan' if len(entries) == 1 else 'plans'}, {total}", soft_wrap=True
+        f"{opened.directory}: {len(entries)} {'engine file' if len(entries) == 1 else 'engine files'}, {total}",
+        soft_wrap=True,
     )
 
 
 def _table(entries: list[Entry]) -> Any:
     from epsrt.engines.cache.key import batches
 
-    plans = show.table("Plans (times are UTC)", "bundle", "plan", "size", "last used", right=("size",))
+    files = show.table("Engine files (times are UTC)", "bundle", "engine file", "size", "last used", right=("size",))
     for entry in sorted(entries, key=lambda e: e.used, reverse=True):
         used = datetime.fromtimestamp(entry.used, UTC).isoformat(" ", "minutes")[:16]
-        bundle, plan = f"?\n{entry.path.parent.name}", entry.damage
+        bundle, words = f"?\n{entry.path.parent.name}", entry.damage
         if entry.record is not None:
             key = entry.record.key
             bundle = f"{entry.record.bundle_name}\n{key.bundle[:16]}"
-            plan = f"{key.engine} {key.version}, {key.precision}, batches {batches(key.profiles)}\n"
-            plan += f"for {', '.join(filter(None, (key.gpu, *key.capabilities)))}\n"
-            plan += f"built {entry.built[:16].replace('T', ' ')}"
-            plan += f"\n{entry.damage}" if entry.damage else ""
-        plans.add_row(bundle, plan, show.size(entry.size), used)
-    return plans
+            words = f"{key.engine} {key.version}, {key.precision}, batches {batches(key.profiles)}\n"
+            words += f"for {', '.join(filter(None, (key.gpu, *key.capabilities)))}\n"
+            words += f"built {entry.built[:16].replace('T', ' ')}"
+            words += f"\n{entry.damage}" if entry.damage else ""
+        files.add_row(bundle, words, show.size(entry.size), used)
+    return files
 
 
 def _described(entry: Entry) -> dict[str, Any]:
@@ -119,6 +120,7 @@ def _described(entry: Entry) -> dict[str, Any]:
 def _prune(opened: EngineCache, why: Callable[[Entry], str], as_json: bool, blobs: bool = False) -> None:
     """Remove the entries for which `why` has words, and what killed processes left."""
     from epsrt.engines.cache import private
+    from epsrt.engines.cache.store import OLD
 
     removed, busy = [], []
     for entry in opened.entries():
@@ -128,7 +130,8 @@ def _prune(opened: EngineCache, why: Callable[[Entry], str], as_json: bool, blob
                 busy.append(entry.path)
             else:
                 removed.append((entry.path, reason, freed))
-    removed += [(path, "left by a killed process", freed) for path, freed in opened.sweep()]
+    for path, freed in opened.sweep():
+        removed.append((path, "built by epsrt 0.1" if path.suffix == OLD else "left by a killed process", freed))
     if blobs:
         removed += [(path, "all", private.unlink(path)) for path in opened.blobs()]
     total = sum(freed for _, _, freed in removed)
@@ -172,7 +175,7 @@ def _useless(opened: EngineCache, entry: Entry) -> str:
 
 
 def _installed(engine: str) -> str | None:
-    """The version of an engine's library; None if it is not installed, and then nothing is known of its plans."""
+    """The version of an engine's library; None if it is not installed, and then nothing is known of its files."""
     from importlib import metadata  # 20 ms, which no other command should pay
 
     for package in PACKAGES.get(engine, ()):

@@ -34,9 +34,9 @@ def open_engine(
                    computes in it and the bundle's golden file proves it, else fp32. int8 is never taken unasked
     features       what the step graph must have beyond the plain step
     threads        bounds a CPU engine's threads (None: all cores)
-    trust_engines  run TensorRT plans that came with the bundle: native code, so only from those whom you trust
-    may_build      build a TensorRT plan where the cache has none that fits, or prove bf16, which takes seconds to
-                   minutes, once; `on_progress(phase, fraction)` is told how far it is. False: raise EngineError
+    trust_engines  run TensorRT engine files that came with the bundle: native code, so only from those whom you trust
+    may_build      build a TensorRT engine file where the cache has none that fits, or prove bf16. Either takes seconds
+                   to minutes, once; `on_progress(phase, fraction)` is told how far it is. False: raise EngineError
                    instead, or run in fp32
 
     Raises InputError for an unknown engine or precision, EngineError when the engine cannot run here, BundleError when
@@ -69,9 +69,11 @@ def open_engine(
             from epsrt.engines.gpu.onnxruntime import OnnxRuntimeCuda
 
             return OnnxRuntimeCuda(bundle, graph, name)
-        from epsrt.engines.gpu.engine_files import open_plan
+        from epsrt.engines.gpu.engine_files import open_tensorrt
 
-        return open_plan(name, bundle, graph, trust_engines=trust_engines, may_build=may_build, on_progress=on_progress)
+        return open_tensorrt(
+            name, bundle, graph, trust_engines=trust_engines, may_build=may_build, on_progress=on_progress
+        )
 
     if name != "auto":
         return open_one(name)

@@ -1,4 +1,4 @@
-"""epsrt.engines.cache.store: the plan that fits is found and is whole and nobody else's, or a sentence says why not.
+"""epsrt.engines.cache.store: the engine file that fits is found, whole and nobody else's, or a sentence says why not.
 
 Runs as root too, so nothing here counts on a refusal by the kernel.
 """
@@ -27,7 +27,7 @@ from epsrt.errors import EngineError
 from helpers import run_python, tree
 
 DIGEST = "3fa9" * 16
-PLAN = b"a plan, that is native code" * 1000
+DATA = b"an engine, so: native code." * 1000
 KEY = Key(
     bundle=DIGEST,
     graph="step-fp16.onnx",
@@ -64,8 +64,8 @@ def cache(tmp_path):
     return EngineCache(tmp_path / "cache")
 
 
-def store(cache, plan=PLAN, name="digits.epsrt", **other):
-    return cache.store(key(**other), plan, bundle_name=name, summary={"layers": 7})
+def store(cache, data=DATA, name="digits.epsrt", **other):
+    return cache.store(key(**other), data, bundle_name=name, summary={"layers": 7})
 
 
 @pytest.fixture
@@ -120,24 +120,24 @@ def test_what_is_made_is_the_users_alone(tmp_path):
 # what fits
 
 
-def test_a_plan_comes_back(cache, entry):
+def test_an_engine_file_comes_back(cache, entry):
     assert cache.entries() == [entry]
     assert cache.find(WANTED) == entry
     assert cache.have(KEY) == entry
-    assert cache.load(entry) == PLAN
-    assert entry.path == cache.directory / "engines" / DIGEST[:16] / f"{KEY.name}.plan"
+    assert cache.load(entry) == DATA
+    assert entry.path == cache.directory / "engines" / DIGEST[:16] / f"{KEY.name}.engine"
     assert entry.damage == ""
-    assert entry.size == len(PLAN) + entry.record_path.stat().st_size
+    assert entry.size == len(DATA) + entry.record_path.stat().st_size
     record = msgspec.json.decode(entry.record_path.read_bytes(), type=Record)
     assert record == entry.record
     assert record.key == KEY
-    assert (record.bundle_name, record.summary, record.size) == ("digits.epsrt", {"layers": 7}, len(PLAN))
-    assert record.sha256 == hashlib.sha256(PLAN).hexdigest()
+    assert (record.bundle_name, record.summary, record.size) == ("digits.epsrt", {"layers": 7}, len(DATA))
+    assert record.sha256 == hashlib.sha256(DATA).hexdigest()
 
 
-def test_buffers_are_plans(cache):
-    for plan in (bytearray(PLAN), memoryview(PLAN), memoryview(PLAN).cast("H")):
-        assert cache.load(store(cache, plan)) == PLAN
+def test_buffers_are_stored(cache):
+    for data in (bytearray(DATA), memoryview(DATA), memoryview(DATA).cast("H")):
+        assert cache.load(store(cache, data)) == DATA
 
 
 def test_an_empty_cache(cache):
@@ -203,7 +203,7 @@ def test_each_difference(cache, other, asked, part):
     assert cache.find(wanted(**asked)) is None
     if "engine" not in other:
         assert cache.why_rebuild(wanted(**asked)).startswith(
-            f"digits.epsrt has no plan for this: the nearest was {part}"
+            f"digits.epsrt has no engine file for this: the nearest was {part}"
         )
 
 
@@ -254,28 +254,28 @@ def test_every_part_of_the_key_names_another_file():
 
 
 def test_why_rebuild_takes_the_nearest(cache):
-    assert cache.why_rebuild(WANTED) == "no plan of digits.epsrt for tensorrt was built yet"
+    assert cache.why_rebuild(WANTED) == "no engine file of digits.epsrt for tensorrt was built yet"
     store(cache, engine="tensorrt-rtx", name="digits.epsrt")
     store(cache, bundle="0" * 64, name="faces.epsrt")
-    assert cache.why_rebuild(WANTED) == "no plan of digits.epsrt for tensorrt was built yet"
+    assert cache.why_rebuild(WANTED) == "no engine file of digits.epsrt for tensorrt was built yet"
     store(cache, bundle="1" * 64, version="11", precision="fp32")
     assert cache.why_rebuild(WANTED) == (
-        "digits.epsrt has no plan for this: the nearest was built from another export of the bundle; built with "
+        "digits.epsrt has no engine file for this: the nearest was built from another export of the bundle; built with "
         "tensorrt 11, this is 10.16.1.11; built in fp32, asked for fp16"
     )
     store(cache, version="11.4.0.106", capabilities=("sm_89",), name="renamed.epsrt")
     store(cache, bundle="2" * 64, version="11", precision="fp32")
     assert cache.why_rebuild(WANTED) == (
-        "digits.epsrt has no plan for this: the nearest was built with tensorrt 11.4.0.106, this is 10.16.1.11; built "
-        "for sm_89, this is sm_90"
+        "digits.epsrt has no engine file for this: the nearest was built with tensorrt 11.4.0.106, this is 10.16.1.11; "
+        "built for sm_89, this is sm_90"
     )
 
 
-def test_why_rebuild_names_a_plan_that_is_gone(cache, entry):
+def test_why_rebuild_names_an_engine_file_that_is_gone(cache, entry):
     entry.path.unlink()
     assert cache.find(WANTED) is None
     assert cache.have(KEY) is None
-    assert cache.why_rebuild(WANTED).endswith("the nearest was built for just this, but the plan is missing")
+    assert cache.why_rebuild(WANTED).endswith("the nearest was built for just this, but the engine file is missing")
 
 
 # nobody else's
@@ -285,14 +285,14 @@ def refused(cache, entry, *words):
     for attempt in (lambda: cache.load(entry), lambda: cache.read(entry), lambda: cache.map(entry)):
         with pytest.raises(EngineError) as raised:
             attempt()
-        for word in (*words, "a plan is native code", "set EPSRT_CACHE to a private directory"):
+        for word in (*words, "an engine file is native code", "set EPSRT_CACHE to a private directory"):
             assert word in str(raised.value)
 
 
 @pytest.mark.parametrize("bits", [0o020, 0o002])
-@pytest.mark.parametrize("where", [".", "engines", f"engines/{DIGEST[:16]}", "plan", "json"])
+@pytest.mark.parametrize("where", [".", "engines", f"engines/{DIGEST[:16]}", "engine", "json"])
 def test_what_others_can_write_is_refused(cache, entry, where, bits):
-    path = entry.path.with_suffix(f".{where}") if where in ("plan", "json") else cache.directory / where
+    path = entry.path.with_suffix(f".{where}") if where in ("engine", "json") else cache.directory / where
     mode = stat.S_IMODE(path.stat().st_mode) | bits
     path.chmod(mode)
     refused(cache, entry, f"{path} (mode {mode:o}, owner {os.getuid()}) lets others write", f'run "chmod go-w {path}"')
@@ -303,18 +303,18 @@ def test_what_others_can_write_is_refused(cache, entry, where, bits):
         with pytest.raises(EngineError, match="lets others write"), cache.lock(KEY):
             fail("locked")
     path.chmod(mode & ~0o022)
-    assert cache.load(entry) == PLAN
+    assert cache.load(entry) == DATA
 
 
 def test_what_others_can_read_is_not_refused(cache, entry):
     for path in (cache.directory, *cache.directory.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
-    assert cache.load(entry) == PLAN
+    assert cache.load(entry) == DATA
 
 
-@pytest.mark.parametrize("where", [".", "engines", f"engines/{DIGEST[:16]}", "plan", "json"])
+@pytest.mark.parametrize("where", [".", "engines", f"engines/{DIGEST[:16]}", "engine", "json"])
 def test_what_is_anothers_is_refused(cache, entry, where, monkeypatch):
-    theirs = entry.path.with_suffix(f".{where}") if where in ("plan", "json") else cache.directory / where
+    theirs = entry.path.with_suffix(f".{where}") if where in ("engine", "json") else cache.directory / where
     lstat, me = Path.lstat, os.getuid()
 
     def owned(path):
@@ -335,9 +335,9 @@ def test_another_user_is_refused(cache, entry, monkeypatch):
         cache.find(WANTED)
 
 
-@pytest.mark.parametrize("where", ["engines", f"engines/{DIGEST[:16]}", "plan", "json"])
+@pytest.mark.parametrize("where", ["engines", f"engines/{DIGEST[:16]}", "engine", "json"])
 def test_links_are_refused(cache, entry, where, tmp_path):
-    path = entry.path.with_suffix(f".{where}") if where in ("plan", "json") else cache.directory / where
+    path = entry.path.with_suffix(f".{where}") if where in ("engine", "json") else cache.directory / where
     shutil.move(path, tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     refused(cache, entry, f"{path} (mode", "is a symbolic link", "remove it")
@@ -346,7 +346,7 @@ def test_links_are_refused(cache, entry, where, tmp_path):
 def test_a_link_to_the_cache_is_the_users_own(entry, cache, tmp_path):
     (tmp_path / "link").symlink_to(cache.directory)
     linked = EngineCache(tmp_path / "link")
-    assert linked.load(linked.find(WANTED)) == PLAN
+    assert linked.load(linked.find(WANTED)) == DATA
 
 
 @pytest.mark.parametrize(
@@ -358,9 +358,11 @@ def test_directories_above_the_cache(tmp_path, mode, fine):
     above.chmod(mode)
     cache = EngineCache(above / "deep" / "cache")
     if fine:
-        assert cache.load(store(cache)) == PLAN
+        assert cache.load(store(cache)) == DATA
         return
-    words = f"{above} .mode {mode:o}, owner {os.getuid()}. lets everyone write: a plan is .* 'chmod o-w {above}'"
+    words = (
+        f"{above} .mode {mode:o}, owner {os.getuid()}. lets everyone write: an engine file is .* 'chmod o-w {above}'"
+    )
     with pytest.raises(EngineError, match=words.replace("'", '"')):
         store(cache)
     with pytest.raises(EngineError, match="lets everyone write"):
@@ -381,40 +383,40 @@ def test_the_command_in_the_sentence_is_quoted(tmp_path):
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda plan: plan[:-1], lambda plan: b"", lambda plan: plan + b"\0", lambda plan: plan[:100] + b"!" + plan[101:]],
+    [lambda data: data[:-1], lambda data: b"", lambda data: data + b"\0", lambda data: data[:100] + b"!" + data[101:]],
 )
-def test_a_damaged_plan_is_refused(cache, entry, damage):
-    entry.path.write_bytes(damage(PLAN))
+def test_a_damaged_engine_file_is_refused(cache, entry, damage):
+    entry.path.write_bytes(damage(DATA))
     for get, found in product((cache.load, cache.map), (entry, cache.find(WANTED))):
         with pytest.raises(EngineError) as raised:
             get(found)
         assert str(raised.value).startswith(f"{entry.path} does not hold the bytes that its record tells of (")
         assert 'run "epsrt cache --prune", then "epsrt build"' in str(raised.value)
-    if len(damage(PLAN)) != len(PLAN):
+    if len(damage(DATA)) != len(DATA):
         assert cache.have(KEY) is None  # to be built again
         assert cache.why_rebuild(WANTED).endswith(
-            f"just this, but it has {len(damage(PLAN))} bytes, its record says 27000"
+            f"just this, but it has {len(damage(DATA))} bytes, its record says 27000"
         )
 
 
-def test_a_plan_of_another_size_is_not_even_read(cache, entry):
+def test_an_engine_file_of_another_size_is_not_even_read(cache, entry):
     os.truncate(entry.path, 1 << 40)
     with pytest.raises(EngineError, match="does not hold the bytes"):
         cache.load(entry)
 
 
-def test_a_mapped_plan_is_its_bytes_and_stays_when_it_is_replaced(cache, entry):
+def test_a_mapped_engine_file_is_its_bytes_and_stays_when_it_is_replaced(cache, entry):
     os.utime(entry.record_path, (0, 0))
-    plan = cache.map(entry)
-    assert plan[:] == PLAN
+    data = cache.map(entry)
+    assert data[:] == DATA
     assert entry.record_path.stat().st_mtime  # it counts as used
-    plan[:4] = b"mine"
-    assert cache.load(entry) == PLAN
-    store(cache, PLAN[::-1])
-    assert plan[4:] == PLAN[4:]
+    data[:4] = b"mine"
+    assert cache.load(entry) == DATA
+    store(cache, DATA[::-1])
+    assert data[4:] == DATA[4:]
 
 
-def test_a_plan_that_went_is_refused(cache, entry):
+def test_an_engine_file_that_went_is_refused(cache, entry):
     entry.path.unlink()
     with pytest.raises(EngineError, match="cannot be read .No such file or directory.: run"):
         cache.load(entry)
@@ -429,7 +431,7 @@ def test_the_bytes_that_were_checked_are_those_that_are_given(cache, entry, monk
         return real(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", watched)
-    assert cache.load(entry) == PLAN
+    assert cache.load(entry) == DATA
     assert opened == [entry.path]
 
 
@@ -446,7 +448,10 @@ def test_the_bytes_that_were_checked_are_those_that_are_given(cache, entry, monk
         ),
         (lambda raw: raw.replace(b'"format": 1', b'"format": 2'), "its record cannot be read"),
         (lambda raw: raw.replace(b'"size": ', b'"more": 1, "size": '), "its record cannot be read"),
-        (lambda raw: raw.replace(b'"gpu": "NVIDIA H200"', b'"gpu": "NVIDIA H100"'), "its record is another plan's"),
+        (
+            lambda raw: raw.replace(b'"gpu": "NVIDIA H200"', b'"gpu": "NVIDIA H100"'),
+            "its record is another engine file's",
+        ),
     ],
 )
 def test_a_damaged_record(cache, entry, raw, words):
@@ -461,19 +466,19 @@ def test_a_damaged_record(cache, entry, raw, words):
     with pytest.raises(EngineError, match=words):
         cache.load(listed)
     assert cache.have(KEY) is None
-    assert cache.load(store(cache)) == PLAN  # built again, it takes the old one's place
+    assert cache.load(store(cache)) == DATA  # built again, it takes the old one's place
     assert len(cache.entries()) == 2
 
 
-def test_a_plan_without_a_record(cache, entry):
+def test_an_engine_file_without_a_record(cache, entry):
     entry.record_path.unlink()
     (listed,) = cache.entries()
-    assert (listed.record, listed.damage, listed.size) == (None, "its record is missing", len(PLAN))
+    assert (listed.record, listed.damage, listed.size) == (None, "its record is missing", len(DATA))
     assert cache.find(WANTED) is None
 
 
 def test_foreign_files_are_left_alone(cache, entry):
-    notes = [cache.directory / "notes.txt", entry.path.with_name("notes.plan"), cache.directory / "engines" / "notes"]
+    notes = [cache.directory / "notes.txt", entry.path.with_name("notes.engine"), cache.directory / "engines" / "notes"]
     for path in notes:
         path.write_bytes(b"mine")
     assert cache.entries() == [entry]
@@ -497,7 +502,7 @@ def test_a_last_use_that_cannot_be_kept_does_not_matter(cache, entry, monkeypatc
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(os, "utime", read_only)
-    assert cache.load(entry) == PLAN
+    assert cache.load(entry) == DATA
 
 
 # a full disk
@@ -520,10 +525,10 @@ class Full:
         raise OSError(self.code, os.strerror(self.code))
 
 
-@pytest.fixture(params=["record", "plan"])
+@pytest.fixture(params=["record", "engine"])
 def full(request, monkeypatch):
     """full(errno): the writes of one of the two files fail from now on."""
-    suffixes = (".json",) if request.param == "record" else (".plan", ".bin")
+    suffixes = (".json",) if request.param == "record" else (".engine", ".bin")
 
     def begin(code):
         def opened(path, *args, **kwargs):
@@ -542,7 +547,7 @@ def test_a_full_disk_leaves_nothing(cache, full, code, monkeypatch):
     with pytest.raises(EngineError) as raised:
         store(cache, bytes(5 << 20))
     assert str(raised.value) == (
-        f"{cache.directory} is full ({os.strerror(code)}): the plan takes 5.0 MiB, 1.5 MiB are free: "
+        f"{cache.directory} is full ({os.strerror(code)}): the engine file takes 5.0 MiB, 1.5 MiB are free: "
         'run "epsrt cache --prune", or set EPSRT_CACHE to a larger place'
     )
     assert tree(cache.directory) == {}
@@ -554,7 +559,7 @@ def test_a_full_disk_keeps_what_was_there(cache, entry, full):
     with pytest.raises(EngineError, match="is full"):
         store(cache, b"another")
     assert tree(cache.directory) == before
-    assert cache.load(cache.find(WANTED)) == PLAN
+    assert cache.load(cache.find(WANTED)) == DATA
 
 
 @pytest.mark.parametrize("nth", [0, 1, 2])
@@ -577,7 +582,7 @@ def test_a_disk_that_is_full_when_flushed(cache, monkeypatch, nth):
 def test_another_failure_to_write(cache, full):
     full(errno.EIO)
     with pytest.raises(
-        EngineError, match="plan cannot be written .Input/output error.: set EPSRT_CACHE to a directory"
+        EngineError, match="engine cannot be written .Input/output error.: set EPSRT_CACHE to a directory"
     ):
         store(cache)
     assert tree(cache.directory) == {}
@@ -610,7 +615,7 @@ with cache.lock(key):
     say("holds")
     sys.stdin.read()
 """
-WAITING = "another process is building the same plan: waiting for it\n"
+WAITING = "another process is building the same engine file: waiting for it\n"
 
 
 def start(code, cache, name=""):
@@ -677,14 +682,14 @@ def test_remove(cache, entry):
 
 
 def test_what_is_being_built_is_not_removed(cache, entry):
-    beside = entry.path.with_name(f".{KEY.name}.0123456789ab.plan")
+    beside = entry.path.with_name(f".{KEY.name}.0123456789ab.engine")
     with cache.lock(KEY):
         beside.write_bytes(b"half")
         assert cache.remove(entry) is None
         assert cache.sweep() == []
         assert beside.exists()
         assert entry.path.with_suffix(".lock").exists()
-    assert cache.load(entry) == PLAN
+    assert cache.load(entry) == DATA
     assert cache.sweep() == [(beside, 4)]
 
 
@@ -698,7 +703,7 @@ def test_sweep_takes_what_killed_processes_left(cache, entry):
     folder = entry.path.parent
     left = [
         (folder / f".{'0' * 16}.0123456789ab.json", 3),
-        (folder / f".{KEY.name}.0123456789ab.plan", 5),
+        (folder / f".{KEY.name}.0123456789ab.engine", 5),
         (cache.directory / "timing" / ".timing.0123456789ab.bin", 7),
     ]
     for path, size in left:
@@ -709,6 +714,20 @@ def test_sweep_takes_what_killed_processes_left(cache, entry):
     assert sorted(p.name for p in folder.parent.iterdir()) == [DIGEST[:16]]
     assert sorted(p.name for p in cache.blobs()) == ["timing.bin", "timing.json"]
     assert cache.sweep() == []
+
+
+def test_sweep_takes_what_version_0_1_built(cache, entry):
+    old = entry.path.with_suffix(".plan")
+    old.write_bytes(b"old")
+    alone = cache.directory / "engines" / ("7" * 16) / f"{'8' * 16}.plan"
+    alone.parent.mkdir(mode=0o700)
+    alone.write_bytes(b"older")
+    assert cache.entries() == [entry]
+    with cache.lock(KEY):
+        assert cache.sweep() == [(alone, 5)]  # the other's lock is held
+    assert cache.sweep() == [(old, 3)]
+    assert not alone.parent.exists()
+    assert cache.load(cache.find(WANTED)) == DATA
 
 
 def test_links_are_not_followed_to_what_is_removed(cache, entry, tmp_path):
@@ -724,10 +743,10 @@ def test_links_are_not_followed_to_what_is_removed(cache, entry, tmp_path):
     assert len(tree(tmp_path / "elsewhere")) == 2
 
 
-# plans that came with a bundle
+# engine files that came with a bundle
 
 
-def test_a_plan_is_shipped(cache, entry, tmp_path):
+def test_an_engine_file_is_shipped(cache, entry, tmp_path):
     bundle = tmp_path / "digits.epsrt"
     copy = cache.ship(entry, bundle)
     assert copy.path == bundle / "engines" / entry.path.name
@@ -735,12 +754,12 @@ def test_a_plan_is_shipped(cache, entry, tmp_path):
     assert pick(shipped(bundle), WANTED) == copy
     assert pick(shipped(bundle), wanted(capability="sm_89")) is None
     other = EngineCache(tmp_path / "other")
-    assert other.load(copy) == PLAN
+    assert other.load(copy) == DATA
     assert not other.directory.exists()
     assert shipped(tmp_path) == []
 
 
-def test_who_may_read_a_bundle_may_read_its_plans(cache, entry, tmp_path):
+def test_who_may_read_a_bundle_may_read_its_engine_files(cache, entry, tmp_path):
     before = os.umask(0o022)
     try:
         copy = cache.ship(entry, tmp_path / "digits.epsrt")
@@ -753,35 +772,35 @@ def test_who_may_read_a_bundle_may_read_its_plans(cache, entry, tmp_path):
     ]
 
 
-def test_a_shipped_plan_may_be_anyones(cache, entry, tmp_path):
+def test_a_shipped_engine_file_may_be_anyones(cache, entry, tmp_path):
     copy = cache.ship(entry, tmp_path)
     for path in (copy.path.parent, copy.path, copy.record_path):
         path.chmod(0o777)
-    assert cache.load(copy) == PLAN
+    assert cache.load(copy) == DATA
 
 
-@pytest.mark.parametrize("raw", [PLAN[:-1], PLAN[:-1] + b"!"])
-def test_a_shipped_plan_is_checked_for_damage(cache, entry, tmp_path, raw):
+@pytest.mark.parametrize("raw", [DATA[:-1], DATA[:-1] + b"!"])
+def test_a_shipped_engine_file_is_checked_for_damage(cache, entry, tmp_path, raw):
     copy = cache.ship(entry, tmp_path)
     copy.path.write_bytes(raw)
     with pytest.raises(EngineError, match="does not hold the bytes .*: copy the bundle again, or remove .*/engines"):
         cache.load(pick(shipped(tmp_path), WANTED))
 
 
-def test_a_damaged_plan_is_not_shipped(cache, entry, tmp_path):
+def test_a_damaged_engine_file_is_not_shipped(cache, entry, tmp_path):
     entry.path.write_bytes(b"")
     with pytest.raises(EngineError, match="does not hold the bytes"):
         cache.ship(entry, tmp_path / "digits.epsrt")
     assert not (tmp_path / "digits.epsrt").exists()
 
 
-def test_the_refusal_of_a_shipped_plan(cache, entry, tmp_path):
+def test_the_refusal_of_a_shipped_engine_file(cache, entry, tmp_path):
     bundle = tmp_path / "my digits.epsrt"
     copy = cache.ship(entry, bundle)
     assert str(refusal(copy)) == (
-        f"{copy.path} came with the bundle: a plan is native code that runs unchecked, and hashes only detect damage: "
-        f"pass --trust-engines if you trust who sent it, or run \"epsrt build '{bundle}' --engine tensorrt\" to build "
-        "your own"
+        f"{copy.path} came with the bundle: an engine file is native code that runs unchecked, and hashes only detect "
+        f"damage: pass --trust-engines if you trust who sent it, or run \"epsrt build '{bundle}' --engine tensorrt\" "
+        "to build your own"
     )
     assert isinstance(refusal(copy), EngineError)
 

@@ -1,4 +1,4 @@
-"""What makes one built engine (a TensorRT plan) another, and in what one differs from what is needed."""
+"""What makes one engine file another, and in what one differs from what is needed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Options = dict[str, str | int | bool | None]
 
 
 class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything that makes one plan another."""
+    """Everything that makes one engine file another."""
 
     bundle: str  # digest
     graph: str  # file name
     engine: str
     version: str  # of the engine's library
-    gpu: str  # name; "" for plans that any GPU of the capabilities runs
+    gpu: str  # name; "" for engine files that any GPU of the capabilities runs
     capabilities: tuple[str, ...]  # ("sm_90",), or several targets
     precision: str
     profiles: Profiles
@@ -28,12 +28,12 @@ class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def name(self) -> str:
-        """The plan's file name, without its suffix."""
+        """The name of the file, without its suffix."""
         return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()[:16]
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What stands beside a plan. `built` is an ISO time in UTC; `summary` is the builder's, any JSON."""
+    """What stands beside an engine file. `built` is an ISO time in UTC; `summary` is the builder's, any JSON."""
 
     key: Key
     sha256: str
@@ -46,7 +46,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a plan is needed for; `profiles` and `options` are None where any will do."""
+    """What an engine file is needed for; `profiles` and `options` are None where any will do."""
 
     bundle: str
     bundle_name: str
@@ -61,7 +61,7 @@ class Wanted:
 
 
 def differences(key: Key, wanted: Wanted) -> list[str]:
-    """Why a plan does not fit, a part of a sentence each; empty if it does."""
+    """Why an engine file does not fit, a part of a sentence each; empty if it does."""
     parts, compatible = [], key.options.get("hardware_compatible")
     if key.bundle != wanted.bundle:
         parts.append("built from another export of the bundle")
@@ -92,7 +92,7 @@ def differences(key: Key, wanted: Wanted) -> list[str]:
 
 
 def serves(key: Key, version: str) -> bool:
-    """Whether a library of this version runs the plan: its own version does, and a later one where it was built so."""
+    """Whether a library of this version runs the file: its own version does, a later one where it was built so."""
     if key.options.get("version_compatible"):
         return _numbers(key.version) <= _numbers(version)
     return key.version == version

@@ -56,8 +56,8 @@ def check(directory: Path, path: Path) -> None:
             fault = "lets others write", f'run "chmod go-w {quoted}"'
         if fault:
             raise EngineError(
-                f"{each} (mode {mode:o}, owner {found.st_uid}) {fault[0]}: a plan is native code, and whoever can "
-                f"write there runs as you: {fault[1]}, or set EPSRT_CACHE to a private directory"
+                f"{each} (mode {mode:o}, owner {found.st_uid}) {fault[0]}: an engine file is native code, and "
+                f"whoever can write there runs as you: {fault[1]}, or set EPSRT_CACHE to a private directory"
             )
 
 

@@ -1,13 +1,14 @@
-"""The engine cache: plans that were built here, in the user's cache directory, and plans that came with a bundle.
+"""The engine cache: engine files that were built here, in the user's cache directory, or came with a bundle.
 
-    engines/<bundle, 16 hex>/<key, 16 hex>.plan    what the library built
-                             <key, 16 hex>.json    its record: the key, the plan's size and SHA-256; its time: last used
+    engines/<bundle, 16 hex>/<key, 16 hex>.engine  what the library built
+                             <key, 16 hex>.json    its record: the key, the file's size and SHA-256; its time: last used
                              <key, 16 hex>.lock    held while it is built
     timing/NAME.bin, timing/NAME.json              other native data that a library wants back; its size and SHA-256
     libraries/NAME/                                what a library keeps and loads by itself
 
-A plan is native code: nothing in the cache is used that another user could have written, and no plan whose bytes are
-not those that were recorded. A bundle may bring plans in its own `engines/`: who loads one says that it is trusted.
+An engine file is native code. Nothing in the cache is used that another user could have written, and no engine file
+whose bytes are not those that were recorded. A bundle may bring engine files in its own `engines/`: whoever loads one
+says that it is trusted.
 """
 
 from __future__ import annotations
@@ -37,13 +38,16 @@ from epsrt.manifest import FileEntry
 T = TypeVar("T")
 ENGINES, TIMING, LIBRARIES = "engines", "timing", "libraries"
 LOCK = ".lock"
-_KEPT = re.compile(r"([0-9a-f]{16})\.(plan|json)")
-_LEFT = re.compile(r"\.?([0-9a-f]{16})\.([0-9a-f]{12}\.(plan|json)|lock)")  # whole_file's temporaries, and locks
+_KEPT = re.compile(r"([0-9a-f]{16})\.(engine|json)")
+_LEFT = re.compile(
+    r"\.?([0-9a-f]{16})\.([0-9a-f]{12}\.(engine|plan|json)|lock|plan)"
+)  # temporaries of whole_file, locks, OLD
+OLD = ".plan"  # the suffix of what version 0.1 built: nothing uses it any more
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A plan's place. `damage` says what is wrong with it, as far as one sees without reading it; "" if nothing is."""
+    """An engine file's place. `damage` says what one sees wrong without reading it; "" if nothing is."""
 
     path: Path
     record: Record | None  # None: it cannot be read
@@ -69,20 +73,20 @@ def pick(entries: Iterable[Entry], wanted: Wanted) -> Entry | None:
 
 
 def shipped(bundle: Path) -> list[Entry]:
-    """The plans that came with a bundle; `pick` finds one that fits, and `refusal` says why not to load it unasked."""
+    """The engine files that came with a bundle: `pick` finds one that fits, `refusal` is for one not trusted."""
     return _entries(bundle / ENGINES, shipped=True)
 
 
 def refusal(entry: Entry, command: str = "") -> EngineError:
-    """What to raise instead of loading a plan that came with a bundle, where nobody said that it is trusted.
+    """What to raise instead of loading an engine file that came with a bundle, where nobody said that it is trusted.
 
     `command` is what builds one's own; "" for that of the bundle's plainest graph.
     """
     bundle, engine = shlex.quote(str(entry.path.parents[1])), entry.record.key.engine if entry.record else "auto"
     command = command or f"epsrt build {bundle} --engine {engine}"
     return EngineError(
-        f"{entry.path} came with the bundle: a plan is native code that runs unchecked, and hashes only detect damage: "
-        f'pass --trust-engines if you trust who sent it, or run "{command}" to build your own'
+        f"{entry.path} came with the bundle: an engine file is native code that runs unchecked, and hashes only detect "
+        f'damage: pass --trust-engines if you trust who sent it, or run "{command}" to build your own'
     )
 
 
@@ -93,11 +97,11 @@ class EngineCache:
         self.directory = (directory or private.cache_directory()).resolve()  # links that lead here are the user's own
 
     def find(self, wanted: Wanted) -> Entry | None:
-        """The most recently built plan that fits. Raises EngineError if others can write the cache."""
+        """The most recently built engine file that fits. Raises EngineError if others can write the cache."""
         return pick(self._of(wanted.bundle), wanted)
 
     def have(self, key: Key) -> Entry | None:
-        """The plan of exactly this key, if it seems whole. Raises EngineError if others can write the cache."""
+        """The engine file of exactly this key, if it seems whole. Raises EngineError if others can write the cache."""
         return next((e for e in self._of(key.bundle) if e.path.stem == key.name and not e.damage), None)
 
     def _of(self, bundle: str) -> list[Entry]:
@@ -109,7 +113,7 @@ class EngineCache:
         return _entries(folder)
 
     def why_rebuild(self, wanted: Wanted) -> str:
-        """One sentence for when `find` finds nothing: how the nearest plan of the bundle, or of its name, differs."""
+        """One sentence for when `find` finds nothing: how the nearest of the bundle, or of its name, differs."""
         near = [
             (differences(e.record.key, wanted), e.damage)
             for e in sorted(self.entries(), key=lambda e: e.built, reverse=True)
@@ -117,13 +121,13 @@ class EngineCache:
             if wanted.bundle == e.record.key.bundle or wanted.bundle_name == e.record.bundle_name
         ]
         if not near:
-            return f"no plan of {wanted.bundle_name} for {wanted.engine} was built yet"
+            return f"no engine file of {wanted.bundle_name} for {wanted.engine} was built yet"
         parts, damage = min(near, key=lambda one: len(one[0]))
         nearest = "; ".join(parts) or f"built for just this, but {damage}"
-        return f"{wanted.bundle_name} has no plan for this: the nearest was {nearest}"
+        return f"{wanted.bundle_name} has no engine file for this: the nearest was {nearest}"
 
     def read(self, entry: Entry) -> bytes:
-        """A plan's bytes like `load`, but it does not count as used."""
+        """An engine file's bytes like `load`, but it does not count as used."""
         return self._get(entry, private.read)
 
     def _get(self, entry: Entry, read: Callable[[Path, str, int], T | None], used: bool = False) -> T:
@@ -134,21 +138,21 @@ class EngineCache:
             if not entry.shipped:
                 private.check(self.directory, entry.path)
                 private.check(self.directory, entry.record_path)
-            plan = read(entry.path, entry.record.sha256, entry.record.size) if entry.record else None
+            data = read(entry.path, entry.record.sha256, entry.record.size) if entry.record else None
         except OSError as error:
             raise EngineError(f"{entry.path} cannot be read ({error.strerror}): {mend}") from None
-        if plan is None:
+        if data is None:
             fault = entry.damage or "its SHA-256 differs"
             raise EngineError(f"{entry.path} does not hold the bytes that its record tells of ({fault}): {mend}")
         if used and not entry.shipped:
             with suppress(OSError):
                 os.utime(entry.record_path)
-        return plan
+        return data
 
     def load(self, entry: Entry) -> bytes:
-        """A plan's bytes, to be used: read once, their size and SHA-256 compared with the record.
+        """An engine file's bytes, to be used: read once, their size and SHA-256 compared with the record.
 
-        Raises EngineError if they differ, or, of a plan that did not come with a bundle, if others can write the cache.
+        Raises EngineError if they differ, or if others can write the cache. A bundle's own directory may be anyone's.
         """
         return self._get(entry, private.read, used=True)
 
@@ -156,29 +160,29 @@ class EngineCache:
         """Like `load`, but mapped: see private.mapped."""
         return self._get(entry, private.mapped, used=True)
 
-    def store(self, key: Key, plan: private.Data, *, bundle_name: str, summary: dict[str, Any] | None = None) -> Entry:
-        """Keep a plan, in the place of an older one of its key. Call it under `lock(key)`.
+    def store(self, key: Key, data: private.Data, *, bundle_name: str, summary: dict[str, Any] | None = None) -> Entry:
+        """Keep an engine file, in the place of an older one of its key. Call it under `lock(key)`.
 
         Raises EngineError, and leaves nothing behind, if the disk is full, or the cache not writable or not private.
         """
-        path = private.folder(self.directory, ENGINES, key.bundle[:16]) / f"{key.name}.plan"
-        built, size = datetime.now(UTC).isoformat(timespec="microseconds"), memoryview(plan).nbytes
-        record = Record(key, hashlib.sha256(plan).hexdigest(), size, built, bundle_name, summary or {})
+        path = private.folder(self.directory, ENGINES, key.bundle[:16]) / f"{key.name}.engine"
+        built, size = datetime.now(UTC).isoformat(timespec="microseconds"), memoryview(data).nbytes
+        record = Record(key, hashlib.sha256(data).hexdigest(), size, built, bundle_name, summary or {})
         try:
-            private.write(path, plan, path.with_suffix(".json"), record)
+            private.write(path, data, path.with_suffix(".json"), record)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise EngineError(f"{path} cannot be written ({error.strerror}): {private.ELSEWHERE}") from None
             takes, free = size / 2**20, shutil.disk_usage(path.parent).free / 2**20
             raise EngineError(
-                f"{self.directory} is full ({error.strerror}): the plan takes {takes:.1f} MiB, {free:.1f} MiB are free"
-                ': run "epsrt cache --prune", or set EPSRT_CACHE to a larger place'
+                f"{self.directory} is full ({error.strerror}): the engine file takes {takes:.1f} MiB, {free:.1f} MiB "
+                'are free: run "epsrt cache --prune", or set EPSRT_CACHE to a larger place'
             ) from None
         return _look(path)
 
     @contextmanager
     def lock(self, key: Key, on_wait: Callable[[str], object] | None = None) -> Iterator[None]:
-        """Hold the right to build a plan. `find` it again under the lock: another process may just have built it.
+        """Hold the right to build an engine file. `find` it again under the lock: another process may have built it.
 
         `on_wait` gets one sentence if another process holds the lock. A process that ends, however it does, lets go.
         """
@@ -187,7 +191,7 @@ class EngineCache:
             held.acquire(timeout=0)
         except Timeout:
             if on_wait is not None:
-                on_wait("another process is building the same plan: waiting for it")
+                on_wait("another process is building the same engine file: waiting for it")
             held.acquire(poll_interval=0.2)
         try:
             yield
@@ -195,21 +199,25 @@ class EngineCache:
             held.release()
 
     def entries(self) -> list[Entry]:
-        """All plans in the cache, damaged ones too."""
+        """All engine files in the cache, damaged ones too."""
         return [entry for folder in _folders(self.directory / ENGINES) for entry in _entries(folder)]
 
     def remove(self, entry: Entry) -> int | None:
-        """Remove a plan; returns the bytes freed, None if a process is building it and it was left alone."""
+        """Remove an engine file; returns the bytes freed, None if a process is building it and it was left alone."""
         with _idle(entry.path.with_suffix(".lock")) as idle:
             return private.unlink(entry.record_path) + private.unlink(entry.path) if idle else None
 
     def sweep(self) -> list[tuple[Path, int]]:
-        """Remove what killed processes left: temporaries (returned, with their bytes), locks, empty directories."""
+        """Remove what killed processes and version 0.1 left: files, locks, empty directories.
+
+        Returns the files and their bytes.
+        """
         swept = []
         for folder in _folders(self.directory / ENGINES):
             for name in _names(folder, _LEFT):
                 with _idle(folder / f"{name}.lock") as idle:
-                    swept += [(p, private.unlink(p)) for p in sorted(folder.glob(f".{name}.*")) if idle]
+                    left = [*sorted(folder.glob(f".{name}.*")), *folder.glob(f"{name}{OLD}")] if idle else []
+                    swept += [(p, private.unlink(p)) for p in left]
             with suppress(OSError):  # it is not empty
                 folder.rmdir()
         return swept + [(p, private.unlink(p)) for p in self.blobs() if p.match(f"{TIMING}/.*")]
@@ -257,7 +265,7 @@ class EngineCache:
             self.keep_blob(f"{library}.files", msgspec.json.encode(_hashes(folder)))
 
     def blobs(self) -> list[Path]:
-        """All files beside the plans: those of `keep_blob` and their records, and what libraries keep."""
+        """All files beside the engine files: those of `keep_blob` and their records, and what libraries keep."""
         folders = [f for f in _folders(self.directory) if f.name == TIMING] + _folders(self.directory / LIBRARIES)
         return sorted(p for folder in folders for p in folder.iterdir() if not p.is_dir())
 
@@ -266,10 +274,13 @@ class EngineCache:
         return self.directory / TIMING / f"{plain}.bin", self.directory / TIMING / f"{plain}.json"
 
     def ship(self, entry: Entry, bundle: Path) -> Entry:
-        """Copy a plan into a bundle's own `engines/`. Raises EngineError as `load`, OSError if it cannot be written."""
-        plan, path = self.read(entry), bundle / ENGINES / entry.path.name
+        """Copy an engine file into a bundle's own `engines/`.
+
+        Raises EngineError as `load` does, OSError if the copy cannot be written.
+        """
+        data, path = self.read(entry), bundle / ENGINES / entry.path.name
         assert entry.record is not None  # or read had refused
-        private.write(path, plan, path.with_suffix(".json"), entry.record, mode=0o666)
+        private.write(path, data, path.with_suffix(".json"), entry.record, mode=0o666)
         return _look(path, shipped=True)
 
 
@@ -296,17 +307,17 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _names(folder: Path, pattern: re.Pattern[str]) -> list[str]:
-    """The plans that the matching files of a directory belong to."""
+    """The engine files that the matching files of a directory belong to."""
     matches = (pattern.fullmatch(p.name) for p in folder.iterdir()) if folder.is_dir() else ()
     return sorted({match[1] for match in matches if match})
 
 
 def _entries(folder: Path, shipped: bool = False) -> list[Entry]:
-    return [_look(folder / f"{name}.plan", shipped) for name in _names(folder, _KEPT)]
+    return [_look(folder / f"{name}.engine", shipped) for name in _names(folder, _KEPT)]
 
 
 def _look(path: Path, shipped: bool = False) -> Entry:
-    """A plan's entry, whatever state it is in."""
+    """An engine file's entry, whatever state it is in."""
     record, damage, stats = None, "", []
     for each in (path.with_suffix(".json"), path):
         with suppress(OSError):
@@ -314,9 +325,9 @@ def _look(path: Path, shipped: bool = False) -> Entry:
     try:
         record = msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=Record)
         if record.key.name != path.stem:
-            record, damage = None, "its record is another plan's"
+            record, damage = None, "its record is another engine file's"
         elif not path.is_file():
-            damage = "the plan is missing"
+            damage = "the engine file is missing"
         elif path.stat().st_size != record.size:
             damage = f"it has {path.stat().st_size} bytes, its record says {record.size}"
     except FileNotFoundError:

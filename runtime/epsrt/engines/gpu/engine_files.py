@@ -1,4 +1,4 @@
-"""Which plan an engine runs: one from the cache, one that came with the bundle and is trusted, or one built now."""
+"""The engine file that an engine runs: from the cache, or brought by the bundle and trusted, or built now."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ log = logging.getLogger("epsrt")
 
 @dataclass(frozen=True)
 class Made:
-    """A plan in the cache; `built` is None where it was there already. `why` says why it had to be built."""
+    """An engine file in the cache; `built` is None where it was there already. `why` says why it had to be built."""
 
     entry: Entry
     built: Built | None
     why: str = ""
 
 
-def make_plan(
+def make_engine_file(
     lib: Library,
     bundle: Bundle,
     graph: StepGraph,
@@ -40,7 +40,7 @@ def make_plan(
     say: Say = log.info,
     on_progress: OnProgress | None = None,
 ) -> Made:
-    """The plan of a graph for exactly these options, built unless the cache has it (or anyway, with `again`).
+    """The engine file of a graph for exactly these options, built unless the cache has it (or anyway, with `again`).
 
     `say` gets a sentence where building or waiting begins. Raises EngineError where it cannot be built here.
     """
@@ -60,10 +60,10 @@ def make_plan(
         if timing:
             cache.keep_blob(timing, built.timing)
         summary = {"layers": built.layers, "seconds": round(built.seconds, 2), "peak_memory": built.peak_memory}
-        return Made(cache.store(key, built.plan, bundle_name=bundle.path.name, summary=summary), built, why)
+        return Made(cache.store(key, built.data, bundle_name=bundle.path.name, summary=summary), built, why)
 
 
-def open_plan(
+def open_tensorrt(
     engine: str,
     bundle: Bundle,
     graph: StepGraph,
@@ -73,10 +73,11 @@ def open_plan(
     say: Say = log.warning,
     on_progress: OnProgress | None = None,
 ) -> Engine:
-    """Engine "tensorrt" or "tensorrt-rtx" of a graph, from the most recent plan that fits this machine.
+    """Engine "tensorrt" or "tensorrt-rtx" of a graph, from the most recent engine file that fits this machine.
 
-    Where none fits, one is built (`say` gets the reason), or with may_build=False EngineError raised. A plan that came
-    with the bundle is loaded only with `trust_engines`; without it EngineError says why, unless the cache has one.
+    Where none fits, one is built and `say` gets the reason; with may_build=False EngineError is raised instead. One
+    that came with the bundle is loaded only with `trust_engines`; without it EngineError says why, unless the cache
+    has one.
     """
     gpu = nvidia.require_gpu()  # first: without a driver the libraries crash or return nothing
     lib, cache = library(engine), EngineCache()
@@ -91,11 +92,13 @@ def open_plan(
     if entry is None:
         if not may_build:
             raise EngineError(f'{cache.why_rebuild(wanted)}: run "{build_command(bundle.path, engine, graph)}"')
-        entry = make_plan(lib, bundle, graph, BuildOptions(), cache=cache, say=say, on_progress=on_progress).entry
+        entry = make_engine_file(
+            lib, bundle, graph, BuildOptions(), cache=cache, say=say, on_progress=on_progress
+        ).entry
     from epsrt.engines.gpu.tensorrt import TensorRt  # imports CUDA
 
     def others(graph: StepGraph) -> Engine:
-        return open_plan(
+        return open_tensorrt(
             engine, bundle, graph, trust_engines=trust_engines, may_build=may_build, say=say, on_progress=on_progress
         )
 
@@ -136,7 +139,8 @@ def _key(lib: Library, bundle: Bundle, graph: StepGraph, options: BuildOptions) 
         try:
             nvidia.require_gpu()  # TensorRT-RTX ends such a build with an internal error of its compiler
         except EngineError as error:
-            raise EngineError(f"{lib} builds refittable and weight-stripped plans on a GPU alone: {error}") from None
+            what = "refittable and weight-stripped engine files"
+            raise EngineError(f"{lib} builds {what} on a GPU alone: {error}") from None
     flags = asdict(options)
     del flags["profiles"], flags["targets"]
     if (sizes := bundle.manifest.sizes) is not None:

@@ -1,4 +1,4 @@
-"""Engines "tensorrt" and "tensorrt-rtx": a plan of the step graph on the GPU."""
+"""Engines "tensorrt" and "tensorrt-rtx": a step graph's engine file on the GPU."""
 
 from __future__ import annotations
 
@@ -23,12 +23,16 @@ log = logging.getLogger("epsrt")
 
 
 class TensorRt(Closing):
-    """See protocol.Engine. `plan` is what `library` built from `graph` of the bundle, and is trusted: native code.
+    """See epsrt.engine.Engine.
 
-    `stripped`: the plan has no weights and takes the bundle's. `version_compatible`: it brings code of the version that
-    built it. `compiled` are kernels that an earlier engine compiled at run time, and `on_compiled(bytes)` is given this
-    one's, where the library compiles any. `others(graph)` opens another step graph of the bundle as this one was.
-    Raises EngineError when the plan is not for this library, version or GPU, or memory does not suffice.
+    data                the engine file that `library` built from `graph` of the bundle; native code, so it is trusted
+    others              others(graph) opens another step graph of the bundle as this one was opened
+    stripped            the engine file has no weights and takes the bundle's
+    version_compatible  the engine file brings code of the version that built it
+    compiled            kernels that an earlier engine compiled at run time, where the library compiles any
+    on_compiled         on_compiled(bytes) is given the kernels that this engine compiled
+
+    Raises EngineError when the engine file is not for this library, version or GPU, or memory does not suffice.
     """
 
     device = "cuda"
@@ -38,7 +42,7 @@ class TensorRt(Closing):
         library: Library,
         bundle: Bundle,
         graph: StepGraph,
-        plan: bytes,
+        data: bytes,
         *,
         others: Callable[[StepGraph], Engine],
         stripped: bool = False,
@@ -56,12 +60,12 @@ class TensorRt(Closing):
         self._logger = make_logger(library.module)
         self._runtime = library.module.Runtime(self._logger)
         self._runtime.engine_host_code_allowed = version_compatible
-        self.engine = self._runtime.deserialize_cuda_engine(plan)
+        self.engine = self._runtime.deserialize_cuda_engine(data)
         if self.engine is None:
-            size, free = len(plan) >> 20, self._device.memory()[0] >> 20
+            size, free = len(data) >> 20, self._device.memory()[0] >> 20
             raise EngineError(
-                f"{library} refuses the plan of {bundle.path.name} (it has {size} MiB, {free} of the GPU's are free): "
-                f'{self._logger.told()}; run "{build_command(bundle.path, self.name, graph)}"'
+                f"{library} refuses the engine file of {bundle.path.name} (it has {size} MiB, {free} of the GPU's are "
+                f'free): {self._logger.told()}; run "{build_command(bundle.path, self.name, graph)}"'
             )
         if stripped:
             self._take_weights()
@@ -70,7 +74,7 @@ class TensorRt(Closing):
         self.profiles = [tuple(shape[0] for shape in self.engine.get_tensor_profile_shape("x", i)) for i in profiles]
         self.max_batch = max(most for _, _, most in self.profiles)
         named = ", ".join(":".join(map(str, p)) for p in self.profiles)
-        self.batch_limit = f'the largest of the plan\'s batch profiles, {named} (another: "epsrt build --batch")'
+        self.batch_limit = f'the largest of the engine file\'s batch profiles, {named} (another: "epsrt build --batch")'
         self._cache = self._runtime_cache(compiled)
 
     def lanes(self, batch: int, size: Size | None = None) -> DeviceLanes:
@@ -126,7 +130,8 @@ class TensorRt(Closing):
         refitter = trt.Refitter(self.engine, self._logger)
         weights = trt.OnnxParserRefitter(refitter, self._logger)
         if not weights.refit_from_file(str(file)) or not refitter.refit_cuda_engine():
-            raise EngineError(f"{self._library} cannot put the weights of {file} into its plan: {self._logger.told()}")
+            told = self._logger.told()
+            raise EngineError(f"{self._library} cannot put the weights of {file} into its engine file: {told}")
 
     def _check_signature(self) -> None:
         trt, engine = self._library.module, self.engine
@@ -137,7 +142,7 @@ class TensorRt(Closing):
             # where a profile has one batch alone, TensorRT may have made it static
             found[name] = Tensor(words.get(dtype, str(dtype)), (FREE, *extents[1:]))
         way_out = f'run "{build_command(self.bundle.path, self.name, self.graph)}"'
-        Signature.of(self.bundle, self.graph).check(found, f"the plan of {self.bundle.path.name}", way_out)
+        Signature.of(self.bundle, self.graph).check(found, f"the engine file of {self.bundle.path.name}", way_out)
 
     def _runtime_cache(self, compiled: bytes) -> Any:
         if not self._library.compiles:

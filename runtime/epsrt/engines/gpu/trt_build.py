@@ -1,4 +1,4 @@
-"""Build a TensorRT plan from a bundle's step graph. Strongly typed: the graph says every precision."""
+"""Build a TensorRT engine file from a bundle's step graph. Strongly typed: the graph says every precision."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ COMPATIBLE = ("none", "ampere+", "same-capability")
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a plan is built for, beyond the bundle. Raises EngineError for values that no library takes.
+    """What an engine file is built for, beyond the bundle. Raises EngineError for values that no library takes.
 
     profiles                  one optimisation profile each, (min, opt, max) batch; none: 1 to the bundle's largest
     level                     optimisation level 0 … 5; None: the library's own default
     workspace                 MiB that a kernel may use beside the activations; None: all there is
     hardware_compatible       "ampere+": also for newer GPUs than this, "same-capability": for others of its kind
     version_compatible        also for later versions of the library
-    refittable, stripped      weights can be replaced; the plan has none, and takes the bundle's when it is opened
+    refittable                weights can be replaced in the engine file
+    stripped                  the engine file has no weights, and takes the bundle's when it is opened
     targets                   compute capabilities to build for, e.g. ("sm_89", "sm_120"), where the library can; none:
                               the GPU of this machine
     """
@@ -77,9 +78,9 @@ def build_command(bundle: Path, engine: str, graph: StepGraph) -> str:
 
 @dataclass(frozen=True)
 class Built:
-    """A plan, and what building it was like."""
+    """An engine file, and what building it was like."""
 
-    plan: bytes
+    data: bytes
     layers: int  # of the parsed network
     seconds: float
     peak_memory: int  # bytes of host memory that the process has held at most
@@ -119,14 +120,14 @@ def build(
     monitor = _monitor(trt, on_progress)
     config.progress_monitor = monitor
     layers = network.num_layers  # now: the build takes the network apart
-    plan = builder.build_serialized_network(network, config)
+    data = builder.build_serialized_network(network, config)
     if monitor.interrupted is not None:
         raise monitor.interrupted
-    if plan is None:
+    if data is None:
         raise EngineError(f"{library} cannot build {bundle.path / graph.file}: {logger.told()}")
     timed = b"" if cache is None else bytes(cache.serialize())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    return Built(bytes(plan), layers, time.perf_counter() - begin, peak, timed)
+    return Built(bytes(data), layers, time.perf_counter() - begin, peak, timed)
 
 
 def _extents(bundle: Bundle, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

@@ -19,7 +19,7 @@ class Library:
     engine: str  # "tensorrt" or "tensorrt-rtx"
     module: Any
     measures: bool  # times kernels as it builds: that takes the GPU itself, and a timing cache
-    targets: bool  # builds for compute capabilities that are named, without a GPU; a plan serves all GPUs of one
+    targets: bool  # builds for compute capabilities that are named, without a GPU: one file serves all GPUs of one
     compiles: bool  # compiles kernels when a context first runs, and can keep them
 
     @property

@@ -1,4 +1,4 @@
-"""From bundle to running plan: built, found, refused, rebuilt. On the stand-in driver with a pretended TensorRT."""
+"""Engine files built, found, refused, rebuilt, and run: on the stand-in driver with a pretended TensorRT."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpu.conftest import PRELUDE
 from gpu.stand_in.build import environment
 
 
-def test_a_plan_is_built_once_and_found_again(on_stand_in, small_bundle_path) -> None:
+def test_an_engine_file_is_built_once_and_found_again(on_stand_in, small_bundle_path) -> None:
     out = on_stand_in(
         """
 told = []
@@ -38,7 +38,7 @@ assert json.loads(first.information()) == {"Layers": []}
 """,
         small_bundle_path,
     )
-    assert "no plan of small.epsrt for tensorrt was built yet: building it" in out
+    assert "no engine file of small.epsrt for tensorrt was built yet: building it" in out
 
 
 def test_what_differs_is_said(on_stand_in, small_bundle_path, bundle_path) -> None:
@@ -54,10 +54,12 @@ def test_what_differs_is_said(on_stand_in, small_bundle_path, bundle_path) -> No
         (newer, {"capability": "8.6"}, ["tensorrt 11.4.0.106, this is 12.0.1", "built for sm_89, this is sm_86"]),
     ):
         sentence = on_stand_in(code + refuse, small_bundle_path, **knobs)
-        assert all(word in sentence for word in [*words, "small.epsrt has no plan for this: the nearest was", command])
+        assert all(
+            word in sentence for word in [*words, "small.epsrt has no engine file for this: the nearest was", command]
+        )
     sentence = on_stand_in(refuse.replace("may_build", "precision='fp32', may_build"), bundle_path)
     assert "built in fp16, asked for fp32" in sentence
-    assert "no plan of small.epsrt for tensorrt-rtx was built yet" in on_stand_in(
+    assert "no engine file of small.epsrt for tensorrt-rtx was built yet" in on_stand_in(
         refuse.replace("'tensorrt'", "'tensorrt-rtx'"), small_bundle_path
     )
     # and without may_build=False it is built, with the same words as a warning
@@ -65,7 +67,7 @@ def test_what_differs_is_said(on_stand_in, small_bundle_path, bundle_path) -> No
     assert "the nearest was built with tensorrt 11.4.0.106, this is 12.0.1: building it" in out
 
 
-def test_a_plan_of_another_export_is_not_used(on_stand_in, small_bundle_path, copy_of) -> None:
+def test_an_engine_file_of_another_export_is_not_used(on_stand_in, small_bundle_path, copy_of) -> None:
     from helpers import forge
 
     on_stand_in("built(bundle)", small_bundle_path)
@@ -75,7 +77,7 @@ def test_a_plan_of_another_export_is_not_used(on_stand_in, small_bundle_path, co
     assert "built from another export of the bundle" in sentence
 
 
-def test_damaged_foreign_and_exposed_plans_are_refused(on_stand_in, small_bundle_path) -> None:
+def test_damaged_foreign_and_exposed_engine_files_are_refused(on_stand_in, small_bundle_path) -> None:
     on_stand_in(
         """
 entry = built(bundle).entry
@@ -92,21 +94,22 @@ for path, mode in ((entry.path, 0o666), (entry.path.parent, 0o777), (EngineCache
     before = path.stat().st_mode & 0o777
     path.chmod(mode)
     sentence = refuse()
-    assert str(path) in sentence and "lets others write" in sentence and "a plan is native code" in sentence
+    assert str(path) in sentence and "lets others write" in sentence and "an engine file is native code" in sentence
     path.chmod(before)
 open_engine(bundle, "tensorrt").close()
-# what passes the checks and is no plan: the library's own refusal, in a sentence
+# what passes the checks and is no engine file: the library's own refusal, in a sentence
 key = entry.record.key
-EngineCache().store(key, b"not a plan", bundle_name="small.epsrt")
+EngineCache().store(key, b"not an engine file", bundle_name="small.epsrt")
 sentence = refuse()
-assert "tensorrt 11.4.0.106 refuses the plan of small.epsrt" in sentence and "the magic tag does not match" in sentence
+assert "tensorrt 11.4.0.106 refuses the engine file of small.epsrt" in sentence
+assert "the magic tag does not match" in sentence
 assert 'run "epsrt build' in sentence
 """,
         small_bundle_path,
     )
 
 
-def test_a_plan_that_came_with_the_bundle_must_be_trusted(on_stand_in, small_bundle_path, copy_of) -> None:
+def test_an_engine_file_that_came_with_the_bundle_must_be_trusted(on_stand_in, small_bundle_path, copy_of) -> None:
     bundle = copy_of(small_bundle_path)
     on_stand_in(
         """
@@ -116,7 +119,8 @@ cache.ship(entry, bundle.path)
 cache.remove(entry)
 bundle = Bundle.open(sys.argv[1])  # a bundle with engines is still that bundle
 sentence = refused(open_engine, bundle, "tensorrt")
-assert "came with the bundle: a plan is native code that runs unchecked" in sentence and "--trust-engines" in sentence
+assert "came with the bundle: an engine file is native code that runs unchecked" in sentence
+assert "--trust-engines" in sentence
 with Sampler(open_engine(bundle, "tensorrt", trust_engines=True, may_build=False)) as sampler:
     sampler.sample(1, steps=2)
 built(bundle)
@@ -149,8 +153,9 @@ cpu = open_engine(bundle, "onnxruntime", threads=1)
 with Sampler(open_engine(bundle, "tensorrt")) as sampler, Sampler(cpu) as plain:  # the weights are the bundle's
     close(sampler.sample(2, steps=5), plain.sample(2, steps=5))
 assert built(bundle, stripped=True).built is None
-assert plans.make_plan(library("tensorrt"), bundle, bundle.graph("fp32"), BuildOptions(), again=True).built
-assert plans.make_plan(library("tensorrt"), bundle, bundle.graph("fp32"), BuildOptions(), again=True).built
+for _ in range(2):
+    asked = library("tensorrt"), bundle, bundle.graph("fp32"), BuildOptions()
+    assert engine_files.make_engine_file(*asked, again=True).built
 for options, words in (
     (dict(profiles=((4, 2, 8),)), "batch profile 4:2:8 does not ascend"),
     (dict(profiles=((0, 1, 1),)), "batch profile 0:1:1 does not"),
@@ -159,7 +164,7 @@ for options, words in (
     (dict(hardware_compatible="all"), "hardware compatibility 'all'"),
 ):
     assert words in refused(built, bundle, **options), options
-assert "builds for this machine's GPU alone" in refused(plans.targets_of, library("tensorrt"), ["sm89"])
+assert "builds for this machine's GPU alone" in refused(engine_files.targets_of, library("tensorrt"), ["sm89"])
 """,
         small_bundle_path,
     )
@@ -240,7 +245,7 @@ def test_ctrl_c_ends_a_build(stand_in: Path, small_bundle_path: Path, tmp_path: 
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "KeyboardInterrupt" in errors
-    assert not list(lock.rglob("*.plan"))
+    assert not list(lock.rglob("*.engine"))
     assert not list(lock.rglob("*.json"))
 
 
@@ -267,14 +272,14 @@ probe.available = lambda: iter(["tensorrt", "onnxruntime"])
     show = "opened = open_engine(bundle)\nprint(opened.name, opened.precision)"
     assert "tensorrt fp16" in on_stand_in(pretend + show, bundle_path)
     assert "tensorrt fp32" in on_stand_in(pretend + show, small_bundle_path)
-    failing = pretend + "trt.Runtime.deserialize_cuda_engine = lambda self, plan: None\n"
+    failing = pretend + "trt.Runtime.deserialize_cuda_engine = lambda self, data: None\n"
     out = on_stand_in(failing + show, small_bundle_path)
     assert "onnxruntime fp32" in out
-    assert "engine tensorrt is passed over: tensorrt 11.4.0.106 refuses the plan" in out
+    assert "engine tensorrt is passed over: tensorrt 11.4.0.106 refuses the engine file" in out
     assert "onnxruntime fp32" in on_stand_in(pretend + show.replace("(bundle)", "(bundle, threads=1)"), bundle_path)
 
 
-def test_sizes_are_part_of_a_plans_key(on_stand_in, sized_bundle_path, small_bundle_path, copy_of) -> None:
+def test_sizes_are_part_of_an_engine_files_key(on_stand_in, sized_bundle_path, small_bundle_path, copy_of) -> None:
     from helpers import forge
 
     on_stand_in(
@@ -299,7 +304,7 @@ assert gpu.engine.get_tensor_profile_shape("m", 0)[2] == (4, 1, 48, 48)
     on_stand_in('assert "sizes" not in built(bundle).entry.record.key.options', small_bundle_path)
 
 
-def test_each_step_graph_has_plans_of_its_own(on_stand_in, edited_bundle_path, copy_of) -> None:
+def test_each_step_graph_has_engine_files_of_its_own(on_stand_in, edited_bundle_path, copy_of) -> None:
     """Named by the command that builds it, in each sentence; `on` asks as the engine was opened."""
     bundle = copy_of(edited_bundle_path)
     on_stand_in(
@@ -341,11 +346,11 @@ for sentence in (refuse("guidance", "mask"), refused(eager.on, guided)):
 trusting = open_engine(bundle, "tensorrt", precision="fp32", trust_engines=True, may_build=False)
 assert trusting.on(guided).on(bundle.graph("fp32")).on(guided).graph == guided
 
-kept = cache.store(entry.record.key, b"not a plan", bundle_name="tiny.epsrt")
+kept = cache.store(entry.record.key, b"not an engine file", bundle_name="tiny.epsrt")
 assert f'run "{command(" --features guidance,mask")}"' in refuse("guidance", "mask")
 other = built(bundle, features=["mask"]).entry
 cache.store(entry.record.key, cache.read(other), bundle_name="tiny.epsrt")
-sentence = refuse("guidance", "mask")  # the wrong graph's plan under its name
+sentence = refuse("guidance", "mask")  # the wrong graph's engine file under its name
 assert ".epsrt: rows is float32 [?, 17], the manifest implies float32 [?, 19]: run " in sentence, sentence
 assert sentence.endswith(f'run "{command(" --features guidance,mask")}"')
 """,
@@ -353,8 +358,8 @@ assert sentence.endswith(f'run "{command(" --features guidance,mask")}"')
     )
 
 
-def test_a_plan_that_lacks_an_input_is_refused(on_stand_in, edited_bundle_path) -> None:
-    """A masked graph's plan for a classifier's graph: as many columns, other inputs."""
+def test_an_engine_file_that_lacks_an_input_is_refused(on_stand_in, edited_bundle_path) -> None:
+    """A masked graph's engine file for a classifier's graph: as many columns, other inputs."""
     on_stand_in(
         """
 mask, judged = (built(bundle, features=[f]).entry for f in ("mask", "classifier"))
