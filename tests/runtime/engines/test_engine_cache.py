@@ -896,6 +896,20 @@ def test_a_librarys_own_directory(cache):
         cache.directory_for("onnxruntime-tensorrt")
 
 
+def test_what_a_library_kept_is_there_again_but_not_a_link_in_its_place(cache, tmp_path):
+    """A link to the very bytes that were kept is nobody's own file: what it leads to can change once it is checked."""
+    with cache.kept_by("onnxruntime-tensorrt") as folder:
+        for name in ("own.engine", "linked.engine"):
+            (folder / name).write_bytes(b"built here")
+    elsewhere = tmp_path / "elsewhere.engine"
+    elsewhere.write_bytes(b"built here")
+    (folder / "linked.engine").unlink()
+    (folder / "linked.engine").symlink_to(elsewhere)
+    with cache.kept_by("onnxruntime-tensorrt"):
+        assert {p.name for p in folder.iterdir()} - {".lock"} == {"own.engine"}
+        assert elsewhere.read_bytes() == b"built here"  # the link went, not what it leads to
+
+
 # imports
 
 

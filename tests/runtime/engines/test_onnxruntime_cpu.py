@@ -73,6 +73,9 @@ class TestOpening:
         assert opened.precision == "fp16"
         assert opened.session.get_session_options().intra_op_num_threads == 1
         assert opened.session.get_providers() == ["CPUExecutionProvider"]
+        other = opened.on(opened.bundle.graph("fp32"))
+        assert other.precision == "fp32"
+        assert other.session.get_session_options().intra_op_num_threads == 1
 
     @pytest.mark.parametrize(
         ("arguments", "kind", "message"),
@@ -219,6 +222,17 @@ class TestLanes:
             lanes.write(0, Sample(seed=1))
             lanes.advance(rows_of["ddim"][:, None])
             np.testing.assert_allclose(lanes.read(0, "x0"), lanes.read(0), rtol=0, atol=1e-6)
+
+    def test_x0_is_zero_until_a_step_has_run(self, engine, rows_of):
+        with engine.lanes(2) as lanes:
+            for i in range(2):
+                lanes.write(i, Sample(seed=i))
+            lanes.advance(together(rows_of["ddpm"], rows_of["ddim"]))
+            neighbour = lanes.read(1, "x0")
+            assert lanes.read(0, "x0").any()
+            lanes.write(0, Sample(seed=5))
+            assert not lanes.read(0, "x0").any()
+            np.testing.assert_array_equal(lanes.read(1, "x0"), neighbour)
 
     def test_rows_may_be_reused_and_cut_anywhere(self, engine, rows_of):
         rows = rows_of["ddpm"]
@@ -400,6 +414,23 @@ class TestContinuousBatching:
             for i, (seed, index) in enumerate([(4, 9), (5, 3)]):
                 z = noise.normals(seed, index, noise.STEP, 77, 64).reshape(1, 8, 8)
                 np.testing.assert_array_equal(lanes.read(i), z)
+
+    def test_noise_of_lanes_at_other_steps_beside_lanes_without(self, engine):
+        """x' = x + d·z. Three lanes, two rows: in each row one is deterministic, and all have an n of their own."""
+        at = {name: i for i, name in enumerate(engine.columns)}
+        rows = np.tile(idle_row(engine.columns), (2, 3, 1))
+        rows[:, :, at["n"]] = n = np.array([[7, 900, 31], [8, 901, 32]])
+        rows[:, :, at["d"]] = d = np.array([[1, 0, 2], [0, 1, 2]])
+        samples = [Sample(seed=4, index=9), Sample(seed=5, index=3), Sample(seed=6)]
+        with engine.lanes(3) as lanes:
+            for i, sample in enumerate(samples):
+                lanes.write(i, sample)
+            begun = [lanes.read(i) for i in range(3)]
+            lanes.advance(rows)
+            for i, s in enumerate(samples):
+                z = [noise.normals(s.seed, s.index, noise.STEP, int(k), 64).reshape(1, 8, 8) for k in n[:, i]]
+                want = begun[i] + d[0, i] * z[0] + d[1, i] * z[1]
+                np.testing.assert_allclose(lanes.read(i), want, rtol=0, atol=2e-6)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,29 @@ class TestSteps:
         for i in range(2):
             np.testing.assert_array_equal(got[i], alone[i])
 
+    def test_two_threads_on_a_new_batch_compile_once(self, small_bundle_path, cache, monkeypatch):
+        engine = open_engine(Bundle.open(small_bundle_path), "openvino", precision="fp32", threads=1)
+        compiled, make, barrier = [], openvino_cpu.OpenVino._compile, threading.Barrier(2)
+
+        def slowly(self, batch, *more):
+            compiled.append(batch)
+            time.sleep(0.3)  # the other thread comes while this one compiles
+            return make(self, batch, *more)
+
+        monkeypatch.setattr(openvino_cpu.OpenVino, "_compile", slowly)
+
+        def open_lanes():
+            barrier.wait()
+            engine.lanes(3).close()
+
+        threads = [threading.Thread(target=open_lanes) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert compiled == [3]
+        assert len(engine._models) == 1
+
     def test_nan_names_its_lane(self, engine):
         row = idle_row(engine.columns)
         row[engine.columns.index("a")] = np.nan
@@ -153,6 +177,26 @@ class TestPrecision:
         x = np.random.default_rng(0).standard_normal((1, 8, 8), dtype=np.float32)
         for t in (301, 666, 957, 999):
             assert relative_l2(first_step(half, t, x), first_step(engine, t, x)) < 1e-2
+
+    def test_weights_are_rounded_to_the_nearest_bf16_ties_to_even(self):
+        bits = np.random.default_rng(0).integers(0, 2**32, 64 * 64, dtype=np.uint32)
+        bits[:4] = [0x3F808000, 0x3F818000, 0xBF808000, 0xBF818000]  # halfway: down to even, up to even; negative
+        weights = bits.view(np.float32)
+        weights[~np.isfinite(weights) | (np.abs(weights) > 1e38)] = 1.0
+        op = openvino_cpu.opset13
+        given = op.parameter([1, 64], np.float32, name="x")
+        model = openvino_cpu.ov.Model([op.matmul(given, op.constant(weights.reshape(64, 64)), False, False)], [given])
+        openvino_cpu.halve_weights(model)
+        (halved,) = [n for n in model.get_ordered_ops() if n.get_type_name() == "Constant"]
+        assert halved.get_element_type() == openvino_cpu.ov.Type.bf16
+        got = halved.get_tensor_view().data.view(np.uint16).ravel()
+
+        low = weights.view(np.uint32) >> 16
+        below, above = ((k << 16).view(np.float32).astype(np.float64) for k in (low, low + 1))
+        to_below, to_above = np.abs(weights - below), np.abs(above - weights)
+        nearest = np.where(to_below == to_above, low + (low & 1), np.where(to_below < to_above, low, low + 1))
+        np.testing.assert_array_equal(got, nearest)
+        assert got[:4].tolist() == [0x3F80, 0x3F82, 0xBF80, 0xBF82]
 
     @bf16
     def test_fp32_where_bf16_misses_a_rung(self, bundle_path, cache, monkeypatch, caplog):
@@ -332,6 +376,33 @@ except EngineError as error:
             lanes.advance(idle_row(engine.columns)[None, None])
         expected = f"OpenVINO failed in a step of {engine.bundle.path}: Exception from src/plugins: no memory"
         assert str(e.value) == expected
+
+    def test_the_other_parts_are_cancelled_when_one_fails(self, bundle_path, monkeypatch):
+        """Or they would go on writing into buffers that somebody reads or frees."""
+        if physical_cores() < 2:
+            pytest.skip("this machine has one core")
+        engine = open_engine(Bundle.open(bundle_path), "openvino", precision="fp32", threads=2)
+        calls, wait, cancel = [], openvino_cpu.ov.InferRequest.wait, openvino_cpu.ov.InferRequest.cancel
+
+        def waits(request):
+            calls.append(("wait", request))
+            if len(calls) == 1:
+                raise RuntimeError("no memory")
+            wait(request)
+
+        def cancels(request):
+            calls.append(("cancel", request))
+            cancel(request)
+
+        monkeypatch.setattr("openvino.InferRequest.wait", waits)
+        monkeypatch.setattr("openvino.InferRequest.cancel", cancels)
+        with engine.lanes(2) as lanes:
+            with pytest.raises(EngineError, match="OpenVINO failed in a step of .*: no memory"):
+                lanes.advance(np.tile(idle_row(engine.columns), (1, 2, 1)))
+            first, second = calls[0][1], calls[-1][1]
+            assert first is not second
+            assert [name for name, _ in calls] == ["wait", "cancel", "wait", "cancel", "wait"]
+            assert [request for _, request in calls[1:]] == [first, first, second, second]
 
     def test_elsewhere_than_on_x86_onnxruntime_comes_first(self, monkeypatch):
         cpus = [n for n in probe.available() if probe.info_of(n).device == "cpu"]
