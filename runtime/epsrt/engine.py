@@ -1,4 +1,4 @@
-"""What an engine is to its callers, and what both engines and callers need."""
+"""The protocols of engines and of their lanes, and what both engines and their callers need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from epsrt import noise
 from epsrt.bundle import Bundle
-from epsrt.errors import InputError
+from epsrt.errors import InputError, whole
 from epsrt.manifest import StepGraph
 from epsrt.types import Float32, Shape, Size
 
@@ -34,13 +34,13 @@ class Closing(ABC):
 
 @dataclass(frozen=True)
 class Sample:
-    """What a lane begins with: x = start[0]·init + start[1]·z, z drawn from (seed, index, stream), m = 0.
+    """What a lane begins with: x = start[0]·init + start[1]·z, where z is drawn from (seed, index, stream); m = 0.
 
     init         float32 [C, H, W], or None for zeros
     label        the network's own number, as Bundle.label_of gives it
-    stream       of z: noise.START, or noise.FORWARD where init is noised
-    target       the classifier's class, for step graphs that have one
-    known, mask  float32 [C, H, W] both, for step graphs with a mask: where mask is 1, x follows known; None: nowhere
+    stream       the noise stream of z: noise.START, or noise.FORWARD where init is noised
+    target       the classifier's class, for step graphs that have a classifier
+    known, mask  float32 [C, H, W] both, for step graphs with a mask: x follows known where mask is 1. None: nowhere
     """
 
     seed: int = 0
@@ -55,25 +55,27 @@ class Sample:
 
 
 class Lanes(Protocol):
-    """An engine's batch; the state lives on the device. A context manager, for one thread, that owns its stream."""
+    """An engine's batch, its state on the device. It is a context manager for one thread, and owns its stream."""
 
     batch: int
     shape: Shape  # C, H, W of its images
 
     def write(self, index: int, sample: Sample) -> None:
-        """Begin a sample in lane `index`; the other lanes are not touched."""
+        """Begin a sample in lane `index`. The other lanes are not touched."""
 
     def advance(self, rows: Float32) -> None:
-        """Run steps: rows float32 [steps, batch, len(engine.columns)]. Asynchronous; nothing returns to the host.
+        """Run steps: rows float32 [steps, batch, len(engine.columns)]. It is asynchronous: nothing returns to the host.
 
-        `rows` may be reused by the caller as soon as this returns.
+        The caller may reuse `rows` as soon as this returns.
         """
 
     def wait(self) -> None:
-        """Return once all that was advanced has run: before telling a user how far it is, or asking to go on."""
+        """Return once all steps have run. Call it before telling a user how far it is, or asking whether to go on."""
 
     def read(self, index: int, what: Literal["x", "x0"] = "x") -> Float32:
-        """A copy of a lane's x or x0 estimate, float32 [C, H, W]. Synchronises.
+        """A copy of a lane's x or of its estimate of x0, float32 [C, H, W]; zeros where no step has estimated x0 yet.
+
+        It waits for the device.
 
         Raises NotFiniteError that names the lane, its sample and the step since which it holds NaN or infinity.
         """
@@ -88,7 +90,7 @@ class Lanes(Protocol):
 
 
 class Engine(Protocol):
-    """A bundle's step graph on one device. A context manager; threads may share it, each with lanes of its own."""
+    """A bundle's step graph on one device. It is a context manager; threads may share it, each with own lanes."""
 
     name: str
     device: str  # "cpu" or "cuda": which limits of the parity ladder hold
@@ -100,16 +102,16 @@ class Engine(Protocol):
     batch_limit: str  # what set max_batch, e.g. "the bundle's largest"
 
     def lanes(self, batch: int, size: Size | None = None) -> Lanes:
-        """Lanes for `batch` images of a height and width, those of the manifest's shape where none are given.
+        """Lanes for `batch` images of a height and width; by default those of the manifest's shape.
 
         Raises InputError for a batch or a size that the engine does not take.
         """
 
     def on(self, graph: StepGraph) -> Engine:
-        """Another step graph of the bundle, in the same way on the same device; to be closed by itself."""
+        """Another step graph of the bundle, opened in the same way on the same device. Its caller closes it too."""
 
     def close(self) -> None:
-        """Release what the engine holds; lanes keep what they need until they are closed themselves."""
+        """Release what the engine holds. Lanes keep what they need until they are closed themselves."""
 
     def __enter__(self) -> Self: ...
 
@@ -120,25 +122,28 @@ class Engine(Protocol):
 
 def check_batch(batch: int, engine: Engine) -> None:
     """Raise InputError unless the engine has lanes for `batch` samples."""
-    if not 1 <= batch <= engine.max_batch:
+    if not 1 <= whole("batch", batch) <= engine.max_batch:
         raise InputError(f"a batch of {batch} is outside 1 … {engine.max_batch}, {engine.batch_limit}")
 
 
 def check_threads(threads: int | None) -> None:
-    """Raise InputError for more threads than cores, which would only wait for each other; None is all cores."""
+    """Raise InputError unless threads is None, for all cores, or a whole number of them.
+
+    More threads than cores would only wait for each other.
+    """
     cores = os.cpu_count() or 1
-    if threads is not None and not 1 <= threads <= cores:
+    if threads is not None and not 1 <= whole("threads", threads) <= cores:
         raise InputError(f"threads = {threads} is outside 1 … {cores}, this machine's cores: leave it out for all")
 
 
 def check_lane(index: int, batch: int) -> None:
     """Raise InputError unless lane `index` is one of `batch`."""
-    if not 0 <= index < batch:
+    if not 0 <= whole("lane", index) < batch:
         raise InputError(f"lane {index} is outside 0 … {batch - 1}")
 
 
 def check_sample(sample: Sample, shape: tuple[int, ...], graph: StepGraph) -> None:
-    """Raise InputError unless a sample's images, where it has any, are of `shape`, and the graph takes them."""
+    """Raise InputError unless the images of a sample are of `shape`, and the graph takes them."""
     for name in ("init", "known", "mask"):
         image = getattr(sample, name)
         if image is not None and image.shape != shape:
@@ -157,7 +162,7 @@ def check_rows(rows: Float32, batch: int, columns: int) -> None:
 
 
 def not_finite(lane: int, sample: Sample, step: int, t: float) -> str:
-    """What NotFiniteError says of a lane whose state is NaN or infinite since its step number `step`, from 1."""
+    """The sentence of NotFiniteError about a lane that is not finite since its step number `step`, from 1."""
     return (
         f"lane {lane} (seed {sample.seed}, index {sample.index}) is not finite since its step {step} (t = {t:g}): "
         "the network gave NaN or infinity there, or was given it"

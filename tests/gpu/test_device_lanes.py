@@ -67,6 +67,42 @@ assert all(r.passed for r in rungs)
     )
 
 
+def test_multistep_methods_keep_their_memory(on_stand_in, bundle_path) -> None:
+    """After an odd chunk x and m are copied back to where the next one begins; these methods read m in every row."""
+    on_stand_in(
+        BOTH
+        + """
+with Sampler(gpu) as sampler, Sampler(cpu) as plain:
+    for method, steps in (("dpmpp-2m", 15), ("heun", 8)):
+        options = dict(method=method, steps=steps, seed=3, labels=[0, 1])
+        close(sampler.sample(2, **options), plain.sample(2, **options))
+rows = rows_of(gpu, 2, "dpmpp-2m", 15)
+with gpu.lanes(2) as lanes, cpu.lanes(2) as plain:
+    for each in (lanes, plain):
+        for i in range(2): each.write(i, Sample(seed=i, label=i))
+        for first in range(0, 15, 3): each.advance(rows[first : first + 3])
+    close(state(lanes, 2), state(plain, 2))
+""",
+        bundle_path,
+    )
+
+
+def test_x0_is_zero_until_a_step_has_run(on_stand_in, bundle_path) -> None:
+    on_stand_in(
+        BOTH
+        + """
+with gpu.lanes(2) as lanes:
+    for i in range(2): lanes.write(i, Sample(seed=i))
+    lanes.advance(rows_of(gpu, 2))
+    neighbour = lanes.read(1, "x0")
+    assert lanes.read(0, "x0").any()
+    lanes.write(0, Sample(seed=5))
+    assert not lanes.read(0, "x0").any() and (lanes.read(1, "x0") == neighbour).all()
+""",
+        bundle_path,
+    )
+
+
 def test_what_a_trajectory_costs_the_host(on_stand_in, bundle_path) -> None:
     """Rows once, chunks as replayed graphs, no noise without noise, nothing back before read."""
     on_stand_in(
@@ -294,6 +330,45 @@ with gpu.lanes(8) as lanes:
     )
 
 
+def test_whatever_is_not_made_the_rest_is_released(on_stand_in, bundle_path) -> None:
+    """The driver refuses each of the resources of new lanes in turn, then the engine refuses its own set-up."""
+    on_stand_in(
+        BOTH
+        + """
+class Failing:
+    def __init__(self, nth): self.nth, self.asked = nth, 0
+    def __getattr__(self, name):
+        function = getattr(cu, name)
+        if name not in ("cuMemAlloc", "cuMemHostAlloc", "cuStreamCreate", "cuEventCreate"):
+            return function
+        def counted(*arguments):
+            self.asked += 1
+            return (cu.CUresult.CUDA_ERROR_OUT_OF_MEMORY, None) if self.asked == self.nth else function(*arguments)
+        return counted
+
+def left(): return [live(), *(driver.stand_in_live(k) for k in (b"streams", b"events", b"graphs", b"execs", b"host"))]
+
+cu, before = cuda.cu, left()
+for nth in range(1, 100):
+    cuda.cu = Failing(nth)
+    try:
+        gpu.lanes(2).close()
+        break
+    except EngineError:
+        assert left() == before, (nth, left(), before)
+assert 10 < nth < 100 and left() == before
+cuda.cu = cu
+address = trt.IExecutionContext.set_tensor_address
+trt.IExecutionContext.set_tensor_address = lambda self, name, memory: name != "z" and address(self, name, memory)
+assert "refuses the address of z" in refused(gpu.lanes, 2) and left() == before
+trt.IExecutionContext.set_tensor_address = address
+trt.knobs["fail_enqueue"] = True
+assert "refuses to enqueue a step" in refused(gpu.lanes, 2) and left() == before
+""",
+        bundle_path,
+    )
+
+
 def test_kept_lanes_make_room(on_stand_in, bundle_path) -> None:
     on_stand_in(
         BOTH
@@ -357,6 +432,30 @@ with gpu.lanes(1) as lanes, cpu.lanes(1) as plain:
         for method in ("ddpm", "ddim"):
             for each in (lanes, plain): each.advance(rows_of(gpu, 1, method, steps))
     assert driver.stand_in_live(b"execs") <= 8
+    close(lanes.read(0), plain.read(0))
+""",
+        bundle_path,
+    )
+
+
+def test_no_graph_is_dropped_while_it_runs(on_stand_in, bundle_path) -> None:
+    """Nine kinds of chunk are one more than is kept: the first is dropped when all that was given before has run."""
+    on_stand_in(
+        BOTH
+        + """
+from epsrt.engines.gpu import lanes as of_gpu
+given, dropped, close_graph = 0, [], cuda.CudaGraph.close
+def watch(self):
+    dropped.append((trt.knobs["enqueued"], given))
+    close_graph(self)
+with gpu.lanes(1) as lanes, cpu.lanes(1) as plain:
+    for each in (lanes, plain): each.write(0, Sample(seed=1))
+    cuda.CudaGraph.close, trt.knobs["enqueued"] = watch, 0
+    for steps in range(1, of_gpu.KEPT_GRAPHS + 2):
+        for each in (lanes, plain): each.advance(rows_of(gpu, 1, "ddim", steps))
+        assert not dropped or steps == of_gpu.KEPT_GRAPHS + 1
+        given += steps
+    assert len(dropped) == 1 and dropped[0] == (36, 36), dropped
     close(lanes.read(0), plain.read(0))
 """,
         bundle_path,

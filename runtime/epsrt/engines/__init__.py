@@ -1,4 +1,4 @@
-"""Engines by name. Each lives in a module of its own, which alone imports its library."""
+"""Engines by name. Each has a module of its own, the only one that imports its library."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def open_engine(
     """Put a bundle on a device.
 
     name           one of ENGINES, or "auto": the fastest that this machine can run for this bundle
-    precision      one of PRECISIONS; None: fp16 on a GPU where the bundle has it, on openvino bf16 where the processor
-                   computes in it and the bundle's golden file proves it, else fp32. int8 is never taken unasked
+    precision      one of PRECISIONS; int8 is never taken unasked. None: fp16 on a GPU where the bundle has it; on
+                   openvino bf16 where the processor computes in it and the bundle's golden file proves it; else fp32
     features       what the step graph must have beyond the plain step
-    threads        bounds a CPU engine's threads (None: all cores)
+    threads        the most threads that a CPU engine uses; None: as many as there are cores
     trust_engines  run TensorRT engine files that came with the bundle: native code, so only from those whom you trust
     may_build      build a TensorRT engine file where the cache has none that fits, or prove bf16. Either takes seconds
                    to minutes, once; `on_progress(phase, fraction)` is told how far it is. False: raise EngineError
@@ -94,7 +94,7 @@ def open_engine(
 
 
 def graph_precision(bundle: Bundle, name: str, precision: str | None = None) -> str:
-    """The precision of the step graph that an engine runs: unless told, fp16 on a GPU where there is one, else fp32."""
+    """The precision of the step graph that an engine runs: by default fp16 on a GPU if the bundle has it, else fp32."""
     if precision is not None:
         return graph_precision_of(precision)
     from epsrt.engines import probe
@@ -104,12 +104,12 @@ def graph_precision(bundle: Bundle, name: str, precision: str | None = None) -> 
 
 
 def graph_precision_of(precision: str) -> str:
-    """bf16 is computed from the FP32 graph."""
+    """The precision of the step graph for a precision of an engine: bf16 is computed from the FP32 graph."""
     return "fp32" if precision == "bf16" else precision
 
 
 def runnable(bundle: Bundle, name: str = "auto") -> list[str]:
-    """The precisions of a bundle's step graphs that an engine, or one of those that are here, runs."""
+    """The precisions of a bundle's step graphs that an engine runs; "auto": that any engine here runs."""
     from epsrt.engines import probe
 
     names = [name] if name != "auto" else list(probe.available())

@@ -22,7 +22,7 @@ Bind = Callable[[Arrays, Arrays], Run]  # inputs and outputs by name, [batch, â€
 
 
 class HostLanes(Closing):
-    """See protocol.Lanes. Owns its NumPy buffers; two bindings of them alternate, so that x and x' only swap.
+    """See epsrt.engine.Lanes. Owns its NumPy buffers; two bindings of them alternate, so that x and x' only swap.
 
     `bind` binds the engine to buffers that live as long as the lanes; what it returns may raise EngineError.
     """

@@ -15,7 +15,7 @@ from epsrt.types import Arrays, Size
 
 
 class OnnxRuntimeCpu(Closing):
-    """Engine "onnxruntime"; see protocol.Engine."""
+    """Engine "onnxruntime"; see epsrt.engine.Engine."""
 
     name = "onnxruntime"
     batch_limit = "the bundle's largest"
@@ -42,12 +42,12 @@ class OnnxRuntimeCpu(Closing):
         check_signature(self.session, Signature.of(bundle, graph), file)
 
     def lanes(self, batch: int, size: Size | None = None) -> HostLanes:
-        """See protocol.Engine."""
+        """See epsrt.engine.Engine."""
         check_batch(batch, self)
         return HostLanes(self, batch, self.bundle.image_shape(size), self._bind)
 
     def on(self, graph: StepGraph) -> OnnxRuntimeCpu:
-        """See protocol.Engine."""
+        """See epsrt.engine.Engine."""
         return OnnxRuntimeCpu(self.bundle, graph, self._threads)
 
     def close(self) -> None:

@@ -39,7 +39,7 @@ log = logging.getLogger("epsrt")
 
 
 class OpenVino(Closing):
-    """Engine "openvino"; see protocol.Engine. bf16 and fp32 run the bundle's FP32 graph.
+    """Engine "openvino"; see epsrt.engine.Engine. bf16 and fp32 run the bundle's FP32 graph.
 
     A batch is cut into as many equal parts as divide it and the threads: each is an inference request on threads of its
     own, which so wait for each other less often. `others(graph)` opens another step graph as this one was.
@@ -69,14 +69,14 @@ class OpenVino(Closing):
         self._lock = threading.Lock()
 
     def lanes(self, batch: int, size: Size | None = None) -> HostLanes:
-        """See protocol.Engine."""
+        """See epsrt.engine.Engine."""
         check_batch(batch, self)
         image, parts = self.bundle.image_shape(size), gcd(batch, self.threads)
         model = self._model(batch // parts, image, parts)
         return HostLanes(self, batch, image, partial(self._bind, model, parts))
 
     def on(self, graph: StepGraph) -> OpenVino:
-        """See protocol.Engine."""
+        """See epsrt.engine.Engine."""
         return self._others(graph)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a step reads and writes on the device, and samples on their way there."""
+"""The device buffers that a step reads and writes, and samples on their way there."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ BEGIN = np.dtype(
 
 @dataclass(frozen=True)
 class Buffers:
-    """Device addresses that a step reads and writes, for `width` lanes of images of `shape`. Two x and m alternate.
+    """The device addresses that a step reads and writes, for `width` lanes of images of `shape`.
+
+    Two buffers of x alternate, and two of m: a step reads one and writes the other.
 
     signature  of the step graph, for this width and shape
     fixed      the address of each of signature.fixed
@@ -60,7 +62,7 @@ class Buffers:
 
 
 def pack(samples: Mapping[int, Sample]) -> tuple[NDArray[Any], list[Float32]]:
-    """Samples by lane, as the kernel `begin` takes them: BEGIN [len(samples)], and the images that it counts."""
+    """Samples by lane, as the kernel `begin` takes them: BEGIN [len(samples)], and the images that it numbers."""
     begins, images = np.zeros(len(samples), BEGIN), list[Float32]()
 
     def placed(*given: Float32 | None) -> int:

@@ -1,4 +1,4 @@
-"""The GPU: memory, streams, captured graphs and our kernels, through CUDA's driver API (cuda-bindings).
+"""The GPU: memory, streams, CudaGraphs and our kernels, through CUDA's driver API (cuda-bindings).
 
 The device is CUDA's number 0: CUDA_VISIBLE_DEVICES chooses it. Everything here belongs to its primary context, which
 TensorRT and onnxruntime share. Resources are closed by whoever made them; a call that fails raises CudaError.
@@ -93,7 +93,7 @@ _open = functools.cache(Device)
 
 
 class Memory:
-    """Bytes on the device, 256-byte-aligned, their content anyone's guess. Close once nothing uses them.
+    """Bytes on the device, 256-byte-aligned, of unknown content. Close them once nothing uses them.
 
     Raises OutOfMemoryError that says what `purpose` asked for and what is free, where the memory does not suffice.
     """
@@ -119,7 +119,7 @@ class Memory:
 
 
 class Pinned:
-    """Page-locked host memory as a NumPy array of bytes: copies to and from it do not block. Valid until closed."""
+    """Page-locked host memory as a NumPy array of bytes, valid until closed. Copies to and from it do not block."""
 
     def __init__(self, size: int):
         self._pointer = call(cu.cuMemHostAlloc(max(size, 1), 0))
@@ -137,7 +137,7 @@ class Pinned:
 
 
 class Stream:
-    """A queue of work on the device. What it is given runs in order, later; `handle` is its address."""
+    """A queue of work on the device. Work runs later, in the order in which it was given. `handle` is its address."""
 
     def __init__(self, device: Device):
         self._device = device
@@ -151,7 +151,7 @@ class Stream:
         call(cu.cuStreamSynchronize(self._stream))
 
     def upload(self, to: int, source: NDArray[Any]) -> None:
-        """Copy an array in pinned memory to the address `to`; it must stay as it is until an event says so."""
+        """Copy an array in pinned memory to the address `to`. The array must not change until an event says so."""
         call(cu.cuMemcpyHtoDAsync(to, source.ctypes.data, source.nbytes, self._stream))
 
     def download(self, to: NDArray[Any], source: int) -> None:
@@ -198,7 +198,7 @@ class Stream:
 
 
 class CudaGraph:
-    """Recorded work, ready to be replayed on a stream any number of times."""
+    """A captured graph: recorded work, ready to be replayed on a stream any number of times."""
 
     def __init__(self, handle: Any):
         self.handle = handle
@@ -240,7 +240,13 @@ class Table:
         self._stream, self._purpose, self._turn = stream, purpose, 0
         self._memory: Memory | None = None
         self._pinned: list[Pinned | None] = [None, None]
-        self._uploaded = [Event(), Event()]
+        self._uploaded: list[Event] = []
+        try:
+            for _ in self._pinned:
+                self._uploaded.append(Event())
+        except BaseException:
+            self.close()
+            raise
 
     def upload(self, *arrays: NDArray[np.generic]) -> int:
         """Copy arrays one behind the other to the device; their address, valid until the next upload has run.

@@ -1,4 +1,4 @@
-"""Lanes on the GPU, whatever engine runs the step: device buffers, noise, captured chunks of steps, one flag a lane.
+"""Lanes on the GPU, whatever engine runs the step: device buffers, noise, CudaGraphs of chunks of steps, flags for NaN.
 
 An engine brings a Runner, which enqueues one step. Nothing returns to the host before `read`.
 """
@@ -9,7 +9,7 @@ import ctypes
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
@@ -28,10 +28,10 @@ from epsrt.types import Float32, Shape
 
 log = logging.getLogger("epsrt")
 
-CHUNK = 10  # steps in one captured graph, at most
-KEPT_GRAPHS = 8  # of a lanes object: one for each length and kind of chunk that it met
-TABLE_BYTES = 32 << 20  # of rows uploaded at once: a thousand steps of a batch of 256 fit
-ALIGNMENT = 256  # what TensorRT wants of every address
+CHUNK = 10  # the most steps of one CudaGraph
+KEPT_GRAPHS = 8  # CudaGraphs of a lanes object, one for each length and kind of chunk
+TABLE_BYTES = 32 << 20  # rows that are uploaded at once: a thousand steps of a batch of 256 fit
+ALIGNMENT = 256  # bytes: every address that TensorRT is given is a multiple
 
 # input -> its stream, and the column that it is multiplied by
 NOISES = {"z": (noise.STEP, "d"), "z2": (noise.KNOWN, "kb")}
@@ -42,10 +42,11 @@ _i32, _pointer = ctypes.c_int32, ctypes.c_void_p
 class Runner(Protocol):
     """An engine's execution context, bound to the buffers of one lanes object."""
 
-    capturable: bool  # whether its work may be recorded in a graph of ours
+    capturable: bool  # whether its work may be recorded in a CudaGraph of ours
 
     def enqueue(self, now: int, rows: int) -> None:
-        """Give one step to the stream: from x[now], m[now] and the rows at an address to x[1 − now], m[1 − now], x0.
+        """Give one step to the stream. It reads x[now], m[now] and the rows at an address; it writes x[1 − now],
+        m[1 − now] and x0.
 
         Raises EngineError when the engine refuses.
         """
@@ -57,10 +58,10 @@ MakeRunner = Callable[[Buffers, cuda.Stream], Runner]
 
 
 class DeviceLanes(Closing):
-    """See protocol.Lanes. Owns its stream, its buffers and the runner that `make` returns.
+    """See epsrt.engine.Lanes. Owns its stream, its buffers and the runner that `make` returns.
 
-    `batch` lanes for the caller; `width` ≥ batch for the engine, where its profiles begin higher: the rest stay idle.
-    Raises EngineError, with everything released, when the device's memory does not suffice.
+    The caller sees `batch` lanes. The engine runs `width` ≥ batch, where its profiles begin higher: the rest stay idle.
+    Raises OutOfMemoryError when the device's memory does not suffice, and releases everything.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class DeviceLanes(Closing):
         self._seeds, self._indices = memory(8 * width), memory(4 * width)
         self._broken = memory(8 * width)  # step [width] int32, then t [width] float32
         self._row_bytes = -(-4 * width * (len(self._columns) + 1) // ALIGNMENT) * ALIGNMENT  # a step's rows and numbers
-        self._slots = memory(self._chunk * self._row_bytes)  # where captured graphs find their rows
+        self._slots = memory(self._chunk * self._row_bytes)  # where CudaGraphs find their rows
         self._table = cuda.Table(self._stream, f"a batch of {width}")
         stack.callback(self._table.close)
         self._images: dict[str, Float32] = {}  # what was read since the state last changed
@@ -179,16 +180,15 @@ class DeviceLanes(Closing):
         return self._images[what][index].copy()  # type: ignore[no-any-return]
 
     def time_steps(self, steps: int) -> float:
-        """Milliseconds a step of the engine alone, idle rows, on the device's clock.
+        """Milliseconds that a step of the engine alone takes with idle rows, on the device's clock.
 
-        What the lanes hold is kept, but where a mask is 1, x becomes what is known: idle rows do that.
+        The lanes keep what they hold, except that x becomes what is known where a mask is 1: idle rows do that.
         """
         self._device.use()
         self._begin()
         table = self._table.upload(self._idle(1))
-        begin, end = cuda.Event(timing=True), cuda.Event(timing=True)
         steps += steps % 2  # back to x[0]
-        try:
+        with closing(cuda.Event(timing=True)) as begin, closing(cuda.Event(timing=True)) as end:
             for event in (None, begin):  # the first round warms up
                 if event:
                     event.record(self._stream)
@@ -197,9 +197,6 @@ class DeviceLanes(Closing):
             end.record(self._stream)
             self._stream.synchronize()
             return end.since(begin) / steps
-        finally:
-            begin.close()
-            end.close()
 
     def _check_whole(self) -> None:
         if not self._whole:
@@ -215,7 +212,7 @@ class DeviceLanes(Closing):
         self._flags = host[image:].view(np.float32).reshape(2, self._width)
 
     def _begin(self) -> None:
-        """Put what was written into its lanes, all in one launch."""
+        """Put all samples that were written into their lanes, in one launch."""
         if not self._pending:
             return
         begins, images = pack(self._pending)
@@ -226,7 +223,7 @@ class DeviceLanes(Closing):
         self._pending = {}
 
     def _table_of(self, rows: Float32) -> Float32:
-        """Rows for the device, float32 [steps, row_bytes / 4]: each step's rows [width, columns], then its numbers."""
+        """Rows for the device, float32 [steps, row_bytes / 4]: a step has its rows [width, columns], then numbers."""
         table, wide = self._idle(len(rows)), len(self._columns)
         own = self._cells(table)[:, : self.batch]
         own[...] = rows
@@ -256,7 +253,7 @@ class DeviceLanes(Closing):
         self._stream.replay(graph)
 
     def _graph(self, count: int, *noisy: bool) -> cuda.CudaGraph | None:
-        """The captured graph of `count` steps on the rows in the slots; None once a capture has failed."""
+        """The CudaGraph of `count` steps on the rows in the slots; None once a capture has failed."""
         key = count, *noisy
         if key in self._graphs:
             self._graphs.move_to_end(key)

@@ -43,7 +43,7 @@ TRIALS = 20  # steps that a layout is timed over
 
 
 class OnnxRuntimeCuda(Closing):
-    """See protocol.Engine. Raises EngineError where the provider cannot run: it never falls back to the CPU."""
+    """See epsrt.engine.Engine. Raises EngineError where the provider cannot run: it never falls back to the CPU."""
 
     batch_limit = "the bundle's largest"
     device = "cuda"
@@ -73,13 +73,13 @@ class OnnxRuntimeCuda(Closing):
         _load_libraries(name)
 
     def lanes(self, batch: int, size: Size | None = None) -> DeviceLanes:
-        """See protocol.Engine. The first of a batch and size on a machine times both layouts."""
+        """See epsrt.engine.Engine. The first of a batch and size on a machine times both layouts."""
         check_batch(batch, self)
         shape = self.bundle.image_shape(size)
         return self._lanes(batch, shape, self._nhwc(batch, shape))
 
     def on(self, graph: StepGraph) -> OnnxRuntimeCuda:
-        """See protocol.Engine."""
+        """See epsrt.engine.Engine."""
         return OnnxRuntimeCuda(self.bundle, graph, self.name)
 
     def close(self) -> None:

@@ -78,7 +78,7 @@ class TensorRt(Closing):
         self._cache = self._runtime_cache(compiled)
 
     def lanes(self, batch: int, size: Size | None = None) -> DeviceLanes:
-        """See protocol.Engine; below a profile's least batch, the lanes beyond it idle."""
+        """See epsrt.engine.Engine; below a profile's least batch, the lanes beyond it idle."""
         check_batch(batch, self)
         shape = self.bundle.image_shape(size)
         profile, width = choose_profile(self.profiles, batch)
@@ -88,7 +88,7 @@ class TensorRt(Closing):
         return made
 
     def on(self, graph: StepGraph) -> Engine:
-        """See protocol.Engine."""
+        """See epsrt.engine.Engine."""
         return self._others(graph)
 
     def information(self) -> str:
@@ -170,7 +170,11 @@ class _Context:
         self._engine, self._buffers, self._handle = engine, buffers, stream.handle
         shapes = {name: tensor.extents for name, tensor in buffers.signature.inputs.items()}
         self._context, self._memory = engine.context(profile, stream, shapes)
-        self._bind(buffers.fixed)
+        try:
+            self._bind(buffers.fixed)
+        except BaseException:
+            self.close()
+            raise
 
     def enqueue(self, now: int, rows: int) -> None:
         self._bind(self._buffers.sources(now, rows))
