@@ -34,11 +34,12 @@ BUDGET = 40.0  # seconds of tests a mutant, as the first run took them
 
 RUN = "tests/runtime"
 PLANS = (f"{RUN}/test_solvers.py", f"{RUN}/test_plan.py", "tests/parity")
-SAMPLES = tuple(f"{RUN}/test_{n}.py" for n in ("request", "sampler", "sampler_methods", "guidance", "editing"))
+NAMES = ("prepare", "request", "sampler_lanes", "editing", "guidance", "sampler", "sampler_methods")
+SAMPLES = tuple(f"{RUN}/test_{name}.py" for name in NAMES)
 VERIFY = (f"{RUN}/test_golden.py", f"{RUN}/test_verify_engine.py", "tests/export/test_graph_features.py")
 EXPORT = ("tests/export",)
 TESTS: dict[str, tuple[str, ...]] = {  # file -> where its tests are, the plausible first
-    "runtime/epsrt/schedule.py": (f"{RUN}/test_schedule.py", *PLANS),
+    "runtime/epsrt/schedule.py": (f"{RUN}/test_schedule.py", "tests/parity/test_schedule_diffusers.py", *PLANS),
     "runtime/epsrt/timesteps.py": (f"{RUN}/test_timesteps.py", *PLANS),
     "runtime/epsrt/noise_levels.py": (f"{RUN}/test_noise_levels.py", *PLANS, *SAMPLES),
     "runtime/epsrt/plan.py": (f"{RUN}/test_plan.py", *PLANS, *SAMPLES),
@@ -136,6 +137,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", nargs="*", help="of those that have tests listed here (all)")
     parser.add_argument("--sample", type=int, default=40, help="mutants a file (40); 0: all")
+    parser.add_argument("--tests", nargs="*", help="run these instead of those that are listed here")
     parser.add_argument("--grep", default="", help="only those whose function or statement holds this")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, help="where to write the results")
@@ -144,6 +146,8 @@ def main() -> int:
     files = [str(Path(file).resolve().relative_to(ROOT)) for file in asked.files] or list(TESTS)
     proven = tomllib.loads(PROVEN.read_text())
     equal = {(e["file"], e["where"], e["old"], e["new"]) for e in proven["equivalent"]}
+    if asked.tests:
+        TESTS.update((file, tuple(asked.tests)) for file in files)
     tried: list[Mutant] = []
     for file in files:
         every = [m for m in mutants(file, (ROOT / file).read_text()) if m.key not in equal]
@@ -153,10 +157,10 @@ def main() -> int:
         for m in tried:
             print(f"{m.file} {m.where}:\n  - {m.old}\n  + {m.new}")
         return 0
-    warm()
+    tests = files_of(dict.fromkeys(t for file in files for t in TESTS[file]))
+    warm(heavy=not all(test.startswith(f"{RUN}/") for test in tests))
     with tempfile.TemporaryDirectory(prefix="mutants-") as place:
         trees = [copied(Path(place) / f"tree-{i}") for i in range(asked.workers)]
-        tests = files_of(dict.fromkeys(t for file in files for t in TESTS[file]))
         ran = dict(zip(tests, parallel(trees, tests, first_run), strict=True))
         jobs = [(m, *chosen(m, ran)) for m in tried]
         verdicts = parallel(trees, jobs, trial)

@@ -132,8 +132,10 @@ def mutants(file: str, text: str) -> list[Mutant]:
                 if not isinstance(node, ast.AST) or left_alone(parent, field, node):
                     continue
                 inside, at, span = where, statement, lines
-                if isinstance(node, ast.FunctionDef | ast.ClassDef):  # its defaults: whatever runs it
-                    inside, at, span = f"{where}.{node.name}".lstrip("."), node, (node.lineno, node.end_lineno or 0)
+                if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                    inside, at = f"{where}.{node.name}".lstrip("."), node
+                    if isinstance(node, ast.FunctionDef):  # its defaults: whatever runs it
+                        span = node.lineno, node.end_lineno or 0
                 elif isinstance(node, ast.stmt):
                     at, body = node, getattr(node, "body", None)
                     if where and not isinstance(parent, ast.ClassDef):

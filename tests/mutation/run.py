@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 SOURCES = ("runtime", "export", "trainer", "command")
-HEAVY = ("numpy", "msgspec", "safetensors.numpy", "pytest", "torch", "onnx", "onnxscript", "diffusers")
+LIGHT = ("numpy", "msgspec", "safetensors.numpy", "pytest")
+HEAVY = ("torch", "onnx", "onnxscript", "diffusers")
 MEMORY = 12 << 30  # of address space: a mutant may ask for any number of bytes
 
 
-def warm() -> None:
-    """Import what is heavy. onnxruntime and OpenVINO start threads, and are left to the forks."""
-    os.environ.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
-    for name in HEAVY:
+def warm(heavy: bool) -> None:
+    """Import what the tests import. onnxruntime and OpenVINO start threads, and are left to the forks."""
+    plugins = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    os.environ.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", **plugins)
+    for name in LIGHT + HEAVY * heavy:
         __import__(name)
     sys.dont_write_bytecode = True
     assert len(os.listdir("/proc/self/task")) == 1  # a fork of several threads would not be sound

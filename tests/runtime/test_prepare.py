@@ -9,7 +9,7 @@ import pytest
 from epsrt import BundleError, InputError, Plan, Request, Sampler, noise
 from epsrt.manifest import Sampling, Sizes
 from epsrt.plan import CLIP_OFF
-from epsrt.prepare import MOST_BYTES, REQUEST_BYTES, prepare
+from epsrt.prepare import prepare
 from epsrt.solvers import make
 from numpy_engine import NULL, NumpyEngine, bundle, gradient, network
 
@@ -119,12 +119,16 @@ class TestGuidance:
         else:
             with pytest.raises(InputError, match=r"guidance_rescale = .* is outside \[0, 1\]: 0.7 is usual"):
                 work(**GUIDED, guidance=3.0, guidance_rescale=phi)
+            with pytest.raises(InputError, match="guidance_rescale = .* is outside"):
+                work(**GUIDED, guidance=3.0, guidance_rescale=[0.5, phi])
 
     @pytest.mark.parametrize("weight", [1e6, -1e6])
     def test_the_largest_weight(self, weight):
         assert (work(**GUIDED, guidance=weight).own["w"] == weight).all()
         with pytest.raises(InputError, match="is not a number within ±1e\\+06, or one a sample"):
-            work(**GUIDED, guidance=1.01 * weight)
+            work(**GUIDED, guidance=weight + np.sign(weight) / 2)
+        with pytest.raises(InputError, match="is not a number within ±1e\\+06, or one a sample"):
+            work(**GUIDED, guidance=[2 * weight, 1.0])
 
     @pytest.mark.parametrize("weight", ["2", True, None, float("inf"), [[1.0, 2.0]], [1.0, "a"], 10**400])
     def test_weights_that_are_no_numbers(self, weight):
@@ -145,6 +149,8 @@ class TestGuidance:
         assert work(labels=[None], steps=STEPS).own == {}
         with pytest.raises(InputError, match="guidance weighs a label against none: give labels"):
             work(2, steps=STEPS, guidance=3.0)
+        with pytest.raises(InputError, match="guidance weighs a label against none: give labels"):
+            work(2, steps=STEPS, guidance=[1.0, 3.0])
         assert work(2, steps=STEPS, guidance=1.0).own == {}
 
     def test_the_bundles_own_weight_is_for_labels_alone(self):
@@ -235,10 +241,13 @@ class TestCount:
             work(asked.pop("n", None), steps=STEPS, **asked)
 
     def test_samples_that_no_memory_holds_are_refused(self):
-        each = 4 * 8 + REQUEST_BYTES
-        most = MOST_BYTES // each
+        most = (64 << 30) // (4 * 8 + 512)  # an image's bytes, and what a request takes besides
         with pytest.raises(InputError, match=f"n = {most + 1} samples at once take 64 GiB: draw them in several runs"):
             work(most + 1, steps=STEPS)
+        with pytest.raises(InputError, match="known and mask go together"):  # what is looked at next
+            work(most, steps=STEPS, known=images(1))
+        with pytest.raises(InputError, match="n = 1000000000 samples at once take 506 GiB"):
+            work(10**9, steps=STEPS)
 
     def test_seeds_and_indices(self):
         def pairs(*args, **asked):
