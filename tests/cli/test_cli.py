@@ -169,7 +169,7 @@ def test_a_bundle_that_is_none(tmp_path: Path) -> None:
 
 def test_inspect_tells_what_it_holds(bundle_path: Path) -> None:
     text = run("inspect", bundle_path).stdout
-    for word in ("1 × 8 × 8", "null label 10", "epsilon", "step-fp16.onnx", "weights-fp32.bin", "UNet", "pass"):
+    for word in ("1 × 8 × 8", "null label 10", "epsilon", "step-fp16.onnx", "weights-fp32.bin", "Trainable", "pass"):
         assert word in text
     assert json.loads(run("inspect", bundle_path, "--json").stdout)["manifest"]["shape"] == [1, 8, 8]
 
@@ -183,7 +183,7 @@ def test_verify_passes_and_says_so(bundle_path: Path) -> None:
     ladder = [line.split()[:3] for line in text.splitlines()]
     for row in (["guidance", "guidance", "fp16"], ["network", "plain", "fp32"], ["network", "guidance", "fp32"]):
         assert ladder.count(row) == 1
-    narrow = run("verify", bundle_path, columns=80).stdout
+    narrow = run("verify", bundle_path, "--engine", "onnxruntime", columns=80).stdout
     (head,) = [line for line in narrow.splitlines() if line.split()[:1] == ["t"]]
     assert head.split("  ")[-1].strip() == "step fp16"
     assert "guidance" not in head
