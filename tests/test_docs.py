@@ -188,9 +188,9 @@ def test_docstrings_become_markdown():
     spec = importlib.util.spec_from_file_location("docstrings", ROOT / "docs" / "tools" / "docstrings.py")
     docstrings = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(docstrings)
-    plain = "What it is.\n\nn, m   two numbers,\n       whole\nseed   one\n\n>>> f(1)\n2\n\n    x = 1   a formula"
-    made = docstrings.markdown(plain)
-    assert "- `n, m`: two numbers, whole\n- `seed`: one\n" in made
+    entries = "n, m   two numbers,\n       whole\nseed   one\nlonger of three words"
+    made = docstrings.markdown(f"What it is.\n\n{entries}\n\n>>> f(1)\n2\n\n    x = 1   a formula")
+    assert "- `n, m`: two numbers, whole\n- `seed`: one\n- `longer`: of three words\n" in made
     assert "```pycon\n>>> f(1)\n2\n```" in made
     assert made.startswith("What it is.\n")
     assert made.endswith("\n    x = 1   a formula")
