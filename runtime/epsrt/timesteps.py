@@ -133,7 +133,7 @@ def _by_noise(schedule: Schedule, steps: int, spacing: str, rho: float = 7.0, **
         if not 0.1 <= rho <= 1e3:
             raise InputError(f"rho = {rho} is outside 0.1 … 1000: EDM's is 7")
         high, low = np.exp(-first / rho), np.exp(-last / rho)  # σ^(1/ρ)
-        return [float(t) for t in schedule.t_at(-rho * np.log(high + ramp * (low - high)))]
+        return [float(t) for t in schedule.t_at(-rho * np.log((1 - ramp) * high + ramp * low))]
     return [float(t) for t in schedule.t_at(first + ramp * (last - first))]
 
 

@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from changes import Mutant, mutants
+from changes import ANYWHERE, Mutant, mutants, sources
 from run import SOURCES, Chosen, fork, parallel, warm
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,7 @@ TESTS: dict[str, tuple[str, ...]] = {  # file -> where its tests are, the plausi
     "runtime/epsrt/plan.py": (f"{RUN}/test_plan.py", *PLANS, *SAMPLES),
     "runtime/epsrt/solvers.py": (*PLANS, *SAMPLES),
     "runtime/epsrt/noise.py": (f"{RUN}/test_noise.py",),
-    "runtime/epsrt/manifest.py": (f"{RUN}/test_bundle.py", *VERIFY),
+    "runtime/epsrt/manifest.py": (f"{RUN}/test_manifest.py", f"{RUN}/test_bundle.py", *VERIFY),
     "runtime/epsrt/bundle.py": (f"{RUN}/test_bundle.py", *SAMPLES),
     "runtime/epsrt/request.py": SAMPLES,
     "runtime/epsrt/guidance.py": SAMPLES,
@@ -93,26 +93,27 @@ def trial(tree: Path, job: tuple[Mutant, list[str], float]) -> str:
     if not tests:
         return "never run"
     path = tree / mutant.file
-    original = path.read_text()
-    path.write_text(mutant.source)
+    text = path.read_text()
+    path.write_text(sources(mutant.file, text, {mutant.key})[mutant.key])
     try:
         status = fork(tree, 20 + 5 * seconds, list(dict.fromkeys(t.split("::")[0] for t in tests)), Chosen(tests))
     finally:
-        path.write_text(original)
+        path.write_text(text)
     if status in (5, 99):
         raise SystemExit(f"no test was run:\n{(tree / 'pytest.log').read_text()[-3000:]}")
     return "survived" if status == 0 else "timed out" if status is None else "killed"
 
 
 def chosen(mutant: Mutant, ran: dict[str, dict[str, Any]]) -> tuple[list[str], float]:
-    """The tests of a mutant's line, by file and then quickest first, and their seconds."""
+    """The tests that run a mutant's line (all, where that is when the module is imported), by file and then quickest
+    first, and their seconds."""
     files, (first, last) = files_of(TESTS[mutant.file]), mutant.lines
     names, total = [], 0.0
     for test in files:
         touching = [
             (seconds, name)
             for name, (seconds, lines) in ran[test].items()
-            if any(file == mutant.file and first <= line <= last for file, line in lines)
+            if mutant.lines == ANYWHERE or any(f == mutant.file and first <= line <= last for f, line in lines)
         ]
         for seconds, name in sorted(touching):
             if total + seconds <= BUDGET:

@@ -1,4 +1,4 @@
-"""Small changes to a Python file, each as a whole source.
+"""Small changes to a Python file.
 
 Left alone: annotations, docstrings, messages (f-strings and what is raised), decorators, bases, type aliases, logging.
 """
@@ -24,6 +24,7 @@ NAMES = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
 # whose first two arguments may change places, or whose exchange fails wherever it runs
 UNORDERED = {"min", "max", "minimum", "maximum", "hypot", "array_equal", "multiply", "bitwise_xor", "bitwise_and"}
 UNORDERED |= {"isinstance", "getattr", "hasattr", "allclose"}
+ANYWHERE = (0, 1 << 30)  # lines of what runs when a module is imported
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,6 @@ class Mutant:
     old: str
     new: str
     lines: tuple[int, int]  # first and last, of which a test must run one
-    source: str
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -71,7 +71,7 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
         case ast.Constant(value=int(value)):
             yield from (ast.Constant(value + by) for by in ((1, -1) if value else (1,)))
         case ast.Constant(value=float(value)):
-            yield ast.Constant(value + 1)
+            yield ast.Constant(value + 1 if abs(value) < 1e15 else 2 * value)
         case ast.IfExp(body=body, orelse=orelse):
             yield but(body=orelse, orelse=body)
         case ast.If(test=ast.Name() | ast.Call() | ast.Attribute()) | ast.While(test=ast.Name() | ast.Call()):
@@ -123,9 +123,21 @@ def header(statement: ast.stmt) -> str:
 
 def mutants(file: str, text: str) -> list[Mutant]:
     """All mutants of a file's text."""
-    tree, found = ast.parse(text), []
+    return list({mutant.key: mutant for mutant, _ in _changed(file, text)}.values())
 
-    def visit(parent: ast.AST, where: str, statement: ast.stmt | None, lines: tuple[int, int]) -> None:
+
+def sources(file: str, text: str, wanted: set[tuple[str, str, str, str]]) -> dict[tuple[str, str, str, str], str]:
+    """The whole text of some mutants, by their keys."""
+    return {mutant.key: ast.unparse(tree) for mutant, tree in _changed(file, text) if mutant.key in wanted}
+
+
+def _changed(file: str, text: str) -> Iterator[tuple[Mutant, ast.Module]]:
+    """Each mutant, and the file's tree, which is that mutant until the next is asked for."""
+    tree = ast.parse(text)
+
+    def visit(
+        parent: ast.AST, where: str, statement: ast.stmt | None, lines: tuple[int, int]
+    ) -> Iterator[tuple[Mutant, ast.Module]]:
         for field, value in ast.iter_fields(parent):
             nodes = value if isinstance(value, list) else [value]
             for i, node in enumerate(nodes):
@@ -142,14 +154,13 @@ def mutants(file: str, text: str) -> list[Mutant]:
                         span = node.lineno, max(node.lineno, body[0].lineno - 1) if body else node.end_lineno or 0
                 for new in variants(node):
                     old = "" if at is None else header(at)
-                    _put(parent, field, i, new)
+                    _put(parent, field, i, ast.fix_missing_locations(new))
                     after = header(new if at is node else at)  # type: ignore[arg-type]
-                    found.append(Mutant(file, inside, old, after, span, ast.unparse(ast.fix_missing_locations(tree))))
+                    yield Mutant(file, inside, old, after, span), tree
                     _put(parent, field, i, node)
-                visit(node, inside, at, span)
+                yield from visit(node, inside, at, span)
 
-    visit(tree, "", None, (0, 1 << 30))
-    return list({mutant.key: mutant for mutant in found}.values())
+    yield from visit(tree, "", None, ANYWHERE)
 
 
 def _put(parent: ast.AST, field: str, i: int, node: ast.AST) -> None:

@@ -5,8 +5,11 @@ from dataclasses import FrozenInstanceError
 import numpy as np
 import pytest
 
-from epsrt import COLUMNS, EpsrtError, Plan, idle_row
+from epsrt import COLUMNS, EpsrtError, Plan, Schedule, idle_row
 from epsrt.plan import CLIP_OFF, DEFAULTS, MAX_N, STEP_COLUMNS
+from epsrt.solvers import make
+
+SCHEDULE = Schedule(T=100, beta_start=1e-3, beta_end=0.2)
 
 
 def test_columns_are_the_designs():
@@ -145,3 +148,70 @@ def test_a_start_is_two_finite_numbers(start):
 def test_values_that_float32_cannot_hold_are_named():
     with pytest.raises(EpsrtError, match="d is 1e.300 in row 1"):
         Plan.of("huge", t=[2, 1], d=[0, 1e300])
+
+
+def test_the_level_of_a_plan_of_ones_own_is_pure_noise():
+    assert Plan.of("some", t=1.0).level == Plan(np.zeros((1, len(COLUMNS)))).level == (0.0, 1.0)
+
+
+class TestBegun:
+    """Plans that begin from noised images, at a later row."""
+
+    def test_a_method_without_memory_begins_at_the_row(self):
+        whole = make("ddim", SCHEDULE, steps=8)
+        for first in (0, 3, 7):
+            part = whole.begun(first)
+            np.testing.assert_array_equal(part.table, whole.table[first:])
+            alpha, sigma = SCHEDULE.at(whole["t"][first])
+            assert part.start == part.level == pytest.approx((alpha, sigma), rel=1e-12)
+        assert part.name == "ddim"
+
+    @pytest.mark.parametrize("method", ["dpmpp-2m", "dpmpp-2m-sde"])
+    def test_a_row_that_would_read_the_x0_before_takes_its_own(self, method):
+        whole = make(method, SCHEDULE, steps=8)
+        assert whole["c"][3]
+        part = whole.begun(3)
+        assert len(part) == 5
+        assert part["c"][0] == 0
+        assert part["b"][0] == pytest.approx(whole["b"][3] + whole["c"][3], rel=1e-12)
+        assert part["f"][0] == 1
+        np.testing.assert_array_equal(part.table[1:], whole.table[4:])
+        first = whole.begun(0)
+        np.testing.assert_array_equal(first.table, whole.table)
+
+    def test_memory_of_memory_is_taken_over_too(self):
+        plan = Plan.of("own", t=[3, 2, 1], f=[0.5, 0.25, 0.0], g=[0.0, 2.0, 0.0], b=1.0, c=[0.0, 0.0, 3.0])
+        part = plan.begun(1)
+        assert part["f"].tolist() == [0.25 + 2.0 * 0.5, 0.0]
+        assert part["g"].tolist() == [0.0, 0.0]
+        assert part["b"].tolist() == [1.0, 1.0]
+        np.testing.assert_array_equal(plan.begun(2).table, part.table)  # what row 1 leaves is more than an x0
+
+    @pytest.mark.parametrize("method", ["heun", "dpmpp-2s", "flow-heun"])
+    def test_a_second_row_needs_its_first(self, method):
+        whole = make(method, SCHEDULE, steps=4)
+        for first, begins in ((0, 0), (1, 0), (2, 2), (3, 2), (6, 6)):
+            np.testing.assert_array_equal(whole.begun(first).table, whole.table[begins:])
+            assert whole.begun(first).start == tuple(whole.levels[begins])
+
+    @pytest.mark.parametrize("first", [-1, 8])
+    def test_rows_that_there_are_not(self, first):
+        with pytest.raises(EpsrtError, match=f"row {first} is outside 0 … 7, the rows of plan 'ddim'"):
+            make("ddim", SCHEDULE, steps=8).begun(first)
+
+
+def test_a_cut_plan_knows_its_level():
+    whole = make("ddim", SCHEDULE, steps=8)
+    for first in (0, 5):
+        assert whole.cut(first).level == tuple(whole.levels[first])
+    assert whole.cut(-3).level == tuple(whole.levels[5])
+    assert whole.levels[-1].tolist() == [1.0, 0.0]
+
+
+def test_features_that_a_plan_needs():
+    assert Plan.of("plain", t=1.0, phi=0.5, j=1.0, ka=0.5).features == ()
+    assert Plan.of("all", t=[1.0, 0.0], r=[0.0, 0.1], w=[1.0, 0.9], s=[0.1, 0.0]).features == (
+        "learned variance",
+        "guidance",
+        "classifier",
+    )

@@ -148,6 +148,7 @@ def test_plans_of_the_variance_preserving_schedule_begin_at_unit_noise_and_other
     churned = make("heun", ve, steps=9, prediction="edm", s_churn=90.0, s_noise=1.0)
     assert churned.start[1] == pytest.approx(50 * 2**0.5)
     assert make("flow-euler", Schedule("flow"), prediction="velocity").start == (0.0, 1.0)
+    assert solvers.heun(Schedule("flow"), [900, 100], prediction="velocity").start == pytest.approx((0.0, 9.0))
 
 
 def test_edm_networks_are_conditioned_as_the_paper_says():

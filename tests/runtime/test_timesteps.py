@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from epsrt import EpsrtError, Schedule
-from epsrt.timesteps import given, spaced
+from epsrt.timesteps import given, respaced, spaced
 
 EVEN = ("leading", "linspace", "trailing", "quadratic")
 
@@ -208,6 +208,8 @@ def test_a_flows_timesteps_lie_above_zero():
         (["a"], "timestep 'a' is not a number"),
         ([None], "timestep None is not a number"),
         ([[5, 3]], r"timestep \[5, 3\] is not a number"),
+        ([[5], [3, 2]], r"timestep \[5\] is not a number"),
+        ([5, [3, 2]], r"timestep \[3, 2\] is not a number"),
     ],
 )
 def test_given_refusals_name_the_first_misfit(ts, message):
@@ -225,3 +227,80 @@ def test_timesteps_nearer_than_a_billionth_of_the_schedule_are_one():
             given(schedule, [50, 50 + 0.9 * near])
         with pytest.raises(EpsrtError, match="timestep 50.* comes after 50"):
             given(schedule, [50, 50 + 1.1 * near])
+        with pytest.raises(EpsrtError, match="timestep 0 appears twice"):
+            given(schedule, [near, 0])  # exactly so near
+
+
+FLOW = Schedule("flow")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "spacing", "name", "inside", "outside"),
+    [
+        (FLOW, "trailing", "shift", 1e-3, 0.99e-3),
+        (FLOW, "trailing", "shift", 1e3, 1000.5),
+        (Schedule(), "karras", "rho", 0.1, 0.099),
+        (Schedule(), "karras", "rho", 1e3, 1000.5),
+        (Schedule("ve"), "karras", "sigma_max", 80.0, 80.1),
+        (Schedule("ve"), "exponential", "sigma_min", 0.002, 0.00199),
+        (Schedule("ve"), "lambda", "lambda_max", -math.log(0.002), -math.log(0.00199)),
+        (Schedule("ve"), "lambda", "lambda_min", -math.log(80), -math.log(80.1)),
+        (Schedule(), "leading", "steps_offset", 0, -1),
+        (Schedule(), "leading", "steps_offset", 99, 100),  # 900 + 99 = T − 1
+        (Schedule(), "leading", "steps_offset", 99, 1000),
+    ],
+)
+def test_ends_of_ranges_are_in(schedule, spacing, name, inside, outside):
+    assert len(spaced(schedule, 10, spacing, **{name: inside})) == 10
+    with pytest.raises(EpsrtError, match=f"{name} = .*(outside|moves the timesteps)"):
+        spaced(schedule, 10, spacing, **{name: outside})
+
+
+def test_one_step_of_each_spacing():
+    for spacing, only in (("trailing", 999), ("linspace", 999), ("karras", 999), ("exponential", 999), ("lambda", 999)):
+        assert spaced(Schedule(), 1, spacing) == [only]
+    assert spaced(FLOW, 1, "leading") == [1]
+    assert spaced(FLOW, 1, "quadratic") == [1]
+    for spacing in ("leading", "quadratic"):
+        with pytest.raises(EpsrtError, match=f"{spacing} spacing with 1 step visits only t = 0"):
+            spaced(2, 1, spacing)
+    assert spaced(1, 1, "leading") == spaced(1, 1, "quadratic") == spaced(1, None, "1") == [0]
+    assert spaced(Schedule(), 1, "karras", sigma_min=20.0, sigma_max=2.0)  # nothing to descend
+
+
+def test_quadratic_is_the_papers_where_steps_are_few_and_moves_up_where_they_are_many():
+    assert spaced(1000, 5, "quadratic") == [800, 450, 200, 50, 0]
+    many = spaced(50, 40, "quadratic")
+    assert len(set(many)) == 40
+    assert many[::-1][:5] == [0, 1, 2, 3, 4]
+    assert max(many) <= 49
+    assert spaced(1000, 2, "quadratic") == [800, 0]
+
+
+def test_the_most_steps():
+    with pytest.raises(EpsrtError, match="steps = 1000001 is outside 1 … 1000000$"):
+        spaced(Schedule(), 1_000_001, "karras")
+    with pytest.raises(EpsrtError, match="steps = 101 is outside 1 … 100, the steps that the schedule has"):
+        spaced(100, 101)
+    assert len(spaced(100, 100, "leading")) == 100
+
+
+@pytest.mark.parametrize(
+    ("text", "timesteps"),
+    [
+        ("ddim100", list(range(99, -1, -1))),
+        ("ddim50", list(range(98, -1, -2))),
+        ("1,1", [50, 0]),
+        ("50,50", list(range(99, -1, -1))),
+        ("2", [99, 0]),
+        ("3,1,2", [99, 67, 34, 33, 16, 0]),  # sections of 34, 33 and 33
+    ],
+)
+def test_respacing_strings_in_full(text, timesteps):
+    assert spaced(100, None, text) == timesteps
+
+
+def test_words_that_are_no_respacing():
+    assert respaced("ddim25")
+    assert respaced("10,10,15")
+    assert not any(map(respaced, ("trailing", "ddim", "ddim12345678", "10,", 25, None)))
