@@ -12,11 +12,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import unets
 from epsrt import Bundle, Sampler, open_engine
 from epsrt.errors import EpsrtError
 from epsrt.parity.measure import relative_l2
 
 ROOT = Path(__file__).parents[1]
+bundle_path = unets.bundle_path  # whose network is at hand
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 from torch import nn
 
+import unets
 from epsrt import Bundle, EngineError, Sampler, Schedule
 from epsrt.bench import isolated
 from epsrt.timesteps import spaced
 
 ROOT = Path(__file__).parents[1]
+bundle_path = unets.bundle_path  # whose network is at hand
 
 
 @pytest.fixture(autouse=True, scope="module")
