@@ -77,6 +77,24 @@ class TestSource:
         assert (made.shape, made.classes, made.null_label, made.value_range) == (SHAPE, 3, 3, (0.0, 1.0))
         assert {type(n) for n in (*made.shape, made.classes, made.null_label)} == {int}
 
+    def test_the_hash_of_weights_knows_which_is_which(self):
+        """Two parameters of one shape, swapped, are another network."""
+        a, b = nn.Bilinear(2, 2, 2), nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+        before = source(network=b).weights_sha256
+        assert before == source(network=b).weights_sha256
+        with torch.no_grad():
+            first, second = (layer.weight.clone() for layer in b)
+            b[0].weight.copy_(second)
+            b[1].weight.copy_(first)
+        assert source(network=b).weights_sha256 not in (before, source(network=a).weights_sha256)
+        renamed = nn.ModuleDict({"x": b[0], "y": b[1]})
+        assert source(network=renamed).weights_sha256 != source(network=b).weights_sha256
+
+    @pytest.mark.parametrize("guidance", [float("inf"), -float("inf"), float("nan")])
+    def test_guidance_that_is_not_finite(self, guidance):
+        with pytest.raises(EpsrtError, match="guidance"):
+            source(sampling=Sampling("ddim", guidance=guidance))
+
     def test_the_hash_of_weights_of_any_dtype(self):
         hashes = {source(network=nn.Linear(2, 2).to(dtype)).weights_sha256 for dtype in (torch.bfloat16, torch.float64)}
         assert len(hashes) == 2
