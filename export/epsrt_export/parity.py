@@ -49,8 +49,8 @@ def schedule_rung(schedule: Schedule) -> Rung:
         return _levels_rung(schedule)
     beta = Schedule(schedule.kind, schedule.T, schedule.beta_start, schedule.beta_end, schedule.betas).beta
     root = np.sqrt(np.cumprod(1 - beta.astype(np.longdouble)))
-    if schedule.zero_snr and schedule.T > 1:  # arXiv 2305.08891, algorithm 1
-        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    if schedule.zero_snr:  # arXiv 2305.08891, algorithm 1; one step alone is pure noise
+        root = (root - root[-1]) * (root[0] / (root[0] - root[-1]) if schedule.T > 1 else 0)
     error = np.abs(schedule.alpha_bar - (root**2).astype(np.float64))
     return Rung("schedule", "numpy", "fp64", float(error.max()), 1e-12, "max |Δ|", f"t = {int(error.argmax())}")
 

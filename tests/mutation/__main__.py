@@ -61,9 +61,9 @@ TESTS: dict[str, tuple[str, ...]] = {  # file -> where its tests are, the plausi
     "runtime/epsrt/engine.py": (*SAMPLES, f"{RUN}/engines"),
     "runtime/epsrt/engines/cpu/lanes.py": (f"{RUN}/engines/test_onnxruntime_cpu.py", *SAMPLES),
     "runtime/epsrt/engines/cache/key.py": (f"{RUN}/engines/test_engine_cache.py", "tests/gpu/test_plans.py"),
-    "export/epsrt_export/stepgraph.py": EXPORT,
+    "export/epsrt_export/stepgraph.py": ("tests/export/test_step_module.py", *EXPORT),
     "export/epsrt_export/golden.py": EXPORT,
-    "export/epsrt_export/parity.py": EXPORT,
+    "export/epsrt_export/parity.py": ("tests/export/test_parity.py", *EXPORT),
 }
 
 
