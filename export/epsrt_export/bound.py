@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from epsrt import noise
-from epsrt.errors import InputError, NotFiniteError
+from epsrt.errors import InputError, NotFiniteError, is_whole
 from epsrt.schedule import Schedule
 from epsrt.types import Float32, Float64, Int64, OnStep
 from epsrt_export.decoder import log_likelihood, pixels
@@ -195,7 +195,7 @@ def network_bound(
         raise InputError(f"prediction {prediction!r} is unknown: use one of {', '.join(PREDICTIONS)}")
     if prediction == "epsilon" and schedule.alpha_bar[-1] == 0:
         raise InputError("ε-prediction has no bound where ᾱ = 0 (zero terminal SNR): train with x0 or v")
-    if isinstance(batch, bool) or not isinstance(batch, int | np.integer) or batch < 1:
+    if not is_whole(batch) or batch < 1:
         raise InputError(f"batch = {batch!r} is no number of images: give at least 1")
     ts = spread(schedule.T, schedule.T if timesteps is None else timesteps)
     x0, levels = pixels(images, value_range, levels)
@@ -250,7 +250,7 @@ def network_bound(
 def spread(T: int, count: int) -> Int64:
     """`count` timesteps of T, ascending: 0, then evenly in √t from 1 to T−1, moved up where two would coincide."""
     least = min(3, T)
-    if isinstance(count, bool) or not isinstance(count, int | np.integer) or not least <= count <= T:
+    if not is_whole(count) or not least <= count <= T:
         raise InputError(f"timesteps = {count!r} is outside {least} … {T}: give that many, or none for all")
     rank = np.arange(count - 1)
     up = np.round(1 + (T - 2) * (rank / max(count - 2, 1)) ** 2).astype(np.int64)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epsrt.errors import InputError
+from epsrt.errors import InputError, is_whole
 
 MOST = 4096  # levels that levels_of looks for
 
@@ -65,7 +65,7 @@ def pixels(images: Any, value_range: tuple[float, float], levels: int | None) ->
     if not (least >= low and most <= high):  # NaN too
         raise InputError(f"image values span {least:g} … {most:g}, outside {low:g} … {high:g}: scale them to it")
     levels = levels_of(x.numpy(), value_range) if levels is None else levels
-    if isinstance(levels, bool) or not isinstance(levels, int | np.integer) or not 2 <= levels <= 65536:
+    if not is_whole(levels) or not 2 <= levels <= 65536:
         raise InputError(f"levels = {levels!r} is outside 2 … 65536, the grey levels of a pixel")
     at = (x.double() - low) / (high - low) * (levels - 1)
     if float((at - at.round()).abs().max()) > 0.01:

@@ -1,4 +1,4 @@
-"""Features of images, by an ONNX file that the user brings: Inception, or a classifier of their own data."""
+"""Features of images, from an ONNX file that the user brings: Inception, or a classifier of their own data."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ except ImportError as error:
         f'features come from an ONNX file, which needs onnxruntime ({error}): pip install "epsrt[cpu]"'
     ) from None
 
-KINDS = ("features", "logits", "probabilities")  # what outputs are, and the names that say so
-RANGE_KEY = "value_range"  # of the file's metadata, "-1,1"
+KINDS = ("features", "logits", "probabilities")  # the kinds of output, and the names by which they are found
+RANGE_KEY = "value_range"  # in the file's metadata, e.g. "-1,1"
 BATCH = 64
 
 
@@ -39,15 +39,15 @@ class Extractor:
     path         the file; N must be free, H and W may be
     value_range  what 0 and 255 become at its input, e.g. (-1, 1), (0, 1), (0, 255). None: what the file's metadata
                  says under "value_range" ("-1,1"); an input of uint8 is given 0 … 255
-    names        which output is what, {"features": …, "logits": …, "probabilities": …}. What is not named is the
-                 output of that very name; a file's only output is its features. Classes are optional, as logits or as
-                 probabilities
-    threads      at most; None: all cores
+    names        which output is which kind, {"features": …, "logits": …, "probabilities": …}. A kind without a name is
+                 the output that is called so, and a file's only output is its features. Classes are optional, as
+                 logits or as probabilities
+    threads      how many at most; None: all cores
 
-    `shape` is (C, H, W) and `features` D, as far as the file says them, else None.
+    `shape` is (C, H, W) and `features` is D, as far as the file says them, else None.
 
-    Images are never resized here: how that is done changes the figures, so it belongs into the file. Raises InputError
-    where the file is no ONNX, has other inputs or outputs, or does not say its range.
+    Images are never resized here. The way of resizing changes the figures, so it belongs into the file. Raises
+    InputError where the file is no ONNX, has other inputs or outputs, or does not say its range.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Extractor:
     def __call__(
         self, images: UInt8, batch: int = BATCH, on_batch: Callable[[int, int], object] = lambda done, total: None
     ) -> Extracted:
-        """Of uint8 [n, H, W, C], `batch` at a time; on_batch(done, total) hears of each."""
+        """The features of images uint8 [n, H, W, C], `batch` at a time; on_batch(done, total) is called after each."""
         self.check(images)
         if whole("batch", batch) < 1:
             raise InputError(f"batch = {batch}: give at least 1")
@@ -109,7 +109,7 @@ class Extractor:
         return planes.astype(np.float32) * np.float32((high - low) / 255) + np.float32(low)
 
     def check(self, images: UInt8) -> None:
-        """Raise InputError unless it takes these images."""
+        """Raise InputError unless the extractor takes these images."""
         if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
             raise InputError(f"features are of uint8 images [n, H, W, C], not {images.dtype} {list(images.shape)}")
         height, width, channels = images.shape[1:]

@@ -1,7 +1,7 @@
 """How near samples are to real images, by the features of both: Fréchet distance, class score, precision and recall.
 
-NumPy alone, in float64; epsrt.score.features makes the features. Fréchet distance and class score depend on how many
-samples there are, so compare figures of equal counts.
+All is NumPy in float64; epsrt.score.features makes the features. Fréchet distance and class score depend on the number
+of samples, so compare figures of equal counts.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from numpy.typing import ArrayLike
 from epsrt.errors import InputError, whole
 from epsrt.types import Float64, OnStep
 
-NORMAL_975 = 1.959963984540054  # of the standard normal distribution: 95 % two-sided
+NORMAL_975 = 1.959963984540054  # the standard normal quantile of a two-sided 95 % interval
 BLOCK_ENTRIES = 1 << 22  # distances held at once, 32 MiB
-ROUNDING = 1e-12  # of the largest squared norm: how far a squared distance is off, generously
+ROUNDING = 1e-12  # a generous error of a squared distance, as a share of the largest squared norm
 
 
 @dataclass(frozen=True)
 class Figure:
     """A figure and its 95 % interval, None where it was not asked for.
 
-    bias  how much resampling added on average: an estimate of what the finite count of samples adds to `value`; None
-          where there is none
+    bias  what resampling added on average, an estimate of what the finite count of samples adds to `value`; None where
+          nothing was resampled
     """
 
     value: float
@@ -66,12 +66,13 @@ def score(
 ) -> Score:
     """All figures of samples [n, D] against real [m, D], with the samples' class probabilities [n, K] if given.
 
-    k          neighbours of precision and recall
-    resamples  of the bootstrap; 0: Fréchet distance and class score have no intervals. Each takes as
-               long as the distance itself; on_resample(done, total) hears of the distance's
+    k            neighbours of precision and recall
+    resamples    of the bootstrap, each as long as the distance itself; 0 gives Fréchet distance and class score no
+                 interval
+    on_resample  called as on_resample(done, total) after each resample of the distance
 
-    The intervals of Fréchet distance and class score are of the bootstrap over the samples; the real images are taken
-    as they are. Those of precision and recall are Wilson's. See `bootstrap` and `wilson` for what they hold.
+    The intervals of Fréchet distance and class score come from a bootstrap over the samples; the real images are taken
+    as they are. The intervals of precision and recall are Wilson's. See `bootstrap` and `wilson` for their coverage.
     """
     x, y = _both(samples, real)
     check(len(x), len(y), x.shape[1], k, resamples)
@@ -102,7 +103,7 @@ def score(
 def check(n: int, m: int, d: int, k: int = 3, resamples: int = 0) -> None:
     """Raise InputError where n samples or m real images are too few for d features or k neighbours.
 
-    Or where k or resamples are no such numbers: all that can be told before there are features.
+    It also refuses k and resamples that are no such numbers. All of this can be told before there are features.
     """
     if whole("k", k) < 1:
         raise InputError(f"k = {k} neighbours: give at least 1, usually 3")
@@ -132,7 +133,7 @@ def frechet_distance(samples: ArrayLike, real: ArrayLike) -> float:
 def class_score(probabilities: ArrayLike, splits: int = 1) -> float:
     """exp E KL(p(y|x) ‖ p(y)) of class probabilities [n, K] (arXiv 1606.03498, section 4): between 1 and K.
 
-    splits  into equal parts in order, of which the mean is taken; the paper's is 10
+    splits  the number of equal parts, in order, whose mean is taken; the paper's is 10
     """
     p = _probabilities(probabilities)
     if not 1 <= whole("splits", splits) <= len(p):
@@ -144,13 +145,13 @@ def class_score(probabilities: ArrayLike, splits: int = 1) -> float:
 def precision_recall(samples: ArrayLike, real: ArrayLike, k: int = 3) -> tuple[int, int]:
     """Improved precision and recall (arXiv 1904.06991, eq. 1 and 2), as counts.
 
-    How many of samples [n, D] lie within the distance from some real image to its k-th nearest real one, and how many
-    of real [m, D] within the same of a sample: precision = first / n, recall = second / m. Distances are computed in
-    blocks, so memory does not grow with n·m.
+    The first count is of samples [n, D] that lie within the distance from some real image to its k-th nearest real one.
+    The second is of real images [m, D] that lie within the same distance of a sample. precision = first / n, recall =
+    second / m. Distances are computed in blocks, so memory does not grow with n·m.
     """
     x, y = _both(samples, real)
     check(len(x), len(y), 0, k)
-    centre = y.mean(axis=0)  # nearer to 0, less is lost in ‖a‖² − 2ab + ‖b‖²
+    centre = y.mean(axis=0)  # less is lost in ‖a‖² − 2ab + ‖b‖² near 0
     x, y = x - centre, y - centre
     slack = ROUNDING * max(float(np.square(x).sum(1).max()), float(np.square(y).sum(1).max()))
     return _within(x, y, _radii(y, k) + slack), _within(y, x, _radii(x, k) + slack)
@@ -165,15 +166,15 @@ def bootstrap(
     bounds: tuple[float, float] = (0.0, math.inf),
     on_resample: OnStep = lambda done, total: None,
 ) -> Figure:
-    """`value` with a 95 % interval from `resamples` resamples of its n samples; a seed gives the same one again.
+    """`value` with a 95 % interval from `resamples` resamples of its n samples. A seed gives the same interval again.
 
-    statistic  of float64 [n], how often each sample was drawn
-    bounds     outside of which the statistic never is
+    statistic  a function of float64 [n], how often each sample was drawn
+    bounds     the statistic never leaves them
 
-    Fréchet distance and class score are biased, and resampling biases them once more: the percentiles of a distance
-    may lie beside its value, and the basic interval lies around a value freed from bias, which nobody publishes. So
-    the resamples are moved onto the value first, low = value − (q97.5 − mean), high = value − (q2.5 − mean): how far
-    the figure of n samples varies from draw to draw. Of 200 draws of 300 samples with 8 features it held the mean in
+    Fréchet distance and class score are biased, and resampling biases them once more. The percentiles of a distance may
+    lie beside its value, and the basic interval lies around a value freed from bias, which nobody publishes. So the
+    resamples are moved onto the value first: low = value − (q97.5 − mean), high = value − (q2.5 − mean). The interval
+    says how far the figure of n samples varies from draw to draw. Of 200 draws of 300 samples with 8 features it held the mean in
     94.5 % (percentiles: 86.5 %), near a distance of 0, where it is too wide, in 99.5 % (percentiles: 10 %). The bias is
     told apart.
     """
@@ -192,8 +193,8 @@ def bootstrap(
 def wilson(hits: int, n: int) -> Figure:
     """hits / n with Wilson's 95 % interval (1927), which is honest at 0 and 1 too, where resamples never differ.
 
-    Of precision it holds for other samples, of recall for other real images, the other set being what it is:
-    resampled samples contain doubles, whose nearest neighbours are themselves.
+    For precision it says what other samples would give, for recall what other real images would, while the other set
+    stays. A bootstrap would not do: resampled samples contain doubles, whose nearest neighbours are themselves.
     """
     share, z2 = hits / n, NORMAL_975**2 / n
     middle = (share + z2 / 2) / (1 + z2)
