@@ -174,9 +174,9 @@ def bootstrap(
     Fréchet distance and class score are biased, and resampling biases them once more. The percentiles of a distance may
     lie beside its value, and the basic interval lies around a value freed from bias, which nobody publishes. So the
     resamples are moved onto the value first: low = value − (q97.5 − mean), high = value − (q2.5 − mean). The interval
-    says how far the figure of n samples varies from draw to draw. Of 200 draws of 300 samples with 8 features it held the mean in
-    94.5 % (percentiles: 86.5 %), near a distance of 0, where it is too wide, in 99.5 % (percentiles: 10 %). The bias is
-    told apart.
+    says how far the figure of n samples varies from draw to draw. Over 200 draws of 300 samples with 8 features it held
+    the mean in 94.5 % (percentiles: 86.5 %). Near a distance of 0 it is too wide and held it in 99.5 % (percentiles:
+    10 %). The bias is told apart.
     """
     if resamples == 0:
         return Figure(value, None, None)
