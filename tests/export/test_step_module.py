@@ -196,7 +196,8 @@ class TestCheckNetwork:
     def test_a_labelled_one_is_given_labels(self):
         class Takes(nn.Module):
             def forward(self, x, t, label):
-                assert (label.dtype, label.shape, t.dtype) == (torch.int64, (2,), torch.float32)
+                assert (label.dtype, label.shape, t.dtype, t.shape) == (torch.int64, (2,), torch.float32, (2,))
+                assert label.tolist() == [0, 0]  # a label that every network knows
                 return x
 
         check_network(Takes(), SHAPE, True, torch.float32)
@@ -218,6 +219,11 @@ def strided(by):
 
 
 class TestCheckSizes:
+    def test_it_is_tried_with_its_own_channels_and_an_odd_shape(self):
+        seen = []
+        check_sizes(returns(lambda x: seen.append(tuple(x.shape)) or x + 0), (3, 8, 8), False, Sizes(4, 16))
+        assert set(seen) == {(2, 3, 4, 12)}
+
     @pytest.mark.parametrize(
         ("by", "shape", "sizes"),
         [(1, (1, 8, 8), (1, 8)), (4, (1, 8, 8), (4, 8)), (4, (1, 8, 16), (4, 65536)), (2, (1, 8, 4), (2, 8))],

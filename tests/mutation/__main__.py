@@ -34,8 +34,8 @@ BUDGET = 40.0  # seconds of tests a mutant, as the first run took them
 
 RUN = "tests/runtime"
 PLANS = (f"{RUN}/test_solvers.py", f"{RUN}/test_plan.py", "tests/parity")
-NAMES = ("prepare", "request", "sampler_lanes", "editing", "guidance", "sampler", "sampler_methods")
-SAMPLES = tuple(f"{RUN}/test_{name}.py" for name in NAMES)
+NAMES = "prepare request resampling images sampler_lanes editing guidance sampler sampler_methods"
+SAMPLES = tuple(f"{RUN}/test_{name}.py" for name in NAMES.split())
 VERIFY = (f"{RUN}/test_golden.py", f"{RUN}/test_verify_engine.py", "tests/export/test_graph_features.py")
 EXPORT = ("tests/export",)
 TESTS: dict[str, tuple[str, ...]] = {  # file -> where its tests are, the plausible first

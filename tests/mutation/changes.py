@@ -23,7 +23,7 @@ PAIRS = [("min", "max"), ("minimum", "maximum"), ("any", "all"), ("sin", "cos"),
 NAMES = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
 # whose first two arguments may change places, or whose exchange fails wherever it runs
 UNORDERED = {"min", "max", "minimum", "maximum", "hypot", "array_equal", "multiply", "bitwise_xor", "bitwise_and"}
-UNORDERED |= {"isinstance", "getattr", "hasattr", "allclose"}
+UNORDERED |= {"isinstance", "getattr", "hasattr", "allclose", "equal"}
 ANYWHERE = (0, 1 << 30)  # lines of what runs when a module is imported
 
 

@@ -227,3 +227,60 @@ def test_between_the_last_two_levels_of_zero_snr_there_is_none():
     assert zero.at([47.5])[0] > 0
     with pytest.raises(EpsrtError, match="t between 48 and 49, where ᾱ = 0, has no level"):
         zero.at([48.5])
+
+
+def test_spans():
+    assert Schedule("flow", 10).span == (1, 10)
+    assert Schedule("ve", 10).span == Schedule(T=10).span == (0, 9)
+
+
+def test_alpha_bars_of_one_and_of_three():
+    assert Schedule.of_alpha_bar([0.5]).alpha_bar.tolist() == [0.5]
+    np.testing.assert_allclose(Schedule.of_alpha_bar([0.5, 0.2, 0.1]).alpha_bar, [0.5, 0.2, 0.1], rtol=1e-12)
+    np.testing.assert_allclose(Schedule.of_alpha_bar([0.5, 0.2, 1e-13]).alpha_bar[-1], 1e-13, rtol=1e-2)
+    with pytest.raises(EpsrtError, match=r"alpha_bar\[2\] = 1e-30 is lost beside 0.2: give 0, pure noise"):
+        Schedule.of_alpha_bar([0.5, 0.2, 1e-30])
+    assert Schedule.of_alpha_bar([0.5, 0.2, 0.0]).alpha_bar[-1] == 0
+    for bad, message in (
+        ([0.0], r"alpha_bar\[0\] = 0 is outside \(0, 1\)"),
+        ([0.5, 1.0], r"alpha_bar\[1\] = 1 is outside"),
+        ([0.5, 0.5], r"alpha_bar\[1\] = 0.5 is not below the one before it, 0.5"),
+        ([0.5, 0.0, 0.0], r"alpha_bar\[1\] = 0 is outside"),
+        ([], r"alpha_bar must be a list of numbers, not an array of shape \[0\]"),
+        ([[0.5]], r"not an array of shape \[1, 1\]"),
+    ):
+        with pytest.raises(EpsrtError, match=message):
+            Schedule.of_alpha_bar(bad)
+
+
+@pytest.mark.parametrize("schedule", [Schedule(T=50), Schedule("cosine", 50), Schedule("ve", 50), Schedule("flow", 50)])
+def test_timesteps_and_levels_are_each_others_inverse(schedule):
+    t = np.array([1.0, 2.25, 17.5, 48.0, 49.0])
+    alpha, sigma = schedule.at(t)
+    log_snr = np.log(alpha / sigma)
+    np.testing.assert_allclose(schedule.t_at(log_snr), t, rtol=1e-9)
+    again, a, s = schedule.level(log_snr)
+    np.testing.assert_allclose(again, t, rtol=1e-9)
+    np.testing.assert_allclose((a, s), (alpha, sigma), rtol=1e-9)
+    assert schedule.t_at([99.0, -99.0]).tolist() == pytest.approx([0, schedule.span[1]])  # clamped
+    _, a, s = schedule.level(np.array([-20.0]))  # and goes on beyond
+    assert np.log(a / s) == pytest.approx(-20, rel=1e-6)
+
+
+@pytest.mark.parametrize(("t", "fits"), [(0, True), (9, True), (9.01, False), (-0.01, False), (np.nan, False)])
+def test_timesteps_outside_the_schedule(t, fits):
+    if fits:
+        assert len(Schedule(T=10).at([t])) == 2
+        return
+    with pytest.raises(EpsrtError, match="leave the schedule, 0 … 9"):
+        Schedule(T=10).at([t])
+
+
+def test_between_the_last_two_of_zero_snr_there_is_no_level():
+    zero = Schedule(T=10, zero_snr=True)
+    for t in (8, 9, 7.5):
+        assert np.isfinite(zero.at([t])).all()
+    for t in (8.001, 8.999):
+        with pytest.raises(EpsrtError, match="t between 8 and 9, where ᾱ = 0, has no level: use whole ones"):
+            zero.at([t])
+    assert Schedule(T=10).at([8.5])[0] > Schedule(T=10).at([9])[0]
