@@ -22,7 +22,7 @@ from epsrt_command.commands import (
     train,
     verify,
 )
-from epsrt_command.register import HELP, register
+from epsrt_command.register import HELP, Command, register
 
 app = typer.Typer(
     name="epsrt",
@@ -53,4 +53,6 @@ def root(
 
 ORDER = (train, export, build, verify, sample, invert, interpolate, plan, bound, score, bench, inspect, doctor, cache)
 for module in ORDER:
-    register(app, getattr(module, module.__name__.rsplit(".", 1)[1]), module.EXAMPLES, getattr(module, "COMMAND", None))
+    register(
+        app, getattr(module, module.__name__.rsplit(".", 1)[1]), module.EXAMPLES, getattr(module, "COMMAND", Command)
+    )

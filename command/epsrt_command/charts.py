@@ -10,15 +10,14 @@ from numpy.typing import ArrayLike
 from epsrt.errors import InputError
 from epsrt.files import whole_file
 from epsrt.schedule import Schedule
+from epsrt_command.foreign import needs
 from epsrt_command.pictures import check_writable
 
-try:
+with needs("a chart", "charts"):
     from matplotlib import rc_context
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-except ModuleNotFoundError as error:
-    raise InputError(f'a chart needs {error.name}: pip install "epsrt[charts]"') from None
 
 SUFFIXES = (".png", ".svg")
 

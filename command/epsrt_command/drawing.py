@@ -2,64 +2,89 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from epsrt.bundle import Bundle
+from epsrt.engine import Engine
 from epsrt.engines import open_engine
 from epsrt.prepare import Work, prepare
 from epsrt.request import Request
 from epsrt.sampler import Sampler
-from epsrt.types import Float32
+from epsrt.types import Float32, UInt8
 from epsrt_command import show
+from epsrt_command.options import Running
 from epsrt_command.trajectory import Trajectory
 
 ON_GPU = 10  # steps between two looks at a GPU, at least: it takes them in chunks
 
 
-def checked(bundle: Bundle, asked: dict[str, Any]) -> Work:
-    """What Sampler.sample would do with the arguments. Raises InputError, long before an engine is built for it."""
-    work = prepare(bundle, Request(**asked))
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """float32 [n, C, H, W], the same as uint8 [n, H, W, C], how long they took and on what."""
+
+    samples: Float32
+    images: UInt8
+    seconds: float
+    engine: Engine
+
+    def facts(self) -> dict[str, Any]:
+        """The end of each command's JSON."""
+        return {
+            "engine": self.engine.name,
+            "precision": self.engine.precision,
+            "seconds": round(self.seconds, 4),
+            "bundle": self.engine.bundle.manifest.digest,
+        }
+
+    def __str__(self) -> str:
+        return f"on {self.engine.name} {self.engine.precision}, {self.seconds:.2f} s"
+
+
+def checked(bundle: Bundle, request: Request) -> Work:
+    """What a sampler would do with the request. Raises InputError, long before an engine is built for it."""
+    work = prepare(bundle, request)
     bundle.graph(bundle.manifest.graphs[0].precision, work.features)
     return work
 
 
 @contextmanager
-def sampler_of(
-    bundle: Bundle, work: Work, engine: str, precision: str | None, threads: int | None, trust_engines: bool
-) -> Iterator[Sampler]:
+def sampler_of(bundle: Bundle, work: Work, on: Running) -> Iterator[Sampler]:
     """A sampler on the step graph that the work needs."""
     with show.progress() as tell:
         running = open_engine(
             bundle,
-            engine,
-            precision=precision,
+            on.engine,
+            precision=on.precision,
             features=work.features,
-            threads=threads,
-            trust_engines=trust_engines,
+            threads=on.threads,
+            trust_engines=on.trust_engines,
             on_progress=tell,
         )
     with running, Sampler(running) as sampler:
         yield sampler
 
 
-def draw(sampler: Sampler, asked: dict[str, Any], work: Work, batch: int | None, film: Trajectory | None) -> Float32:
+def draw(sampler: Sampler, request: Request, work: Work, batch: int | None, film: Trajectory | None = None) -> Drawn:
     """The samples, with a bar on stderr while they form, and their x0 estimates for the film."""
-    rows = len(work.plan)
+    rows, started = len(work.plan), time.perf_counter()
     with show.progress() as tell:
         what = f"{work.plan.name}-{rows}"
         if film is None:
             least = 1 if sampler.engine.device == "cpu" else ON_GPU
-            return sampler.sample(
-                **asked, batch=batch, every=max(least, rows // 50), on_step=lambda done, all: tell(what, done / all)
+            samples = sampler.sample(
+                request, batch=batch, every=max(least, rows // 50), on_step=lambda done, all: tell(what, done / all)
             )
-        for i, samples in enumerate(sampler.stream(**asked, batch=batch, every=film.every), 1):
-            film.add(sampler.to_images(samples))
-            tell(what, min(1.0, i * film.every / rows))
-    return samples
+        else:
+            for i, samples in enumerate(sampler.stream(request, batch=batch, every=film.every), 1):
+                film.add(sampler.to_images(samples))
+                tell(what, min(1.0, i * film.every / rows))
+    return Drawn(samples, sampler.to_images(samples), time.perf_counter() - started, sampler.engine)
 
 
 def kept_of(bundle: Bundle, work: Work) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from epsrt.editing import canvas
 from epsrt.errors import EpsrtError, InputError
 from epsrt.images import from_images, images_of, mask_of
 from epsrt.types import Float32, UInt8
+from epsrt_command.foreign import reading
 
 Size = tuple[int, int]
 
@@ -155,7 +156,7 @@ def arrays_of(path: Path, *names: str) -> dict[str, NDArray[Any]]:
     if not path.exists():
         raise InputError(f"{path} does not exist: give an .npz that epsrt sample wrote")
     found = {}
-    with foreign(path, "is no .npz that can be read"), zipfile.ZipFile(path) as archive:
+    with reading(path, "is no .npz that can be read", WAY_OUT), zipfile.ZipFile(path) as archive:
         for name in names:
             if f"{name}.npy" not in archive.namelist():
                 continue
@@ -184,7 +185,7 @@ def picture_of(path: Path, mode: str, bundle: Bundle | None, size: Size | None, 
 
     What is wrong is found before its pixels are unpacked, where the header tells.
     """
-    with foreign(path, "is no picture that can be read"), warnings.catch_warnings():
+    with decoding(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of small damage, which is no sentence of ours; nor are its logs
         logging.getLogger("PIL").addHandler(_SILENT)
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -238,14 +239,11 @@ def _check_size(path: Path, found: tuple[int, ...], bundle: Bundle | None, size:
 
 
 @contextmanager
-def foreign(path: Path, what: str) -> Iterator[None]:
-    """Decoders of damaged and hostile files raise whatever occurs to them."""
-    try:
-        yield
-    except (EpsrtError, MemoryError, PermissionError):
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InputError(f"{path} says it has more pixels than any picture should: it is damaged, or hostile") from None
-    except Exception as error:
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} {what} ({why}): {WAY_OUT}") from None
+def decoding(path: Path) -> Iterator[None]:
+    """Around Pillow: InputError for what is no picture, and for a picture that is a trap."""
+    with reading(path, "is no picture that can be read", WAY_OUT):
+        try:
+            yield
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            many = "says it has more pixels than any picture should"
+            raise InputError(f"{path} {many}: it is damaged, or hostile") from None

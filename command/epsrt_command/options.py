@@ -1,8 +1,9 @@
-"""Options that sample, invert and interpolate share, and how their texts are read."""
+"""Options that sample, invert and interpolate share, declared once, and how their texts are read."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -10,6 +11,8 @@ from typer import Option
 
 from epsrt.bundle import Bundle
 from epsrt.errors import InputError
+from epsrt.request import Arguments
+from epsrt_command import show
 
 LabelsOption = Annotated[
     str | None, Option(help="Classes, by number or name: one for all, or one an image, with commas.")
@@ -17,22 +20,47 @@ LabelsOption = Annotated[
 SizeOption = Annotated[
     str | None, Option(metavar="HxW", help="Height and width, e.g. 16x24, of a bundle with sizes; by default its own.")
 ]
-GuidanceOption = Annotated[
-    str | None,
-    Option(
-        metavar="W", help="Weight of classifier-free guidance, 1 is none; one an image with commas; else the bundle's."
-    ),
-]
-RescaleOption = Annotated[
-    float, Option(metavar="PHI", help="0 to 1, 0.7 is usual: rescale what is guided, against too bright images.")
-]
-IntervalOption = Annotated[
-    str | None, Option(metavar="LOW:HIGH", help="Guide at these timesteps alone; either end may be left out.")
-]
-PrecisionOption = Annotated[str | None, Option(help="fp32, fp16, bf16 or int8; by default the engine's best.")]
-BatchOption = Annotated[int | None, Option(help="Images at once, at most; by default the bundle's largest.")]
 ThreadsOption = Annotated[int | None, Option(help="Of a CPU engine; by default all cores.")]
 FILES = "an .npz of epsrt sample, a picture, or a folder of pictures"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guiding:
+    """The options of classifier-free guidance."""
+
+    guidance: Annotated[
+        str | None,
+        Option(
+            metavar="W",
+            help="Weight of classifier-free guidance, 1 is none; one an image with commas; else the bundle's.",
+        ),
+    ] = None
+    guidance_rescale: Annotated[
+        float, Option(metavar="PHI", help="0 to 1, 0.7 is usual: rescale what is guided, against too bright images.")
+    ] = 0.0
+    guidance_interval: Annotated[
+        str | None, Option(metavar="LOW:HIGH", help="Guide at these timesteps alone; either end may be left out.")
+    ] = None
+
+    def asked(self) -> Arguments:
+        """What they are of a Request's arguments."""
+        return {
+            "guidance": one_or_each(None if self.guidance is None else numbers("--guidance", self.guidance)),
+            "guidance_rescale": self.guidance_rescale,
+            "guidance_interval": interval_of(self.guidance_interval),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """The options that say on what to draw."""
+
+    engine: show.EngineOption = "auto"
+    precision: Annotated[str | None, Option(help="fp32, fp16, bf16 or int8; by default the engine's best.")] = None
+    batch: Annotated[int | None, Option(help="Images at once, at most; by default the bundle's largest.")] = None
+    threads: ThreadsOption = None
+    trust_engines: show.TrustOption = False
+
 
 T = TypeVar("T")
 

@@ -1,9 +1,10 @@
-"""How a command's options become a plan: shared by epsrt plan and epsrt sample."""
+"""The options that choose a plan, declared once for the commands that take them, and how their texts are read."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from typer import Option
@@ -26,20 +27,6 @@ SpacingOption = Annotated[
         "bundle's, else trailing."
     ),
 ]
-TimestepsOption = Annotated[
-    str | None, Option(help="Explicit ones instead, descending, with commas: 999,640,300,120.", show_default=False)
-]
-EtaOption = Annotated[float | None, Option(help="η of ddim (default 0) and euler-ancestral (1), 0 to 1.")]
-VarianceOption = Annotated[
-    str | None,
-    Option(
-        help="ddpm's: fixed_small, fixed_large, either with _log, learned, learned_range; by default the network's."
-    ),
-]
-ClipOption = Annotated[
-    bool | None,
-    Option(help="Bound the estimate of x0 to the value range in each step, or not; by default the method's."),
-]
 SetOption = Annotated[
     list[str] | None,
     Option(
@@ -50,39 +37,55 @@ SetOption = Annotated[
         help="Another option of the method or spacing, e.g. s_churn=20, rho=5, compatible=diffusers; may be repeated.",
     ),
 ]
-
-
 RESERVED = ("manifest", "method", "prediction", "schedule", "spacing", "steps", "timesteps")
 
 
-def options(
-    steps: int | None,
-    spacing: str | None,
-    timesteps: str | None,
-    eta: float | None,
-    variance: str | None,
-    clip: bool | None,
-    bound: float,
-    more: list[str] | None,
-) -> dict[str, Any]:
-    """The keyword arguments of epsrt.solvers.make; `bound` is what --clip clips to."""
-    found: dict[str, Any] = {"steps": steps}
-    if spacing is not None:
-        found["spacing"] = spacing
-    if timesteps is not None:
-        if steps is not None:
-            raise InputError("--timesteps says how many steps there are: leave --steps out")
-        found["timesteps"] = [_number(word) for word in timesteps.split(",")]
-    for name, value in (("eta", eta), ("variance", variance)):
-        if value is not None:
+@dataclass(frozen=True, kw_only=True)
+class Planning:
+    """The options that choose a plan."""
+
+    method: MethodOption = None
+    steps: StepsOption = None
+    spacing: SpacingOption = None
+    timesteps: Annotated[
+        str | None, Option(help="Explicit ones instead, descending, with commas: 999,640,300,120.", show_default=False)
+    ] = None
+    eta: Annotated[float | None, Option(help="η of ddim (default 0) and euler-ancestral (1), 0 to 1.")] = None
+    clip: Annotated[
+        bool | None,
+        Option(help="Bound the estimate of x0 to the value range in each step, or not; by default the method's."),
+    ] = None
+    more: SetOption = None
+
+    def asked(self, bound: float) -> dict[str, Any]:
+        """What they are of a Request's arguments, where they are given; `bound` is what --clip clips to."""
+        found: dict[str, Any] = {}
+        if self.timesteps is not None:
+            if self.steps is not None:
+                raise InputError("--timesteps says how many steps there are: leave --steps out")
+            found["timesteps"] = [_number(word) for word in self.timesteps.split(",")]
+        for name in ("method", "steps", "spacing", "eta", "variance"):
+            if (value := getattr(self, name, None)) is not None:
+                found[name] = value
+        if self.clip is not None:
+            found["clip"] = bound if self.clip else None
+        for name, value in settings(self.more).items():
+            if name in RESERVED or name in found:
+                raise InputError(f"--set {name}: it has an option of its own, or is the bundle's")
             found[name] = value
-    if clip is not None:
-        found["clip"] = bound if clip else None
-    for name, value in settings(more).items():
-        if name in RESERVED or name in found:
-            raise InputError(f"--set {name}: it has an option of its own, or is the bundle's")
-        found[name] = value
-    return found
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyPlanning(Planning):
+    """The same, with the variance of stochastic plans."""
+
+    variance: Annotated[
+        str | None,
+        Option(
+            help="ddpm's: fixed_small, fixed_large, either with _log, learned, learned_range; by default the network's."
+        ),
+    ] = None
 
 
 def settings(texts: Iterable[str] | None) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def test_interpolate_between_latents(bundle_path: Path, tmp_path: Path) -> None:
         (("--frames", 20_000), "--frames 20000 between 2 are 20000 in all: 10000 are the most at once"),
         (("--labels", "1,2"), "--labels gives 2 classes: all frames have one"),
         (("--labels", "12"), "label 12 is outside 0 … 9"),
-        (("--guidance", 2), "guidance weighs a label against none: give labels"),
+        (("--guidance", 2), "guidance weighs a label against none: give --labels"),
         (("--size", "8x16"), "a size of 8 × 16 is not 8 × 8"),
         (("--out", "walk.mp4"), "--out walk.mp4: the suffix must be .png (a grid), .gif (animated), .npz or none"),
     ],

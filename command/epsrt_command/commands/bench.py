@@ -14,7 +14,7 @@ from typer import Option
 
 from epsrt.engines import ENGINES
 from epsrt.errors import InputError
-from epsrt_command import options, planning, show
+from epsrt_command import options, planning, register, show
 from epsrt_command.commands import bench_compare
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ epsrt bench compare before.json after.json   # see epsrt bench compare --help
 SECONDS, BATCHES = 3.0, "1,8,32"
 
 
-class COMMAND(typer.core.TyperCommand):
+class COMMAND(register.Command):
     """`epsrt bench BUNDLE …`, and `epsrt bench compare A B` where the first word is just that: a bundle of this name is
     ./compare."""
 

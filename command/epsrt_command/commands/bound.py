@@ -13,6 +13,7 @@ from typer import Option
 
 from epsrt.errors import InputError
 from epsrt_command import show
+from epsrt_command.foreign import needs
 
 EXAMPLES = """\
 epsrt bound out/digits.safetensors --data digits
@@ -48,13 +49,11 @@ def bound(
         from epsrt_command import charts
 
         charts.check_target(out)
-    try:
+    with needs("epsrt bound", "export,train"):
         from epsrt_export.bound import variational_bound
         from epsrt_export.decoder import levels_of
         from epsrt_trainer.checkpoint import load_checkpoint
         from epsrt_trainer.data import load
-    except ModuleNotFoundError as error:
-        raise InputError(f'epsrt bound needs {error.name}: pip install "epsrt[export,train]"') from None
     loaded = load_checkpoint(checkpoint)
     found = load(data, size=size)
     n = min(IMAGES, len(found)) if images is None else images

@@ -13,6 +13,7 @@ from epsrt.errors import InputError, one_of
 from epsrt.manifest import FEATURES_OF_ALL, Sizes, StepGraph
 from epsrt.plan import FEATURES
 from epsrt_command import show
+from epsrt_command.foreign import needs
 
 CHOICES = tuple(f for f in FEATURES if f not in FEATURES_OF_ALL)  # the others come by themselves
 
@@ -58,11 +59,12 @@ def build(
     as_json: show.JsonOption = False,
 ) -> None:
     """Build a TensorRT engine file of the fused step and keep it in the engine cache, where the engines find it."""
-    from epsrt.engines import graph_precision, nvidia
-    from epsrt.engines.cache.store import EngineCache
-    from epsrt.engines.gpu.engine_files import make_engine_file, targets_of
-    from epsrt.engines.gpu.trt_build import BuildOptions, describe
-    from epsrt.engines.gpu.trt_library import library
+    with needs("epsrt build", "tensorrt"):
+        from epsrt.engines import graph_precision, nvidia
+        from epsrt.engines.cache.store import EngineCache
+        from epsrt.engines.gpu.engine_files import make_engine_file, targets_of
+        from epsrt.engines.gpu.trt_build import BuildOptions, describe
+        from epsrt.engines.gpu.trt_library import library
 
     opened = Bundle.open(bundle)
     name = engine or _default(target)

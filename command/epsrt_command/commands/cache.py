@@ -12,6 +12,7 @@ import typer
 
 from epsrt.errors import EngineError, InputError
 from epsrt_command import show
+from epsrt_command.foreign import needs
 
 if TYPE_CHECKING:
     from epsrt.engines.cache.store import EngineCache, Entry
@@ -55,10 +56,8 @@ def cache(
         raise InputError(f"--older-than {older_than:g} is no number of days: give 0 or more")
     if bundle is not None and not (0 < len(bundle) <= 64 and set(bundle.lower()) <= set("0123456789abcdef")):
         raise InputError(f'--bundle {bundle!r} is not the start of a digest: "epsrt cache" shows them')
-    try:
+    with needs("epsrt cache", "tensorrt"):
         from epsrt.engines.cache.store import EngineCache
-    except ModuleNotFoundError as error:
-        raise InputError(f'epsrt cache needs {error.name}: pip install "epsrt[tensorrt]"') from None
 
     opened = EngineCache()
     if not prune:

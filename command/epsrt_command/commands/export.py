@@ -10,6 +10,7 @@ import typer
 
 from epsrt.errors import InputError
 from epsrt_command import planning, show
+from epsrt_command.foreign import needs
 
 EXAMPLES = """\
 epsrt export out/digits.safetensors out/digits.epsrt
@@ -78,11 +79,9 @@ def export(
     """Turn a trained network into a bundle. Parity with PyTorch is a gate: a miss writes nothing and exits 1."""
     if (threshold_ratio is None) != (threshold_max is None):
         raise InputError("dynamic thresholding has two numbers: give both --threshold-ratio and --threshold-max")
-    try:
+    with needs("epsrt export", "export,cpu"):
         from epsrt_export import export as run
         from epsrt_export import families
-    except ModuleNotFoundError as error:
-        raise InputError(f'epsrt export needs {error.name}: pip install "epsrt[export,cpu]"') from None
     source = families.load(family, checkpoint, **planning.settings(options))
     with show.progress() as tell:
         made = run(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -13,8 +12,11 @@ from typer import Option
 
 from epsrt.editing import slerp
 from epsrt.errors import InputError
+from epsrt.request import Request
 from epsrt.types import Float32
-from epsrt_command import options, planning, show
+from epsrt_command import options, show
+from epsrt_command.options import Guiding, Running
+from epsrt_command.planning import Planning
 
 EXAMPLES = """\
 epsrt interpolate out/digits.epsrt --seeds 1,2,3 --labels 3 --out strip.png
@@ -27,32 +29,21 @@ MOST = 10_000  # frames
 
 def interpolate(
     bundle: show.BundleArgument,
+    *,
     seeds: Annotated[str | None, Option(help="Whose noise to walk between, with commas.", show_default=False)] = None,
     latents: Annotated[
         Path | None,
         Option(help="Or latents, .npz of epsrt invert; with the label that they share, and --no-clip, unless given."),
     ] = None,
     frames: Annotated[int, Option(help="From each to the next, both counted.")] = 9,
-    method: planning.MethodOption = None,
-    steps: planning.StepsOption = None,
+    planning: Planning,
     labels: Annotated[str | None, Option(help="The class of all frames, by number or name.")] = None,
-    guidance: options.GuidanceOption = None,
-    guidance_rescale: options.RescaleOption = 0.0,
-    guidance_interval: options.IntervalOption = None,
+    guiding: Guiding,
     size: options.SizeOption = None,
-    spacing: planning.SpacingOption = None,
-    timesteps: planning.TimestepsOption = None,
-    eta: planning.EtaOption = None,
-    clip: planning.ClipOption = None,
-    more: planning.SetOption = None,
     out: Annotated[
         Path, Option("--out", "-o", help=".png: a row a pair; .gif: there and back; .npz; no suffix: a folder of PNGs.")
     ] = Path("strip.png"),
-    engine: show.EngineOption = "auto",
-    precision: options.PrecisionOption = None,
-    batch: options.BatchOption = None,
-    threads: options.ThreadsOption = None,
-    trust_engines: show.TrustOption = False,
+    running: Running,
     as_json: show.JsonOption = False,
 ) -> None:
     """Walk between latents on the sphere (slerp), each frame drawn by a deterministic sampler."""
@@ -68,11 +59,10 @@ def interpolate(
     classes = options.classes_of("label", labels, options.names_in(opened)[0])
     if classes is not None and len(classes) > 1:
         raise InputError(f"--labels gives {len(classes)} classes: all frames have one, the way leads through the noise")
-    w = None if guidance is None else options.numbers("--guidance", guidance)
-    given = planning.options(steps, spacing, timesteps, eta, None, clip, m.bound, more)
+    given = planning.asked(m.bound)
     # seeds' own samples are at the ends of the way; a clipped step does not undo an inverted one
     given.setdefault("clip", m.clip if latents is None else None)
-    plan = opened.plan(method, **given)
+    plan = opened.plan(**given)
     if plan.start[0]:
         raise InputError(f"{plan.name} begins from images: walk between latents with a sampler, such as ddim")
     if plan.stochastic:
@@ -86,28 +76,18 @@ def interpolate(
             classes = kept[:1]
     count = len(numbers or []) if ends is None else len(ends)
     total = _count(count, frames)
-    asked: dict[str, Any] = {
-        "method": method,
-        **given,
-        "labels": options.one_or_each(classes),
-        "guidance": options.one_or_each(w),
-        "guidance_rescale": guidance_rescale,
-        "guidance_interval": options.interval_of(guidance_interval),
-    }
+    request = Request(**given, labels=options.one_or_each(classes)).but(**guiding.asked())
     if ends is None:
-        drawing.checked(opened, {**asked, "seeds": numbers, "size": extent})
-        asked["x"] = np.zeros((total, *opened.image_shape(extent)), np.float32)  # until there is a sampler to say
+        drawing.checked(opened, request.but(seeds=numbers, size=extent))
+        request = request.but(x=np.zeros((total, *opened.image_shape(extent)), np.float32))  # until a sampler says
     else:
-        asked["x"] = _walk(ends, frames)
-    work = drawing.checked(opened, asked)
-    with drawing.sampler_of(opened, work, engine, precision, threads, trust_engines) as sampler:
+        request = request.but(x=_walk(ends, frames))
+    work = drawing.checked(opened, request)
+    with drawing.sampler_of(opened, work, running) as sampler:
         if numbers is not None:
-            asked["x"] = _walk(sampler.latents(seeds=numbers, plan=plan, size=extent), frames)
-        started = time.perf_counter()
-        samples = drawing.draw(sampler, asked, work, batch, None)
-        seconds = time.perf_counter() - started
-        images = sampler.to_images(samples)
-        runs = sampler.engine
+            request = request.but(x=_walk(sampler.latents(seeds=numbers, plan=plan, size=extent), frames))
+        drawn = drawing.draw(sampler, request, work, running.batch)
+    samples, images = drawn.samples, drawn.images
     label = drawing.kept_of(opened, work)["label"]
     match out.suffix.lower():
         case ".gif":
@@ -132,17 +112,13 @@ def interpolate(
                 "steps": len(plan),
                 "labels": classes,
                 "guidance": weight,
-                "engine": runs.name,
-                "precision": runs.precision,
-                "seconds": round(seconds, 4),
-                "bundle": m.digest,
+                **drawn.facts(),
             }
         )
         return
     guided = f", guidance {drawing.weight_words(weight)}" if weight != 1 else ""
     typer.echo(
-        f"{out}: {len(samples)} frames between {count} latents, {plan.name} in {len(plan)} steps{guided} on "
-        f"{runs.name} {runs.precision}, {seconds:.2f} s"
+        f"{out}: {len(samples)} frames between {count} latents, {plan.name} in {len(plan)} steps{guided} {drawn}"
     )
 
 

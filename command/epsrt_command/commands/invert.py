@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shlex
-import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
 from typer import Option
 
+from epsrt.request import Request
 from epsrt.solvers import inverse_of
 from epsrt_command import options, planning, show
+from epsrt_command.options import Running
 
 EXAMPLES = """\
 epsrt invert out/digits.epsrt --init sevens.npz --steps 50 --out latents.npz
@@ -23,6 +24,7 @@ epsrt interpolate out/digits.epsrt --latents latents.npz --labels 7 --steps 50 -
 
 def invert(
     bundle: show.BundleArgument,
+    *,
     init: Annotated[Path, Option(help=f"The images: {options.FILES}.")],
     method: Annotated[
         str, Option(help="ddim-inversion, or ddim, which undoes it; stochastic samplers have no inverse.")
@@ -39,11 +41,7 @@ def invert(
     more: planning.SetOption = None,
     out: Annotated[Path, Option("--out", "-o", help=".npz: samples are the latents, and label.")] = Path("latents.npz"),
     check: Annotated[bool, Option(help="Also draw the images again with ddim, and tell the error.")] = True,
-    engine: show.EngineOption = "auto",
-    precision: options.PrecisionOption = None,
-    batch: options.BatchOption = None,
-    threads: options.ThreadsOption = None,
-    trust_engines: show.TrustOption = False,
+    running: Running,
     as_json: show.JsonOption = False,
 ) -> None:
     """Find the latents that a deterministic sampler turns back into given images (DDIM inversion)."""
@@ -58,31 +56,28 @@ def invert(
     options.check_apart(out=out, init=init)
     if steps is None and not (spacing is not None and respaced(spacing)):
         steps = 50  # of both ways, whatever the bundle's own sampler takes
-    given = planning.options(steps, spacing, None, None, None, None, m.bound, more)
+    given = planning.Planning(steps=steps, spacing=spacing, more=more).asked(m.bound)
     images = inputs.images(init, opened)
     classes = options.classes_of("label", labels, options.names_in(opened)[0])
     classes = inputs.labels_in(init, opened, len(images)) if classes is None else classes
-    asked: dict[str, Any] = {
-        "n": len(images),
-        "labels": options.one_or_each(classes),
-        "guidance": options.one_or_each(options.numbers("--guidance", guidance)),
-    }
-    there = {"plan": opened.plan(inverse_of(method), **given), "init": images, **asked}
-    back = {"plan": opened.plan("ddim", **{"clip": None, **given, "eta": 0.0}), **asked}  # a clipped x0 has no inverse
+    there = Request(
+        plan=opened.plan(inverse_of(method), **given),
+        init=images,
+        labels=options.one_or_each(classes),
+        guidance=options.one_or_each(options.numbers("--guidance", guidance)),
+    )
+    back = opened.plan("ddim", **{"clip": None, **given, "eta": 0.0})  # a clipped x0 has no inverse
     work = drawing.checked(opened, there)
     errors = None
-    with drawing.sampler_of(opened, work, engine, precision, threads, trust_engines) as sampler:
-        started = time.perf_counter()
-        latents = drawing.draw(sampler, there, work, batch, None)
-        seconds = time.perf_counter() - started
+    with drawing.sampler_of(opened, work, running) as sampler:
+        drawn = drawing.draw(sampler, there, work, running.batch)
         if check:
-            back["x"] = latents
-            found = drawing.draw(sampler, back, drawing.checked(opened, back), batch, None)
+            again = there.but(plan=back, init=None, x=drawn.samples)
+            found = drawing.draw(sampler, again, drawing.checked(opened, again), running.batch).samples
             width = m.value_range[1] - m.value_range[0]
             errors = np.square((found - images).astype(np.float64) / width).mean(axis=(1, 2, 3))
-        runs = sampler.engine
     with whole_file(out) as beside, beside.open("wb") as file:
-        np.savez(file, samples=latents, label=drawing.kept_of(opened, work)["label"])
+        np.savez(file, samples=drawn.samples, label=drawing.kept_of(opened, work)["label"])
     if as_json:
         show.print_json(
             {
@@ -95,10 +90,7 @@ def invert(
                 "guidance": drawing.weights_of(work, "w", 1.0),
                 "mse": None if errors is None else float(errors.mean()),
                 "mse_each": None if errors is None else errors.tolist(),
-                "engine": runs.name,
-                "precision": runs.precision,
-                "seconds": round(seconds, 4),
-                "bundle": m.digest,
+                **drawn.facts(),
             }
         )
         return
@@ -110,13 +102,12 @@ def invert(
             f"the worst image {errors.max():.1e}"
         )
     )
-    again = ["epsrt", "sample", str(bundle), "--latents", str(out), "--method", "ddim"]
-    again += ["--steps", str(steps)] if steps is not None else []
-    again += ["--spacing", spacing] if spacing is not None else []
-    again += [word for setting in more or () for word in ("--set", setting)]
-    again += ["--guidance", guidance] if {guidance, f"{m.sampling.guidance:g}"} != {"1"} else []
+    words = ["epsrt", "sample", str(bundle), "--latents", str(out), "--method", "ddim"]
+    words += ["--steps", str(steps)] if steps is not None else []
+    words += ["--spacing", spacing] if spacing is not None else []
+    words += [word for setting in more or () for word in ("--set", setting)]
+    words += ["--guidance", guidance] if {guidance, f"{m.sampling.guidance:g}"} != {"1"} else []
     typer.echo(
-        f"{out}: latents of {len(images)} images, {work.plan.name} in {len(work.plan)} steps on {runs.name} "
-        f"{runs.precision}, {seconds:.2f} s{told}\n"
-        f"draw them by: {shlex.join(again)}"
+        f"{out}: latents of {len(images)} images, {work.plan.name} in {len(work.plan)} steps {drawn}{told}\n"
+        f"draw them by: {shlex.join(words)}"
     )

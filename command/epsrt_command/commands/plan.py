@@ -15,7 +15,8 @@ from epsrt.plan import CLIP_OFF, COLUMNS, DEFAULTS, Plan
 from epsrt.schedule import Kind, Schedule
 from epsrt.solvers import METHODS, make, options_of
 from epsrt.types import Float64
-from epsrt_command import planning, show
+from epsrt_command import show
+from epsrt_command.planning import AnyPlanning
 
 EXAMPLES = """\
 epsrt plan --list
@@ -26,8 +27,7 @@ epsrt plan --method heun --schedule ve --prediction edm --spacing karras --steps
 
 
 def plan(
-    method: planning.MethodOption = None,
-    steps: planning.StepsOption = None,
+    *,
     bundle: Annotated[
         Path | None, Option("--bundle", "-b", help="Take schedule, prediction and clip from it.", show_default=False)
     ] = None,
@@ -37,12 +37,7 @@ def plan(
     prediction: Annotated[
         str | None, Option(help=f"Without a bundle, what the network returns: {', '.join(PREDICTIONS)} (epsilon).")
     ] = None,
-    spacing: planning.SpacingOption = None,
-    timesteps: planning.TimestepsOption = None,
-    eta: planning.EtaOption = None,
-    variance: planning.VarianceOption = None,
-    clip: planning.ClipOption = None,
-    more: planning.SetOption = None,
+    planning: AnyPlanning,
     out: Annotated[Path | None, Option("--out", "-o", help="Also draw it: .png or .svg.")] = None,
     listed: Annotated[bool, Option("--list", help="List every method, and stop.")] = False,
     as_json: show.JsonOption = False,
@@ -62,19 +57,20 @@ def plan(
 
         opened = Bundle.open(bundle)
         m = opened.manifest
-        given = planning.options(steps, spacing, timesteps, eta, variance, clip, m.bound, more)
-        visited, prediction, made = m.schedule, m.prediction, opened.plan(method, **given)
+        visited, prediction = m.schedule, m.prediction
+        made = opened.plan(**planning.asked(m.bound))
     else:
         visited = Schedule("linear" if schedule is None else schedule)  # type: ignore[arg-type]
         prediction = "epsilon" if prediction is None else prediction
-        given = planning.options(steps, spacing, timesteps, eta, variance, clip, 1.0, more)
-        made = make(method or "ddim", visited, prediction=prediction, **given)
+        given = {"method": "ddim", "prediction": prediction, **planning.asked(1.0)}
+        made = make(schedule=visited, **given)
     if prediction == "edm":  # it is told ¼ ln σ
         t, alpha, sigma = visited.level(-4 * made["t"])
     else:
         t, (alpha, sigma) = made["t"], visited.at(made["t"])
     if out is not None:
-        title = f"{made.name}, {len(made)} rows" + (f", {spacing} timesteps" if spacing and timesteps is None else "")
+        title = f"{made.name}, {len(made)} rows"
+        title += f", {planning.spacing} timesteps" if planning.spacing and planning.timesteps is None else ""
         charts.save(charts.plan(visited, t, title), out)
     with np.errstate(divide="ignore"):
         log_snr = np.log(alpha / sigma)

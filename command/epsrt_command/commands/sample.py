@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer import Option
 
 from epsrt.errors import InputError
-from epsrt_command import options, planning, show
+from epsrt.request import Request
+from epsrt_command import options, show
+from epsrt_command.options import Guiding, Running
+from epsrt_command.planning import AnyPlanning
 
 EXAMPLES = """\
 epsrt sample out/digits.epsrt --steps 50 --labels 0,1,2,3,4,5,6,7,8,9 --seed 1 --out grid.png
@@ -28,17 +30,15 @@ epsrt sample guided.epsrt --classifier 2 --labels 3 -n 8   # exported with --cla
 
 def sample(
     bundle: show.BundleArgument,
-    method: planning.MethodOption = None,
-    steps: planning.StepsOption = None,
+    *,
     n: Annotated[
         int | None, Option("-n", help="How many images; by default one a label or given image, or 10.")
     ] = None,
     labels: options.LabelsOption = None,
     seed: Annotated[int, Option(help="0 to 2^64 − 1. The same seed gives the same images, everywhere.")] = 0,
     first: Annotated[int, Option(help="Index of the first image: continues an earlier run of this seed.")] = 0,
-    guidance: options.GuidanceOption = None,
-    guidance_rescale: options.RescaleOption = 0.0,
-    guidance_interval: options.IntervalOption = None,
+    planning: AnyPlanning,
+    guiding: Guiding,
     classifier: Annotated[
         str | None, Option(metavar="W", help="Weight of the bundle's classifier; one an image with commas.")
     ] = None,
@@ -65,23 +65,13 @@ def sample(
     resample: Annotated[int, Option(help="RePaint's: how often each stretch of steps is run, with --known.")] = 1,
     jump: Annotated[int | None, Option(help="How many steps such a stretch has; by default 10.")] = None,
     size: options.SizeOption = None,
-    spacing: planning.SpacingOption = None,
-    timesteps: planning.TimestepsOption = None,
-    eta: planning.EtaOption = None,
-    variance: planning.VarianceOption = None,
-    clip: planning.ClipOption = None,
-    more: planning.SetOption = None,
     out: Annotated[Path, Option("--out", "-o", help=".png: a grid; .npz; no suffix: a folder of PNGs.")] = Path(
         "samples.png"
     ),
     trajectory: Annotated[
         Path | None, Option(help="Also how the images form: .png (a strip, a row an image) or .gif.")
     ] = None,
-    engine: show.EngineOption = "auto",
-    precision: options.PrecisionOption = None,
-    batch: options.BatchOption = None,
-    threads: options.ThreadsOption = None,
-    trust_engines: show.TrustOption = False,
+    running: Running,
     as_json: show.JsonOption = False,
 ) -> None:
     """Draw images from a bundle: from noise, from latents, from other images, or around what is known."""
@@ -104,67 +94,58 @@ def sample(
         raise InputError(f"--resample {resample} is about what is not known: give --known, and --mask")
     names, judged = options.names_in(opened)
     classes, goals = options.classes_of("label", labels, names), options.classes_of("target", targets, judged)
-    w = None if guidance is None else options.numbers("--guidance", guidance)
-    s = [0.0] if classifier is None else options.numbers("--classifier", classifier)
-    between, place = options.interval_of(guidance_interval), options.place_of(at)
-    given = planning.options(steps, spacing, timesteps, eta, variance, clip, m.bound, more)
-    opened.plan(method, **given)  # refuses what is no option of the method: --set seed=3
+    pull = None if classifier is None else options.numbers("--classifier", classifier)
+    given = planning.asked(m.bound)
+    opened.plan(**given)  # refuses what is no option of the method: --set seed=3
     begin = None if init is None else inputs.images(init, opened, extent)
     x, kept = (None, None) if latents is None else inputs.latents(latents, opened, extent)
     classes = kept if classes is None else classes
-    pixels, part = inputs.masked(known, mask, place, extent, opened)
-    if n is None:
-        counts = [len(v) for v in (classes, goals, w, s) if v is not None and len(v) > 1]
-        n = (counts or [len(a) for a in (begin, x, pixels) if a is not None] or [10])[0]
-    asked: dict[str, Any] = {
-        "n": n,
-        "method": method,
+    pixels, part = inputs.masked(known, mask, options.place_of(at), extent, opened)
+    request = Request(
+        n,
         **given,
-        "seed": seed,
-        "first": first,
-        "size": extent,
-        "labels": options.one_or_each(classes),
-        "guidance": options.one_or_each(w),
-        "guidance_rescale": guidance_rescale,
-        "guidance_interval": between,
-        "classifier": options.one_or_each(s),
-        "targets": options.one_or_each(goals),
-        "init": begin,
-        "strength": strength,
-        "x": x,
-        "known": pixels,
-        "mask": part,
-        "resample": resample,
-        "jump": 10 if jump is None else jump,
-    }
-    work = drawing.checked(opened, asked)
-    name = work.plan.name.removesuffix("-resampled")
+        seed=seed,
+        first=first,
+        size=extent,
+        labels=options.one_or_each(classes),
+        classifier=options.one_or_each(pull) or 0.0,
+        targets=options.one_or_each(goals),
+        init=begin,
+        strength=strength,
+        x=x,
+        known=pixels,
+        mask=part,
+        resample=resample,
+        jump=10 if jump is None else jump,
+    ).but(**guiding.asked())
+    each = (request.labels, request.guidance.targets, request.guidance.weight, request.guidance.classifier)
+    if n is None and not any(isinstance(values, list) for values in each) and begin is x is pixels is None:
+        request = request.but(10)
+    work = drawing.checked(opened, request)
+    n, name = len(work.samples), work.plan.name.removesuffix("-resampled")
     film = None if trajectory is None else Trajectory(trajectory, len(work.plan), n, m.shape[0])
-    with drawing.sampler_of(opened, work, engine, precision, threads, trust_engines) as sampler:
-        started = time.perf_counter()
-        samples = drawing.draw(sampler, asked, work, batch, film)
-        seconds = time.perf_counter() - started
-        images = sampler.to_images(samples)
-        runs = sampler.engine
-    pictures.save(out, samples, images, **drawing.kept_of(opened, work))
+    with drawing.sampler_of(opened, work, running) as sampler:
+        drawn = drawing.draw(sampler, request, work, running.batch, film)
+    pictures.save(out, drawn.samples, drawn.images, **drawing.kept_of(opened, work))
     if film is not None:
         film.save()
-    weight, pull = drawing.weights_of(work, "w", 1.0), drawing.weights_of(work, "s", 0.0)
+    weight, pulled = drawing.weights_of(work, "w", 1.0), drawing.weights_of(work, "s", 0.0)
+    speed = n / drawn.seconds
     if as_json:
         show.print_json(
             {
                 "out": str(out),
                 "n": n,
-                "size": list(samples.shape[2:]),
+                "size": list(drawn.samples.shape[2:]),
                 "method": name,
                 "steps": len(work.plan),
                 "seed": seed,
                 "first": first,
                 "labels": classes,
                 "guidance": weight,
-                "guidance_rescale": guidance_rescale,
-                "guidance_interval": guidance_interval,
-                "classifier": pull,
+                "guidance_rescale": guiding.guidance_rescale,
+                "guidance_interval": guiding.guidance_interval,
+                "classifier": pulled,
                 "targets": goals,
                 "init": _text(init),
                 "strength": strength,
@@ -173,19 +154,16 @@ def sample(
                 "mask": mask,
                 "at": at,
                 "resample": resample,
-                "jump": asked["jump"] if resample > 1 else None,
+                "jump": request.known.jump if resample > 1 else None,
                 "trajectory": _text(trajectory),
-                "engine": runs.name,
-                "precision": runs.precision,
-                "seconds": round(seconds, 4),
-                "images_per_second": round(n / seconds, 2),
-                "bundle": m.digest,
+                "images_per_second": round(speed, 2),
+                **drawn.facts(),
             }
         )
         return
     asides = {
         f"guidance {drawing.weight_words(weight)}": weight != 1,
-        f"classifier {drawing.weight_words(pull)}": pull != 0,
+        f"classifier {drawing.weight_words(pulled)}": pulled != 0,
         f"from {init}": init is not None,
         f"strength {strength}": strength is not None,
         f"from {latents}": latents is not None,
@@ -194,8 +172,8 @@ def sample(
     }
     typer.echo(
         f"{out}: {n} images, {name} in {len(work.plan)} steps"
-        f"{''.join(f', {words}' for words, there in asides.items() if there)} on {runs.name} {runs.precision}, "
-        f"{seconds:.2f} s, {n / seconds:.1f} images/s{'' if trajectory is None else f'; {trajectory}'}"
+        f"{''.join(f', {words}' for words, there in asides.items() if there)} {drawn}, {speed:.1f} images/s"
+        f"{'' if trajectory is None else f'; {trajectory}'}"
     )
 
 

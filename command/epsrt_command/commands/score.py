@@ -165,7 +165,7 @@ def _images(path: Path, shape: tuple[int | None, ...]) -> UInt8:
 
 def _upright(path: Path) -> tuple[int, int]:
     """Height and width of a picture, as its header says."""
-    with inputs.foreign(path, "is no picture that can be read"), Image.open(path, formats=inputs.FORMATS) as image:
+    with inputs.decoding(path), Image.open(path, formats=inputs.FORMATS) as image:
         turned = image.getexif().get(ORIENTATION, 1) >= 5
         return image.size if turned else image.size[::-1]
 

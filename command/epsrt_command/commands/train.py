@@ -10,6 +10,7 @@ from typer import Option
 
 from epsrt.errors import InputError
 from epsrt_command import show
+from epsrt_command.foreign import needs
 
 EXAMPLES = """\
 epsrt train --preset digits --out out/digits.safetensors
@@ -42,13 +43,11 @@ def train(
     as_json: show.JsonOption = False,
 ) -> None:
     """Train a network, or a classifier to guide one, on images. Interrupted, it goes on, to the same weights."""
-    try:
+    with needs("epsrt train", "train"):
         from epsrt_trainer.checkpoint import read_training
         from epsrt_trainer.data import load
         from epsrt_trainer.presets import preset as preset_of
         from epsrt_trainer.train import train as run
-    except ModuleNotFoundError as error:
-        raise InputError(f'epsrt train needs {error.name}: pip install "epsrt[train]"') from None
     chosen = preset_of(preset, settings or [])
     spec = data or chosen.data
     if not spec:

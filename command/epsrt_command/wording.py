@@ -1,0 +1,70 @@
+"""The runtime's sentences name Python's arguments: here they name the options that a user of the command has."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from epsrt.errors import EpsrtError
+from epsrt.request import Arguments
+
+ALIASES = {"x": "latents"}  # arguments that have another name as a parameter of a subcommand
+ADVICE = ("give", "leave", "lower")  # the verbs before a name that is meant as one
+
+
+def options_of(command: Any) -> dict[str, str]:
+    """Of a click command, the options that take a value by the arguments of that name: {"first": "--first", …}."""
+    found = {
+        p.name: p.opts[0]
+        for p in command.params
+        if p.opts[0].lstrip("-") == p.name.replace("_", "-") and p.param_type_name == "option" and not p.is_flag
+    }
+    return found | {name: found[other] for name, other in ALIASES.items() if other in found}
+
+
+def in_options(sentence: str, options: Mapping[str, str], typed: Sequence[str] = ()) -> str:
+    """The sentence with options for arguments, where it is plain that a name is one.
+
+    These are `name = value` at the start, `name=`, a name with an underscore, and an argument of a Request that is to
+    be given or left out. What the user typed, and what is quoted, stays as it is.
+    """
+    if not options:
+        return sentence
+
+    def among(names: Iterable[str]) -> str:
+        return "|".join(sorted(names, key=len, reverse=True)) or "(?!)"
+
+    one = among(options)
+    verbs = "|".join(f"(?<=\\b{verb} )" for verb in ADVICE)
+    kept = [re.escape(word) for word in sorted(typed, key=len, reverse=True) if len(word) > 2]
+    pattern = "|".join(
+        [
+            *kept,
+            r"'[^']*'",
+            r'"[^"]*"',
+            rf"^(?P<value>{one}) = ",
+            rf"\b(?P<keyword>{one})=(?![^\s,.:;)])",
+            rf"(?:{verbs})(?P<advice>{among(Arguments.__annotations__.keys() & options)})\b(?! =)",
+            rf"\b(?P<long>{among(name for name in options if '_' in name)})\b",
+            r"\b(?P<images>x)(?= images\b)",
+        ]
+    )
+
+    def option(found: re.Match[str]) -> str:
+        name = next((name for name in found.groupdict().values() if name in options), None)
+        if name is None:
+            return found[0]
+        return options[name] + (" " if found["value"] else "")
+
+    return re.sub(pattern, option, sentence)
+
+
+def said(error: EpsrtError, root: Any, typed: Sequence[str]) -> str:
+    """An error's sentence for whoever typed these words behind `epsrt`; `root` is the click command of all."""
+    raised_in = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1:]
+    command = root.commands.get(typed[0]) if typed else None
+    if command is None or not raised_in or raised_in[0].startswith("epsrt_command"):
+        return str(error)  # the command's own sentences name options
+    return in_options(str(error), options_of(command), typed)
