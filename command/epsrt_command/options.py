@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations, product
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -20,7 +22,7 @@ LabelsOption = Annotated[
 SizeOption = Annotated[
     str | None, Option(metavar="HxW", help="Height and width, e.g. 16x24, of a bundle with sizes; by default its own.")
 ]
-ThreadsOption = Annotated[int | None, Option(help="Of a CPU engine; by default all cores.")]
+ThreadsOption = Annotated[int | None, Option(help="Threads of a CPU engine; by default all cores.")]
 FILES = "an .npz of epsrt sample, a picture, or a folder of pictures"
 
 
@@ -32,11 +34,11 @@ class Guiding:
         str | None,
         Option(
             metavar="W",
-            help="Weight of classifier-free guidance, 1 is none; one an image with commas; else the bundle's.",
+            help="Weight of classifier-free guidance, 1 is none; one an image with commas. By default the bundle's.",
         ),
     ] = None
     guidance_rescale: Annotated[
-        float, Option(metavar="PHI", help="0 to 1, 0.7 is usual: rescale what is guided, against too bright images.")
+        float, Option(metavar="PHI", help="Rescale what is guided, against too bright images: 0 to 1, 0.7 is usual.")
     ] = 0.0
     guidance_interval: Annotated[
         str | None, Option(metavar="LOW:HIGH", help="Guide at these timesteps alone; either end may be left out.")
@@ -146,8 +148,8 @@ def names_in(bundle: Bundle) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return (m.class_names if bundle.labelled else judged), judged
 
 
-def check_apart(**paths: Path | None) -> None:
-    """Refuse two options that name one file to write."""
-    given = [(name, path.resolve()) for name, path in paths.items() if path is not None]
-    if len({path for _, path in given}) < len(given):
-        raise InputError(f"{' and '.join(f'--{name}' for name, _ in given)} name one file: choose two")
+def check_apart(writes: Mapping[str, Path | None], reads: Mapping[str, Path | None]) -> None:
+    """Refuse two options that name one file where one of them is to be written."""
+    for (one, a), (other, b) in [*combinations(writes.items(), 2), *product(writes.items(), reads.items())]:
+        if a is not None and b is not None and a.resolve() == b.resolve():
+            raise InputError(f"--{one} and --{other} name one file: choose two")

@@ -18,7 +18,7 @@ MethodOption = Annotated[
     Option(help=f"The sampler: {', '.join(METHODS)}; by default the bundle's, else ddim. See epsrt plan --list."),
 ]
 StepsOption = Annotated[
-    int | None, Option(help="How many; by default the bundle's, else 50, or what a respacing string says.")
+    int | None, Option(help="How many steps; by default the bundle's, else 50, or what a respacing string says.")
 ]
 SpacingOption = Annotated[
     str | None,
@@ -48,7 +48,8 @@ class Planning:
     steps: StepsOption = None
     spacing: SpacingOption = None
     timesteps: Annotated[
-        str | None, Option(help="Explicit ones instead, descending, with commas: 999,640,300,120.", show_default=False)
+        str | None,
+        Option(help="Explicit timesteps instead, descending, with commas: 999,640,300,120.", show_default=False),
     ] = None
     eta: Annotated[float | None, Option(help="η of ddim (default 0) and euler-ancestral (1), 0 to 1.")] = None
     clip: Annotated[
@@ -83,7 +84,8 @@ class AnyPlanning(Planning):
     variance: Annotated[
         str | None,
         Option(
-            help="ddpm's: fixed_small, fixed_large, either with _log, learned, learned_range; by default the network's."
+            help="Variance of ddpm's steps: fixed_small, fixed_large, either with _log, learned or learned_range; by "
+            "default the network's."
         ),
     ] = None
 

@@ -7,8 +7,11 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import typer
+
 from epsrt.errors import EpsrtError
 from epsrt.request import Arguments
+from epsrt_command.app import app
 
 ALIASES = {"x": "latents"}  # arguments that have another name as a parameter of a subcommand
 ADVICE = ("give", "leave", "lower")  # the verbs before a name that is meant as one
@@ -61,10 +64,11 @@ def in_options(sentence: str, options: Mapping[str, str], typed: Sequence[str] =
     return re.sub(pattern, option, sentence)
 
 
-def said(error: EpsrtError, root: Any, typed: Sequence[str]) -> str:
-    """An error's sentence for whoever typed these words behind `epsrt`; `root` is the click command of all."""
-    raised_in = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1:]
-    command = root.commands.get(typed[0]) if typed else None
-    if command is None or not raised_in or raised_in[0].startswith("epsrt_command"):
+def said(error: EpsrtError, typed: Sequence[str]) -> str:
+    """An error's sentence for whoever typed these words behind `epsrt`."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    root: Any = typer.main.get_command(app)
+    command = root.commands.get(typed[0])
+    if command is None or frame.f_globals["__name__"].startswith("epsrt_command"):
         return str(error)  # the command's own sentences name options
     return in_options(str(error), options_of(command), typed)

@@ -47,7 +47,9 @@ def bench(
     engine: Annotated[
         str, Option(help=f"all that run here, auto, or some of these, with commas: {', '.join(ENGINES)}.")
     ] = "all",
-    precision: Annotated[str | None, Option(help="Or several, with commas; by default each engine's best.")] = None,
+    precision: Annotated[
+        str | None, Option(help="One precision, or several with commas; by default each engine's best.")
+    ] = None,
     batch: Annotated[str | None, Option(help=f"Images at once, with commas; by default {BATCHES}.")] = None,
     method: planning.MethodOption = None,
     steps: planning.StepsOption = None,
@@ -55,7 +57,7 @@ def bench(
     seconds: Annotated[
         float | None, Option(help=f"About how long the rounds of a case take, at least seven; by default {SECONDS:g}.")
     ] = None,
-    rounds: Annotated[int | None, Option(help="How many instead, of whole trajectories.")] = None,
+    rounds: Annotated[int | None, Option(help="How many rounds instead, each of whole trajectories.")] = None,
     out: Annotated[Path | None, Option("--out", "-o", help="Keep the results: .json, written batch by batch.")] = None,
     trust_engines: show.TrustOption = False,
     as_json: show.JsonOption = False,

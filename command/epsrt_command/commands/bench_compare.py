@@ -31,7 +31,7 @@ COLOURS = {"regression": "red", "gain": "green", "same": "", "not judged": "dim"
 
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A.json", help="What epsrt bench --out wrote.")],
-    b: Annotated[Path, typer.Argument(metavar="B.json", help="The same of later, or of other versions.")],
+    b: Annotated[Path, typer.Argument(metavar="B.json", help="The same, made later or by other versions.")],
     band: Annotated[
         str, Option(metavar="5%", help="What counts as noise; more where the rounds themselves differ by more.")
     ] = "5%",

@@ -30,15 +30,15 @@ def bound(
         str, Option(help="digits, an image folder, an .npz file, CIFAR-10's binary folder or MNIST's IDX files.")
     ],
     images: Annotated[
-        int | None, Option(help=f"How many, evenly across the data; by default {IMAGES}, or all if fewer.")
+        int | None, Option(help=f"How many images, evenly across the data; by default {IMAGES}, or all if fewer.")
     ] = None,
     timesteps: Annotated[
         int | None, Option(help=f"How many t, evenly in √t, the rest interpolated; by default {TIMESTEPS}, T for all.")
     ] = None,
-    variance: Annotated[str, Option(help="The reverse steps': fixed_small or fixed_large.")] = "fixed_small",
+    variance: Annotated[str, Option(help="Variance of the reverse steps: fixed_small or fixed_large.")] = "fixed_small",
     clip: Annotated[bool, Option(help="Bound the estimate of x0 to the value range, as sampling does.")] = True,
     levels: Annotated[int | None, Option(help="Grey levels of a pixel; by default as many as the data show.")] = None,
-    seed: Annotated[int, Option(help="Of the noise, 0 to 2^64 − 1. The same seed gives the same figures.")] = 0,
+    seed: Annotated[int, Option(help="Seed of the noise, 0 to 2^64 − 1. The same seed gives the same figures.")] = 0,
     batch: Annotated[int, Option(help="Images at once.")] = 128,
     size: Annotated[int | None, Option(help="Crop and resize an image folder to size × size.")] = None,
     out: Annotated[Path | None, Option("--out", "-o", help="Also draw the terms over t: .png or .svg.")] = None,

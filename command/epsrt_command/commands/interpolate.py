@@ -30,12 +30,17 @@ MOST = 10_000  # frames
 def interpolate(
     bundle: show.BundleArgument,
     *,
-    seeds: Annotated[str | None, Option(help="Whose noise to walk between, with commas.", show_default=False)] = None,
+    seeds: Annotated[
+        str | None, Option(help="Seeds whose noise to walk between, with commas.", show_default=False)
+    ] = None,
     latents: Annotated[
         Path | None,
-        Option(help="Or latents, .npz of epsrt invert; with the label that they share, and --no-clip, unless given."),
+        Option(
+            help="Latents to walk between instead, an .npz of epsrt invert; with the label that they share, and "
+            "--no-clip, unless given."
+        ),
     ] = None,
-    frames: Annotated[int, Option(help="From each to the next, both counted.")] = 9,
+    frames: Annotated[int, Option(help="How many frames from each to the next, both ends counted.")] = 9,
     planning: Planning,
     labels: Annotated[str | None, Option(help="The class of all frames, by number or name.")] = None,
     guiding: Guiding,
@@ -53,7 +58,7 @@ def interpolate(
     opened = Bundle.open(bundle)
     m, extent = opened.manifest, options.size_of(size)
     pictures.check_target(out, m.shape[0], kinds=(".png", ".gif", ".npz", ""))
-    options.check_apart(out=out, latents=latents)
+    options.check_apart({"out": out}, {"latents": latents})
     if (seeds is None) == (latents is None):
         raise InputError("give either --seeds, such as 1,2, or --latents: what to walk between")
     classes = options.classes_of("label", labels, options.names_in(opened)[0])

@@ -29,7 +29,7 @@ def invert(
     method: Annotated[
         str, Option(help="ddim-inversion, or ddim, which undoes it; stochastic samplers have no inverse.")
     ] = "ddim-inversion",
-    steps: Annotated[int | None, Option(help="How many, by default 50; draw with as many.")] = None,
+    steps: Annotated[int | None, Option(help="How many steps, by default 50. Draw with as many.")] = None,
     labels: Annotated[
         str | None,
         Option(help="Classes, by number or name: one for all, or one an image; by default those in the .npz."),
@@ -39,7 +39,9 @@ def invert(
     ] = "1",
     spacing: planning.SpacingOption = None,
     more: planning.SetOption = None,
-    out: Annotated[Path, Option("--out", "-o", help=".npz: samples are the latents, and label.")] = Path("latents.npz"),
+    out: Annotated[Path, Option("--out", "-o", help=".npz, with the latents as samples, and their labels.")] = Path(
+        "latents.npz"
+    ),
     check: Annotated[bool, Option(help="Also draw the images again with ddim, and tell the error.")] = True,
     running: Running,
     as_json: show.JsonOption = False,
@@ -53,7 +55,7 @@ def invert(
     opened = Bundle.open(bundle)
     m = opened.manifest
     pictures.check_target(out, m.shape[0], kinds=(".npz",))
-    options.check_apart(out=out, init=init)
+    options.check_apart({"out": out}, {"init": init})
     if steps is None and not (spacing is not None and respaced(spacing)):
         steps = 50  # of both ways, whatever the bundle's own sampler takes
     given = planning.Planning(steps=steps, spacing=spacing, more=more).asked(m.bound)

@@ -29,13 +29,18 @@ epsrt plan --method heun --schedule ve --prediction edm --spacing karras --steps
 def plan(
     *,
     bundle: Annotated[
-        Path | None, Option("--bundle", "-b", help="Take schedule, prediction and clip from it.", show_default=False)
+        Path | None,
+        Option("--bundle", "-b", help="Take schedule, prediction and clip from a bundle.", show_default=False),
     ] = None,
     schedule: Annotated[
-        str | None, Option(help=f"Without a bundle: {', '.join(k for k in get_args(Kind) if k != 'given')} (linear).")
+        str | None,
+        Option(
+            help=f"The schedule, without a bundle: {', '.join(k for k in get_args(Kind) if k != 'given')}; else linear."
+        ),
     ] = None,
     prediction: Annotated[
-        str | None, Option(help=f"Without a bundle, what the network returns: {', '.join(PREDICTIONS)} (epsilon).")
+        str | None,
+        Option(help=f"What the network returns, without a bundle: {', '.join(PREDICTIONS)}; by default epsilon."),
     ] = None,
     planning: AnyPlanning,
     out: Annotated[Path | None, Option("--out", "-o", help="Also draw it: .png or .svg.")] = None,

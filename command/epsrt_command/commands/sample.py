@@ -49,7 +49,7 @@ def sample(
     ] = None,
     latents: Annotated[
         Path | None,
-        Option(help="Latents to begin from, .npz of epsrt invert; with its labels, and --no-clip, unless given."),
+        Option(help="Latents to begin from, an .npz of epsrt invert; with its labels, and --no-clip, unless given."),
     ] = None,
     known: Annotated[Path | None, Option(help="Images of which a part is kept, files as for --init.")] = None,
     mask: Annotated[
@@ -62,14 +62,14 @@ def sample(
     at: Annotated[
         str | None, Option(metavar="TOP,LEFT", help="Where a smaller --known lies on the image, all around it drawn.")
     ] = None,
-    resample: Annotated[int, Option(help="RePaint's: how often each stretch of steps is run, with --known.")] = 1,
+    resample: Annotated[int, Option(help="How often each stretch of steps is run, with --known (RePaint).")] = 1,
     jump: Annotated[int | None, Option(help="How many steps such a stretch has; by default 10.")] = None,
     size: options.SizeOption = None,
     out: Annotated[Path, Option("--out", "-o", help=".png: a grid; .npz; no suffix: a folder of PNGs.")] = Path(
         "samples.png"
     ),
     trajectory: Annotated[
-        Path | None, Option(help="Also how the images form: .png (a strip, a row an image) or .gif.")
+        Path | None, Option(help="Also show how the images form: .png (a strip, a row an image) or .gif.")
     ] = None,
     running: Running,
     as_json: show.JsonOption = False,
@@ -83,10 +83,7 @@ def sample(
     m, extent = opened.manifest, options.size_of(size)
     pictures.check_target(out, m.shape[0])
     read = {"init": init, "latents": latents, "known": known, "mask": None if mask is None else Path(mask)}
-    options.check_apart(out=out, trajectory=trajectory)
-    for name, file in read.items():
-        options.check_apart(**{"out": out, name: file})
-        options.check_apart(**{"trajectory": trajectory, name: file})
+    options.check_apart({"out": out, "trajectory": trajectory}, read)
     _check_together(init=init, latents=latents, strength=strength, jump=jump, resample=resample)
     if targets is not None and classifier is None:
         raise InputError("--targets are what a classifier guides to: give --classifier, its weight, or --labels")

@@ -40,16 +40,18 @@ def score(
         Option(
             "--range",
             metavar="LOW,HIGH",
-            help="What black and white are at its input: 0,1 or -1,1 or 0,255; unless its metadata has a value_range.",
+            help="Black and white at its input: 0,1 or -1,1 or 0,255; by default its metadata's value_range.",
         ),
     ] = None,
     names: Annotated[
         str | None,
-        Option(help="Its outputs, where they are called otherwise: features=NAME,logits=NAME or probabilities=NAME."),
+        Option(help="Names of its outputs, where they are others: features=NAME,logits=NAME or probabilities=NAME."),
     ] = None,
     k: Annotated[int, Option("--k", help="Neighbours of precision and recall.")] = 3,
-    resamples: Annotated[int, Option(help="Of the bootstrap for the intervals; 0: none.")] = 200,
-    seed: Annotated[int, Option(help="Of the bootstrap.")] = 0,
+    resamples: Annotated[
+        int, Option(help="How many resamples the bootstrap of the intervals takes; 0 for none.")
+    ] = 200,
+    seed: Annotated[int, Option(help="Seed of the bootstrap.")] = 0,
     batch: Annotated[int, Option(help="Images at once.")] = 64,
     threads: options.ThreadsOption = None,
     as_json: show.JsonOption = False,

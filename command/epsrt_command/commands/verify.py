@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
+from functools import partial
 from typing import Annotated
 
 import msgspec
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from epsrt.manifest import Rung
 from epsrt_command import show
+from epsrt_command.options import ThreadsOption
 
 EXAMPLES = """\
 epsrt verify out/digits.epsrt
@@ -23,7 +24,7 @@ def verify(
     bundle: show.BundleArgument,
     engine: show.EngineOption = "auto",
     precision: Annotated[str | None, typer.Option(help="fp32, fp16, bf16 or int8; by default all that run.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Of a CPU engine; by default all cores.")] = None,
+    threads: ThreadsOption = None,
     trust_engines: show.TrustOption = False,
     as_json: show.JsonOption = False,
 ) -> None:
@@ -35,18 +36,14 @@ def verify(
     opened = Bundle.open(bundle)
     rungs, names = [], []
     with show.progress() as tell:
+        on = partial(open_engine, opened, engine, threads=threads, trust_engines=trust_engines, on_progress=tell)
         precisions = [precision] if precision else runnable(opened, engine)
         if precision is None:  # what runs unasked may be another: bf16
-            with closing(
-                open_engine(opened, engine, threads=threads, trust_engines=trust_engines, on_progress=tell)
-            ) as e:
-                precisions = list(dict.fromkeys([*precisions, e.precision]))
+            with on() as running:
+                precisions = list(dict.fromkeys([*precisions, running.precision]))
         for each in precisions:
-            running = open_engine(
-                opened, engine, precision=each, threads=threads, trust_engines=trust_engines, on_progress=tell
-            )
-            names.append(running.name)
-            with closing(running):
+            with on(precision=each) as running:
+                names.append(running.name)
                 rungs += verify_all(running, lambda name, fraction, each=each: tell(f"{each} {name}", fraction))  # type: ignore[misc]
     passed = all(r.passed for r in rungs)
     if as_json:
