@@ -113,7 +113,7 @@ def test_plan_is_drawn(tmp_path: Path, arguments: tuple[str, ...]) -> None:
         (("--method", "heun", "--set", "s_churn=1e300"), "s_churn = 1e+300 is outside 0 … 1e6"),
         (("--method", "langevin", "--set", "each=10000"), "each = 10000 is outside 1 … 1000"),
         (("--spacing", "karras", "--set", "rho=null"), "rho = None is not a number"),
-        (("--schedule", ""), "schedule kind '' is unknown"),
+        (("--schedule", ""), "--schedule is empty: give it a value, or leave it out"),
         (("--timesteps", "9,x"), "--timesteps: 'x' is not a number"),
         (("--timesteps", "9,10"), "timestep 10 comes after 9"),
         (("--steps", 2000), "--steps 2000 is outside 1 … 1000"),

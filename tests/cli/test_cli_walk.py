@@ -74,7 +74,7 @@ def test_the_check_can_be_left_out(plain_bundle_path: Path, tmp_path: Path) -> N
         (("--method", "dpmpp-2m"), "dpmpp-2m has no inverse here: invert with ddim-inversion"),
         (("--method", "dimm"), "method 'dimm' is unknown"),
         (("--set", "eta=0.5"), "ddim-inversion is deterministic and takes no option 'eta'"),
-        (("--steps", 0), "steps = 0 is outside"),
+        (("--steps", 0), "--steps 0 is outside"),
         (("--labels", "1,2"), "2 labels for 3 samples"),
         (("--guidance", "much"), "--guidance: 'much' is not a number"),
         (("--out", "latents.png"), "--out latents.png: the suffix must be .npz"),

@@ -63,6 +63,7 @@ def invert(
     classes = options.classes_of("label", labels, options.names_in(opened)[0])
     classes = inputs.labels_in(init, opened, len(images)) if classes is None else classes
     there = Request(
+        len(images),
         plan=opened.plan(inverse_of(method), **given),
         init=images,
         labels=options.one_or_each(classes),
