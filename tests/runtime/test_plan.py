@@ -187,6 +187,12 @@ class TestBegun:
         assert part["b"].tolist() == [1.0, 1.0]
         np.testing.assert_array_equal(plan.begun(2).table, part.table)  # what row 1 leaves is more than an x0
 
+    def test_memory_that_is_not_read_holds_nothing_back(self):
+        plan = Plan.of("own", t=[3, 2, 1], a=1.0, e=1.0, g=[0.0, 0.0, 1.0])
+        assert plan.begun(1)["t"].tolist() == [2, 1]
+        reads = Plan.of("own", t=[3, 2], a=1.0, c=0.5, e=1.0)  # m is 0 at first
+        np.testing.assert_array_equal(reads.begun(0).table, reads.table)
+
     @pytest.mark.parametrize("method", ["heun", "dpmpp-2s", "flow-heun"])
     def test_a_second_row_needs_its_first(self, method):
         whole = make(method, SCHEDULE, steps=4)
