@@ -39,7 +39,7 @@ def test_build_says_what_it_made_and_finds_it_again(run: Run, bundle_path: Path)
     assert facts["engine"].startswith("tensorrt-rtx 1.")
     assert (facts["for"], facts["graph"], facts["batches"]) == ("sm_89, sm_120", "step-fp16.onnx", "1:1:1, 2:4:8")
     assert facts["built_now"] is True
-    assert facts["layers"] > 300
+    assert facts["layers"] > 50
     assert Path(facts["engine_file"]).stat().st_size == facts["bytes"] > 100_000
     again = run(*arguments)
     for word in ("Engine file of", "none now: it was built", "sm_89, sm_120", "2:4:8", "MiB"):
