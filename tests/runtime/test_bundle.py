@@ -91,6 +91,19 @@ def test_extra_file(bundle, name):
     refused(bundle, f"holds {name}, which its manifest does not name")
 
 
+def test_engine_files_may_lie_beside_it(bundle, tmp_path):
+    """In a folder "engines", which is no part of the bundle; a file or a link of that name is refused."""
+    (bundle / "engines").mkdir()
+    (bundle / "engines" / "some.plan").touch()
+    assert Bundle.open(bundle).path == bundle
+    (bundle / "engines").rename(tmp_path / "elsewhere")
+    (bundle / "engines").symlink_to(tmp_path / "elsewhere")
+    refused(bundle, "holds engines, which its manifest does not name: remove it")
+    (bundle / "engines").unlink()
+    (bundle / "engines").touch()
+    refused(bundle, "holds engines, which its manifest does not name: remove it")
+
+
 def test_extra_directory(bundle):
     (bundle / "cache").mkdir()
     refused(bundle, "holds cache")

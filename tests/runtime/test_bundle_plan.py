@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from epsrt import BundleError, InputError, Schedule
+from epsrt import BundleError, InputError, Plan, Schedule
 from epsrt.manifest import Sampling, Sizes
 from epsrt.solvers import make
 from numpy_engine import NULL, bundle
@@ -158,3 +158,9 @@ class TestShape:
     def test_what_is_no_size(self, size):
         with pytest.raises(InputError, match=r"is not \(height, width\), two whole numbers of pixels"):
             bundle(sizes=Sizes(2, 8)).image_shape(size)
+
+
+def test_units_are_of_the_first_row_alone():
+    on = bundle()
+    sigma = on.manifest.schedule.at(np.array([50]))[1][0]
+    assert on.own_scale(Plan.of("own", level=(1.0, 2.0), t=[50, 12345])) == pytest.approx(2 / sigma)
