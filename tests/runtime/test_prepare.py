@@ -439,3 +439,32 @@ class TestWork:
         plain = work(2, steps=STEPS)
         shared = plain.rows(columns[:5], plain.plan.rows(columns[:5]), slice(0, 4), slice(0, 2))
         assert shared.strides[1] == 0  # one row in memory for all
+
+
+class TestMasks:
+    @pytest.mark.parametrize("masked", [(0, 1), (0,), (1,)])
+    def test_known_pixels_are_noised_to_the_next_level_and_joined(self, sampler, masked):
+        """arXiv 2201.09865, algorithm 1 without resampling; the noise of what is known is its own."""
+        known, schedule = images(2), bundle().manifest.schedule
+        masks = np.zeros((2, 1, 2, 4), np.float32)
+        for lane in masked:
+            masks[lane] = np.array([[1, 0.25, 0, 1], [0, 1, 1, 0]])
+        asked = {"labels": [1, 2], "seed": 5, "steps": 4, "method": "ddpm"}
+        mine = sampler.sample(known=known, mask=masks, **asked)
+        plan = sampler.plan("ddpm", 4)
+        ts = plan["t"].astype(int)
+        levels = [*zip(*schedule.at(ts), strict=True), (1.0, 0.0)]
+        for i in range(2):
+
+            def drawn(stream, n, i=i):
+                return noise.normals(5, i, stream, n, 8).reshape(1, 1, 2, 4).astype(np.float64)
+
+            x = drawn(noise.START, 0)
+            for row, t in enumerate(ts):
+                k = {name: plan[name][row] for name in "pqabd"}
+                x0 = np.clip(k["p"] * x + k["q"] * network(x, [t], [i + 1]), -1, 1)
+                x = k["a"] * x + k["b"] * x0 + k["d"] * drawn(noise.STEP, row)
+                alpha, sigma = levels[row + 1]
+                kept = alpha * known[i] + sigma * drawn(noise.KNOWN, row)
+                x = masks[i] * kept + (1 - masks[i]) * x
+            np.testing.assert_allclose(mine[i], x[0], rtol=0, atol=1e-5)
