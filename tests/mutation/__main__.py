@@ -36,7 +36,8 @@ RUN = "tests/runtime"
 PLANS = (f"{RUN}/test_solvers.py", f"{RUN}/test_plan.py", "tests/parity")
 NAMES = "prepare request resampling images sampler_lanes editing guidance sampler sampler_methods"
 SAMPLES = tuple(f"{RUN}/test_{name}.py" for name in NAMES.split())
-VERIFY = (f"{RUN}/test_golden.py", f"{RUN}/test_verify_engine.py", "tests/export/test_graph_features.py")
+CHECKED = tuple(f"{RUN}/test_{name}.py" for name in ("rungs", "golden", "verify_engine"))
+VERIFY = (*CHECKED, "tests/export/test_graph_features.py")
 EXPORT = tuple(f"tests/export/test_{name}.py" for name in ("export_network", "step_options", "graph_features"))
 TESTS: dict[str, tuple[str, ...]] = {  # file -> where its tests are, the plausible first
     "runtime/epsrt/schedule.py": (f"{RUN}/test_schedule.py", "tests/parity/test_schedule_diffusers.py", *PLANS),

@@ -115,7 +115,7 @@ def test_their_ends_are_in():
     assert len(resampled(Plan.of("own", t=np.zeros(1001), a=1.0), 2, 1000)) == 2001
 
 
-@pytest.mark.parametrize("memory", [{"c": 0.1}, {"g": 0.1}])
+@pytest.mark.parametrize("memory", [{"c": 0.1}, {"g": 0.1}, {"c": [0.1, 0.0, 0.0]}, {"g": [0.0, 0.0, 0.1]}])
 def test_memory_is_refused(memory):
     with pytest.raises(EpsrtError, match="own remembers what came before, and resampling goes back: use ddpm, ddim or"):
         resampled(Plan.of("own", t=[3, 2, 1], a=1.0, **memory), 2, 1)
@@ -128,6 +128,12 @@ class TestSlerp:
         assert path.shape == (5, 1, 1, 2)
         turn = np.array([0, 1 / 3, 0.5, 1, -0.5]) * np.pi / 2
         np.testing.assert_allclose(path[:, 0, 0], np.stack([3 * np.cos(turn), 2 * np.sin(turn)], 1), atol=1e-6)
+
+    def test_the_angle_is_between_directions_whatever_the_lengths(self):
+        a, b = np.array([[[3.0, 0.0]]]), np.array([[[5.0, 5.0]]])
+        turn = np.pi / 4
+        half = np.sin(turn / 2) / np.sin(turn)
+        np.testing.assert_allclose(slerp(a, b, [0.5])[0], half * (a + b), rtol=1e-6)
 
     def test_zeros_and_what_is_next_to_parallel(self):
         zero, one = np.zeros((1, 1, 2)), np.array([[[1.0, 0.0]]])

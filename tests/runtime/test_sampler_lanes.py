@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from epsrt import EpsrtError, Sampler
+from epsrt import EpsrtError, Sampler, noise
+from epsrt.engine import Sample, check_sample, check_threads
 from epsrt.errors import OutOfMemoryError
 from numpy_engine import NumpyEngine, NumpyLanes, bundle
 
@@ -194,3 +195,36 @@ class TestKeptLanes:
                 np.testing.assert_array_equal(images, alone)
         sampler.close()
         assert [lanes.closed for lanes in engine.made] == [1] * len(engine.made)
+
+
+class TestChecks:
+    def test_a_sample_is_noise_without_label_unless_told(self):
+        fresh = Sample()
+        assert (fresh.seed, fresh.index, fresh.label, fresh.target, fresh.stream) == (0, 0, 0, 0, noise.START)
+        assert fresh.start == (0.0, 1.0)
+        assert fresh.init is fresh.known is fresh.mask is None
+
+    def test_a_mask_is_for_a_graph_that_has_one(self, engine):
+        image = np.zeros((1, 2, 4), np.float32)
+        plain, masked = engine.graph, engine.bundle.graph("fp32", ("mask",))
+        check_sample(Sample(known=image, mask=image), image.shape, masked)
+        check_sample(Sample(init=image), image.shape, plain)
+        check_sample(Sample(), image.shape, masked)
+        with pytest.raises(EpsrtError, match=r"step-fp32.onnx takes no mask: open the engine with features=\['mask'\]"):
+            check_sample(Sample(known=image, mask=image), image.shape, plain)
+        for one in ({"known": image}, {"mask": image}):
+            with pytest.raises(EpsrtError, match="known and mask go together: give both, or neither"):
+                check_sample(Sample(**one), image.shape, masked)
+        for name in ("init", "known", "mask"):
+            given = {"known": image, "mask": image, name: image[:, :1]}
+            with pytest.raises(EpsrtError, match=rf"{name} has shape \[1, 1, 4\], the network wants \[1, 2, 4\]"):
+                check_sample(Sample(**given), image.shape, masked)
+
+    def test_threads_are_at_most_the_cores(self, monkeypatch):
+        for cores, most in ((4, 4), (None, 1)):
+            monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+            for threads in (None, 1, most):
+                check_threads(threads)
+            for threads in (0, -1, most + 1):
+                with pytest.raises(EpsrtError, match=f"threads = {threads} is outside 1 … {most}, this machine"):
+                    check_threads(threads)
