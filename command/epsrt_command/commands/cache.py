@@ -15,7 +15,8 @@ from epsrt_command import show
 from epsrt_command.foreign import needs
 
 if TYPE_CHECKING:
-    from epsrt.engines.cache.store import EngineCache, Entry
+    from epsrt.engines.cache.entry import Entry
+    from epsrt.engines.cache.store import EngineCache
 
 EXAMPLES = """\
 epsrt cache

@@ -21,8 +21,9 @@ import pytest
 
 from epsrt import Bundle, BundleError
 from epsrt.engines.cache import private
+from epsrt.engines.cache.entry import pick, refusal, shipped
 from epsrt.engines.cache.key import Key, Record, Wanted, differences
-from epsrt.engines.cache.store import EngineCache, pick, refusal, shipped
+from epsrt.engines.cache.store import EngineCache
 from epsrt.errors import EngineError
 from helpers import run_python, tree
 

@@ -17,11 +17,9 @@ import errno
 import hashlib
 import os
 import re
-import shlex
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from mmap import mmap
 from pathlib import Path
@@ -31,63 +29,18 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from epsrt.engines.cache import private
+from epsrt.engines.cache.entry import ENGINES, Entry, entries_in, look, names_in, pick
 from epsrt.engines.cache.key import Key, Record, Wanted, differences
 from epsrt.errors import EngineError
 from epsrt.manifest import FileEntry
 
 T = TypeVar("T")
-ENGINES, TIMING, LIBRARIES = "engines", "timing", "libraries"
+TIMING, LIBRARIES = "timing", "libraries"
 LOCK = ".lock"
-_KEPT = re.compile(r"([0-9a-f]{16})\.(engine|json)")
 _LEFT = re.compile(
     r"\.?([0-9a-f]{16})\.([0-9a-f]{12}\.(engine|plan|json)|lock|plan)"
 )  # temporaries of whole_file, locks, OLD
 OLD = ".plan"  # the suffix of what version 0.1 built: nothing uses it any more
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An engine file's place. `damage` says what one sees wrong without reading it; "" if nothing is."""
-
-    path: Path
-    record: Record | None  # None: it cannot be read
-    damage: str
-    size: int  # bytes on disk, the record's too
-    used: float  # when it was last loaded, or else built: seconds since 1970
-    shipped: bool  # it came with a bundle
-
-    @property
-    def record_path(self) -> Path:
-        return self.path.with_suffix(".json")
-
-    @property
-    def built(self) -> str:
-        """An ISO time in UTC; "" if it is not known."""
-        return self.record.built if self.record else ""
-
-
-def pick(entries: Iterable[Entry], wanted: Wanted) -> Entry | None:
-    """The most recently built of the entries that fit."""
-    fit = [e for e in entries if e.record and e.path.is_file() and not differences(e.record.key, wanted)]
-    return max(fit, key=lambda e: e.built, default=None)
-
-
-def shipped(bundle: Path) -> list[Entry]:
-    """The engine files that came with a bundle: `pick` finds one that fits, `refusal` is for one not trusted."""
-    return _entries(bundle / ENGINES, shipped=True)
-
-
-def refusal(entry: Entry, command: str = "") -> EngineError:
-    """What to raise instead of loading an engine file that came with a bundle, where nobody said that it is trusted.
-
-    `command` is what builds one's own; "" for that of the bundle's plainest graph.
-    """
-    bundle, engine = shlex.quote(str(entry.path.parents[1])), entry.record.key.engine if entry.record else "auto"
-    command = command or f"epsrt build {bundle} --engine {engine}"
-    return EngineError(
-        f"{entry.path} came with the bundle: an engine file is native code that runs unchecked, and hashes only detect "
-        f'damage: pass --trust-engines if you trust who sent it, or run "{command}" to build your own'
-    )
 
 
 class EngineCache:
@@ -110,7 +63,7 @@ class EngineCache:
             private.check(self.directory, folder)
         except (FileNotFoundError, NotADirectoryError):
             return []  # nothing was built yet
-        return _entries(folder)
+        return entries_in(folder)
 
     def why_rebuild(self, wanted: Wanted) -> str:
         """One sentence for when `find` finds nothing: how the nearest of the bundle, or of its name, differs."""
@@ -178,7 +131,7 @@ class EngineCache:
                 f"{self.directory} is full ({error.strerror}): the engine file takes {takes:.1f} MiB, {free:.1f} MiB "
                 'are free: run "epsrt cache --prune", or set EPSRT_CACHE to a larger place'
             ) from None
-        return _look(path)
+        return look(path)
 
     @contextmanager
     def lock(self, key: Key, on_wait: Callable[[str], object] | None = None) -> Iterator[None]:
@@ -200,7 +153,7 @@ class EngineCache:
 
     def entries(self) -> list[Entry]:
         """All engine files in the cache, damaged ones too."""
-        return [entry for folder in _folders(self.directory / ENGINES) for entry in _entries(folder)]
+        return [entry for folder in _folders(self.directory / ENGINES) for entry in entries_in(folder)]
 
     def remove(self, entry: Entry) -> int | None:
         """Remove an engine file; returns the bytes freed, None if a process is building it and it was left alone."""
@@ -214,7 +167,7 @@ class EngineCache:
         """
         swept = []
         for folder in _folders(self.directory / ENGINES):
-            for name in _names(folder, _LEFT):
+            for name in names_in(folder, _LEFT):
                 with _idle(folder / f"{name}.lock") as idle:
                     left = [*sorted(folder.glob(f".{name}.*")), *folder.glob(f"{name}{OLD}")] if idle else []
                     swept += [(p, private.unlink(p)) for p in left]
@@ -281,7 +234,7 @@ class EngineCache:
         data, path = self.read(entry), bundle / ENGINES / entry.path.name
         assert entry.record is not None  # or read had refused
         private.write(path, data, path.with_suffix(".json"), entry.record, mode=0o666)
-        return _look(path, shipped=True)
+        return look(path, shipped=True)
 
 
 def _plain(name: str) -> str:
@@ -304,37 +257,6 @@ def _folders(path: Path) -> list[Path]:
     """The directories in a directory. Links are not followed: what they lead to is not the cache's to remove."""
     inside = path.iterdir() if path.is_dir() and not path.is_symlink() else ()
     return sorted(p for p in inside if p.is_dir() and not p.is_symlink())
-
-
-def _names(folder: Path, pattern: re.Pattern[str]) -> list[str]:
-    """The engine files that the matching files of a directory belong to."""
-    matches = (pattern.fullmatch(p.name) for p in folder.iterdir()) if folder.is_dir() else ()
-    return sorted({match[1] for match in matches if match})
-
-
-def _entries(folder: Path, shipped: bool = False) -> list[Entry]:
-    return [_look(folder / f"{name}.engine", shipped) for name in _names(folder, _KEPT)]
-
-
-def _look(path: Path, shipped: bool = False) -> Entry:
-    """An engine file's entry, whatever state it is in."""
-    record, damage, stats = None, "", []
-    for each in (path.with_suffix(".json"), path):
-        with suppress(OSError):
-            stats.append(each.lstat())
-    try:
-        record = msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=Record)
-        if record.key.name != path.stem:
-            record, damage = None, "its record is another engine file's"
-        elif not path.is_file():
-            damage = "the engine file is missing"
-        elif path.stat().st_size != record.size:
-            damage = f"it has {path.stat().st_size} bytes, its record says {record.size}"
-    except FileNotFoundError:
-        damage = "its record is missing"
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        damage = f"its record cannot be read: {error}"
-    return Entry(path, record, damage, sum(s.st_size for s in stats), stats[0].st_mtime if stats else 0.0, shipped)
 
 
 @contextmanager

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from epsrt.bundle import Bundle
 from epsrt.engine import Engine
 from epsrt.engines import nvidia
+from epsrt.engines.cache.entry import Entry, pick, refusal, shipped
 from epsrt.engines.cache.key import Key, Wanted
-from epsrt.engines.cache.store import EngineCache, Entry, pick, refusal, shipped
+from epsrt.engines.cache.store import EngineCache
 from epsrt.engines.gpu.trt_build import BuildOptions, Built, build, build_command
 from epsrt.engines.gpu.trt_library import Library, library
 from epsrt.errors import EngineError
