@@ -1,167 +1,63 @@
-"""epsrt.parity.rungs on an engine in NumPy: what is right passes, what is a little wrong has its figure and place."""
+"""What a rung is: its limit in both directions, what is not finite, and how a bound and a guided limit are told."""
 
-from __future__ import annotations
+from types import SimpleNamespace
 
-from dataclasses import replace
-
+import msgspec
 import numpy as np
 import pytest
 
-from epsrt import Sampler, noise
-from epsrt.manifest import Sizes
-from epsrt.parity import rungs
-from epsrt.parity.golden import Network, Step, Trajectory
-from epsrt.parity.measure import PSNR_CEILING, relative_l2
-from epsrt.plan import STEP_COLUMNS
-from numpy_engine import NULL, NumpyEngine, bundle, network
+from epsrt import Bundle
+from epsrt.errors import NotFiniteError
+from epsrt.manifest import Rung
+from epsrt.parity.golden import Trajectory
+from epsrt.parity.measure import Check, Found, worst
+from epsrt.parity.rungs import psnr_limit
 
-TS = np.array([0, 20, 50, 70, 99], np.float32)
-LABELS = np.array([0, 1, 2, NULL, 3])
+ENGINE = SimpleNamespace(name="some", precision="fp32", device="cpu", graph=SimpleNamespace(stem="mask"))
 
 
-@pytest.fixture
-def engine():
-    return NumpyEngine(bundle())
+@pytest.mark.parametrize(
+    ("figure", "at_least", "passed"),
+    [(2.0, False, True), (2.0, True, True), (2.1, False, False), (2.1, True, True), (1.9, True, False)],
+)
+def test_a_figure_at_its_limit_passes(figure, at_least, passed):
+    assert Rung("some", "numpy", "fp64", figure, 2.0, "dB", at_least=at_least).passed == passed
 
 
-def states(size=(2, 4), wrong=None):
-    """Right outputs, but for one state that is scaled by 1.001."""
-    x = np.random.default_rng(0).standard_normal((5, 1, *size)).astype(np.float32)
-    out = network(x.astype(np.float64), TS, LABELS)
-    if wrong is not None:
-        out[wrong] *= 1.001
-    return Network(x, TS, LABELS, out.astype(np.float32))
+@pytest.mark.parametrize("at_least", [False, True])
+@pytest.mark.parametrize("figure", [None, float("nan"), float("inf")])
+def test_what_is_not_finite_is_a_miss(figure, at_least):
+    rung = Check("some", lambda: Found(figure, "t = 3", ((3, 1.0),)), 2.0, "dB", at_least).run(ENGINE)
+    wanted = Rung("some", "some", "fp32", None, 2.0, "dB", "t = 3", at_least, ((3, 1.0),), "mask")
+    assert rung == wanted
+    assert not rung.passed
 
 
-def test_the_network_at_each_timestep(engine):
-    found = rungs.network(engine, states())
-    assert found.figure < 3e-7
-    found = rungs.network(engine, states(wrong=3))
-    assert found.figure == pytest.approx(1e-3, rel=0.01)
-    assert found.where == "t = 70"
+def test_a_lane_that_is_not_finite_keeps_its_sentence_unit_and_limit():
+    def measure():
+        raise NotFiniteError("lane 1 is not finite")
+
+    rung = Check("ddim-50", measure, 100.0, "dB", at_least=True).run(ENGINE)
+    assert rung == Rung("ddim-50", "some", "fp32", None, 100.0, "dB", "lane 1 is not finite", True, (), "mask")
 
 
-def test_figures_are_relative_to_the_truth(engine):
-    given = states()
-    found = rungs.network(engine, replace(given, out=given.out / 2))
-    assert found.figure == pytest.approx(1.0, rel=1e-4)
-    assert relative_l2(np.array([2e-5]), np.array([1e-5])) == pytest.approx(1.0)
-    assert relative_l2(np.zeros(2), np.zeros(2)) == 0
+def test_the_worst_is_the_largest_and_a_nan_before_all():
+    assert worst([1.0, 3.0, 2.0], ["a", "b", "c"]) == Found(3.0, "b")
+    assert worst([1.0, float("nan"), 2.0], ["a", "b", "c"]).where == "b"
 
 
-def test_states_are_measured_eight_at_a_time():
-    engine = NumpyEngine(bundle(max_batch=20))
-    rungs.network(engine, states())
-    assert [lanes.batch for lanes in engine.made] == [8]
+@pytest.mark.parametrize(
+    ("value_range", "clip", "bound"),
+    [((-2.0, 1.0), None, 2.0), ((-1.0, 3.0), None, 3.0), ((0.0, 1.0), None, 1.0), ((-2.0, 1.0), 0.5, 0.5)],
+)
+def test_the_bound_is_the_clip_or_the_largest_value(small_bundle_path, value_range, clip, bound):
+    manifest = Bundle.open(small_bundle_path).manifest
+    assert msgspec.structs.replace(manifest, value_range=value_range, clip=clip).bound == bound
 
 
-def test_of_other_sizes_the_worst_is_named():
-    engine = NumpyEngine(bundle(sizes=Sizes(2, 8)))
-    right = {(4, 4): states((4, 4)), (2, 6): states((2, 6))}
-    assert rungs.sizes(engine, right).figure < 3e-7
-    for size in right:
-        found = rungs.sizes(engine, {**right, size: states(size, wrong=2)})
-        assert found.where == f"{size[0]} × {size[1]}"
-        assert 1e-4 < found.figure < 1e-3  # one state of five
-
-
-def test_each_step_is_from_the_recorded_state(engine):
-    plan = engine.bundle.plan("ddpm", timesteps=TS[::-1])
-    rows, given = plan.rows(STEP_COLUMNS)[::-1].copy(), states()
-    seed, index = np.full(5, 9, np.uint64), np.arange(5)
-    x_next = []
-    for i, row in enumerate(rows):
-        k = dict(zip(STEP_COLUMNS, row.astype(np.float64), strict=True))
-        x = given.x[i : i + 1].astype(np.float64)
-        x0 = np.clip(k["p"] * x + k["q"] * network(x, [k["t"]], LABELS[i : i + 1]), -k["clip"], k["clip"])
-        z = noise.normals(9, i, noise.STEP, int(k["n"]), 8).reshape(x.shape)
-        x_next.append(k["a"] * x + k["b"] * x0 + k["d"] * z)
-    step = Step(given.x, rows, seed, index, LABELS, np.concatenate(x_next).astype(np.float32))
-    assert rungs.step(engine, step).figure < 1e-6
-    step.x_next[1] *= 1.001
-    found = rungs.step(engine, step)
-    assert found.figure == pytest.approx(1e-3, rel=0.01)
-    assert found.where == "t = 20"
-
-
-def run(engine, steps, init=None, **changes):
-    """A trajectory of six images, more than a batch, as the sampler makes them."""
-    labels = [0, 1, 2, 3, NULL, 1]
-    plan = engine.bundle.plan("ddpm", steps)
-    if init is not None:
-        plan = plan.begun(1)
-    images = Sampler(NumpyEngine(engine.bundle)).sample(6, plan=plan, seed=3, labels=labels, init=init)
-    seeds, index = np.full(6, 3, np.uint64), np.arange(6)
-    whole = Trajectory(plan.rows(STEP_COLUMNS), np.array(plan.start), seeds, index, np.array(labels), images, init=init)
-    if init is not None:  # img2img's noise is of another stream than a trajectory's
-        z = noise.normals([3] * 6, list(index), noise.START, 0, 8).reshape(init.shape)
-        forward = noise.normals([3] * 6, list(index), noise.FORWARD, 0, 8).reshape(init.shape)
-        moved = init + np.float32(plan.start[1] / plan.start[0]) * (forward - z)
-        whole = replace(whole, init=moved.astype(np.float32))
-    return replace(whole, **changes)
-
-
-class TestTrajectory:
-    @pytest.mark.parametrize("steps", [3, 100])
-    def test_what_is_right_has_the_ceiling_and_all_steps_are_told(self, engine, steps):
-        told = []
-        found = rungs.trajectory(engine, run(engine, steps), lambda done, total: told.append((done, total)))
-        assert found.figure == PSNR_CEILING
-        chunk = 2 if steps == 100 else 1
-        first = [(4 * (i + chunk), 6 * steps) for i in range(0, steps, chunk)]
-        assert told == first + [(4 * steps + 2 * (i + chunk), 6 * steps) for i in range(0, steps, chunk)]
-
-    def test_images_to_begin_from(self, engine):
-        init = np.random.default_rng(1).uniform(-1, 1, (6, 1, 2, 4)).astype(np.float32)
-        right = run(engine, 5, init)
-        assert rungs.trajectory(engine, right, lambda *_: None).figure > 110
-        assert rungs.trajectory(engine, replace(right, init=init), lambda *_: None).figure < 40
-
-    @pytest.mark.parametrize("image", [0, 3, 5])
-    def test_the_worst_image_is_named(self, engine, image):
-        given = run(engine, 3)
-        given.x[image] += 0.1
-        given.x[(image + 1) % 6] += 0.01
-        found = rungs.trajectory(engine, given, lambda *_: None)
-        assert found.figure == pytest.approx(20 * np.log10(2 / 0.1), abs=1e-3)  # of the range −1 … 1
-        assert found.where.startswith(f"image {image}, relative L2 ")
-
-    def test_the_peak_is_what_unclipped_images_span(self):
-        engine = NumpyEngine(bundle(clip=None, value_range=(-900.0, 900.0)))
-        given = run(engine, 3)
-        given.x[2] += 0.1
-        found = rungs.trajectory(engine, given, lambda *_: None).figure
-        assert found == pytest.approx(20 * np.log10(18_000), abs=2e-2)
-        narrow = NumpyEngine(bundle(clip=None, value_range=(-0.1, 0.1)))
-        span = min(given.x.min(), -0.1), max(given.x.max(), 0.1)
-        peak = span[1] - span[0]
-        found = rungs.trajectory(narrow, given, lambda *_: None).figure
-        assert found == pytest.approx(20 * np.log10(peak / 0.1), abs=1e-3)
-
-    @pytest.mark.parametrize(("w", "limit"), [(2.0, 90.5), (1.0, 100.0), (0.0, 100.0), (-1.0, 90.5), (4.0, 83.1)])
-    def test_guidance_is_allowed_what_it_magnifies(self, engine, w, limit):
-        given = run(engine, 3)
-        assert rungs.psnr_limit(engine, given) == 100.0
-        assert rungs.psnr_limit(engine, replace(given, w=np.array([w], np.float32))) == limit
-
-    def test_a_guided_run_has_its_weight(self, engine):
-        guided = engine.on(engine.bundle.graph("fp32", ("guidance",)))
-        given = run(engine, 3)
-        assert rungs.trajectory(guided, given, lambda *_: None).figure > 120  # w = 1: none
-        found = rungs.trajectory(guided, replace(given, w=np.array([3.0], np.float32)), lambda *_: None)
-        assert found.figure < 40
-
-
-def test_batches_agree_and_one_that_does_not_is_found(engine):
-    found = rungs.batches(engine, states())
-    assert found.figure == 0
-    assert found.where == "batches 1, 2, 4"
-    step = engine.step
-
-    def wrong(given, made):
-        step(given, made)
-        if len(made["x_next"]) == 4:
-            made["x_next"][3] *= 1.001
-
-    engine.step = wrong
-    assert rungs.batches(engine, states()).figure == pytest.approx(1e-3, rel=0.01)
+@pytest.mark.parametrize(("w", "limit"), [(None, 100.0), (2.0, 90.5), (1.0, 100.0), (-1.0, 90.5), (0.0, 100.0)])
+def test_a_guided_trajectory_is_allowed_what_guidance_magnifies(w, limit):
+    """20 log10(|w| + |1 − w|) dB less."""
+    w = None if w is None else np.array([w], np.float32)
+    empty = np.zeros(0)
+    assert psnr_limit(ENGINE, Trajectory(empty, empty, empty, empty, empty, empty, w=w)) == limit
