@@ -62,6 +62,8 @@ FINE = [
     {"classifier": Classifier(2, ("a", "b"), "C", 0, "module", "")},
     {"sampling": Sampling(guidance=-3.0)},
     {"variance": "learned"},
+    {"sampling": Sampling(guidance=0.0)},
+    {"classes": 0, "null_label": None, "graphs": (StepGraph("step.onnx", "w", "fp32", STEP_COLUMNS),)},
 ]
 WRONG = [
     ({"shape": (0, 1, 1)}, r"shape \[0, 1, 1\] is not C, H, W ≥ 1"),
@@ -170,6 +172,11 @@ def test_timesteps_as_the_network_is_told_them():
     ve = Schedule("ve")
     edm = manifest(schedule=ve, prediction="edm")
     np.testing.assert_allclose(np.log(ve.at(edm.timesteps(told))[1]) / 4, told, rtol=1e-6)
+
+
+def test_owners_do_not_guide_unless_they_say_so():
+    assert (Sampling().method, Sampling().steps, Sampling().spacing) == ("ddim", None, "trailing")
+    assert (Sampling().guidance, Sampling().options) == (1.0, {})
 
 
 def test_columns_and_features():

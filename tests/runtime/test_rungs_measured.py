@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from epsrt import Sampler, noise
+from epsrt.errors import NotFiniteError
 from epsrt.manifest import Sizes
 from epsrt.parity import rungs
 from epsrt.parity.golden import Network, Step, Trajectory
@@ -63,6 +64,22 @@ def test_of_other_sizes_the_worst_is_named():
         found = rungs.sizes(engine, {**right, size: states(size, wrong=2)})
         assert found.where == f"{size[0]} × {size[1]}"
         assert 1e-4 < found.figure < 1e-3  # one state of five
+    learned = {size: replace(s, out=np.concatenate([s.out, 9 + s.out], 1)) for size, s in right.items()}
+    assert rungs.sizes(engine, learned).figure < 3e-7  # of a learned variance the first half counts
+
+
+def test_of_other_sizes_the_one_that_is_not_finite_is_named():
+    engine = NumpyEngine(bundle(sizes=Sizes(2, 8)))
+    step = engine.step
+
+    def wrong(given, made):
+        step(given, made)
+        if given["x"].shape[-1] == 6:
+            made["x_next"][:] = np.nan
+
+    engine.step = wrong
+    with pytest.raises(NotFiniteError, match=r"^2 × 6: lane 0 \(seed 0, index 0\) is not finite since its step 1"):
+        rungs.sizes(engine, {(4, 4): states((4, 4)), (2, 6): states((2, 6))})
 
 
 def test_each_step_is_from_the_recorded_state(engine):
