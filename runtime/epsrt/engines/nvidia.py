@@ -1,4 +1,4 @@
-"""NVIDIA's driver and its GPUs, asked in milliseconds: no GPU library is imported, no context made."""
+"""NVIDIA's driver and its GPUs. Asking takes milliseconds: it imports no GPU library and makes no context."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def dots(version: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, as CUDA numbers them in this process; `memory` in bytes."""
+    """A GPU, by the number that CUDA gives it in this process; `memory` is in bytes."""
 
     index: int
     name: str
@@ -50,7 +50,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Driver:
-    """NVIDIA's driver; `version` is the newest CUDA that it supports, None where there is no driver.
+    """NVIDIA's driver. `version` is the newest CUDA that it supports, None where there is no driver.
 
     `problem` is "" where GPU 0 can be used, else one sentence: `fault`, and the way out. `command` is the way out
     alone, "" where nothing that one does on this machine helps.
@@ -65,7 +65,7 @@ class Driver:
 
 @functools.cache
 def driver() -> Driver:
-    """Ask the driver, once a process (driver.cache_clear() forgets). Never raises."""
+    """What the driver says, asked once a process (driver.cache_clear() forgets). Never raises."""
     return _ask(LIBRARY)
 
 
@@ -81,7 +81,7 @@ class _CallError(Exception):
 
 
 def _ask(library: str) -> Driver:
-    """driver(), of a library by its path or by a name that the loader knows."""
+    """What a driver library says, given by its path or by a name that the loader knows."""
     version = None
     try:
         cuda = ctypes.CDLL(library)

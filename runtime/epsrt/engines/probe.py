@@ -1,4 +1,4 @@
-"""Which engines can run here: what each needs, and what of it this machine has.
+"""Which engines can run here: what each needs, and whether this machine has it.
 
 Packages are asked for by their metadata; nothing is imported.
 """
@@ -114,7 +114,7 @@ def state(name: str) -> State:
 
 
 def available() -> Iterator[str]:
-    """The engines that can run here, fastest first. Asks the driver only for an engine whose libraries are there."""
+    """The engines that can run here, fastest first. An engine without its libraries does not ask the driver."""
     order = ENGINES if platform.machine() in X86 else sorted(ENGINES, key=lambda info: info.name == "openvino")
     for info in order:
         if any(_check(need)[1] for need in (info.library, *info.also_needs)) or _both(info) or _gpu_fault(info)[0]:
@@ -131,7 +131,7 @@ def installed(distribution: str) -> str:
 
 
 def both_onnxruntimes() -> str:
-    """What to tell those who installed both packages, one over the other's files; "" for all others."""
+    """A sentence for those who installed both packages, one over the other's files; "" for all others."""
     found = [f"{name} {version}" for name in ("onnxruntime", "onnxruntime-gpu") if (version := installed(name))]
     if len(found) < 2:
         return ""
@@ -180,7 +180,7 @@ def _library_fault(info: EngineInfo) -> tuple[str, str]:
 
 
 def _check(need: Need) -> tuple[str, str]:
-    """The library that was found, "onnxruntime 1.31.1" or without a version; and what is wrong, "" for nothing."""
+    """The library that was found, e.g. "onnxruntime 1.31.1" or without its version, and what is wrong with it or ""."""
     for name in need.distributions:
         if not (version := installed(name)):
             continue
@@ -195,7 +195,7 @@ def _check(need: Need) -> tuple[str, str]:
 
 
 def _has_module(name: str) -> bool:
-    """Whether a module is imported already or its file is there; "" is. A dotted name's parents are imported."""
+    """Whether a module is imported already or its file is there; true for "". It imports a dotted name's parents."""
     try:
         return not name or ((found := find_spec(name)) is not None and found.origin is not None)
     except ImportError:

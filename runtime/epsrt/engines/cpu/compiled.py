@@ -1,4 +1,4 @@
-"""OpenVINO's compiled models in the engine cache, and what each bundle was found to be worth in bf16.
+"""OpenVINO's compiled models in the engine cache, and the proof of what each bundle is worth in bf16.
 
 A cache that cannot be used costs time alone: it is said, and the model is compiled.
 """
@@ -38,7 +38,7 @@ class Compiled:
 
 @dataclass(frozen=True)
 class CompiledModels:
-    """Of one step graph in one precision, by one version of the library on one processor."""
+    """The models of one step graph in one precision, by one version of the library on one processor."""
 
     bundle: Bundle
     graph: StepGraph
@@ -47,7 +47,7 @@ class CompiledModels:
     processor: str
 
     def get(self, batch: int, options: Options, load: Callable[[UInt8], Any], compile: Callable[[], Any]) -> Compiled:
-        """The model for a batch: `load`ed from a mapped file if it is kept, else `compile`d and kept."""
+        """The model for a batch: `load` makes it from a kept, mapped file; else `compile` does, and it is kept."""
         key = self._key(((batch, batch, batch),), options)
         cache = None
         try:
@@ -68,7 +68,7 @@ class CompiledModels:
         return Compiled(model)
 
     def _shrink(self, cache: EngineCache) -> None:
-        """Remove what was used longest ago: each batch has a model, with all weights."""
+        """Remove the models that were used longest ago: each batch has one, with all weights."""
         mine = [e for e in cache.entries() if e.record and self._alike(e.record.key)]
         for entry in sorted(mine, key=lambda e: e.used, reverse=True)[KEPT_FILES:]:
             cache.remove(entry)
@@ -109,7 +109,7 @@ class CompiledModels:
 
     @contextmanager
     def proving(self) -> Iterator[None]:
-        """For one process at a time, where there is a cache to find the other's proof in."""
+        """Hold the right to prove, one process at a time, where there is a cache to find another's proof in."""
         with ExitStack() as stack:
             with suppress(EngineError, OSError):
                 stack.enter_context(EngineCache().lock(self._key((), {"proof": True})))

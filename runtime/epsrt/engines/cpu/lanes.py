@@ -1,4 +1,4 @@
-"""Lanes in the host's memory, whatever CPU engine runs the step: NumPy buffers, noise, the check for NaN."""
+"""Lanes in the host's memory for every CPU engine: NumPy buffers, noise, and the check for NaN."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class HostLanes(Closing):
         return np.array([sample.mask is not None for sample in self._samples])
 
     def _draw(self, rows: Float32, stream: int, column: str, lanes: NDArray[np.bool_] | bool = True) -> Float32 | None:
-        """Noise for rows [steps, batch, columns], as [steps, batch, C, H, W]: where a column is not 0, in some lanes.
+        """Noise [steps, batch, C, H, W] for rows [steps, batch, columns], where a column is not 0, in some lanes.
 
         None where that is nowhere.
         """

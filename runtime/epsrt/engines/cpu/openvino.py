@@ -105,7 +105,7 @@ class OpenVino(Closing):
         return rungs
 
     def _model(self, batch: int, image: tuple[int, int, int], parts: int) -> Compiled:
-        """Compiled for `parts` requests at once, each of `batch` images, on all threads together."""
+        """The model for `parts` requests at once, each of `batch` images, on all threads together."""
         key = (batch, *image, parts)
         config = {
             "INFERENCE_PRECISION_HINT": self._hint,
@@ -188,7 +188,7 @@ def open_openvino(
     may_build: bool = True,
     on_progress: OnProgress | None = None,
 ) -> OpenVino:
-    """The engine in a precision; None: bf16 where the processor has it and the golden file proves it, else FP32.
+    """The engine in a precision. None is bf16 where the processor has it and the golden file proves it, else FP32.
 
     The proof is epsrt.verify's, once a bundle, library and processor; with may_build=False only a kept one counts.
     Raises EngineError for bf16 on a processor without it.
@@ -220,7 +220,7 @@ def _described(port: Any) -> tuple[str, tuple[int, ...]]:
 
 
 def keep_sines(model: Any) -> None:
-    """Make the sines of embeddings outputs: what leads to one stays in FP32.
+    """Make the sines of embeddings outputs of the model: whatever leads to an output stays in FP32.
 
     t as a bf16 would be a neighbour's, 664 for 666, and the error of a step ten times as large.
     """
@@ -230,7 +230,7 @@ def keep_sines(model: Any) -> None:
 
 
 def halve_weights(model: Any) -> None:
-    """Round large weights to bf16, as the plugin does when it packs them: a kept model takes half the memory."""
+    """Round large weights to bf16, as the plugin does when it packs them. A kept model then takes half the memory."""
     for op in model.get_ordered_ops():
         if op.get_type_name() != "Constant" or op.get_element_type() != ov.Type.f32 or op.data.size < LARGE:
             continue
@@ -247,7 +247,7 @@ def halve_weights(model: Any) -> None:
 
 @cache
 def core() -> Any:
-    """One a process: it loads the plugin."""
+    """OpenVINO's core, one a process: it loads the plugin."""
     return ov.Core()
 
 
@@ -258,5 +258,5 @@ def processor() -> str:
 
 @cache
 def has_bf16() -> bool:
-    """Whether the plugin computes in bf16 here: with AVX512-BF16 or AMX."""
+    """Whether the plugin computes in bf16 here, which takes AVX512-BF16 or AMX."""
     return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

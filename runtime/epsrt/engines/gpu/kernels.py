@@ -1,4 +1,4 @@
-"""kernels.cu as machine code, by NVRTC: no driver and no GPU needed."""
+"""kernels.cu, compiled to machine code by NVRTC. This needs no driver and no GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SOURCE = Path(__file__).with_name("kernels.cu")
 
 
 def compile_kernels(arch: str) -> bytes:
-    """kernels.cu as machine code for `arch`, e.g. "sm_90"; as PTX of the newest that NVRTC knows where arch is newer.
+    """kernels.cu as machine code for `arch`, e.g. "sm_90"; PTX of NVRTC's newest where `arch` is newer still.
 
     Needs NVRTC, no driver. Raises EngineError with the compiler's words.
     """

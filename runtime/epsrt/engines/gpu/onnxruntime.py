@@ -1,12 +1,13 @@
 """Engines "onnxruntime-cuda" and "onnxruntime-tensorrt": onnxruntime's GPU providers on device-resident lanes.
 
-Each lanes object has a session of its own, on its own stream, because a session's stream is settled when it is made,
-and of its own batch and size, because the shape arithmetic of free ones would run on the CPU, which no CUDA graph can
-hold.
-The CUDA provider records a CUDA graph a binding: one from x[0] to x[1], one back. What it does with them (1.31): the
-first run of each graph in a thread runs the step twice, then captures in CUDA's global mode, which an allocation in any
-thread would break that has not used cuda.Device; replays are one launch, without a synchronisation when told so. The
-TensorRT provider records one graph alone, whatever the binding, so there it records none.
+Each lanes object has a session of its own, on its own stream, because a session's stream is settled when it is made.
+The session has its own batch and size too: the shape arithmetic of free ones would run on the CPU, which no CUDA graph
+can hold.
+
+The CUDA provider records one CUDA graph a binding: one from x[0] to x[1], one back. In version 1.31 the first run of
+each graph in a thread runs the step twice, then captures in CUDA's global mode. An allocation in a thread that has not
+used cuda.Device would break that capture. A replay is one launch, without a synchronisation when told so. The TensorRT
+provider records one graph alone, whatever the binding, so there it records none.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class OnnxRuntimeCuda(Closing):
         _load_libraries(name)
 
     def lanes(self, batch: int, size: Size | None = None) -> DeviceLanes:
-        """See epsrt.engine.Engine. The first of a batch and size on a machine times both layouts."""
+        """See epsrt.engine.Engine. The first lanes of a batch and size on a machine time both layouts."""
         check_batch(batch, self)
         shape = self.bundle.image_shape(size)
         return self._lanes(batch, shape, self._nhwc(batch, shape))
@@ -86,7 +87,7 @@ class OnnxRuntimeCuda(Closing):
         """Nothing to release: sessions belong to the lanes."""
 
     def key(self, batch: int, shape: Shape | None = None) -> str:
-        """What holds for this graph, batch, shape, GPU and version of onnxruntime, and may not for others."""
+        """A name for what holds for this graph, batch, shape, GPU and onnxruntime, and may not for others."""
         gpu, digest = self._device.gpu, self.bundle.manifest.digest[:16]
         size = f"-{shape[1]}x{shape[2]}" if shape not in (None, self.bundle.manifest.shape) else ""
         return f"{ort.__version__}-{gpu.name}-{gpu.arch}-{digest}-{self.graph.file}-{batch}{size}"
@@ -96,7 +97,7 @@ class OnnxRuntimeCuda(Closing):
         return DeviceLanes(self._device, self.bundle, self.graph, shape, batch, batch, make, self.chunk)
 
     def _nhwc(self, batch: int, shape: Shape) -> bool:
-        """Whether convolutions run faster in NHWC, with the transpositions that it takes: measured once, remembered."""
+        """Whether convolutions run faster in NHWC, its transpositions included: measured once, then remembered."""
         if self.name == TENSORRT:
             return False  # TensorRT chooses for itself
         with self._tuning:
@@ -220,7 +221,7 @@ class _Session:
 
 
 def _load_libraries(name: str) -> None:
-    """Load what lies in pip's packages, where the dynamic linker does not look for it."""
+    """Load libraries from pip's packages, where the dynamic linker does not look."""
     if hasattr(ort, "preload_dlls"):
         with redirect_stdout(sys.stderr):  # it prints
             ort.preload_dlls()

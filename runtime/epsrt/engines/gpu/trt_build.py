@@ -1,4 +1,4 @@
-"""Build a TensorRT engine file from a bundle's step graph. Strongly typed: the graph says every precision."""
+"""Build a TensorRT engine file from a bundle's step graph. It is strongly typed: the graph says every precision."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class BuildOptions:
 
 
 def build_command(bundle: Path, engine: str, graph: StepGraph) -> str:
-    """What to type to have a graph of the bundle at a path built."""
+    """The command that builds a graph of the bundle at a path."""
     features = ["--features", graph.stem.replace("-", ",")] if graph.stem else []
     return shlex.join(["epsrt", "build", str(bundle), "--engine", engine, "--precision", graph.precision, *features])
 
@@ -131,7 +131,7 @@ def build(
 
 
 def _extents(bundle: Bundle, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """The least, likely and largest extents of an input beside its batch: what is free in it is height and width."""
+    """The least, likely and largest extents of an input beside its batch. Only height and width are free in it."""
     m = bundle.manifest
     if m.sizes is None or len(shape) != len(m.shape):
         return shape, shape, shape
@@ -140,7 +140,7 @@ def _extents(bundle: Bundle, shape: tuple[int, ...]) -> tuple[tuple[int, ...], .
 
 
 def describe(library: Library, bundle: Bundle, graph: StepGraph) -> list[dict[str, Any]]:
-    """The parsed network, a layer each: name, type, and each output's name, type and shape. Needs no GPU."""
+    """The layers of the parsed network: name, type, and each output's name, type and shape. Needs no GPU."""
     logger = make_logger(library.module)
     builder = library.module.Builder(logger)
     network = _parse(library, builder, logger, bundle, graph)
@@ -211,7 +211,7 @@ def _capability(library: Library, target: str) -> Any:
 
 def _monitor(trt: Any, on_progress: OnProgress | None) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Tells how far the outermost phase is, its inner phases counted as parts of its steps."""
+        """Tells how far the outermost phase is. Inner phases count as parts of its steps."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
