@@ -12,7 +12,7 @@ from epsrt.errors import NotFiniteError
 from epsrt.manifest import Sizes
 from epsrt.parity import rungs
 from epsrt.parity.golden import Network, Step, Trajectory
-from epsrt.parity.measure import PSNR_CEILING, relative_l2
+from epsrt.parity.measure import LIMITS, PSNR_CEILING, relative_l2
 from epsrt.plan import STEP_COLUMNS
 from numpy_engine import NULL, NumpyEngine, bundle, network
 
@@ -182,3 +182,15 @@ def test_batches_agree_and_one_that_does_not_is_found(engine):
 
     engine.step = wrong
     assert rungs.batches(engine, states()).figure == pytest.approx(1e-3, rel=0.01)
+
+
+def test_limits_are_the_ladders():
+    """The largest relative L2 of a step, and the least PSNR of a trajectory in dB."""
+    assert LIMITS == {
+        ("cpu", "fp32"): (2e-6, 100.0),
+        ("cpu", "fp16"): (1e-3, 55.0),
+        ("cpu", "bf16"): (1e-2, 42.0),
+        ("cpu", "int8"): (0.25, 25.0),
+        ("cuda", "fp32"): (1e-5, 90.0),
+        ("cuda", "fp16"): (3e-3, 45.0),
+    }
