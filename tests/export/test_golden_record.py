@@ -11,6 +11,7 @@ from epsrt import Schedule, noise
 from epsrt.manifest import Sizes
 from epsrt.plan import STEP_COLUMNS
 from epsrt_export import NoisedClassifier, Source, golden
+from epsrt_export.golden import _other_sizes
 from epsrt_export.manifest import manifest_of
 from nets import judge, learned, tiny
 
@@ -182,3 +183,16 @@ def test_progress_ends_at_one():
     recorded(tiny(seed=3), tell=lambda name, share: told.append((name, share)))
     assert told[:2] == [("ddim-50", 1 / 50), ("ddim-50", 2 / 50)]
     assert dict(told) == {"ddim-50": 1.0, "ddpm-100": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "others"),
+    [
+        ((1, 32, 48), Sizes(4, 64), [(16, 24), (36, 56)]),  # half of each side, and one near it that is not square
+        ((1, 20, 20), Sizes(4, 20), [(12, 12), (16, 12)]),  # nothing above its own
+        ((1, 8, 8), Sizes(4, 24), [(12, 16)]),  # half is its own: at least two multiples
+        ((1, 8, 8), None, []),
+    ],
+)
+def test_other_sizes_are_half_its_own_and_one_near_it(shape, sizes, others):
+    assert _other_sizes(shape, sizes) == others
