@@ -10,11 +10,11 @@ import pytest
 from epsrt import Sampler, noise
 from epsrt.errors import NotFiniteError
 from epsrt.manifest import Sizes
-from epsrt.parity import rungs
-from epsrt.parity.golden import Network, Step, Trajectory
+from epsrt.parity import features, rungs
+from epsrt.parity.golden import Classifier, Guidance, Network, Step, Trajectory
 from epsrt.parity.measure import LIMITS, PSNR_CEILING, relative_l2
 from epsrt.plan import STEP_COLUMNS
-from numpy_engine import NULL, NumpyEngine, bundle, network
+from numpy_engine import NULL, NumpyEngine, bundle, gradient, network
 
 TS = np.array([0, 20, 50, 70, 99], np.float32)
 LABELS = np.array([0, 1, 2, NULL, 3])
@@ -82,7 +82,8 @@ def test_of_other_sizes_the_one_that_is_not_finite_is_named():
         rungs.sizes(engine, {(4, 4): states((4, 4)), (2, 6): states((2, 6))})
 
 
-def test_each_step_is_from_the_recorded_state(engine):
+def a_step(engine):
+    """One DDPM step of each state, by the formulas."""
     plan = engine.bundle.plan("ddpm", timesteps=TS[::-1])
     rows, given = plan.rows(STEP_COLUMNS)[::-1].copy(), states()
     seed, index = np.full(5, 9, np.uint64), np.arange(5)
@@ -93,7 +94,11 @@ def test_each_step_is_from_the_recorded_state(engine):
         x0 = np.clip(k["p"] * x + k["q"] * network(x, [k["t"]], LABELS[i : i + 1]), -k["clip"], k["clip"])
         z = noise.normals(9, i, noise.STEP, int(k["n"]), 8).reshape(x.shape)
         x_next.append(k["a"] * x + k["b"] * x0 + k["d"] * z)
-    step = Step(given.x, rows, seed, index, LABELS, np.concatenate(x_next).astype(np.float32))
+    return Step(given.x, rows, seed, index, LABELS, np.concatenate(x_next).astype(np.float32))
+
+
+def test_each_step_is_from_the_recorded_state(engine):
+    step = a_step(engine)
     assert rungs.step(engine, step).figure < 1e-6
     step.x_next[1] *= 1.001
     found = rungs.step(engine, step)
@@ -194,3 +199,44 @@ def test_limits_are_the_ladders():
         ("cuda", "fp32"): (1e-5, 90.0),
         ("cuda", "fp16"): (3e-3, 45.0),
     }
+
+
+class TestFeatures:
+    def test_guidance_is_measured_and_a_wrong_null_found(self, engine):
+        guided = engine.on(engine.bundle.graph("fp32", ("guidance",)))
+        given = states()
+        null = network(given.x.astype(np.float64), TS, np.full(5, NULL)).astype(np.float32)
+        assert features.guidance(guided, given, Guidance(null)).figure < 1e-6
+        null[2] *= 1.01
+        assert features.guidance(guided, given, Guidance(null)).figure > 1e-3
+
+    def test_a_classifiers_gradient_is_measured_and_a_wrong_one_found(self, engine):
+        judged = engine.on(engine.bundle.graph("fp32", ("classifier",)))
+        given, target = states(), np.arange(5) % 3
+        right = gradient(given.x.astype(np.float64), TS, target).astype(np.float32)
+        assert features.classifier(judged, given, Classifier(target, right)).figure < 1e-5
+        right[3] *= 1.001
+        found = features.classifier(judged, given, Classifier(target, right))
+        assert found.figure == pytest.approx(1e-3, rel=0.05)
+        assert found.where == "t = 70"
+
+    def test_known_pixels_are_measured_and_a_wrong_step_found(self, engine):
+        masked = engine.on(engine.bundle.graph("fp32", ("mask",)))
+        step = a_step(engine)
+        assert features.mask(masked, step).figure < 1e-6
+        step.x_next[4] *= 1.01
+        found = features.mask(masked, step)
+        assert found.where == "state 4"
+        assert found.figure > 1e-3
+
+    def test_known_pixels_that_do_not_come_back_are_named(self, engine):
+        masked = engine.on(engine.bundle.graph("fp32", ("mask",)))
+        run = masked.step
+
+        def wrong(given, made):
+            run(given, made)
+            made["x_next"] += 1e-6 * (given["rows"][:, masked.columns.index("t")] == 50)
+
+        masked.step = wrong
+        found = features.mask(masked, a_step(engine))
+        assert (found.figure, found.where) == (None, "known pixels of state 2 differ")
