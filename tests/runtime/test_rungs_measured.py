@@ -11,9 +11,10 @@ from epsrt import Sampler, noise
 from epsrt.errors import NotFiniteError
 from epsrt.manifest import Sizes
 from epsrt.parity import features, rungs
-from epsrt.parity.golden import Classifier, Guidance, Network, Step, Trajectory
+from epsrt.parity.golden import Classifier, Golden, Guidance, Network, Step, Trajectory
 from epsrt.parity.measure import LIMITS, PSNR_CEILING, relative_l2
 from epsrt.plan import STEP_COLUMNS
+from epsrt.verify import verify, verify_all
 from numpy_engine import NULL, NumpyEngine, bundle, gradient, network
 
 TS = np.array([0, 20, 50, 70, 99], np.float32)
@@ -240,3 +241,40 @@ class TestFeatures:
         masked.step = wrong
         found = features.mask(masked, a_step(engine))
         assert (found.figure, found.where) == (None, "known pixels of state 2 differ")
+
+
+def test_every_graph_runs_its_own_rungs_and_is_closed(monkeypatch):
+    engine = NumpyEngine(bundle(features=("guidance", "classifier"), sizes=Sizes(2, 8)))
+    given, target = states(), np.arange(5) % 3
+    x = given.x.astype(np.float64)
+    golden = Golden(
+        given,
+        a_step(engine),
+        {"plain": run(engine, 3), "guided": run(engine, 3, w=np.array([1.0], np.float32))},
+        Guidance(network(x, TS, np.full(5, NULL)).astype(np.float32)),
+        Classifier(target, gradient(x, TS, target).astype(np.float32)),
+        sizes={(4, 4): states((4, 4))},
+    )
+    monkeypatch.setattr("epsrt.bundle.Bundle.golden", lambda self: golden)
+    told = []
+    found = verify_all(engine, lambda name, share: told.append((name, share)))
+    by_graph = {graph: [r.name for r in found if r.graph == graph] for graph in dict.fromkeys(r.graph for r in found)}
+    assert by_graph == {
+        "": ["network", "sizes", "step", "plain", "batch"],
+        "guidance": ["network", "sizes", "guidance", "step", "guided", "batch"],
+        "classifier": ["network", "sizes", "classifier", "step", "batch"],
+        "guidance-classifier": ["network", "sizes", "guidance", "classifier", "step", "batch"],
+    }
+    assert all(r.passed for r in found)
+    assert [opened.closed for opened in engine.opened] == [1, 1, 1]
+    assert not engine.closed
+    assert [name for name, share in told if share == 1.0 and "plain" not in name and "guided" not in name] == [
+        f"{r.graph} {r.name}".strip() for r in found if r.name not in ("plain", "guided")
+    ]
+    assert ("plain", 1.0) in told
+    assert ("guidance guided", 1.0) in told
+    assert [r.name for r in verify(engine)] == by_graph[""]
+    limits = {r.name: (r.limit, r.unit, r.at_least) for r in found}
+    assert limits["guided"] == limits["plain"] == (100.0, "dB", True)
+    assert limits["classifier"] == (1e-4, "relative L2", False)
+    assert limits["step"] == limits["guidance"] == limits["batch"] == (2e-6, "relative L2", False)
