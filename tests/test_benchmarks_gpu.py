@@ -382,7 +382,7 @@ def test_the_quick_measurement_on_the_stand_in(on_gpu, tmp_path) -> None:
     assert "no torch in this test" in errors["race", "race"]
 
 
-def test_fused_group_norms_compute_what_the_exported_do(bundle_path) -> None:
+def test_fused_group_norms_compute_what_the_exported_do() -> None:
     """onnxruntime's operator runs on GPUs alone: here it is NumPy's."""
     from group_norm import fuse
 
@@ -396,7 +396,7 @@ def test_fused_group_norms_compute_what_the_exported_do(bundle_path) -> None:
             y = ((apart - mean) / np.sqrt(variance + epsilon)).reshape(x.shape) * scale + bias
             return ((y / (1 + np.exp(-y)) if activation else y).astype(x.dtype),)
 
-    bundle = Bundle.open(bundle_path)
+    bundle = Bundle.open(ROOT / "examples/digits.epsrt")
     path = bundle.path / bundle.graph("fp32").file
     model = onnx.load(path)
     before = ReferenceEvaluator(model)

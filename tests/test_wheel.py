@@ -71,7 +71,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
 def test_a_bare_environment_samples_the_same(bare, bundle_path, tmp_path):
     done = run(bare / "python", "-I", "-c", SAMPLE, bundle_path, tmp_path / "x.npy")
     assert done.returncode == 0, done.stderr
-    with Sampler.open(bundle_path) as sampler:
+    with Sampler.open(bundle_path, "onnxruntime") as sampler:
         mine = sampler.sample(4, method="ddpm", steps=20, seed=6, labels=[0, 3, 9, None])
     np.testing.assert_allclose(np.load(tmp_path / "x.npy"), mine, rtol=0, atol=1e-5)
 
