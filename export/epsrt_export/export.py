@@ -49,20 +49,22 @@ def export(
 ) -> Bundle:
     """Turn a source, or an epsrt checkpoint (by its path, or loaded), into the bundle `out`.
 
-    thresholding  instead of the source's: see Source
-    sizes         (multiple, largest): the graphs also take other heights and widths, each a multiple of `multiple`, up
-                  to `largest` pixels, where the network does
-    masked        also write step graphs that keep known pixels: inpainting
-    classifier    of noised images, a NoisedClassifier or the path of epsrt's own checkpoint: also write step graphs
-                  that it guides. (Where the network has a null label, those of guidance without one always are.)
-    precisions    fp32, and fp16 unless it is left out; int8 where it is asked for: convolutions in 8 bits, for CPUs.
-                  Parity is proven in each, of int8 to limits of its own
+    thresholding  replaces the source's own: see Source
+    sizes         (multiple, largest): the graphs also take other heights and widths, each a multiple of `multiple` up
+                  to `largest` pixels. The network must take them
+    masked        also writes step graphs that keep known pixels, for inpainting
+    classifier    also writes step graphs that a classifier of noised images guides. It is a NoisedClassifier, or the
+                  path of epsrt's own checkpoint. Step graphs of classifier-free guidance are written without being
+                  asked for, where the network has a null label
+    precisions    fp32, and fp16 unless it is left out. int8 must be asked for: it has convolutions in 8 bits, for CPUs.
+                  Parity is proven in each precision; int8 has limits of its own
     max_batch     the largest batch of the step graphs: 64 unless given, fewer where images may exceed 64 × 64 pixels
+    opset         the ONNX opset, 21 or 22
     on_stage      called as on_stage(what, fraction)
 
-    The work is done on the CPU, on a copy of the network where it is not in eval mode, float32 and there already.
-    Raises InputError when the network does not fit, ParityError when a rung of the ladder is missed. In both cases,
-    and when interrupted, `out` is as it was before.
+    The work is done on the CPU. A network that is not there, in eval mode and float32 is copied first. Raises
+    InputError when the network does not fit, and ParityError when a rung of the ladder is missed. In both cases, and
+    when interrupted, `out` is as it was before.
     """
     tell, out = on_stage or (lambda what, fraction: None), Path(out)
     source, others = source_of(source, thresholding), sizes_of(sizes)

@@ -20,7 +20,6 @@ KINDS: tuple[Kind, ...] = ("linear", "scaled-linear", "cosine", "sigmoid", "give
 class Schedule:
     """A schedule of T steps. All kinds but the last two preserve variance: α_t = √ᾱ_t, σ_t = √(1 − ᾱ_t).
 
-    kind          what it is
     linear        β runs evenly from beta_start to beta_end (DDPM, arXiv 2006.11239, section 4)
     scaled-linear √β runs evenly from √beta_start to √beta_end (latent diffusion, arXiv 2112.10752)
     cosine        ᾱ = cos²((t/T + 0.008)/1.008 · π/2), β ≤ 0.999 (arXiv 2102.09672, eq. 17); it has no beta range
