@@ -121,7 +121,7 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
     return copy
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not longer: some folders have another bundle_path
 def engine(bundle_path: Path) -> Iterator[Engine]:
     opened = open_engine(Bundle.open(bundle_path), "onnxruntime", threads=1)
     yield opened
@@ -134,7 +134,7 @@ def sampler(engine: Engine) -> Sampler:
     return Sampler(engine)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def plain_sampler(plain_bundle_path: Path) -> Iterator[Sampler]:
     with Sampler.open(plain_bundle_path, "onnxruntime", threads=1) as opened:
         yield opened

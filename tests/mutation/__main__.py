@@ -62,7 +62,7 @@ TESTS: dict[str, tuple[str, ...]] = {  # file -> where its tests are, the plausi
     "runtime/epsrt/engine.py": (*SAMPLES, f"{RUN}/engines"),
     "runtime/epsrt/engines/signature.py": (f"{RUN}/engines",),
     "runtime/epsrt/engines/cpu/lanes.py": (f"{RUN}/engines/test_onnxruntime_cpu.py", *SAMPLES),
-    "runtime/epsrt/engines/cache/key.py": (f"{RUN}/engines/test_key.py", f"{RUN}/engines", "tests/gpu/test_plans.py"),
+    "runtime/epsrt/engines/cache/key.py": (f"{RUN}/engines", "tests/gpu/test_engine_files.py"),
     "export/epsrt_export/stepgraph.py": ("tests/export/test_step_module.py", *EXPORT),
     "export/epsrt_export/golden.py": ("tests/export/test_golden_record.py", *EXPORT),
     "export/epsrt_export/parity.py": ("tests/export/test_parity.py", *EXPORT),
