@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from epsrt import Bundle, EngineError, InputError, NotFiniteError, Sample, Sampler, idle_row, open_engine, solvers
-from epsrt.engines import probe
+from epsrt.engines import probe, proof
 from epsrt.engines.cache.store import EngineCache
 from epsrt.engines.cpu import compiled
 from epsrt.engines.cpu import openvino as openvino_cpu
@@ -158,10 +158,10 @@ class TestPrecision:
         engine = open_engine(opened, on_progress=lambda what, share: told.append(what))
         assert (engine.name, engine.precision, engine.graph.precision) == ("openvino", "bf16", "fp32")
         assert told[0] == "bf16 network"
-        rungs = engine.proof(may_measure=False)
+        rungs = engine.proof().kept()
         assert {r.precision for r in rungs} == {"bf16"}
         assert all(r.passed for r in rungs)
-        monkeypatch.setattr(openvino_cpu, "verify", lambda *_: pytest.fail("measured again"))
+        monkeypatch.setattr(proof, "verify", lambda *_: pytest.fail("measured again"))
         assert open_engine(Bundle.open(bundle_path)).precision == "bf16"
 
     @bf16
@@ -294,19 +294,6 @@ class TestCompiledModels:
         sizes = {entry.record.key.precision: entry.record.size for entry in cache.entries()}
         assert sizes["bf16"] < 0.8 * sizes["fp32"]
 
-    def models(self, path, precision="bf16"):
-        opened = Bundle.open(path)
-        return compiled.CompiledModels(opened, opened.graph("fp32"), precision, "1", "p")
-
-    def test_a_proof_that_cannot_be_kept_is_said(self, bundle_path, cache, monkeypatch, caplog):
-        kept = self.models(bundle_path)
-        with kept.proving():
-            kept.keep_proof([])
-        assert kept.proof() == []
-        monkeypatch.setattr(EngineCache, "keep_blob", lambda *_: False)
-        kept.keep_proof([])
-        assert "what bf16 is worth is not kept, and measured again next time: set EPSRT_CACHE" in caplog.text
-
     def test_without_a_place_for_a_cache_it_runs(self, small_bundle_path, monkeypatch, caplog):
         def nowhere(*_):
             raise EngineError("there is no home directory to keep engines in")
@@ -314,8 +301,6 @@ class TestCompiledModels:
         monkeypatch.setattr(compiled, "EngineCache", nowhere)
         self.opened(small_bundle_path).lanes(1)
         assert "not taken from the engine cache: there is no home directory" in caplog.text
-        with self.models(small_bundle_path).proving():
-            pass
 
     def test_those_used_longest_ago_go(self, small_bundle_path, cache, monkeypatch):
         monkeypatch.setattr(compiled, "KEPT_FILES", 2)

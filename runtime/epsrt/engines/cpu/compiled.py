@@ -1,4 +1,4 @@
-"""OpenVINO's compiled models in the engine cache, and the proof of what each bundle is worth in bf16.
+"""OpenVINO's compiled models in the engine cache.
 
 A cache that cannot be used costs time alone: it is said, and the model is compiled.
 """
@@ -6,20 +6,17 @@ A cache that cannot be used costs time alone: it is said, and the model is compi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from epsrt.bundle import Bundle
-from epsrt.engines.cache.key import Key, Options
-from epsrt.engines.cache.private import ELSEWHERE
+from epsrt.engines.cache.key import Key, Options, Profiles
 from epsrt.engines.cache.store import EngineCache
 from epsrt.errors import EngineError, one_line
-from epsrt.manifest import Rung, StepGraph
+from epsrt.manifest import StepGraph
 from epsrt.types import UInt8
 
 RECIPE = 3  # of how OpenVino compiles a step graph: models and proofs of another are not used
@@ -48,7 +45,7 @@ class CompiledModels:
 
     def get(self, batch: int, options: Options, load: Callable[[UInt8], Any], compile: Callable[[], Any]) -> Compiled:
         """The model for a batch: `load` makes it from a kept, mapped file; else `compile` does, and it is kept."""
-        key = self._key(((batch, batch, batch),), options)
+        key = self.key(((batch, batch, batch),), options)
         cache = None
         try:
             cache = EngineCache()
@@ -76,7 +73,8 @@ class CompiledModels:
     def _alike(self, key: Key) -> bool:
         return (key.engine, key.bundle, key.graph) == ("openvino", self.bundle.manifest.digest, self.graph.file)
 
-    def _key(self, profiles: tuple[tuple[int, int, int], ...], options: Options) -> Key:
+    def key(self, profiles: Profiles, options: Options) -> Key:
+        """What makes one file, or one proof, of these another."""
         return Key(
             self.bundle.manifest.digest,
             self.graph.file,
@@ -88,34 +86,3 @@ class CompiledModels:
             profiles,
             {**options, "recipe": RECIPE},
         )
-
-    def proof(self) -> list[Rung] | None:
-        """What `keep_proof` kept; None if nothing."""
-        try:
-            kept = EngineCache().blob(self._proof)
-            return None if kept is None else msgspec.json.decode(kept, type=list[Rung])
-        except (EngineError, OSError, msgspec.DecodeError):
-            return None
-
-    def keep_proof(self, rungs: list[Rung]) -> None:
-        """Keep what the golden file said of this precision, if the cache can be written."""
-        try:
-            if EngineCache().keep_blob(self._proof, msgspec.json.encode(rungs)):
-                return
-            reason = ELSEWHERE
-        except (EngineError, OSError) as error:
-            reason = str(error)
-        log.warning("what %s is worth is not kept, and measured again next time: %s", self.precision, reason)
-
-    @contextmanager
-    def proving(self) -> Iterator[None]:
-        """Hold the right to prove, one process at a time, where there is a cache to find another's proof in."""
-        with ExitStack() as stack:
-            with suppress(EngineError, OSError):
-                stack.enter_context(EngineCache().lock(self._key((), {"proof": True})))
-            yield
-
-    @property
-    def _proof(self) -> str:
-        parts = (self.bundle.manifest.digest[:16], self.graph.stem, "openvino", self.version, self.processor)
-        return "-".join((*filter(None, parts), f"{self.precision}-{RECIPE}.parity"))

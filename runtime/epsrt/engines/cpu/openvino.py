@@ -18,12 +18,12 @@ from epsrt.engine import Closing, check_batch, check_threads
 from epsrt.engines.cache.key import Options
 from epsrt.engines.cpu.compiled import Compiled, CompiledModels
 from epsrt.engines.cpu.lanes import HostLanes, Run
+from epsrt.engines.proof import Proof
 from epsrt.engines.signature import FREE, Signature, Tensor
-from epsrt.errors import BundleError, EngineError, one_line
+from epsrt.errors import EngineError, one_line
 from epsrt.machine import physical_cores
-from epsrt.manifest import Rung, StepGraph
+from epsrt.manifest import StepGraph
 from epsrt.types import Arrays, OnProgress, Size, UInt8
-from epsrt.verify import verify
 
 try:
     import openvino as ov
@@ -84,25 +84,9 @@ class OpenVino(Closing):
         with self._lock:
             self._models.clear()
 
-    def proof(self, on_progress: OnProgress | None = None, may_measure: bool = True) -> list[Rung] | None:
-        """The engine's rungs of epsrt.verify, measured once for this bundle, library and processor, then kept.
-
-        None where they were not measured and may not be, or the golden file does not suffice.
-        """
-        rungs = self._kept.proof()
-        if rungs is not None or not may_measure:
-            return rungs
-        with self._kept.proving():
-            rungs = self._kept.proof()  # another process may just have measured it
-            if rungs is None:
-                try:
-                    tell = on_progress and (lambda name, share: on_progress(f"{self.precision} {name}", share))
-                    rungs = verify(self, tell)
-                except BundleError as error:
-                    log.warning("%s cannot be proven: %s", self.precision, error)
-                    return None
-                self._kept.keep_proof(rungs)
-        return rungs
+    def proof(self) -> Proof:
+        """Of what the engine is worth for this bundle, by this library on this processor."""
+        return Proof(self._kept.key((), {"proof": True}), self.precision)
 
     def _model(self, batch: int, image: tuple[int, int, int], parts: int) -> Compiled:
         """The model for `parts` requests at once, each of `batch` images, on all threads together."""
@@ -203,7 +187,7 @@ def open_openvino(
         )
     if precision is None and has_bf16():
         half = OpenVino(bundle, graph, "bf16", threads, on)
-        rungs = half.proof(on_progress, may_build)
+        rungs = half.proof().of(half, on_progress, may_build)
         if rungs is not None and all(rung.passed for rung in rungs):
             return half
         missed = next((rung for rung in rungs or () if not rung.passed), None)
