@@ -25,6 +25,7 @@ from epsrt.types import OnProgress, Shape
 from epsrt.verify import verify_all
 from epsrt_export import golden, parity
 from epsrt_export.arguments import check_choices, classifier_for, largest_batch, ready, sizes_of, source_of
+from epsrt_export.dialect_proof import dialect_rungs
 from epsrt_export.gradient import log_prob_gradient
 from epsrt_export.graphs import Recipe, variants_of, write_graphs
 from epsrt_export.int8 import write_int8
@@ -160,6 +161,7 @@ def _measured(bundle: Bundle, precision: str, tell: OnProgress) -> list[Rung]:
     """The rungs of all step graphs of a precision. Raises ParityError where one is missed."""
     with open_engine(bundle, "onnxruntime", precision=precision) as engine:
         rungs = verify_all(engine, lambda name, fraction: tell(f"parity {precision} {name}", fraction))
+    rungs += dialect_rungs(bundle, precision, lambda name, fraction: tell(f"parity {precision} {name}", fraction))
     parity.require(rungs)
     return rungs
 

@@ -1,4 +1,4 @@
-"""A network's step graphs as files: one for each set of features, all on the same weights."""
+"""A network's step graphs as files: one for each set of features and each dialect, all on the same weights."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import nn
 from epsrt.errors import EpsrtError, InputError
 from epsrt.manifest import LearnedVariance, Sizes, StepGraph, step_columns, step_features
 from epsrt.types import Shape
+from epsrt_export.dialects import in_dialects
 from epsrt_export.onnx_graph import WeightsFile, to_onnx
 from epsrt_export.onnx_passes import masked
 from epsrt_export.precision import half_copy
@@ -66,24 +67,28 @@ def write_graphs(
     r, dtype = recipe, DTYPES[precision]
     network = r.network if dtype == torch.float32 else _half(r)
     weights, made = WeightsFile(f"weights-{precision}.bin"), []
-    models: dict[tuple[str, ...], onnx.ModelProto] = {}  # without a mask, which is put on at the end
+    spoken: dict[tuple[str, ...], dict[str, onnx.ModelProto]] = {}  # by dialect, without a mask: that is put on last
     for features in r.variants:
         bare = tuple(f for f in features if f != "mask")
         columns = step_columns(r.variance, bare)
-        if bare not in models:
+        if bare not in spoken:
             guide = r.gradient if "classifier" in bare else None
             step = StepModule(network, columns, r.labelled, dtype, r.threshold, r.null_label, guide)
-            models[bare] = to_onnx(step, r.shape, r.opset, weights, r.sizes)
-        model = masked(models[bare], len(columns)) if "mask" in features else models[bare]
+            spoken[bare] = in_dialects(to_onnx(step, r.shape, r.opset, weights, r.sizes))
         all_features = (*step_features(r.variance, r.threshold), *features)
         graph = StepGraph("", weights.name, precision, step_columns(r.variance, features), all_features)  # type: ignore[arg-type]
-        graph = msgspec.structs.replace(graph, file="-".join(filter(None, ("step", graph.stem, precision))) + ".onnx")
-        (directory / graph.file).write_bytes(model.SerializeToString(deterministic=True))
+        name = "-".join(filter(None, ("step", graph.stem, precision)))
+        others = {dialect: f"{name}.{dialect}.onnx" for dialect in spoken[bare] if dialect != "cpu"}
+        graph = msgspec.structs.replace(graph, file=f"{name}.onnx", dialects=others)
+        for dialect, file in graph.files().items():
+            model = spoken[bare][dialect]
+            model = masked(model, len(columns)) if "mask" in features else model
+            (directory / file).write_bytes(model.SerializeToString(deterministic=True))
         made.append(graph)
         on_graph(len(made) / len(r.variants))
     weights.write(directory)
-    for graph in made:
-        onnx.checker.check_model(directory / graph.file)
+    for file in (file for graph in made for file in graph.files().values()):
+        onnx.checker.check_model(directory / file)
     return made
 
 

@@ -39,8 +39,9 @@ def to_onnx(
 ) -> onnx.ModelProto:
     """Export a step graph with a dynamic batch; its large weights go to `weights`, if given.
 
-    With `sizes`, height and width are dynamic too, each its own. Raises InputError when torch cannot export the
-    network, or froze its batch or size to the example's.
+    It has its value_info, and norms as torch exports them: see epsrt_export.dialects. With `sizes`, height and width
+    are dynamic too, each its own. Raises InputError when torch cannot export the network, or froze its batch or size to
+    the example's.
     """
     if opset not in OPSETS:
         raise InputError(f"opset {opset} is not supported: use {' or '.join(map(str, OPSETS))}")
@@ -81,7 +82,6 @@ def to_onnx(
     model: onnx.ModelProto = ir.to_proto(program.model)
     _check_signature(model, step.inputs, sizes is not None)
     onnx_passes.strip(model)
-    onnx_passes.group_norm_by_instance_norm(model)
     if step.dtype == torch.float16:
         onnx_passes.softmax_in_fp32(model)
     onnx_passes.name_dimensions(model, sizes is not None)

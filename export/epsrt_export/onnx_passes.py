@@ -23,7 +23,7 @@ def strip(model: onnx.ModelProto) -> None:
 def softmax_in_fp32(model: onnx.ModelProto) -> None:
     """Wrap each Softmax of an FP16 graph in casts to float and back: its sums lose digits in FP16."""
 
-    types = _types(model)
+    types = types_of(model)
 
     def wrap(node: NodeProto) -> Sequence[NodeProto]:
         source, target = node.input[0], node.output[0]
@@ -36,65 +36,7 @@ def softmax_in_fp32(model: onnx.ModelProto) -> None:
             helper.make_node("Cast", [node.output[0]], [target], to=TensorProto.FLOAT16, name=f"{node.name}_down"),
         )
 
-    _replace(model, "Softmax", wrap)
-
-
-def group_norm_by_instance_norm(model: onnx.ModelProto) -> None:
-    """GroupNormalization as InstanceNormalization over [B, groups, rest], then scale and bias: five nodes.
-
-    onnxruntime has a kernel for the latter and expands the former into forty; the digits step takes half the time.
-    """
-    graph = model.graph
-    shapes = {
-        v.name: [d.dim_value or None for d in v.type.tensor_type.shape.dim] for v in (*graph.value_info, *graph.input)
-    }
-    types = _types(model)
-    made: dict[str, TensorProto] = {}
-
-    def constant(name: str, value: np.ndarray) -> str:
-        made.setdefault(name, numpy_helper.from_array(value, name))
-        return name
-
-    def expand(node: NodeProto) -> Sequence[NodeProto]:
-        (x, scale, bias), y = node.input, node.output[0]
-        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        groups, shape = int(attributes["num_groups"]), shapes.get(x)
-        if shape is None:
-            return (node,)
-        grouped = constant(f"norm_to_{groups}_groups", np.array([0, groups, -1], np.int64))
-        one = constant(f"norm_one_{groups}", np.ones(groups, np.float32))
-        zero = constant(f"norm_zero_{groups}", np.zeros(groups, np.float32))
-        per_channel = constant(f"norm_channel_{len(shape)}d", np.array([-1] + [1] * (len(shape) - 2), np.int64))
-        nodes = []
-        if None in shape[1:]:  # height and width are dynamic
-            back = f"{y}_shape"
-            nodes.append(helper.make_node("Shape", [x], [back]))
-        else:
-            back = constant(f"norm_to_{'x'.join(map(str, shape[1:]))}", np.array([0, *shape[1:]], np.int64))
-        step = f"{y}_norm"
-        unit, half = f"{step}_back", types.get(x) == TensorProto.FLOAT16
-        if half:  # the network norms its half features itself: the sums are in float all the same
-            nodes.append(helper.make_node("Cast", [x], [f"{step}_float"], to=TensorProto.FLOAT))
-            x, unit = f"{step}_float", f"{step}_back_float"
-        return (
-            *nodes,
-            helper.make_node("Reshape", [x, grouped], [f"{step}_grouped"]),
-            helper.make_node(
-                "InstanceNormalization",
-                [f"{step}_grouped", one, zero],
-                [f"{step}_unit"],
-                epsilon=attributes.get("epsilon", 1e-5),
-            ),
-            helper.make_node("Reshape", [f"{step}_unit", back], [unit]),
-            *([helper.make_node("Cast", [unit], [f"{step}_back"], to=TensorProto.FLOAT16)] if half else []),
-            helper.make_node("Reshape", [scale, per_channel], [f"{step}_scale"]),
-            helper.make_node("Reshape", [bias, per_channel], [f"{step}_bias"]),
-            helper.make_node("Mul", [f"{step}_back", f"{step}_scale"], [f"{step}_scaled"]),
-            helper.make_node("Add", [f"{step}_scaled", f"{step}_bias"], [y]),
-        )
-
-    _replace(model, "GroupNormalization", expand)
-    graph.initializer.extend(made.values())
+    replace_nodes(model, "Softmax", wrap)
 
 
 def masked(model: onnx.ModelProto, columns: int) -> onnx.ModelProto:
@@ -147,12 +89,10 @@ def masked(model: onnx.ModelProto, columns: int) -> onnx.ModelProto:
 def name_dimensions(model: onnx.ModelProto, sized: bool) -> None:
     """Call the free dimensions batch and, where `sized`, height and width: engines fix them by these names.
 
-    torch has names such as s10 and 8*s53 for them. The shapes inside the graph are dropped: engines infer them, they
-    are a fifth of a small graph's bytes, and in a sized one an expression, 2*s53 say, would speak of another height.
+    torch has names such as s10 and 8*s53 for them.
     """
     graph = model.graph
     batch = re.compile(rf"\b{graph.input[0].type.tensor_type.shape.dim[0].dim_param}\b")
-    graph.ClearField("value_info")
     for value in (*graph.input, *graph.output):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
@@ -164,13 +104,15 @@ def name_dimensions(model: onnx.ModelProto, sized: bool) -> None:
             dim.dim_param = name
 
 
-def _types(model: onnx.ModelProto) -> dict[str, int]:
+def types_of(model: onnx.ModelProto) -> dict[str, int]:
+    """The element type of each tensor of a graph, as far as it says so."""
     graph = model.graph
     types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input, *graph.output)}
     return types | {t.name: t.data_type for t in graph.initializer}
 
 
-def _replace(model: onnx.ModelProto, kind: str, by: Callable[[NodeProto], Sequence[NodeProto]]) -> None:
+def replace_nodes(model: onnx.ModelProto, kind: str, by: Callable[[NodeProto], Sequence[NodeProto]]) -> None:
+    """Put `by(node)` in the place of each node of a kind."""
     nodes = [new for node in model.graph.node for new in (by(node) if node.op_type == kind else (node,))]
     model.graph.ClearField("node")
     model.graph.node.extend(nodes)

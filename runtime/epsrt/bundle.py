@@ -24,6 +24,7 @@ from epsrt.manifest import (
     GOLDEN,
     MANIFEST,
     PARITY,
+    READABLE,
     FileEntry,
     Manifest,
     Rung,
@@ -234,7 +235,7 @@ def _read_manifest(path: Path) -> Manifest:
     raw = path.read_bytes()
     try:
         version = msgspec.json.decode(raw, type=_Version)
-        if version.format != FORMAT:
+        if version.format not in READABLE:
             raise BundleError(_of_another_format(path, version))
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
@@ -251,7 +252,8 @@ def _of_another_format(path: Path, version: _Version) -> str:
     else:
         way = "export the network again, or open the bundle with the version that wrote it"
     wrote = f"epsrt {by}" if by else "another version of epsrt"
-    return f"{path} has format {version.format}, written by {wrote}, and this one reads format {FORMAT}: {way}"
+    reads = f"formats {READABLE[0]} to {FORMAT}"
+    return f"{path} has format {version.format}, written by {wrote}, and this one reads {reads}: {way}"
 
 
 def _check_files(path: Path, files: dict[str, FileEntry]) -> None:

@@ -19,13 +19,15 @@ from epsrt.plan import FEATURES, STEP_COLUMNS
 from epsrt.schedule import Schedule
 from epsrt.types import Float64, Shape
 
-FORMAT = 4
+FORMAT = 5
+READABLE = (4, FORMAT)  # in format 4 step graphs have no dialects
 MANIFEST, GOLDEN, PARITY = "manifest.json", "golden.safetensors", "parity.json"
 FEATURES_OF_ALL = ("learned variance", "thresholding")  # all graphs of a bundle have them, or none does
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Precision = Literal["fp32", "fp16", "int8"]
+Dialect = Literal["tensorrt", "cuda"]
 # the second half of a network's output is log σ², or says where log σ² lies between log β̃ (−1) and log β (1)
 LearnedVariance = Literal["learned", "learned_range"]
 
@@ -38,7 +40,8 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class StepGraph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A step graph: inputs x, m, z [batch, C, H, W], rows [batch, len(columns)] and what Bundle.inputs lists besides.
 
-    Its outputs are x', m', x0. `features` are among epsrt.plan.FEATURES.
+    Its outputs are x', m', x0. `features` are among epsrt.plan.FEATURES. `dialects` are files of the same step in the
+    operators that an engine has the fastest kernels for, where those differ from `file`, which every engine runs.
     """
 
     file: str
@@ -46,11 +49,17 @@ class StepGraph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     precision: Precision
     columns: tuple[str, ...]
     features: tuple[str, ...] = ()
+    dialects: dict[Dialect, str] | msgspec.UnsetType = msgspec.UNSET  # unset: it was exported in one alone
 
     @property
     def stem(self) -> str:
         """Its features in a word, "" for the plainest graph."""
         return "-".join(f for f in self.features if f not in FEATURES_OF_ALL)
+
+    def files(self) -> dict[str, str]:
+        """The file of each dialect that has one of its own; "cpu" is `file`."""
+        others = {} if self.dialects is msgspec.UNSET else self.dialects
+        return {"cpu": self.file, **others}
 
 
 class Thresholding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -206,7 +215,7 @@ def check_fields(path: Path, m: Manifest) -> None:
         plain = bool(_PLAIN_NAME.fullmatch(name)) and name != MANIFEST
         demand(plain, f"file name {name!r} is not a plain name inside the bundle")
         demand(bool(_SHA256.fullmatch(entry.sha256)) and entry.size >= 0, f"the entry of {name} is no hash and size")
-    named = [GOLDEN, PARITY, *(g.file for g in m.graphs), *(g.weights for g in m.graphs)]
+    named = [GOLDEN, PARITY, *(f for g in m.graphs for f in g.files().values()), *(g.weights for g in m.graphs)]
     for name in named:
         demand(name in m.files, f"{name} is used but not listed under files")
     if m.classifier is not None:

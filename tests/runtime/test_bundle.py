@@ -155,7 +155,7 @@ def test_changed_digest(bundle):
         lambda raw: raw.rstrip(),
         lambda raw: raw + b"\n",
         lambda raw: raw.replace(b"1.0", b"1.00"),
-        lambda raw: raw.replace(b'"format": 4,', b'"format": 4,\n  "format": 4,'),
+        lambda raw: raw.replace(b'"format": 5,', b'"format": 5,\n  "format": 5,'),
     ],
     ids=["indent 4", "one line", "no newline", "two newlines", "1.00", "field twice"],
 )
@@ -210,7 +210,7 @@ def rename(old, new):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (change(format=5), "has format 5, written by epsrt .*, and this one reads format 4: update epsrt to"),
+        (change(format=6), "has format 6, written by epsrt .*, and this one reads formats 4 to 5: update epsrt"),
         (change(format=3), "has format 3, written by epsrt .*: export the network again, or open the bundle with"),
         (change(format="1"), "is not a manifest .*format"),
         (change(max_batch="8"), r"is not a manifest \(Expected `int`, got `str` - at `\$.max_batch`"),

@@ -46,18 +46,21 @@ class TestWrittenByAnotherVersion:
     [
         (
             {"format": 7, "provenance": {"versions": {"epsrt": "3.1"}, "new": 1}, "other": []},
-            "has format 7, written by epsrt 3.1, and this one reads format 4: update epsrt to 3.1 or newer$",
+            "has format 7, written by epsrt 3.1, and this one reads formats 4 to 5: update epsrt to 3.1 or newer$",
         ),
         (
             {"format": 7, "provenance": {"versions": ["3.1"]}},
-            "has format 7, written by another version of epsrt, and this one reads format 4: update epsrt$",
+            "has format 7, written by another version of epsrt, and this one reads formats 4 to 5: update epsrt$",
         ),
         (
             {"format": 2, "provenance": {"versions": {"epsrt": "0.1.0"}}},
-            "has format 2, written by epsrt 0.1.0, and this one reads format 4: export the network again, or open the "
-            "bundle with the version that wrote it$",
+            "has format 2, written by epsrt 0.1.0, and this one reads formats 4 to 5: export the network "
+            "again, or open the bundle with the version that wrote it$",
         ),
-        ({"format": 2}, "has format 2, written by another version of epsrt, and this one reads format 4: export the"),
+        (
+            {"format": 2},
+            "has format 2, written by another version of epsrt, and this one reads formats 4 to 5: export the",
+        ),
     ],
 )
 def test_an_unknown_format_is_named_with_the_version_that_wrote_it(tmp_path, found, message):
@@ -72,9 +75,9 @@ def test_there_is_one_of_every_format_from_4_on():
 
 
 def test_the_digits_of_the_examples_are_small_and_theirs():
-    """What the README's first command samples from: parity inside, in at most 5 MB."""
+    """What the README's first command samples from: parity inside, in at most 5.5 MB."""
     bundle = Bundle.open(EXAMPLES / "digits.epsrt")
-    assert sum(file.stat().st_size for file in bundle.path.iterdir()) <= 5_000_000
+    assert sum(file.stat().st_size for file in bundle.path.iterdir()) <= 5_500_000
     assert (bundle.manifest.classes, bundle.manifest.null_label) == (10, 10)
     assert {graph.precision for graph in bundle.manifest.graphs} == {"fp32", "fp16"}
     rungs = bundle.parity()

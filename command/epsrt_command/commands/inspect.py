@@ -66,12 +66,13 @@ def inspect(bundle: show.BundleArgument, as_json: show.JsonOption = False) -> No
             facts.add_row(name, ", ".join(f"{key} {value}" for key, value in part.items()))
     facts.add_row("digest", m.digest)
     console.print(facts, "")
-    graphs = show.table("Step graphs", "file", "precision", "features", "weights", "columns")
+    graphs = show.table("Step graphs", "file", "precision", "features", "dialects", "weights", "columns")
     graphs.columns[0].no_wrap = True
     plain = m.graphs[0].columns
     for g in m.graphs:
         more = ["…", *g.columns[len(plain) :]] if g.columns[: len(plain)] == plain != g.columns else g.columns
-        graphs.add_row(g.file, g.precision, ", ".join(g.features) or "plain", g.weights, " ".join(more))
+        words = ", ".join(g.features) or "plain", " ".join(g.files())
+        graphs.add_row(g.file, g.precision, *words, g.weights, " ".join(more))
     console.print(graphs, "")
     files = show.table("Files", "file", "size", "sha256", right=("size",))
     for name, entry in m.files.items():

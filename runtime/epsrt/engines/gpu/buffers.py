@@ -38,6 +38,7 @@ class Buffers:
 
     signature  of the step graph, for this width and shape
     fixed      the address of each of signature.fixed
+    slots      where captured steps find their rows, one address a step of a chunk
     """
 
     width: int
@@ -47,6 +48,7 @@ class Buffers:
     m: tuple[int, int]
     x0: int
     fixed: Mapping[str, int]
+    slots: tuple[int, ...] = ()
 
     def sources(self, now: int, rows: int) -> dict[str, int]:
         """Address of each input that moves, for a step from x[now]."""

@@ -180,7 +180,9 @@ class Stream:
         try:
             work()
         except BaseException:
-            cu.cuStreamEndCapture(self._stream)  # whatever it says: the stream must leave its capture
+            status, half = cu.cuStreamEndCapture(self._stream)  # whatever it says: the stream must leave its capture
+            if status == cu.CUresult.CUDA_SUCCESS:
+                cu.cuGraphDestroy(half)
             raise
         recorded = call(cu.cuStreamEndCapture(self._stream))
         try:

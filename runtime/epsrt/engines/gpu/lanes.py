@@ -51,6 +51,12 @@ class Runner(Protocol):
         Raises EngineError when the engine refuses.
         """
 
+    def without_capture(self) -> str:
+        """Make ready for steps that the lanes cannot capture; how they run from now on, for a sentence.
+
+        Raises EngineError where it cannot go on.
+        """
+
     def close(self) -> None: ...
 
 
@@ -99,6 +105,8 @@ class DeviceLanes(Closing):
             return made.pointer
 
         signature = Signature.of(bundle, self.graph, width, self.shape)
+        self._row_bytes = -(-4 * width * (len(self._columns) + 1) // ALIGNMENT) * ALIGNMENT  # a step's rows and numbers
+        self._slots = memory(self._chunk * self._row_bytes)  # where CudaGraphs find their rows
         fixed = {name: memory(tensor.nbytes) for name, tensor in signature.fixed.items()}
         self._state = Buffers(
             width,
@@ -108,12 +116,11 @@ class DeviceLanes(Closing):
             (memory(image), memory(image)),
             memory(image),
             fixed,
+            tuple(self._slots + i * self._row_bytes for i in range(self._chunk)),
         )
         self._noises = {name: made for name, made in NOISES.items() if name in fixed}
         self._seeds, self._indices = memory(8 * width), memory(4 * width)
         self._broken = memory(8 * width)  # step [width] int32, then t [width] float32
-        self._row_bytes = -(-4 * width * (len(self._columns) + 1) // ALIGNMENT) * ALIGNMENT  # a step's rows and numbers
-        self._slots = memory(self._chunk * self._row_bytes)  # where CudaGraphs find their rows
         self._table = cuda.Table(self._stream, f"a batch of {width}")
         stack.callback(self._table.close)
         self._images: dict[str, Float32] = {}  # what was read since the state last changed
@@ -182,21 +189,31 @@ class DeviceLanes(Closing):
     def time_steps(self, steps: int) -> float:
         """Milliseconds that a step of the engine alone takes with idle rows, on the device's clock.
 
-        The lanes keep what they hold, except that x becomes what is known where a mask is 1: idle rows do that.
+        The steps are captured as those of `advance` are. The lanes keep what they hold, except that x becomes what is
+        known where a mask is 1: idle rows do that.
         """
         self._device.use()
         self._begin()
-        table = self._table.upload(self._idle(1))
-        steps += steps % 2  # back to x[0]
-        with closing(cuda.Event(timing=True)) as begin, closing(cuda.Event(timing=True)) as end:
+        self._stream.copy(self._slots, self._table.upload(self._idle(1)), self._row_bytes)
+
+        def both() -> None:
+            for now in (0, 1):  # back to x[0]
+                self._runner.enqueue(now, self._slots)
+
+        with ExitStack() as stack:
+            begin, end = (stack.enter_context(closing(cuda.Event(timing=True))) for _ in range(2))
+            graph = self._captured(both) if self.capturing and self._runner.capturable else None
+            if graph is not None:
+                stack.callback(graph.close)
+            pairs = -(-steps // 2)
             for event in (None, begin):  # the first round warms up
                 if event:
                     event.record(self._stream)
-                for i in range(steps):
-                    self._runner.enqueue(i % 2, table)
+                for _ in range(pairs):
+                    both() if graph is None else self._stream.replay(graph)
             end.record(self._stream)
             self._stream.synchronize()
-            return end.since(begin) / steps
+            return end.since(begin) / (2 * pairs)
 
     def _check_whole(self) -> None:
         if not self._whole:
@@ -258,17 +275,26 @@ class DeviceLanes(Closing):
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
-        try:
-            graph = self._stream.capture(lambda: self._enqueue(self._slots, count, *noisy))
-        except EngineError as error:
-            self.capturing = False
-            log.warning("steps are enqueued one by one, which is slower: CUDA cannot capture them (%s)", error)
+        graph = self._captured(lambda: self._enqueue(self._slots, count, *noisy))
+        if graph is None:
             return None
         if len(self._graphs) == KEPT_GRAPHS:
             self._stream.synchronize()  # it may be running
             self._graphs.popitem(last=False)[1].close()
         self._graphs[key] = graph
         return graph
+
+    def _captured(self, work: Callable[[], None]) -> cuda.CudaGraph | None:
+        """Steps from x[0] as a CudaGraph; None where that fails, and for good."""
+        self._runner.enqueue(0, self._slots)  # what an engine sets up in its first run in a thread is not for a capture
+        try:
+            return self._stream.capture(work)
+        except EngineError as error:
+            reason = str(error)
+        self.capturing = False
+        how = self._runner.without_capture()  # out of the handler, whose frames hold what the runner releases
+        log.warning("%s slower: CUDA cannot capture whole chunks of steps (%s)", how, reason)
+        return None
 
     def _enqueue(self, rows: int, count: int, *noisy: bool) -> None:
         """Give `count` steps to the stream, from x[0] to x[0]; `noisy` says which of the noises are drawn."""

@@ -1,58 +1,62 @@
-"""Engines "onnxruntime-cuda" and "onnxruntime-tensorrt": onnxruntime's GPU providers on device-resident lanes.
-
-Each lanes object has a session of its own, on its own stream, because a session's stream is settled when it is made.
-The session has its own batch and size too: the shape arithmetic of free ones would run on the CPU, which no CUDA graph
-can hold.
-
-The CUDA provider records one CUDA graph a binding: one from x[0] to x[1], one back. In version 1.31 the first run of
-each graph in a thread runs the step twice, then captures in CUDA's global mode. An allocation in a thread that has not
-used cuda.Device would break that capture. A replay is one launch, without a synchronisation when told so. The TensorRT
-provider records one graph alone, whatever the binding, so there it records none.
-"""
+"""Engines "onnxruntime-cuda" and "onnxruntime-tensorrt": onnxruntime's GPU providers on device-resident lanes."""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import threading
-from contextlib import nullcontext, redirect_stdout, suppress
-from typing import Any
-
-import numpy as np
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 
 from epsrt.bundle import Bundle
 from epsrt.engine import Closing, check_batch
+from epsrt.engines.cache.key import Key
 from epsrt.engines.cache.store import EngineCache
+from epsrt.engines.dialects import open_in_dialect
 from epsrt.engines.gpu import cuda
 from epsrt.engines.gpu.buffers import Buffers
 from epsrt.engines.gpu.lanes import CHUNK, DeviceLanes
-from epsrt.engines.ort_library import check_signature, ort, refuse_both_packages
-from epsrt.errors import EngineError, OutOfMemoryError, one_line
+from epsrt.engines.gpu.ort_session import Providers, Session
+from epsrt.engines.ort_library import ort, refuse_both_packages
+from epsrt.engines.proof import Proof
+from epsrt.errors import EngineError, OutOfMemoryError
 from epsrt.manifest import StepGraph
-from epsrt.types import Shape, Size
+from epsrt.types import OnProgress, Shape, Size
 
 log = logging.getLogger("epsrt")
 
 CUDA, TENSORRT = "onnxruntime-cuda", "onnxruntime-tensorrt"
 PROVIDERS = {CUDA: "CUDAExecutionProvider", TENSORRT: "TensorrtExecutionProvider"}
 LIBRARIES = {CUDA: "CUDA 13 and cuDNN 9", TENSORRT: "TensorRT 10, CUDA 13 and cuDNN 9"}
-FREE = ("batch", "height", "width")  # what the export calls the free dimensions
-MEMORY = re.compile("failed to allocate|out of memory|alloc_failed", re.I)  # how onnxruntime says that it lacks some
 TRIALS = 20  # steps that a layout is timed over
 
 
 class OnnxRuntimeCuda(Closing):
-    """See epsrt.engine.Engine. Raises EngineError where the provider cannot run: it never falls back to the CPU."""
+    """See epsrt.engine.Engine. Raises EngineError where the provider cannot run: it never falls back to the CPU.
+
+    dialect  which file of the step graph it runs: of StepGraph.files
+    others   others(graph) opens another step graph as this one was opened; by default in the same dialect, unproven
+    options  more options of the CUDA provider, or others than ours
+    nhwc     the layout of convolutions; None: NHWC in dialect "cuda", else the one that is faster here
+    """
 
     batch_limit = "the bundle's largest"
     device = "cuda"
 
-    def __init__(self, bundle: Bundle, graph: StepGraph, name: str = CUDA):
+    def __init__(
+        self,
+        bundle: Bundle,
+        graph: StepGraph,
+        name: str = CUDA,
+        dialect: str = "cpu",
+        *,
+        others: Callable[[StepGraph], OnnxRuntimeCuda] | None = None,
+        options: dict[str, str] | None = None,
+        nhwc: bool | None = None,
+    ):
         refuse_both_packages()
-        self.provider = PROVIDERS[name]
-        if self.provider not in ort.get_available_providers():
+        if PROVIDERS[name] not in ort.get_available_providers():
             have = ", ".join(ort.get_available_providers())
             raise EngineError(
                 f"engine {name} needs onnxruntime built for NVIDIA's GPUs, and this one has only {have}: "
@@ -63,59 +67,87 @@ class OnnxRuntimeCuda(Closing):
                 f"engine {name} has no FP32: onnxruntime lets TensorRT compute it in TF32: use precision fp16, "
                 f"engine {CUDA}, or set NVIDIA_TF32_OVERRIDE=0"
             )
-        self.name, self.bundle, self.graph = name, bundle, graph
+        self.name, self.bundle, self.graph, self.dialect = name, bundle, graph, dialect
         self.precision: str = graph.precision
         self.columns = graph.columns
         self.max_batch = bundle.manifest.max_batch
         self.chunk = CHUNK
+        self._file = graph.files()[dialect]
+        self._others = others or (lambda graph: OnnxRuntimeCuda(bundle, graph, name, dialect, options=options))
+        self._more = options or {}
         self._device = cuda.device()
-        self._layouts: dict[tuple[int, Shape], bool] = {}  # batch and shape -> whether NHWC is the faster
-        self._tuning = threading.Lock()
+        # TensorRT chooses layouts for itself; None: not timed yet
+        self._nhwc = False if name == TENSORRT else True if nhwc is None and dialect == "cuda" else nhwc
+        self._timing = threading.Lock()
         _load_libraries(name)
 
     def lanes(self, batch: int, size: Size | None = None) -> DeviceLanes:
-        """See epsrt.engine.Engine. The first lanes of a batch and size on a machine time both layouts."""
+        """See epsrt.engine.Engine. The first lanes of a step graph on a machine time both layouts."""
         check_batch(batch, self)
         shape = self.bundle.image_shape(size)
-        return self._lanes(batch, shape, self._nhwc(batch, shape))
+        with self._timing if self._nhwc is None else nullcontext():
+            if self._nhwc is None:
+                self._nhwc = self._faster_in_nhwc(batch, shape)
+            nhwc = self._nhwc
+        return self._lanes(batch, shape, bool(nhwc))
 
     def on(self, graph: StepGraph) -> OnnxRuntimeCuda:
         """See epsrt.engine.Engine."""
-        return OnnxRuntimeCuda(self.bundle, graph, self.name)
+        return self._others(graph)
 
     def close(self) -> None:
         """Nothing to release: sessions belong to the lanes."""
 
-    def key(self, batch: int, shape: Shape | None = None) -> str:
-        """A name for what holds for this graph, batch, shape, GPU and onnxruntime, and may not for others."""
-        gpu, digest = self._device.gpu, self.bundle.manifest.digest[:16]
-        size = f"-{shape[1]}x{shape[2]}" if shape not in (None, self.bundle.manifest.shape) else ""
-        return f"{ort.__version__}-{gpu.name}-{gpu.arch}-{digest}-{self.graph.file}-{batch}{size}"
+    def proof(self) -> Proof:
+        """Of what the engine is worth for this bundle, by this onnxruntime on this GPU."""
+        gpu, digest = self._device.gpu, self.bundle.manifest.digest
+        options = {"proof": True, **self._more}
+        key = Key(digest, self._file, self.name, ort.__version__, gpu.name, (gpu.arch,), self.precision, (), options)
+        return Proof(key, f"{self.name} in dialect {self.dialect}")
 
     def _lanes(self, batch: int, shape: Shape, nhwc: bool) -> DeviceLanes:
-        make = lambda buffers, stream: _Session(self, buffers, stream, nhwc)  # noqa: E731
+        make = lambda buffers, stream: self._session(buffers, stream, nhwc)  # noqa: E731
         return DeviceLanes(self._device, self.bundle, self.graph, shape, batch, batch, make, self.chunk)
 
-    def _nhwc(self, batch: int, shape: Shape) -> bool:
-        """Whether convolutions run faster in NHWC, its transpositions included: measured once, then remembered."""
-        if self.name == TENSORRT:
-            return False  # TensorRT chooses for itself
-        with self._tuning:
-            if (batch, shape) not in self._layouts:
-                self._layouts[batch, shape] = self._recalled(batch, shape)
-            return self._layouts[batch, shape]
+    def _session(self, buffers: Buffers, stream: cuda.Stream, nhwc: bool) -> Session:
+        needs = f'; {self.name} needs {LIBRARIES[self.name]}: pip install "epsrt[gpu]", and see "epsrt doctor"'
+        size = "x".join(map(str, (buffers.width, *buffers.shape[1:])))
 
-    def _recalled(self, batch: int, shape: Shape) -> bool:
-        cache, name = EngineCache(), f"layout-{self.key(batch, shape)}"
+        @contextmanager
+        def providers() -> Iterator[Providers]:
+            on_cuda = PROVIDERS[CUDA], self._cuda_options(nhwc)
+            if self.name == CUDA:
+                yield [on_cuda]
+                return
+            with EngineCache().kept_by(f"{TENSORRT}-{self._name}-{size}") as folder:
+                yield [(PROVIDERS[TENSORRT], self._tensorrt_options(str(folder))), on_cuda]
+
+        path, sized = self.bundle.path / self._file, self.bundle.manifest.sizes is not None
+        return Session(self._device, buffers, stream, path, sized, providers, needs, records=self.name == CUDA)
+
+    @property
+    def _name(self) -> str:
+        """What holds for this graph, GPU and onnxruntime has this name, and may not hold for others."""
+        gpu, digest = self._device.gpu, self.bundle.manifest.digest[:16]
+        return f"{ort.__version__}-{gpu.name}-{gpu.arch}-{digest}-{self._file}"
+
+    def _faster_in_nhwc(self, batch: int, shape: Shape) -> bool | None:
+        """Whether convolutions run faster in NHWC, its transpositions included: timed once, then remembered.
+
+        None where the memory for it is lacking: another time it may be there.
+        """
+        cache, name = EngineCache(), f"layout-{self._name}"
         known = cache.blob(name)
         if known not in (b"nchw", b"nhwc"):
             nchw = self._time(batch, shape, nhwc=False)
             try:
                 nhwc = self._time(batch, shape, nhwc=True)
+            except OutOfMemoryError:
+                return None
             except EngineError as error:
-                log.info("batch %d: NCHW, since NHWC fails: %s", batch, error)
-                return False  # not remembered: another time there may be the memory for it
-            log.info("batch %d: NCHW %.3f ms a step, NHWC %.3f", batch, nchw, nhwc)
+                log.info("%s in NCHW, since NHWC fails: %s", self._file, error)
+                return False  # not remembered: another onnxruntime may have it
+            log.info("%s at batch %d: NCHW %.3f ms a step, NHWC %.3f", self._file, batch, nchw, nhwc)
             known = b"nhwc" if nhwc < nchw else b"nchw"
             cache.keep_blob(name, known)
         return known == b"nhwc"
@@ -125,99 +157,44 @@ class OnnxRuntimeCuda(Closing):
         with self._lanes(batch, shape, nhwc) as lanes:
             return lanes.time_steps(TRIALS)
 
+    def _cuda_options(self, nhwc: bool) -> dict[str, str]:
+        return {
+            "prefer_nhwc": str(int(nhwc)),
+            # FP32 is a claim that the parity ladder checks; in FP16, "0" would take the tensor cores from convolutions
+            "use_tf32": str(int(self.precision == "fp16")),
+            # cuDNN's frontend, which onnxruntime calls, takes its best guess for this word too: nothing is benchmarked
+            "cudnn_conv_algo_search": "EXHAUSTIVE",
+            "fuse_conv_bias": "1",  # off by default: a kernel more for each convolution
+            "arena_extend_strategy": "kSameAsRequested",
+            **self._more,
+        }
 
-class _Session:
-    """lanes.Runner: a session on the buffers of one lanes object."""
+    def _tensorrt_options(self, folder: str) -> dict[str, str]:
+        return {
+            "trt_fp16_enable": str(self.precision == "fp16"),
+            "trt_cuda_graph_enable": "False",
+            "trt_engine_cache_enable": "True",
+            "trt_engine_cache_path": folder,
+            "trt_timing_cache_enable": "True",
+            "trt_timing_cache_path": folder,
+        }
 
-    capturable = False  # it captures by itself
 
-    def __init__(self, engine: OnnxRuntimeCuda, buffers: Buffers, stream: cuda.Stream, nhwc: bool):
-        self._device, self._stream = engine._device, stream
-        self._path = engine.bundle.path / engine.graph.file
-        self._session: Any = None
-        self._bindings: list[Any] = []
-        self._options = [_run_options(graph) for graph in ("1", "2")]  # 0 is onnxruntime's own
-        self._captured = threading.local()  # .graphs: which of them the calling thread has, as each records its own
-        self._failed = False
-        self._row_bytes = 4 * buffers.width * len(engine.columns)
-        self._row = cuda.Memory(self._row_bytes, f"a batch of {buffers.width}")
-        try:
-            self._session = self._open(engine, buffers, stream, nhwc)
-            self._bindings = [self._bind(buffers, now) for now in (0, 1)]
-        except BaseException:
-            self.close()
-            raise
+def open_onnxruntime(
+    bundle: Bundle, graph: StepGraph, name: str, *, may_build: bool = True, on_progress: OnProgress | None = None
+) -> OnnxRuntimeCuda:
+    """The engine in its own dialect, where the bundle has it and the golden file proves it here; else the plain graph.
 
-    def enqueue(self, now: int, rows: int) -> None:
-        if self._failed:  # the graph that it recorded may be cut short, and replay without a word
-            raise EngineError(f"onnxruntime failed in an earlier step of {self._path}: make new lanes")
-        self._stream.copy(self._row.pointer, rows, self._row_bytes)
-        graphs: set[int] = self._captured.__dict__.setdefault("graphs", set())
-        with nullcontext() if now in graphs else self._device.setup:  # no session is made beside a capture
-            self._run(now)
-        graphs.add(now)
+    The proof is epsrt.verify's, once a bundle, library and GPU; with may_build=False only a kept one counts.
+    """
 
-    def _run(self, now: int) -> None:
-        try:
-            self._session.run_with_iobinding(self._bindings[now], self._options[now])
-            return
-        except Exception as error:  # onnxruntime's exceptions share no public base class
-            self._failed = True
-            reason = one_line(error)
-        raise self._failure("failed in a step of", reason)  # out of the handler: error's frames hold the session
+    def on(graph: StepGraph) -> OnnxRuntimeCuda:
+        return open_onnxruntime(bundle, graph, name, may_build=may_build, on_progress=on_progress)
 
-    def _failure(self, what: str, reason: str) -> EngineError:
-        kind, where = OutOfMemoryError if MEMORY.search(reason) else EngineError, str(self._path)
-        with suppress(EngineError):  # where the GPU is lost, onnxruntime's words say more of it
-            free, total = (n >> 20 for n in self._device.memory())
-            where += f" ({free} of {total} MiB of the GPU are free)"
-        return kind(f"onnxruntime {what} {where}: {reason}")
+    def make(dialect: str) -> OnnxRuntimeCuda:
+        return OnnxRuntimeCuda(bundle, graph, name, dialect, others=on)
 
-    def _open(self, engine: OnnxRuntimeCuda, buffers: Buffers, stream: cuda.Stream, nhwc: bool) -> Any:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        width, shape = buffers.width, buffers.shape
-        extents = (width,) if engine.bundle.manifest.sizes is None else (width, *shape[1:])
-        for name, extent in zip(FREE, extents, strict=False):
-            options.add_free_dimension_override_by_name(name, extent)
-        on_cuda = "CUDAExecutionProvider", _cuda_options(engine, stream, nhwc)
-        with self._device.setup:
-            if engine.name == CUDA:
-                session = self._make(engine, options, [on_cuda])
-            else:
-                with EngineCache().kept_by(f"{TENSORRT}-{engine.key(width, shape)}") as folder:
-                    on_tensorrt = engine.provider, _tensorrt_options(engine, stream, str(folder))
-                    session = self._make(engine, options, [on_tensorrt, on_cuda])
-        check_signature(session, buffers.signature, self._path)
-        return session
-
-    def _make(self, engine: OnnxRuntimeCuda, options: Any, providers: list[tuple[str, dict[str, str]]]) -> Any:
-        try:
-            session = ort.InferenceSession(self._path, options, providers=providers, enable_fallback=0)
-            if session.get_providers()[:1] == [engine.provider]:
-                return session
-            reason = f"it fell back to {session.get_providers()[0]}"
-        except Exception as error:
-            reason = one_line(error)
-        needs = f'; {engine.name} needs {LIBRARIES[engine.name]}: pip install "epsrt[gpu]", and see "epsrt doctor"'
-        raise self._failure("cannot run", reason if MEMORY.search(reason) else reason + needs)
-
-    def _bind(self, buffers: Buffers, now: int) -> Any:
-        binding = self._session.io_binding()
-        addresses = {**buffers.fixed, **buffers.sources(now, self._row.pointer)}
-        addresses |= buffers.results(now)
-        takes = buffers.signature
-        for tensors, bind in ((takes.inputs, binding.bind_input), (takes.outputs, binding.bind_output)):
-            for name, tensor in tensors.items():
-                bind(name, "cuda", 0, np.dtype(tensor.dtype).type, list(tensor.extents), addresses[name])
-        return binding
-
-    def close(self) -> None:
-        with self._device.setup:
-            self._bindings.clear()
-            self._session = None
-        self._row.close()
+    return open_in_dialect(name, bundle, graph, make, may_build=may_build, on_progress=on_progress)
 
 
 def _load_libraries(name: str) -> None:
@@ -228,34 +205,3 @@ def _load_libraries(name: str) -> None:
     if name == TENSORRT:
         with suppress(ImportError, OSError):
             import tensorrt  # noqa: F401
-
-
-def _run_options(graph: str) -> Any:
-    options = ort.RunOptions()
-    options.add_run_config_entry("gpu_graph_id", graph)
-    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-    return options
-
-
-def _cuda_options(engine: OnnxRuntimeCuda, stream: cuda.Stream, nhwc: bool) -> dict[str, str]:
-    return {
-        "user_compute_stream": str(stream.handle),
-        "enable_cuda_graph": str(int(engine.name == CUDA)),
-        "prefer_nhwc": str(int(nhwc)),
-        # FP32 is a claim that the parity ladder checks; in FP16, "0" would take the tensor cores from convolutions too
-        "use_tf32": str(int(engine.precision == "fp16")),
-        "cudnn_conv_algo_search": "EXHAUSTIVE",
-        "arena_extend_strategy": "kSameAsRequested",
-    }
-
-
-def _tensorrt_options(engine: OnnxRuntimeCuda, stream: cuda.Stream, folder: str) -> dict[str, str]:
-    return {
-        "user_compute_stream": str(stream.handle),
-        "trt_fp16_enable": str(engine.precision == "fp16"),
-        "trt_cuda_graph_enable": "False",
-        "trt_engine_cache_enable": "True",
-        "trt_engine_cache_path": folder,
-        "trt_timing_cache_enable": "True",
-        "trt_timing_cache_path": folder,
-    }

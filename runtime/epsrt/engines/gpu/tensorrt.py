@@ -182,6 +182,10 @@ class _Context:
         if not self._context.execute_async_v3(self._handle):
             raise self._engine.failure("refuses to enqueue a step")
 
+    def without_capture(self) -> str:
+        """See lanes.Runner."""
+        return "steps are enqueued one by one, which is"
+
     def _bind(self, addresses: Mapping[str, int]) -> None:
         for name, address in addresses.items():
             if not self._context.set_tensor_address(name, address):
