@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import onnx
@@ -49,7 +50,7 @@ def in_standard(model: onnx.ModelProto) -> onnx.ModelProto:
     def expand(node: NodeProto) -> Sequence[NodeProto]:
         (x, scale, bias), (y,) = node.input, node.output
         given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        parts = [
+        parts: list[tuple[str, dict[str, Any]]] = [
             ("Cast", {"to": TensorProto.FLOAT}),
             ("Transpose", {"perm": [0, 3, 1, 2]}),
             (NORM, {"num_groups": given["groups"], "epsilon": given["epsilon"]}),

@@ -58,8 +58,8 @@ class StepGraph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def files(self) -> dict[str, str]:
         """The file of each dialect that has one of its own; "cpu" is `file`."""
-        others = {} if self.dialects is msgspec.UNSET else self.dialects
-        return {"cpu": self.file, **others}
+        others = () if self.dialects is msgspec.UNSET else self.dialects.items()
+        return {"cpu": self.file, **{str(dialect): file for dialect, file in others}}
 
 
 class Thresholding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 
 from epsrt.bundle import Bundle
 from epsrt.engine import Closing, check_batch
-from epsrt.engines.cache.key import Key
+from epsrt.engines.cache.key import Key, Options
 from epsrt.engines.cache.store import EngineCache
 from epsrt.engines.dialects import open_in_dialect
 from epsrt.engines.gpu import cuda
@@ -101,7 +101,7 @@ class OnnxRuntimeCuda(Closing):
     def proof(self) -> Proof:
         """Of what the engine is worth for this bundle, by this onnxruntime on this GPU."""
         gpu, digest = self._device.gpu, self.bundle.manifest.digest
-        options = {"proof": True, **self._more}
+        options: Options = {"proof": True, **self._more}
         key = Key(digest, self._file, self.name, ort.__version__, gpu.name, (gpu.arch,), self.precision, (), options)
         return Proof(key, f"{self.name} in dialect {self.dialect}")
 
