@@ -51,6 +51,9 @@ class Runner(Protocol):
         Raises EngineError when the engine refuses.
         """
 
+    def settle(self) -> None:
+        """Do what the calling thread's first run does and no capture allows. It may write x[1], m[1] and x0."""
+
     def without_capture(self) -> str:
         """Make ready for steps that the lanes cannot capture; how they run from now on, for a sentence.
 
@@ -286,7 +289,7 @@ class DeviceLanes(Closing):
 
     def _captured(self, work: Callable[[], None]) -> cuda.CudaGraph | None:
         """Steps from x[0] as a CudaGraph; None where that fails, and for good."""
-        self._runner.enqueue(0, self._slots)  # what an engine sets up in its first run in a thread is not for a capture
+        self._runner.settle()
         try:
             return self._stream.capture(work)
         except EngineError as error:

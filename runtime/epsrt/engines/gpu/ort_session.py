@@ -85,6 +85,11 @@ class Session:
             self._run(now, rows)
         graphs.add(now)
 
+    def settle(self) -> None:
+        """See lanes.Runner. cuBLAS's and cuDNN's handles are a thread's own, and onnxruntime's memory grows."""
+        if not self._ran.__dict__.get("graphs"):
+            self.enqueue(0, self._buffers.slots[0])
+
     def without_capture(self) -> str:
         """See lanes.Runner. The session may have been left in the middle of a step: another takes its place."""
         self.capturable = False

@@ -182,6 +182,9 @@ class _Context:
         if not self._context.execute_async_v3(self._handle):
             raise self._engine.failure("refuses to enqueue a step")
 
+    def settle(self) -> None:
+        """See lanes.Runner. A context has nothing of a thread's own."""
+
     def without_capture(self) -> str:
         """See lanes.Runner."""
         return "steps are enqueued one by one, which is"
