@@ -26,6 +26,7 @@ from epsrt import Schedule
 if TYPE_CHECKING:
     import onnx
 
+DIALECTS = ["dialect tensorrt", "dialect cuda"]  # the rungs of a step graph that has a norm, after all others
 DATA = Path(__file__).parent / "data"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MANIFEST = "manifest.json"

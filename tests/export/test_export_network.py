@@ -24,7 +24,7 @@ from epsrt_export import parity as parity_module
 from epsrt_export.families import checkpoint as own
 from epsrt_trainer.checkpoint import load_checkpoint, save_checkpoint
 from epsrt_trainer.sample import ddim_loop
-from helpers import externals, run_python, tree
+from helpers import DIALECTS, externals, run_python, tree
 from nets import Tiny, damaged, redraw, tiny, unet
 
 graphs_module = sys.modules["epsrt_export.graphs"]
@@ -47,14 +47,14 @@ def no_export(monkeypatch):
 
 @pytest.fixture(scope="module")
 def graphs(bundle_path, plain_bundle_path):
-    return [p for path in (bundle_path, plain_bundle_path) for p in sorted(path.glob("*.onnx"))]
+    return [p for path in (bundle_path, plain_bundle_path) for p in sorted(path.glob("*fp??.onnx"))]
 
 
 class TestBundlesOfUNets:
     def test_rungs_of_both_precisions_are_stored(self, bundle_path):
         rungs = Bundle.open(bundle_path).parity()
         names = [(r.name, r.precision) for r in rungs if r.graph == ""]
-        measured = ["network", "step", "ddim-50", "ddpm-100", "batch"]
+        measured = ["network", "step", "ddim-50", "ddpm-100", "batch", *DIALECTS]
         plans = [("schedule", "fp64"), ("plan ddim-50", "fp64"), ("plan ddpm-100", "fp64")]
         assert names == [*plans, *((n, p) for p in ("fp32", "fp16") for n in measured)]
         assert all(r.passed for r in rungs)
@@ -71,7 +71,8 @@ class TestBundlesOfUNets:
         assert m.provenance.config["base_channels"] == 16
         assert {"epsrt", "torch", "onnx", "python"} <= set(m.provenance.versions)
         files = {"weights-fp32.bin", "weights-fp16.bin", GOLDEN, PARITY}
-        files |= {f"step-{kind}.onnx" for kind in ("fp32", "fp16", "guidance-fp32", "guidance-fp16")}
+        kinds = ("fp32", "fp16", "guidance-fp32", "guidance-fp16")
+        files |= {f"step-{kind}{dialect}.onnx" for kind in kinds for dialect in ("", ".tensorrt", ".cuda")}
         assert set(m.files) == files
         assert {*files, MANIFEST} == set(os.listdir(bundle_path))
 
@@ -195,7 +196,8 @@ class TestPlainModules:
         kept = bundle.golden()
         assert kept.trajectories["ddpm-20-last-15"].rows.shape[0] == 15
         assert kept.trajectories["ddpm-20-last-15"].init.shape == (2, 1, 8, 8)
-        assert [r.name for r in bundle.parity()[3:]] == ["network", "step", "ddim-20", "ddpm-20-last-15", "batch"]
+        names = ["network", "step", "ddim-20", "ddpm-20-last-15", "batch", *DIALECTS]
+        assert [r.name for r in bundle.parity()[3:]] == names
         with Sampler.open(path, "onnxruntime", threads=1) as sampler:
             assert all(rung.passed for rung in verify(sampler.engine))
 

@@ -139,7 +139,9 @@ def copied(into: Path) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", nargs="*", help="of those that have tests listed here (all)")
-    parser.add_argument("--sample", type=int, help="mutants a file (40; of the export's, whose tests are slow, 20); 0: all")
+    parser.add_argument(
+        "--sample", type=int, help="mutants a file (40; 20 of the export, whose tests are slow); 0: all"
+    )
     parser.add_argument("--tests", nargs="*", help="run these instead of those that are listed here")
     parser.add_argument("--grep", default="", help="only those whose function or statement holds this")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))

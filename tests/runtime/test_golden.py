@@ -119,6 +119,13 @@ def test_what_a_guided_graph_asks_for(small_bundle_path, null, message):
         Golden.from_arrays(arrays, guides, bundle.path)
 
 
+def test_other_sizes_are_asked_for(sized_bundle_path):
+    bundle = Bundle.open(sized_bundle_path)
+    arrays = {k: v for k, v in load_file(bundle.path / GOLDEN).items() if not k.startswith("size")}
+    with pytest.raises(BundleError, match="the golden file lacks other sizes: export again"):
+        Golden.from_arrays(arrays, bundle.manifest, bundle.path)
+
+
 def test_arrays_that_it_does_not_know_are_let_be(small_bundle_path):
     more = {"later": np.zeros(1), "size.axb.x": np.zeros(1), "trajectory.x": np.zeros(1)}
     bundle, arrays = changed(small_bundle_path, lambda arrays: arrays.update(more))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import numpy_engine
 from epsrt import Sampler, noise
 from epsrt.errors import NotFiniteError
 from epsrt.manifest import Sizes
@@ -204,12 +205,20 @@ def test_limits_are_the_ladders():
 
 class TestFeatures:
     def test_guidance_is_measured_and_a_wrong_null_found(self, engine):
+        """Relative to what is combined, 4c and −3u, as much as the rescale makes of it."""
         guided = engine.on(engine.bundle.graph("fp32", ("guidance",)))
-        given = states()
-        null = network(given.x.astype(np.float64), TS, np.full(5, NULL)).astype(np.float32)
+        given, label = states(), np.array([0, 1, 2, 3, 1])
+        c, u = (network(given.x.astype(np.float64), TS, labels) for labels in (label, np.full(5, NULL)))
+        given, null = replace(given, label=label, out=c.astype(np.float32)), u.astype(np.float32)
         assert features.guidance(guided, given, Guidance(null)).figure < 1e-6
-        null[2] *= 1.01
-        assert features.guidance(guided, given, Guidance(null)).figure > 1e-3
+        null[3] *= 1.01
+        found = features.guidance(guided, given, Guidance(null))
+        assert found.where == "w = 4, rescaled by 0.7"
+        right, wrong = (4 * c[3] - 3 * v for v in (u[3], 1.01 * u[3]))
+        by = [0.3 + 0.7 * c[3].std() / v.std() for v in (right, wrong)]
+        assert abs(by[0] - 1) > 0.01  # it is rescaled
+        error, parts = by[0] * right - by[1] * wrong, by[1] * np.hypot(4 * c[3], 3.03 * u[3])
+        assert found.figure == pytest.approx(np.linalg.norm(error) / np.linalg.norm(parts), rel=1e-3)
 
     def test_a_classifiers_gradient_is_measured_and_a_wrong_one_found(self, engine):
         judged = engine.on(engine.bundle.graph("fp32", ("classifier",)))
@@ -220,6 +229,33 @@ class TestFeatures:
         found = features.classifier(judged, given, Classifier(target, right))
         assert found.figure == pytest.approx(1e-3, rel=0.05)
         assert found.where == "t = 70"
+
+    def test_of_a_learned_variance_the_first_half_counts(self, engine):
+        guided, judged = (engine.on(engine.bundle.graph("fp32", (name,))) for name in ("guidance", "classifier"))
+        given, target = states(), np.arange(5) % 3
+        x = given.x.astype(np.float64)
+        learned = replace(given, out=np.concatenate([given.out, 9 + given.out], 1))
+        null = network(x, TS, np.full(5, NULL)).astype(np.float32)
+        assert features.guidance(guided, learned, Guidance(null)).figure < 1e-6
+        right = Classifier(target, gradient(x, TS, target).astype(np.float32))
+        assert features.classifier(judged, learned, right).figure < 1e-5
+
+    @pytest.mark.parametrize("size", [1.0, 1e-8])
+    def test_a_gradient_is_made_a_thousand_times_the_output_however_small_it_is(self, engine, monkeypatch, size):
+        monkeypatch.setattr(numpy_engine, "gradient", lambda *given: size * gradient(*given))
+        judged = engine.on(engine.bundle.graph("fp32", ("classifier",)))
+        step, weights = judged.step, []
+
+        def seen(given, made):
+            weights.extend(given["rows"][:, judged.columns.index("s")])
+            step(given, made)
+
+        judged.step = seen
+        given, target = states(), np.arange(5) % 3
+        right = (size * gradient(given.x.astype(np.float64), TS, target)).astype(np.float32)
+        assert features.classifier(judged, given, Classifier(target, right)).figure < 1e-5
+        norms = [np.linalg.norm(values.reshape(5, -1), axis=1) for values in (given.out, right)]
+        np.testing.assert_allclose([w for w in weights if w][:5], 1000 * norms[0] / norms[1], rtol=1e-4)
 
     def test_known_pixels_are_measured_and_a_wrong_step_found(self, engine):
         masked = engine.on(engine.bundle.graph("fp32", ("mask",)))
@@ -273,6 +309,7 @@ def test_every_graph_runs_its_own_rungs_and_is_closed(monkeypatch):
     ]
     assert ("plain", 1.0) in told
     assert ("guidance guided", 1.0) in told
+    assert next(share for name, share in told if name == "plain") < 0.5  # told as it goes
     assert [r.name for r in verify(engine)] == by_graph[""]
     limits = {r.name: (r.limit, r.unit, r.at_least) for r in found}
     assert limits["guided"] == limits["plain"] == (100.0, "dB", True)
