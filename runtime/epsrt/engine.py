@@ -95,7 +95,7 @@ class Engine(Protocol):
     name: str
     device: str  # "cpu" or "cuda": which limits of the parity ladder hold
     bundle: Bundle
-    graph: StepGraph  # the step graph that it runs
+    graph: StepGraph  # the step graph that it runs, in the engine's dialect
     precision: str
     columns: tuple[str, ...]
     max_batch: int

@@ -61,6 +61,10 @@ class StepGraph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         others = () if self.dialects is msgspec.UNSET else self.dialects.items()
         return {"cpu": self.file, **{str(dialect): file for dialect, file in others}}
 
+    def in_dialect(self, dialect: str) -> StepGraph:
+        """This step graph with the file of a dialect as its file; as it is where that has none of its own."""
+        return msgspec.structs.replace(self, file=self.files().get(dialect, self.file))
+
 
 class Thresholding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Dynamic thresholding of x0 (arXiv 2205.11487, section 2.3), in units of the value range's bound."""

@@ -39,9 +39,9 @@ class Sampler(Closing):
     def __init__(self, engine: Engine):
         self.engine = engine
         self.bundle = engine.bundle
-        self._engines: dict[str, Engine] = {engine.graph.file: engine}
+        self._engines: dict[str, Engine] = {engine.graph.stem: engine}
         self._owned: list[Engine] = []  # to be closed with the sampler
-        self._free: dict[tuple[str, int, Size], list[Lanes]] = {}  # those used last come last
+        self._free: dict[tuple[str, int, Size], list[Lanes]] = {}  # by the graph's stem; those used last come last
         self._lock = threading.Lock()
         self._opening = threading.Lock()
         self._closed = False
@@ -204,10 +204,10 @@ class Sampler(Closing):
         with self._opening:
             if self._closed:
                 raise InputError(f"the sampler of {self.bundle.path.name} is closed: open it again")
-            if graph.file not in self._engines:
-                self._engines[graph.file] = self.engine.on(graph)
-                self._owned.append(self._engines[graph.file])
-            return self._engines[graph.file]
+            if graph.stem not in self._engines:
+                self._engines[graph.stem] = self.engine.on(graph)
+                self._owned.append(self._engines[graph.stem])
+            return self._engines[graph.stem]
 
     def _drop_free(self) -> None:
         with self._lock:
@@ -220,7 +220,7 @@ class Sampler(Closing):
     def _lanes(self, engine: Engine, work: Work, group: slice) -> Iterator[Lanes]:
         """Lanes with a group of samples in them, kept for the next caller: on a GPU they are dear to make."""
         samples, size = work.samples[group], work.shape[1:]
-        key = engine.graph.file, len(samples), size
+        key = engine.graph.stem, len(samples), size
         with self._lock:
             free = self._free.get(key)
             lanes = free.pop() if free else None

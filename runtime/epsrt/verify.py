@@ -37,7 +37,7 @@ def verify_all(engine: Engine, on_progress: OnProgress | None = None) -> list[Ru
     """`verify` of every step graph of its bundle that is of the precision of the engine's, each opened by engine.on."""
     tell, golden, found = on_progress or _quiet, engine.bundle.golden(), list[Rung]()
     for graph in (g for g in engine.bundle.manifest.graphs if g.precision == engine.graph.precision):
-        running = engine if graph == engine.graph else engine.on(graph)
+        running = engine if graph.stem == engine.graph.stem else engine.on(graph)
         try:
             found += _verify(running, golden, partial(_tell_of, tell, graph.stem))
         finally:

@@ -347,7 +347,7 @@ assert again.dialect == "cuda" and not fake.sessions
 assert all(rung.passed for rung in again.proof().kept())
 assert opened().dialect == "cuda" and fake.sessions  # another graph has a proof of its own
 guided = gpu.on(bundle.graph("fp16", ["guidance"]))
-assert guided.dialect == "cuda" and guided._file == "step-guidance-fp16.cuda.onnx"
+assert guided.dialect == "cuda" and guided.graph.file == "step-guidance-fp16.cuda.onnx"
 with Sampler(gpu) as sampler, Sampler(open_engine(bundle, "onnxruntime", precision="fp16", threads=1)) as cpu:
     asked = dict(method="ddpm", steps=10, seed=1, labels=[1, 2], guidance=2.0)
     assert np.abs(sampler.sample(**asked) - cpu.sample(**asked)).max() < 2e-2

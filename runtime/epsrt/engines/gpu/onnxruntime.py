@@ -67,12 +67,11 @@ class OnnxRuntimeCuda(Closing):
                 f"engine {name} has no FP32: onnxruntime lets TensorRT compute it in TF32: use precision fp16, "
                 f"engine {CUDA}, or set NVIDIA_TF32_OVERRIDE=0"
             )
-        self.name, self.bundle, self.graph, self.dialect = name, bundle, graph, dialect
+        self.name, self.bundle, self.graph, self.dialect = name, bundle, graph.in_dialect(dialect), dialect
         self.precision: str = graph.precision
         self.columns = graph.columns
         self.max_batch = bundle.manifest.max_batch
         self.chunk = CHUNK
-        self._file = graph.files()[dialect]
         self._others = others or (lambda graph: OnnxRuntimeCuda(bundle, graph, name, dialect, options=options))
         self._more = options or {}
         self._device = cuda.device()
@@ -102,7 +101,7 @@ class OnnxRuntimeCuda(Closing):
         """Of what the engine is worth for this bundle, by this onnxruntime on this GPU."""
         gpu, digest = self._device.gpu, self.bundle.manifest.digest
         options: Options = {"proof": True, **self._more}
-        key = Key(digest, self._file, self.name, ort.__version__, gpu.name, (gpu.arch,), self.precision, (), options)
+        key = Key(digest, self.graph.file, self.name, ort.__version__, gpu.name, (gpu.arch,), self.precision, (), options)
         return Proof(key, f"{self.name} in dialect {self.dialect}")
 
     def _lanes(self, batch: int, shape: Shape, nhwc: bool) -> DeviceLanes:
@@ -122,14 +121,14 @@ class OnnxRuntimeCuda(Closing):
             with EngineCache().kept_by(f"{TENSORRT}-{self._name}-{size}") as folder:
                 yield [(PROVIDERS[TENSORRT], self._tensorrt_options(str(folder))), on_cuda]
 
-        path, sized = self.bundle.path / self._file, self.bundle.manifest.sizes is not None
+        path, sized = self.bundle.path / self.graph.file, self.bundle.manifest.sizes is not None
         return Session(self._device, buffers, stream, path, sized, providers, needs, records=self.name == CUDA)
 
     @property
     def _name(self) -> str:
         """What holds for this graph, GPU and onnxruntime has this name, and may not hold for others."""
         gpu, digest = self._device.gpu, self.bundle.manifest.digest[:16]
-        return f"{ort.__version__}-{gpu.name}-{gpu.arch}-{digest}-{self._file}"
+        return f"{ort.__version__}-{gpu.name}-{gpu.arch}-{digest}-{self.graph.file}"
 
     def _faster_in_nhwc(self, batch: int, shape: Shape) -> bool | None:
         """Whether convolutions run faster in NHWC, its transpositions included: timed once, then remembered.
@@ -145,9 +144,9 @@ class OnnxRuntimeCuda(Closing):
             except OutOfMemoryError:
                 return None
             except EngineError as error:
-                log.info("%s in NCHW, since NHWC fails: %s", self._file, error)
+                log.info("%s in NCHW, since NHWC fails: %s", self.graph.file, error)
                 return False  # not remembered: another onnxruntime may have it
-            log.info("%s at batch %d: NCHW %.3f ms a step, NHWC %.3f", self._file, batch, nchw, nhwc)
+            log.info("%s at batch %d: NCHW %.3f ms a step, NHWC %.3f", self.graph.file, batch, nchw, nhwc)
             known = b"nhwc" if nhwc < nchw else b"nchw"
             cache.keep_blob(name, known)
         return known == b"nhwc"
