@@ -483,7 +483,7 @@ with Sampler(gpu) as sampler, Sampler(cpu) as plain:
             options = dict(method=method, steps=steps, seed=3, size=size)
             close(sampler.sample(3, **options), plain.sample(3, **options))
     before = count("cuMemAlloc_v2")
-    key = gpu.graph.file, 3, (20, 4)
+    key = gpu.graph.stem, 3, (20, 4)
     (kept,) = sampler._free[key]
     sampler.sample(3, steps=12, seed=3, size=(20, 4))
     assert sampler._free[key] == [kept] and count("cuMemAlloc_v2") == before
