@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Both work in .venv, which they make.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := cpu,openvino,export,train,cli,charts,tensorrt-rtx,dev,docs
+EXTRAS := cpu,openvino,export,train,cli,charts,debug,tensorrt-rtx,dev,docs
 # Their own requirements hold a torchvision that no CPU torch loads, and a hundred packages that no test needs.
 FOREIGN := denoising-diffusion-pytorch torchcfm
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from epsrt import Bundle, BundleError, EngineError, EpsrtError, Sampler, open_engine
 from epsrt.engines.signature import Signature
+from epsrt.parity.layers import compare
 from epsrt.parity.measure import LIMITS, relative_l2
 from epsrt.verify import verify
 from epsrt_export import ParityError, export_network
@@ -94,6 +95,16 @@ class TestParity:
         truth = images(bundle, "onnxruntime", "fp32", **asked)
         for engine in ("onnxruntime", "openvino"):
             assert 1e-3 < relative_l2(images(bundle, engine, "int8", **asked), truth) < 0.15
+
+    def test_each_tensor_is_compared_with_that_of_fp32(self, bundle):
+        """Its graph has the FP32 graph's names, in another order."""
+        pytest.importorskip("polygraphy", reason="needs epsrt[debug]")
+        found = compare(bundle, "onnxruntime", threads=1)
+        assert (found.precision, found.limit, found.unpaired) == ("int8", LIMITS["cpu", "int8"][0], 0)
+        figures = {layer.tensor: layer.figure for layer in found.layers}
+        first = next(layer for layer in found.layers if layer.op == "Conv")
+        assert first.figure < 1e-6  # the first convolution stays in FP32
+        assert 1e-3 < figures["x_next"] < 0.25
 
     def test_known_pixels_come_back_exactly(self, bundle):
         known, mask = np.full((8, 1, 8, 8), 0.25, np.float32), np.zeros((8, 8), np.float32)

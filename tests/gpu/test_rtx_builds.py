@@ -13,6 +13,7 @@ from epsrt.engines.gpu.trt_build import BuildOptions, build, describe
 from epsrt.engines.gpu.trt_library import library
 from epsrt.errors import EngineError
 from epsrt.manifest import StepGraph
+from epsrt.parity import layers
 from nets import diffusers_unet, tiny, unet
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx_cu13")
@@ -76,6 +77,22 @@ def test_a_learned_variance_and_thresholding_build(learned_bundle_path, precisio
         assert build(lib, bundle, graph, BuildOptions(((1, 2, 4),), targets=(target,))).layers > 20
     kinds = {layer["type"] for layer in describe(lib, bundle, graph)}
     assert {"TOPK", "UNARY"} <= kinds
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_comparison_by_tensors_gets_those_of_the_onnx_file(edited_bundle_path, precision: str) -> None:
+    """All that onnxruntime computes, by the same names; building and running it needs a GPU."""
+    pytest.importorskip("polygraphy", reason="needs epsrt[debug]")
+    onnx = pytest.importorskip("onnx")
+    bundle = Bundle.open(edited_bundle_path)
+    file = bundle.path / bundle.graph(precision).file
+    graph = onnx.load(file, load_external_data=False).graph
+    tensors = [name for node in graph.node if node.op_type not in ("Shape", "Cast") for name in node.output]
+    _, network, *_ = layers.tensorrt_network("tensorrt-rtx", file, tensors)
+    shown = {network.get_output(i).name for i in range(network.num_outputs)}
+    assert shown <= set(tensors)
+    assert len(shown) > 0.9 * len(tensors)
+    assert "x_next" in shown
 
 
 @pytest.mark.parametrize(("size", "ratio"), [(64, 0.995), (64, 0.6876), (256, 0.995)])
