@@ -1,4 +1,4 @@
-"""epsrt verify: replay the golden file on an engine."""
+"""epsrt verify: replay the golden file on an engine, or compare its tensors one by one."""
 
 from __future__ import annotations
 
@@ -12,28 +12,42 @@ from rich.table import Table
 
 from epsrt.manifest import Rung
 from epsrt_command import show
+from epsrt_command.layers import Layers
 from epsrt_command.options import ThreadsOption
 
 EXAMPLES = """\
 epsrt verify out/digits.epsrt
 epsrt verify out/digits.epsrt --engine onnxruntime --precision fp16 --json
+epsrt verify out/digits.epsrt --layers --precision fp16 --limit 2e-3
 """
 
 
 def verify(
     bundle: show.BundleArgument,
+    *,
     engine: show.EngineOption = "auto",
-    precision: Annotated[str | None, typer.Option(help="fp32, fp16, bf16 or int8; by default all that run.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp16, bf16 or int8; by default all that run, with --layers fp16.")
+    ] = None,
     threads: ThreadsOption = None,
     trust_engines: show.TrustOption = False,
+    by_layer: Layers,
     as_json: show.JsonOption = False,
 ) -> None:
-    """Prove parity of every step graph with PyTorch, without PyTorch. Exits 1 on a miss."""
+    """Prove parity of every step graph with PyTorch, without PyTorch. Exits 1 on a miss.
+
+    With --layers, tell instead where precision is lost.
+    """
     from epsrt.bundle import Bundle
     from epsrt.engines import open_engine, runnable
     from epsrt.verify import verify_all
 
     opened = Bundle.open(bundle)
+    if by_layer.layers:
+        if not by_layer.run(opened, engine, precision, threads, as_json):
+            raise typer.Exit(1)
+        return
+    by_layer.check_alone()
     rungs, names = [], []
     with show.progress() as tell:
         on = partial(open_engine, opened, engine, threads=threads, trust_engines=trust_engines, on_progress=tell)
