@@ -46,10 +46,10 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/race.py
 	$(BIN)/python benchmarks/linear.py
 
-# On a machine with an NVIDIA GPU, in .venv or without it: make gpu [PART=tests|parity|speed|rivals] [ARGS=--retry]
+# On a machine with an NVIDIA GPU, in .venv or without it, ten minutes: make gpu [ARGS="--parts digits,race --retry"]
 gpu:
 	PYTHONPATH=$(CURDIR)/runtime:$(CURDIR)/export:$(CURDIR)/trainer:$(CURDIR)/command$(if $(PYTHONPATH),:$(PYTHONPATH)) \
-		$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py $(PART) $(ARGS)
+		$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_quick.py $(ARGS)
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "epsrt needs Python 3.11 or newer: make PYTHON=python3.11")'

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine in words, networks to run, results as JSON. epsrt.bench has the timing."""
+"""What benchmarks share: the machine in words, networks to run, rows and their tables. epsrt.bench has the timing."""
 
 from __future__ import annotations
 
@@ -35,6 +35,35 @@ def write(name: str, rows: list[dict[str, Any]]) -> Path:
         value = {"benchmark": name, "date": time.strftime("%Y-%m-%d"), "machine": machine(), "rows": rows}
         beside.write_text(json.dumps(value, indent=1) + "\n")
     return path
+
+
+def matches(row: dict[str, Any], key: dict[str, Any]) -> bool:
+    """Whether a row is the one of a key."""
+    return all(row.get(k) == v for k, v in key.items())
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Which parts of two machines' descriptions differ, in words."""
+    flat = [
+        {f"{k} {j}": w for k, v in m.items() for j, w in (v if isinstance(v, dict) else {"": v}).items()}
+        for m in (before, now)
+    ]
+    keys = [k for k in {**flat[0], **flat[1]} if flat[0].get(k) != flat[1].get(k)]
+    return "; ".join(f"{k.strip()}: {flat[0].get(k)}, now {flat[1].get(k)}" for k in keys)
+
+
+def align(head: str, rows: list[list[str]], left: int) -> list[str]:
+    """Lines of a table under the words of `head`; the first `left` columns begin at the left, and so does the last."""
+    cells = [head.split("|"), *rows]
+    wide = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    last = len(wide) - 1
+    lines = [
+        "  ".join(
+            c.ljust(w) if i < left or i == last else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide, strict=True))
+        )
+        for row in cells
+    ]
+    return [line.rstrip() for line in lines]
 
 
 def network(preset: str) -> nn.Module:

@@ -17,7 +17,7 @@ from epsrt.engines import nvidia
 from epsrt.engines.gpu import cuda
 from epsrt.types import Float32
 
-Tell = Callable[..., None]  # tell(what, **row)
+Tell = Callable[..., None]  # tell(key, **figures)
 
 SIZES = (3072, 1, 147, 64, 196608, 1_000_003)  # of a lane, elements
 IMAGE = 3072  # the size that is timed as well
@@ -67,7 +67,7 @@ def check_all(tell: Tell, most: int = MOST, copied: int = 2 << 30) -> None:
     begin = time.perf_counter()
     gpu = cuda.device().gpu
     seconds, free = round(time.perf_counter() - begin, 3), cuda.device().memory()[0] >> 20
-    tell("device", gpu=gpu.name, arch=gpu.arch, driver=nvidia.driver().version, open_s=seconds, free_mib=free)
+    tell({"what": "device"}, gpu=gpu.name, arch=gpu.arch, driver=nvidia.driver().version, open_s=seconds, free_mib=free)
     for size in SIZES:
         if size * 2 <= most:
             with ExitStack() as stack:
@@ -75,7 +75,7 @@ def check_all(tell: Tell, most: int = MOST, copied: int = 2 << 30) -> None:
     with ExitStack() as stack:
         check_check(tell, Bench(stack))
     with ExitStack() as stack:
-        tell("copy", gb_s=round(copy_rate(Bench(stack), copied), 1))
+        tell({"what": "copy"}, gb_s=round(copy_rate(Bench(stack), copied), 1))
 
 
 def check_noise(tell: Tell, bench: Bench, size: int, lanes: int) -> None:
@@ -98,7 +98,7 @@ def check_noise(tell: Tell, bench: Bench, size: int, lanes: int) -> None:
     error = np.abs(got.astype(np.float64) - want)[np.arange(lanes) != 1]
     untouched, worst = not got[1].any(), float(error.max())
     row = {"lanes": lanes, "worst": worst, "equal": float((error == 0).mean()), "untouched": untouched}
-    tell("noise", size=size, **row, passed=untouched and worst <= LIMIT)
+    tell({"what": "noise", "size": size}, **row, passed=untouched and worst <= LIMIT)
     if size == IMAGE:
         time_launch(tell, bench, launch, z, got)
 
@@ -115,13 +115,13 @@ def time_launch(tell: Tell, bench: Bench, launch: Callable[[], None], z: cuda.Me
         times = [bench.ms(lambda: bench.stream.replay(graph)) / LAUNCHES for _ in range(12)]
         same = bool((bench.down(z.pointer, plain.shape) == plain).all())
     us = round(1e3 * statistics.median(times), 3)
-    tell("noise kernel", lanes=len(plain), size=IMAGE, us=us, passed=same)
+    tell({"what": "noise kernel", "lanes": len(plain), "size": IMAGE}, us=us, passed=same)
     begin = time.perf_counter()
     for _ in range(20):
         work()
     seconds = time.perf_counter() - begin
     bench.stream.synchronize()
-    tell("host time of a launch", us=round(1e6 * seconds / (20 * LAUNCHES), 2))
+    tell({"what": "host time of a launch"}, us=round(1e6 * seconds / (20 * LAUNCHES), 2))
 
 
 def check_check(tell: Tell, bench: Bench) -> None:
@@ -134,7 +134,7 @@ def check_check(tell: Tell, bench: Bench) -> None:
     broken, t = bench.up(np.array([0, 0, 0, 4], np.int32)), bench.up(np.array([0, 0, 0, 77], np.float32))
     bench.launch("check", 4, 3000, [bench.up(x), bench.up(rows), numbers, broken, t], 3000, 3, 1)
     steps, times = bench.down(broken, (4,)).view(np.int32).tolist(), bench.down(t, (4,)).tolist()
-    tell("check kernel", passed=steps == [0, 6, 7, 4] and times == [0, 20, 30, 77], steps=steps)
+    tell({"what": "check kernel"}, passed=steps == [0, 6, 7, 4] and times == [0, 20, 30, 77], steps=steps)
 
 
 def copy_rate(bench: Bench, size: int) -> float:

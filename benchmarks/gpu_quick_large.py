@@ -1,155 +1,167 @@
-"""The parts of gpu_quick.py about the large network's speed: variants of onnxruntime's step, and rivals."""
+"""The part of gpu_quick.py about the large network's step: which dialect and which options make it fastest."""
 
 from __future__ import annotations
 
-import json
-import shutil
 import statistics
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gpu_cases import precisions
-from gpu_quick_parts import STEPS, attempt, batches, fix, found, layout, step, tell
-from gpu_timing import Row, median_ratio, rounds, spread
+from common import CACHE
+from gpu_rows import Notes, Row
+from gpu_timing import bare_runs, median_ratio, rounds, spread, whole
 
-from epsrt import Bundle, Engine, EngineError, Sampler
-from epsrt.manifest import StepGraph
-from epsrt.parity.measure import worst_psnr
+from epsrt import Bundle, Engine, EngineError, open_engine
+from epsrt.engines.gpu import cuda
+from epsrt.engines.gpu.lanes import DeviceLanes
+from epsrt.errors import BundleError
+from epsrt.machine import nvidia_smi
 
-PLAIN = ("PyTorch channels-last", "diffusers", "PyTorch")
-COMPILED = ("torch.compile",)
+ENGINE = "onnxruntime-cuda"
+BATCHES = (64, 1, 256)  # the most telling first
+SMALL = (2,)
+MAX_BATCH = 256
+METHODS = ("ddim", "ddpm")
+STEPS, SECONDS = 50, 8.0  # of a trajectory; of all rounds together, about
+BRIEF_STEPS, BRIEF_SECONDS = 20, 1.5  # where variants are compared, in DDIM alone
 
 
-def variant(bundle: Bundle, graph: StepGraph, nhwc: bool, options: dict[str, str]) -> Engine:
-    """onnxruntime's engine with a layout that is told, and more options of its CUDA provider."""
-    from epsrt.engines.gpu import onnxruntime as module
+def batches(given: Row) -> tuple[int, ...]:
+    return SMALL if given["small"] else BATCHES
 
-    if not hasattr(module, "_options_of_a_variant"):
-        plain: Any = module._cuda_options
-        module._options_of_a_variant = lambda engine, *rest: plain(engine, *rest) | getattr(engine, "options", {})  # type: ignore[attr-defined]
-        module._cuda_options = module._options_of_a_variant  # type: ignore[attr-defined]
-    engine: Any = module.OnnxRuntimeCuda(bundle, graph)
-    engine.options = options
-    fix(engine, nhwc)
-    return engine  # type: ignore[no-any-return]
+
+def precisions(bundle: Bundle) -> list[str]:
+    """Of a bundle, FP16 first."""
+    return [p for p in ("fp16", "fp32") if any(g.precision == p for g in bundle.manifest.graphs)]
+
+
+def found(given: Row) -> tuple[str, Bundle]:
+    """The large network's name and bundle. Raises EngineError where it is not exported yet."""
+    network = given["network"]
+    if network.endswith(".epsrt"):
+        return Path(network).stem, Bundle.open(network)
+    try:
+        return network, Bundle.open(CACHE / f"{network}-{MAX_BATCH}-fp32-fp16.epsrt")
+    except BundleError as error:
+        raise EngineError(f"{network} is not exported: {error}") from None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """onnxruntime's CUDA engine by every choice in it; another engine as it opens by itself.
+
+    This is the one place that knows how the engine is told.
+
+    bias    a convolution adds its bias itself (fuse_conv_bias)
+    search  cudnn_conv_algo_search
+    ours    our lanes capture the steps; else onnxruntime records graphs of its own
+    """
+
+    dialect: str = "cuda"
+    nhwc: bool = True
+    bias: bool = True
+    search: str = "EXHAUSTIVE"
+    ours: bool = True
+    engine: str = ENGINE
+
+    def __str__(self) -> str:
+        if self.engine != ENGINE:
+            return self.engine
+        words = [self.dialect, "NHWC" if self.nhwc else "NCHW", *(["fused bias"] if self.bias else [])]
+        words += [] if self.search == "EXHAUSTIVE" else [self.search]
+        return " ".join([*words, *([] if self.ours else ["onnxruntime's graphs"])])
+
+    def open(self, bundle: Bundle, precision: str) -> Engine:
+        if self.engine != ENGINE:
+            return open_engine(bundle, self.engine, precision=precision)
+        from epsrt.engines.gpu.onnxruntime import OnnxRuntimeCuda
+
+        options = {"fuse_conv_bias": str(int(self.bias)), "cudnn_conv_algo_search": self.search}
+        graph = bundle.graph(precision)
+        if self.dialect not in graph.files():
+            raise EngineError(f"{bundle.path.name} has no dialect {self.dialect}: export it again")
+        return OnnxRuntimeCuda(bundle, graph, ENGINE, self.dialect, options=options, nhwc=self.nhwc)
+
+    def lanes(self, engine: Engine, batch: int) -> DeviceLanes:
+        lanes: Any = engine.lanes(batch)
+        if not self.ours:
+            lanes.capturing = False
+            lanes._runner.without_capture()
+        return lanes  # type: ignore[no-any-return]
+
+
+OWN = Variant()  # what the engine chooses by itself
+PLAIN = Variant("cpu", nhwc=False, bias=False)
+MAIN = (OWN, Variant(bias=False), Variant("cpu"), Variant("cpu", bias=False), PLAIN)
+MORE = (
+    Variant(search="HEURISTIC"),
+    Variant("cpu", search="HEURISTIC"),
+    *(replace(variant, ours=False) for variant in MAIN),
+)
 
 
 def variants(given: Row) -> None:
-    """Which options of onnxruntime make the step fastest: layout, fused bias, fused GroupNorm; then our loop on it."""
-    with attempt("variants"):
-        bundle = found(given)
-        exported, bias = bundle.graph(precisions(bundle)[0]), {"fuse_conv_bias": "1"}
-        ask: list[tuple[str, StepGraph, bool, dict[str, str]]] = [
-            ("as exported", exported, nhwc, options) for nhwc, options in ((False, {}), (True, {}), (True, bias))
-        ]
-        if given["fuse"]:
-            with attempt("fuse"):
-                fused = fused_graph(bundle, exported, Path(given["state"]) / "fused")
-                ask += [("GroupNorm fused", fused, True, {}), ("GroupNorm fused", fused, True, bias)]
-        best: dict[str, tuple[bool, dict[str, str]]] = {}
-        for batch in batches(given):
-            ms: dict[int, float] = {}
-            for i, (name, graph, nhwc, options) in enumerate(ask):
-                with variant(bundle, graph, nhwc, options) as engine:
-                    took = layout(engine, given["network"], batch, nhwc, graph=name, options=options)
-                if took and graph is exported:
-                    ms[i] = took
-            if ms:
-                _, _, nhwc, options = ask[min(ms, key=lambda i: ms[i])]
-                best[str(batch)] = nhwc, options
-                chosen(given).write_text(json.dumps(best))
-                key: Row = {"nhwc": nhwc, "options": options}
-                with (
-                    attempt("step", network=given["network"], batch=batch, **key),
-                    variant(bundle, exported, nhwc, options) as engine,
-                ):
-                    step(engine, given["network"], batch, **key)
+    """The bare step and our loop in each variant, then both samplers in full on the fastest."""
+    notes, (network, bundle) = Notes(given), found(given)
+    precision = precisions(bundle)[0]
 
-
-def chosen(given: Row) -> Path:
-    """The fastest layout and options by batch."""
-    return Path(given["state"]) / "best.json"
-
-
-def fused_graph(bundle: Bundle, graph: StepGraph, folder: Path) -> StepGraph:
-    """The graph with its GroupNorms fused, outside the bundle, which opens with no file that its manifest lacks."""
-    import msgspec
-    import onnx
-    from group_norm import fuse
-
-    model = onnx.load(str(bundle.path / graph.file), load_external_data=False)
-    before = len(model.graph.node)
-    count, silu = fuse(model)
-    if not count:
-        raise EngineError(f"{graph.file} has no GroupNorm that can be fused")
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(bundle.path / graph.weights, folder / graph.weights)  # weights lie beside their graph
-    path = folder.absolute() / Path(graph.file).name
-    onnx.save(model, str(path))
-    tell("fuse", norms=count, with_silu=silu, nodes_before=before, nodes=len(model.graph.node))
-    return msgspec.structs.replace(graph, file=str(path))
-
-
-def race(given: Row) -> None:
-    """PyTorch and diffusers in turn with ours; before that, what the device can at most."""
-    import gpu_speed
-
-    for what, case in (("matmul", gpu_speed.matmul), ("flops", gpu_speed.count_flops)):
-        with attempt(what):
-            tell(what, **case({**given, "rounds": 10}))
-    with attempt("race"):
-        run_race(given, PLAIN, batches(given))
-
-
-def compiled(given: Row) -> None:
-    """torch.compile in turn with ours."""
-    from gpu_rivals import compile_cache
+    def brief(variant: Variant, batch: int) -> Row | None:
+        key = about("variant", network, bundle, precision, variant, batch=batch)
+        return notes.measure(key, lambda: course(bundle, precision, variant, batch, brief=True))
 
     for batch in batches(given):
-        with attempt("race", batch=batch):
-            compile_cache(batch)
-            run_race(given, COMPILED, (batch,))
+        rows = {variant: brief(variant, batch) for variant in MAIN}
+        took = {variant: row["bare_ms"]["p50"] for variant, row in rows.items() if row}
+        if took:
+            step(notes, network, bundle, precision, min(took, key=lambda variant: took[variant]), batch)
+    for batch in batches(given):
+        for variant in MORE:
+            brief(variant, batch)
 
 
-def run_race(given: Row, rivals: Sequence[str], batches: Sequence[int]) -> None:
-    import torch  # first: onnxruntime then takes CUDA's libraries from it
-    from gpu_rivals import rival, timed
-
-    bundle = found(given)
-    for batch in batches:
-        draws, made = {}, {}
-        with ExitStack() as stack:
-            for name in ("ours", *rivals):
-                begin = time.perf_counter()
-                with attempt("first call", rival=name, batch=batch):
-                    if name == "ours":
-                        draw = ours(given, bundle, batch, stack)
-                    else:
-                        draw = rival(name, given["network"], bundle, batch)
-                    made[name] = draw(STEPS)
-                    draws[name] = lambda draw=draw: timed(draw)
-                    tell("first call", rival=name, batch=batch, seconds=round(time.perf_counter() - begin, 2))
-            ms = rounds(draws, 10, least=3, seconds=9.0) if draws else {}
-        for name, values in ms.items():
-            rate = round(1e3 * batch * STEPS / statistics.median(values), 1)
-            row: Row = {"ms": spread(values, 3), "images_steps_per_s": rate}
-            if "ours" in ms:
-                row["times_ours"] = median_ratio(values, ms["ours"])
-                if name not in ("ours", "diffusers"):  # whose network has other weights
-                    row["db_to_ours"] = round(worst_psnr(made[name], made["ours"], bundle.manifest.value_range), 1)
-            tell("race", rival=name, batch=batch, steps=STEPS, **row)
-        torch.cuda.empty_cache()
+def step(notes: Notes, network: str, bundle: Bundle, precision: str, variant: Variant, batch: int) -> None:
+    """A row "step": what whole trajectories cost over the bare engine."""
+    key = about("step", network, bundle, precision, variant, batch=batch)
+    notes.measure(key, lambda: course(bundle, precision, variant, batch))
 
 
-def ours(given: Row, bundle: Bundle, batch: int, stack: ExitStack) -> Any:
-    """Sampler.sample as steps -> images, on the variant that was the fastest."""
-    known = json.loads(chosen(given).read_text()) if chosen(given).exists() else {}
-    nhwc, options = known.get(str(batch), (True, {}))
-    engine = stack.enter_context(variant(bundle, bundle.graph(precisions(bundle)[0]), nhwc, options))
-    sampler = stack.enter_context(Sampler(engine))
-    labels = [i % bundle.manifest.classes for i in range(batch)] if bundle.labelled else None
-    asked: Row = {"method": "ddim", "rederive": False, "labels": labels, "seed": 1}
-    return lambda steps: sampler.sample(batch, steps=steps, **asked)
+def about(what: str, network: str, bundle: Bundle, precision: str, variant: Variant, **more: Any) -> Row:
+    """A row's key."""
+    key = {"what": what, "network": network, "precision": precision, "variant": str(variant), **more}
+    return {**key, "digest": digest(bundle)}
+
+
+def digest(bundle: Bundle) -> str:
+    """What tells a bundle from others, in a row."""
+    return bundle.manifest.digest[:16]
+
+
+def course(bundle: Bundle, precision: str, variant: Variant, batch: int, brief: bool = False) -> Row:
+    """Bare steps and whole trajectories in turn; the ratio is what our loop costs."""
+    methods, steps, seconds = (METHODS[:1], BRIEF_STEPS, BRIEF_SECONDS) if brief else (METHODS, STEPS, SECONDS)
+    begin, device = time.perf_counter(), cuda.device()
+    free = device.memory()[0]
+    with ExitStack() as stack:
+        engine = stack.enter_context(variant.open(bundle, precision))
+        lanes = stack.enter_context(variant.lanes(engine, batch))
+        wholes = {method: whole(stack, lanes, engine, method, steps) for method in methods}
+        for run in wholes.values():
+            run()  # before the bare steps: what cannot be captured shows here
+        opened, held = time.perf_counter() - begin, free - device.memory()[0]
+        bares = bare_runs(stack, lanes, steps, {lanes._chunk} if brief else {lanes._chunk, steps})
+        ms = rounds({**bares, **wholes}, 12, seconds=seconds)
+        clocks = nvidia_smi("clocks.sm", "power.draw", "temperature.gpu")
+    best = min(bares, key=lambda name: statistics.median(ms[name]))
+    row: Row = {
+        "steps": steps,
+        "bare_ms": spread(ms[best]),
+        "image_steps_per_s": round(1e3 * batch / statistics.median(ms[best]), 1),
+        "steps_in_graph": best,
+    }
+    for method in methods:
+        wall, on_device = (list(values) for values in zip(*ms[method], strict=True))
+        ratio, wall_ratio = (median_ratio(values, ms[best], steps) for values in (on_device, wall))
+        row[method] = {"ratio": ratio, "wall_ratio": wall_ratio, "wall_ms": spread(wall)}
+    return {**row, "open_s": round(opened, 2), "held_mib": held >> 20, "clocks": clocks}

@@ -1,196 +1,154 @@
-"""Parts of gpu_quick.py, and what all of them share; gpu_quick_large.py has the others.
+"""Parts of gpu_quick.py: each runs in a process of its own and tells a row as soon as it has a figure.
 
-Each runs in a process of its own and says a row as soon as it has a figure.
-given: network, digits, state (a folder that the parts share), fuse, small
+given: network, digits, small, and what gpu_rows.Notes takes
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import statistics
-import time
-import traceback
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import gpu_kernels
-import numpy as np
-from gpu_cases import find_bundle, precisions
-from gpu_timing import Row, bare_runs, median_ratio, rounds, spread, whole
+import msgspec
+from gpu_quick_large import ENGINE, MAX_BATCH, OWN, PLAIN, Variant, about, batches, digest, found, precisions, step
+from gpu_rows import Notes, Row
 
-from epsrt import Bundle, Engine, EngineError, Sampler, open_engine
-from epsrt.bench import isolated
-from epsrt.errors import one_line
+from epsrt import Bundle, EngineError, Sampler
+from epsrt.engines import probe
 from epsrt.parity.measure import worst_psnr
 from epsrt.verify import verify
 
-ENGINE = "onnxruntime-cuda"
-BATCHES = (64, 1, 256)  # the most telling first
-SMALL = (2,)
-STEPS = 50
+ROOT = Path(__file__).parents[1]
 DECIBELS = {"fp32": 90, "fp16": 45}  # of the worst image to the CPU's
+COUNTED = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
 
 
-def tell(what: str, **row: Any) -> None:
-    isolated.say({"what": what, **row})
+def export(given: Row) -> Row:
+    """The large network as a bundle, on the cores that the other parts leave."""
+    from common import bundle
 
-
-@contextmanager
-def attempt(what: str, **key: Any) -> Iterator[None]:
-    """Within, whatever is raised is a row too, and what follows goes on."""
-    begin = time.perf_counter()
-    try:
-        yield
-    except Exception as error:
-        traceback.print_exc()
-        why = f"{type(error).__name__}: {one_line(error, 700)}"
-        tell(what, **key, error=why, seconds=round(time.perf_counter() - begin, 1))
-
-
-def batches(given: Row) -> tuple[int, ...]:
-    return SMALL if given["small"] else BATCHES
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.nice(10)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[4:] or cores)
+    made = bundle(given["network"], ("fp32", "fp16"), MAX_BATCH)
+    return {"digest": digest(made), "parameters": made.manifest.provenance.parameters}
 
 
 def kernels(given: Row) -> None:
     """Our own driver code alone."""
-    with attempt("kernels"):
-        if given["small"]:
-            gpu_kernels.check_all(tell, most=1 << 15, copied=1 << 20)
-        else:
-            gpu_kernels.check_all(tell)
+    notes, key = Notes(given), {"what": "kernels"}
+    if notes.row(key) is None:
+        sizes = {"most": 1 << 15, "copied": 1 << 20} if given["small"] else {}
+        gpu_kernels.check_all(notes.tell, **sizes)
+        notes.tell(key)
 
 
 def digits(given: Row) -> None:
-    """Parity of the whole way on the digits: engine, lanes, noise, CUDA graphs."""
-    import onnxruntime as ort
-
-    tell("providers", version=ort.__version__, have=ort.get_available_providers())
-    with attempt("library"):
-        load_provider(ort)
-    bundle = Bundle.open(given["digits"])
-    for precision in ("fp16", "fp32"):
-        with attempt("digits", precision=precision), open_engine(bundle, ENGINE, precision=precision) as engine:
-            ms = {nhwc: layout(engine, "digits", batches(given)[0], nhwc) for nhwc in (False, True)}
-            if any(ms.values()):
-                fix(engine, nhwc=min(ms, key=lambda nhwc: ms[nhwc] or np.inf))
-                ladder(engine, "digits")
-                samples_as_on_the_cpu(engine)
-                with attempt("step", network="digits", precision=precision):
-                    step(engine, "digits", 1)
+    """Parity of the whole way on the digits: engine, lanes, noise, CUDA graphs; then what the loop costs."""
+    notes, bundle = Notes(given), Bundle.open(given["digits"])
+    notes.measure({"what": "library"}, libraries)
+    for variant in (OWN, PLAIN):
+        for precision in precisions(bundle):
+            ladder(notes, "digits", bundle, precision, variant)
+            for method, steps in (("ddim", 25), ("ddpm", 100)):
+                samples(notes, bundle, precision, variant, method, steps)
+            step(notes, "digits", bundle, precision, variant, batches(given)[-1] if given["small"] else 1)
 
 
-def load_provider(ort: Any) -> None:
+def libraries() -> Row:
     """The loader's own words, where onnxruntime's would hide them, and which CUDA libraries it took."""
     import ctypes
 
+    import onnxruntime as ort
+
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()
     folder = Path(ort.__file__).parent / "capi"
     ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(folder / "libonnxruntime_providers_cuda.so"))
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
     names = ("cublas", "cudnn", "cudart", "curand", "cufft")
-    tell("library", loaded=sorted(path for path in mapped if any(name in path for name in names)))
+    loaded = sorted(Path(path).name for path in mapped if any(name in path for name in names))
+    return {"version": ort.__version__, "providers": ort.get_available_providers(), "loaded": loaded}
 
 
-def layout(engine: Engine, network: str, batch: int, nhwc: bool, **more: Any) -> float | None:
-    """Milliseconds of the bare step in a layout; None where it fails."""
-    key = {"network": network, "precision": engine.precision, "batch": batch, "nhwc": nhwc, **more}
-    begin = time.perf_counter()
-    with attempt("layout", **key):
-        ms: float = engine._time(batch, engine.bundle.manifest.shape, nhwc)  # type: ignore[attr-defined]
-        rate = round(1e3 * batch / ms, 1)
-        seconds = round(time.perf_counter() - begin, 2)
-        tell("layout", **key, ms=round(ms, 4), images_steps_per_s=rate, seconds=seconds)
-        return ms
-    return None
+def ladder(notes: Notes, network: str, bundle: Bundle, precision: str, variant: Variant) -> None:
+    def work() -> Row:
+        with variant.open(bundle, precision) as engine:
+            rungs = verify(engine)
+        told = [msgspec.to_builtins(rung) | {"passed": rung.passed} for rung in rungs]
+        return {"passed": all(rung.passed for rung in rungs), "rungs": told}
+
+    notes.measure(about("verify", network, bundle, precision, variant), work)
 
 
-def fix(engine: Any, nhwc: bool) -> None:
-    """The layout of all batches, without timing both: that takes two sessions a batch."""
-    engine._nhwc = lambda batch, shape: nhwc
+def samples(notes: Notes, bundle: Bundle, precision: str, variant: Variant, method: str, steps: int) -> None:
+    """The digits as the CPU draws them."""
 
+    def work() -> Row:
+        asked: Row = {"method": method, "steps": steps, "seed": 4, "labels": [0, 3, 5, 1] if bundle.labelled else None}
+        with (
+            variant.open(bundle, precision) as gpu,
+            Sampler(gpu) as ours,
+            Sampler.open(bundle.path, "onnxruntime", precision="fp32") as on_cpu,
+        ):
+            got, want = (sampler.sample(4, **asked) for sampler in (ours, on_cpu))
+        psnr = worst_psnr(got, want, bundle.manifest.value_range)
+        return {"db": round(psnr, 1), "passed": bool(psnr >= DECIBELS[precision])}
 
-def ladder(engine: Engine, network: str) -> None:
-    key = {"network": network, "precision": engine.precision}
-    begin = time.perf_counter()
-    with attempt("verify", **key):
-        rungs = verify(engine)
-        for r in rungs:
-            figure, limit = r.figure, r.limit
-            tell("rung", **key, name=r.name, figure=figure, limit=limit, passed=r.passed, where=r.where)
-        seconds = round(time.perf_counter() - begin, 1)
-        tell("verify", **key, seconds=seconds, passed=all(r.passed for r in rungs))
-
-
-def samples_as_on_the_cpu(engine: Engine) -> None:
-    labels = [0, 3, 5, 1] if engine.bundle.labelled else None
-    with open_engine(engine.bundle, "onnxruntime", precision="fp32") as cpu:
-        for method, steps in (("ddim", 25), ("ddpm", 100)):
-            key: Row = {"precision": engine.precision, "method": method, "steps": steps}
-            with attempt("samples", **key):
-                asked: Row = {"method": method, "steps": steps, "seed": 4, "labels": labels}
-                got, want = (Sampler(one).sample(4, **asked) for one in (engine, cpu))
-                psnr = worst_psnr(got, want, engine.bundle.manifest.value_range)
-                tell("samples", **key, db=round(psnr, 1), passed=bool(psnr >= DECIBELS[engine.precision]))
-
-
-def step(engine: Engine, network: str, batch: int, **more: Any) -> None:
-    """Bare steps and whole trajectories in turn; the ratio is what our loop costs."""
-    begin = time.perf_counter()
-    with ExitStack() as stack:
-        lanes = stack.enter_context(engine.lanes(batch))
-        opened = round(time.perf_counter() - begin, 2)
-        wholes = {method: whole(stack, lanes, engine, method, STEPS) for method in ("ddim", "ddpm")}
-        bares = bare_runs(stack, lanes, STEPS, {min(getattr(engine, "chunk", STEPS), STEPS)})
-        ms = rounds({**bares, **wholes}, 12, least=3, seconds=8.0)
-    bare = ms[min(bares, key=lambda name: statistics.median(ms[name]))]
-    row: Row = {"bare_ms": spread(bare), "steps_per_s": round(1e3 / statistics.median(bare), 1)}
-    for method in wholes:
-        wall, on_device = (list(values) for values in zip(*ms[method], strict=True))
-        ratio, wall_ratio = (median_ratio(values, bare, STEPS) for values in (on_device, wall))
-        row[method] = {"ratio": ratio, "wall_ratio": wall_ratio, "wall_ms": spread(wall)}
-    key = {"network": network, "engine": engine.name, "precision": engine.precision, "batch": batch}
-    tell("step", **key, open_s=opened, **more, **row)
+    notes.measure(about("samples", "digits", bundle, precision, variant, method=method, steps=steps), work)
 
 
 def parity(given: Row) -> None:
     """The ladder of the large network."""
-    bundle = found(given)
-    for precision in precisions(bundle):
-        with attempt("parity", precision=precision), open_engine(bundle, ENGINE, precision=precision) as engine:
-            fix(engine, nhwc=True)
-            ladder(engine, given["network"])
+    notes, (network, bundle) = Notes(given), found(given)
+    for variant in (OWN, PLAIN):
+        for precision in precisions(bundle):
+            ladder(notes, network, bundle, precision, variant)
+
+
+def tests(given: Row) -> None:
+    """The tests that need a GPU."""
+    if importlib.util.find_spec("pytest") is None:
+        print("pytest is not installed here: the tests are left out")
+        return
+
+    def work() -> Row:
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests/gpu")]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+        print(done.stdout)
+        if done.returncode not in (0, 1):
+            raise EngineError(f"pytest ended with status {done.returncode}: {done.stdout.strip()[-600:]}")
+        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+        counts: dict[str, Any] = {word: int(n) for n, word in COUNTED.findall(done.stdout.splitlines()[-1])}
+        return {**counts, "all_passed": done.returncode == 0, "which_failed": failed}
+
+    Notes(given).measure({"what": "tests"}, work)
 
 
 def more(given: Row) -> None:
-    """The digits at other batches, and the large network's step in FP32."""
-    for network, path, precision in (
-        ("digits", given["digits"], "fp16"),
-        (given["network"], str(found(given).path), "fp32"),
-    ):
-        with attempt("more", network=network), open_engine(Bundle.open(path), ENGINE, precision=precision) as engine:
-            fix(engine, nhwc=True)
-            for batch in batches(given)[:2]:
-                with attempt("step", network=network, batch=batch):
-                    step(engine, network, batch)
+    """The large network's step in FP32, and the digits at other batches."""
+    notes, (network, bundle) = Notes(given), found(given)
+    small = Bundle.open(given["digits"])
+    for batch in batches(given)[:2]:
+        step(notes, network, bundle, "fp32", OWN, batch)
+        step(notes, "digits", small, precisions(small)[0], OWN, batch)
 
 
-def found(given: Row) -> Bundle:
-    bundle = find_bundle(given["network"])
-    if bundle is None:
-        raise EngineError(f"{given['network']} is not exported: give --export")
-    return bundle
-
-
-def export(given: Row) -> Row:
-    """The large network as a bundle, on the cores that the other parts leave; no part, but what they need."""
-    from common import bundle
-    from gpu_cases import MAX_BATCH
-
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[4:] or cores)
-    begin = time.perf_counter()
-    made = bundle(given["network"], ("fp32", "fp16"), MAX_BATCH)
-    return {"path": str(made.path), "seconds": round(time.perf_counter() - begin, 1)}
+def engines(given: Row) -> None:
+    """The other GPU engines that load here: the digits' ladder, then the large network's step."""
+    notes, (network, bundle) = Notes(given), found(given)
+    small = Bundle.open(given["digits"])
+    for info in probe.ENGINES:
+        if info.device == "cuda" and info.name != ENGINE and probe.state(info.name).available:
+            variant = Variant(engine=info.name)
+            for precision in precisions(small):
+                ladder(notes, "digits", small, precision, variant)
+            for batch in batches(given):
+                step(notes, network, bundle, precisions(bundle)[0], variant, batch)

@@ -1,4 +1,4 @@
-"""Timing on the device: a bare engine, whole trajectories through its lanes, one kernel of ours alone.
+"""Timing on the device: a bare engine, and whole trajectories through its lanes.
 
 This is the one place that looks inside DeviceLanes. Events are recorded on its stream.
 """
@@ -6,8 +6,8 @@ This is the one place that looks inside DeviceLanes. Events are recorded on its 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ from epsrt.engines.gpu.lanes import DeviceLanes
 
 Run = Callable[[], Any]
 Row = dict[str, Any]
-KERNEL_RUNS = 50  # launches of a kernel that are timed as one
 
 
 def spread(values: list[float], digits: int = 4) -> dict[str, float]:
@@ -35,9 +34,9 @@ def median_ratio(a: list[float], b: list[float], scale: float = 1.0) -> float:
     return round(paired_ratio(a, b, scale), 4)
 
 
-def rounds(runs: dict[str, Run], most: int, least: int = 5, seconds: float = 30.0) -> dict[str, list[Any]]:
-    """timing.rounds, after two rounds and most/40 seconds (half a second, of the usual 20) that warm the device up."""
-    return timing.rounds(runs, most, least=min(least, most), seconds=seconds, warm=2, warm_s=most / 40)
+def rounds(runs: dict[str, Run], most: int, least: int = 3, seconds: float = 8.0) -> dict[str, list[Any]]:
+    """timing.rounds, after one and a quarter of a second that warm the device up; `seconds` beside them."""
+    return timing.rounds(runs, most, least=least, seconds=seconds, warm=1, warm_s=0.25)
 
 
 class Watch:
@@ -98,57 +97,34 @@ def whole(stack: ExitStack, lanes: DeviceLanes, engine: Engine, method: str, ste
     return run
 
 
-def bare(stack: ExitStack, lanes: DeviceLanes, steps: int, in_graph: int) -> Run:
-    """The engine's steps alone, milliseconds a step: no noise, no check, no rows to upload; the lanes keep their x.
-
-    `in_graph` steps are one captured graph, which is replayed; an engine that captures by itself does so. Raises
-    EngineError where the capture fails.
-    """
-    stream, runner, watch = lanes._stream, lanes._runner, Watch(stack, lanes)
-    row = upload(stack, lanes, lanes._idle(1))
-
-    def enqueue(count: int) -> None:
-        for i in range(count):
-            runner.enqueue(i % 2, row)
-
-    if not runner.capturable:
-        return lambda: watch.time(lambda: enqueue(steps)) / steps
-    graph = stream.capture(lambda: enqueue(in_graph))
-    stack.callback(graph.close)
-    replays = steps // in_graph
-
-    def replay() -> None:
-        for _ in range(replays):
-            stream.replay(graph)
-
-    return lambda: watch.time(replay) / (replays * in_graph)
-
-
 def bare_runs(stack: ExitStack, lanes: DeviceLanes, steps: int, sizes: set[int]) -> dict[str, Run]:
-    """`bare` by the number of steps in a graph; one run, "alone", where nothing of ours is captured."""
-    if not lanes._runner.capturable:
-        return {"alone": bare(stack, lanes, steps, 1)}
-    try:
-        return {str(size): bare(stack, lanes, steps, size) for size in sorted(sizes)}
-    except EngineError as error:
-        print(f"the bare engine is not captured: {error}")
-    watch, row = Watch(stack, lanes), upload(stack, lanes, lanes._idle(1))
-    one_by_one = lambda: [lanes._runner.enqueue(i % 2, row) for i in range(steps)]  # noqa: E731
-    return {"alone": lambda: watch.time(one_by_one) / steps}
+    """The engine's steps alone, milliseconds a step: no noise, no check, and idle rows, which keep x as it is.
 
+    By the number of steps in a captured graph, which is replayed; "alone" where nothing of ours can be captured.
+    """
+    stream, runner, watch, chunk = lanes._stream, lanes._runner, Watch(stack, lanes), lanes._chunk
+    idle = upload(stack, lanes, lanes._idle(chunk))
 
-def kernel(stack: ExitStack, lanes: DeviceLanes, name: str) -> Run:
-    """One kernel of ours alone, as a step launches it where all lanes add noise: milliseconds a launch, in a graph."""
-    columns, width = lanes._columns, lanes._width
-    rows = lanes._idle(KERNEL_RUNS)
-    cells = rows[:, : width * len(columns)].reshape(KERNEL_RUNS, width, len(columns))
-    cells[:, :, columns.index("d")] = 1.0
-    cells[:, :, columns.index("n")] = np.arange(KERNEL_RUNS)[:, None]
-    at, stream, watch = upload(stack, lanes, rows), lanes._stream, Watch(stack, lanes)
-    with only(lanes, name):
-        graph = stream.capture(lambda: lanes._enqueue(at, KERNEL_RUNS, True))
-    stack.callback(graph.close)
-    return lambda: watch.time(lambda: stream.replay(graph)) / KERNEL_RUNS
+    def enqueue(count: int, rows: int) -> None:
+        for i in range(count):
+            runner.enqueue(i % 2, rows + i % chunk * lanes._row_bytes)
+
+    def captured(size: int) -> Run:
+        graph, replays = stream.capture(lambda: enqueue(size, lanes._slots)), steps // size
+        stack.callback(graph.close)
+
+        def run() -> float:
+            stream.copy(lanes._slots, idle, chunk * lanes._row_bytes)  # whole trajectories leave theirs
+            return watch.time(lambda: [stream.replay(graph) for _ in range(replays)]) / (replays * size)
+
+        return run
+
+    if lanes.capturing and runner.capturable:
+        try:
+            return {str(size): captured(size) for size in sorted(sizes)}
+        except EngineError as error:
+            print(f"the bare engine is not captured: {error}")
+    return {"alone": lambda: watch.time(lambda: enqueue(steps, idle)) / steps}
 
 
 def upload(stack: ExitStack, lanes: DeviceLanes, rows: NDArray[np.float32]) -> int:
@@ -158,27 +134,3 @@ def upload(stack: ExitStack, lanes: DeviceLanes, rows: NDArray[np.float32]) -> i
     at = table.upload(rows)
     lanes._stream.synchronize()
     return at
-
-
-@contextmanager
-def only(lanes: DeviceLanes, kernel: str) -> Iterator[None]:
-    """Within: a step of these lanes is the launch of one kernel, without the engine and the other kernels."""
-    stream, runner = lanes._stream, lanes._runner
-
-    class OneKernel:
-        def launch(self, name: str, *arguments: Any) -> None:
-            if name == kernel:
-                stream.launch(name, *arguments)
-
-        def copy(self, *arguments: Any) -> None:
-            pass
-
-    class NoEngine:
-        def enqueue(self, now: int, rows: int) -> None:
-            pass
-
-    lanes._stream, lanes._runner = OneKernel(), NoEngine()  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        lanes._stream, lanes._runner = stream, runner

@@ -19,16 +19,17 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import CACHE, bundle, machine, network, write
-from gpu_cases import Cases, difference, matches, run_case
+from common import CACHE, bundle, difference, machine, matches, network, write
 from race_case import CASES
 from race_rivals import AUTO, BY_NAME, CONTESTANTS, prepare
 from race_table import chart, table
 
-from epsrt import open_engine
+from epsrt import EngineError, open_engine
+from epsrt.bench import isolated
 from epsrt.files import whole_file
 
 Row = dict[str, Any]
@@ -91,7 +92,15 @@ def kept(path: Path, here: Row) -> list[Row]:
     return []
 
 
-def run(wanted: list[Row], cases: Cases, path: Path, seconds: float, end: float) -> list[Row]:
+def measured(case: Callable[[Row], Row], key: Row) -> Row:
+    """What a case finds in a process of its own; {"error": …} where it fails or its process dies."""
+    try:
+        return isolated.call(case, key, seconds=LIMIT).value  # type: ignore[no-any-return]
+    except EngineError as error:
+        return {"error": str(error)}
+
+
+def run(wanted: list[Row], cases: dict[str, Callable[[Row], Row]], path: Path, seconds: float, end: float) -> list[Row]:
     """The rows of all cases: kept, or measured now and kept at once. Ends early where `end` (monotonic) has passed."""
     here: Row = json.loads(json.dumps(machine()))
     rows = kept(path, here)
@@ -102,8 +111,7 @@ def run(wanted: list[Row], cases: Cases, path: Path, seconds: float, end: float)
             break
         print(" ".join(str(value) for value in key.values() if value), "…", flush=True)
         more, begin = given(key, seconds), time.monotonic()
-        result = run_case(cases[key["what"]], {**key, **more}, LIMIT, None)
-        result = {"error": f"it took more than {LIMIT:.0f} s"} if result is None else result
+        result = measured(cases[key["what"]], {**key, **more})
         spent = round(time.monotonic() - begin, 1)
         more.pop("bundle")
         rows.append({**key, **more, **result, "took_s": spent})

@@ -1,4 +1,4 @@
-"""The cases of the race on a CPU, each run in a process of its own: see gpu_cases.run_case.
+"""The cases of the race on a CPU, each run in a process of its own: see race.measured.
 
 PyTorch's and onnxruntime's idle threads may spin before they sleep, and take a core from whoever comes next. So each
 turn begins with a pause and an unmeasured step (not where a step takes longer than all of that), and a case tells how

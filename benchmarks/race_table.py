@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_cases import align
+from common import align
 from race_rivals import AUTO, BY_NAME, CONTESTANTS
 
 from epsrt_command.charts import save

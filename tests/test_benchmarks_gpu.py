@@ -1,33 +1,26 @@
-"""benchmarks/gpu*.py: what is kept, when they stop, their arithmetic, and all of it once on the stand-in driver."""
+"""benchmarks/gpu_quick.py: what is kept, when its parts end. tests/gpu/test_gpu_quick.py runs all of it."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto
-from onnx.reference import ReferenceEvaluator
-from onnx.reference.op_run import OpRun
 
 from epsrt import Bundle, Sampler
 from epsrt.bench import isolated
 from epsrt.parity.measure import worst_psnr
-from gpu.stand_in.build import NoCompiler, build, environment  # here: later, benchmarks/gpu.py would hide it
 from nets import tiny
 
+pytest.importorskip("cuda.bindings", reason="needs cuda-bindings")
 ROOT = Path(__file__).parents[1]
-SOURCES = [ROOT / "runtime/epsrt/engines/gpu/kernels.cu"]
-MINUTES = 1.0
+Row = dict[str, Any]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,181 +31,202 @@ def benchmarks() -> Iterator[None]:
     sys.path.remove(str(ROOT / "benchmarks"))
 
 
-# A case: what it is told to do, and a result that counts its runs.
-CASES = """
-import os, pathlib, signal, sys, time
-def case(key):
-    with open("runs", "a") as file: file.write(key["do"] + " ")
-    print("the last words")
-    if key["do"] == "die": os.kill(os.getpid(), signal.SIGSEGV)
-    if key["do"] == "exit": sys.exit(3)
-    if key["do"] == "fail": raise ValueError("no")
-    if key["do"] == "sleep":
-        try: time.sleep(60)
-        except KeyboardInterrupt: pathlib.Path("cleaned").touch(); raise
-    if key["do"] == "linger":
-        import atexit
-        atexit.register(time.sleep, 60)
-    return {"value": key["rounds"]}
+HERE: Row = {"gpu": {"name": "one"}, "cores": 2, "kernel": "6.1", "versions": {"torch": "2"}}
 
-def timing(key):
-    from epsrt.bench import isolated
-    time.sleep(0.2)
-    isolated.say("timing")
-    time.sleep(0.3)
-    return {}
+
+def kept(path: Path) -> list[Row]:
+    return json.loads(path.read_text())["rows"]
+
+
+def test_a_row_takes_the_place_of_its_key_in_any_bundle(tmp_path) -> None:
+    from gpu_rows import Results
+
+    results = Results(tmp_path / "r.json", HERE)
+    key = {"what": "step", "batch": 1, "digest": "a"}
+    results.keep(key, ms=1.0)
+    results.keep({**key, "batch": 8}, ms=2.0)
+    results.keep({**key, "digest": "b"}, ms=3.0)
+    assert [(r["batch"], r["digest"], r["ms"]) for r in kept(results.path)] == [(1, "b", 3.0), (8, "a", 2.0)]
+    assert Results(results.path, HERE | {"kernel": "6.2"}).rows == results.rows  # which changes no figure
+    assert Results(results.path, HERE, fresh=True).rows == kept(results.path) == []
+
+
+def test_another_machines_rows_are_put_aside(tmp_path, capsys) -> None:
+    from gpu_rows import Results
+
+    Results(tmp_path / "r.json", HERE).keep({"what": "x"}, value=1)
+    other = Results(tmp_path / "r.json", HERE | {"versions": {"torch": "3"}})
+    assert "versions torch: 2, now 3" in capsys.readouterr().out
+    assert other.rows == []
+    assert kept(tmp_path / "r-before.json")[0]["value"] == 1
+    for damaged in ("{", "[]", '{"rows": 1}'):
+        (tmp_path / "r.json").write_text(damaged)
+        assert Results(tmp_path / "r.json", HERE).rows == []
+        assert "starting over" in capsys.readouterr().out
+
+
+def test_the_file_is_whole_at_any_time(tmp_path) -> None:
+    from gpu_rows import Results
+
+    results = Results(tmp_path / "r.json", HERE)
+    writer = threading.Thread(target=lambda: [results.keep({"what": "x", "n": n}, value=[n] * 500) for n in range(100)])
+    writer.start()
+    seen = []
+    while writer.is_alive():
+        seen.append(len(kept(results.path)))
+    writer.join()
+    assert len(kept(results.path)) == 100
+    assert len(set(seen)) > 2
+    assert seen == sorted(seen)
+
+
+# Parts that count what they measure.
+PARTS = """
+import os, time
+from gpu_rows import Notes
+
+def measure(notes, name, work=lambda: {"value": 1}, digest="a"):
+    def counted():
+        with open("measured", "a") as file: file.write(name + " ")
+        return work()
+    return notes.measure({"what": name, "digest": digest}, counted)
+
+def works(given):
+    notes = Notes(given)
+    for name in "abc": measure(notes, name, digest=given.get("digest", "a"))
+
+def fails(given):
+    def no(): raise ValueError("no")
+    notes = Notes(given)
+    assert measure(notes, "f", no) is None
+    assert measure(notes, "g")["value"] == 1
+
+def dies(given):
+    notes = Notes(given)
+    measure(notes, "before"), measure(notes, "deadly", os.abort), measure(notes, "after")
+
+def falls(given):
+    os.abort()
+
+def hangs(given):
+    notes = Notes(given)
+    measure(notes, "first"), measure(notes, "endless", lambda: time.sleep(60)), measure(notes, "last")
+
+def slow(given):
+    notes = Notes(given)
+    measure(notes, "slow", lambda: time.sleep(given["slow"]) or {}), measure(notes, "late", lambda: time.sleep(60))
 """
 
 
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The module CASES."""
-    folder = tmp_path_factory.mktemp("cases")
-    (folder / "made_up_cases.py").write_text(CASES)
-    sys.path.insert(0, str(folder))
-    import made_up_cases
-
-    yield made_up_cases
-    sys.path.remove(str(folder))
-
-
 @pytest.fixture
-def part(cases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """part(**options) is a Part with one case; `runs()` are those that ran."""
-    import gpu_cases
+def quick(tmp_path, monkeypatch) -> Callable[..., Any]:
+    """quick(names, …) runs such parts: what was left undone. quick.rows() are the rows, quick.measured() the count."""
+    import gpu_quick
+    from gpu_rows import Results
 
+    (tmp_path / "made_up_parts.py").write_text(PARTS)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gpu_cases, "machine", lambda: {"gpu": {"name": "one"}, "cores": 2})
-    monkeypatch.setattr(gpu_cases, "LEAST", 0.5)
-    known = {"x": cases.case}
-    return lambda minutes=MINUTES, **more: gpu_cases.Part("test", known, tmp_path, minutes, 7, **more)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.delitem(sys.modules, "made_up_parts", raising=False)
+    import made_up_parts
+
+    monkeypatch.setattr(gpu_quick, "HOPELESS", 0.5)
+    names = ("works", "fails", "dies", "falls", "hangs", "slow")
+    monkeypatch.setattr(gpu_quick, "PARTS", {n: gpu_quick.Part(getattr(made_up_parts, n), 6.0) for n in names})
+    path = tmp_path / "r.json"
+
+    def run(
+        *parts: str, seconds: float = 100.0, beside: Any = None, run: str = "", code: str = "", **given: Any
+    ) -> Any:
+        results = Results(path, HERE)
+        results.run, results.code = run or results.run, code or results.code
+        asked = {"results": str(path), "run": results.run, "code": results.code, "retry": False, "keep": False}
+        return gpu_quick.run(results, asked | given, list(parts), seconds, tmp_path / "log", beside)
+
+    run.rows = lambda: {row["what"]: row for row in kept(path)}  # type: ignore[attr-defined]
+    run.measured = lambda: Path("measured").read_text().split()  # type: ignore[attr-defined]
+    return run
 
 
-def runs() -> list[str]:
-    return Path("runs").read_text().split() if Path("runs").exists() else []
+def test_nothing_is_measured_twice(quick) -> None:
+    for _ in range(2):
+        assert quick("works") == []
+    assert quick.measured() == ["a", "b", "c"]
+    quick("works", digest="b")  # of another bundle
+    assert len(quick.measured()) == 6
+    quick("works", digest="b", code="other")
+    assert len(quick.measured()) == 9
+    quick("works", keep=True)
+    assert len(quick.measured()) == 9
 
 
-def test_a_row_is_measured_once(part) -> None:
-    first = part()
-    row = first.case("x", "digest", {"given": 1}, do="work", batch=1)
-    assert (row["value"], row["what"], row["batch"], row["digest"], "given" in row) == (7, "x", 1, "digest", False)
-    again = part()
-    assert again.case("x", "digest", do="work", batch=1) == row
-    assert runs() == ["work"]
-    again.case("x", "digest", do="work", batch=2)
-    again.case("x", "another", do="work", batch=1)  # of the same network exported anew: it takes the old one's place
-    assert len(runs()) == 3
-    kept = json.loads(Path("gpu-test.json").read_text())
-    assert [(r["batch"], r["digest"]) for r in kept["rows"]] == [(1, "another"), (2, "digest")]
-    assert (kept["benchmark"], kept["machine"]["cores"]) == ("gpu-test", 2)
-    part(fresh=True).case("x", "another", do="work", batch=1)
-    assert len(runs()) == 4
+def test_a_failure_is_a_row_until_it_is_retried(quick) -> None:
+    for _ in range(2):
+        quick("fails", run="first")
+        assert "ValueError: no" in quick.rows()["f"]["error"]
+    assert quick.measured() == ["f", "g"]
+    quick("fails", run="second", retry=True)
+    assert quick.measured() == ["f", "g", "f"]
 
 
-def test_a_failure_is_a_row(part) -> None:
-    for do, want in (
-        ("fail", "ValueError: no"),
-        ("die", "its process ended with SIGSEGV: the last words"),
-        ("exit", "status 3"),
-    ):
-        row = part().case("x", do=do)
-        assert want in row["error"]
-        assert part().case("x", do=do) == row
-    assert runs() == ["fail", "die", "exit"]
-    last = part(retry=True)
-    last.case("x", do="fail")
-    assert runs() == ["fail", "die", "exit", "fail"]
-    assert "x: ValueError: no" in last.summary()
+def test_a_part_goes_on_after_what_killed_it(quick) -> None:
+    for _ in range(2):
+        assert quick("dies", "works", retry=True, run="one") == []
+    assert quick.measured() == ["before", "deadly", "after", "a", "b", "c"]
+    assert "SIGABRT" in quick.rows()["deadly"]["error"]
+    assert quick.rows()["after"]["value"] == 1
+    (undone,) = quick("falls")  # before it began to measure
+    assert "falls" in undone
+    assert "SIGABRT" in undone
 
 
-def test_another_machines_rows_are_put_aside(part, monkeypatch, capsys) -> None:
-    import gpu_cases
-
-    part().case("x", do="work")
-    monkeypatch.setattr(gpu_cases, "machine", lambda: {"gpu": {"name": "two"}, "cores": 2})
-    other = part()
-    assert "gpu name: one, now two" in capsys.readouterr().out
-    assert other.rows == []
-    assert json.loads(Path("gpu-test-before.json").read_text())["rows"][0]["do"] == "work"
-
-
-def test_a_damaged_file_is_told_and_left_behind(part, capsys) -> None:
-    Path("gpu-test.json").write_text("{")
-    assert part().rows == []
-    assert "starting over" in capsys.readouterr().out
+def test_a_part_that_is_cut_off_costs_its_own_share(quick) -> None:
+    undone = quick("hangs", "works")
+    assert undone == ["hangs: it was cut off after 6 s"]
+    assert "took more than 3 s" in quick.rows()["endless"]["error"]
+    assert {"first", "a", "b", "c"} <= set(quick.rows())
+    assert quick("hangs") == []  # the next run leaves it out
+    assert quick.measured().count("endless") == 1
+    assert quick.rows()["last"]["value"] == 1
+    quick("slow", slow=4.5)
+    assert "error" not in quick.rows().get("late", {})  # it had hardly begun
+    assert quick("works", seconds=1.0) == ["works: no time was left"]
 
 
-def test_what_the_budget_does_not_reach_is_left(part, monkeypatch) -> None:
-    import gpu_cases
+def test_parts_that_need_the_export_let_others_go_first(quick, monkeypatch) -> None:
+    import gpu_quick
 
-    monkeypatch.setattr(gpu_cases, "MARGIN", 0.0)
-    spent = part(minutes=0.0)
-    assert spent.case("x", do="work", batch=8) is None
-    assert "left for another run (1): x 8" in spent.summary()
-    begin = time.monotonic()
-    short = part(minutes=3 / 60)  # enough for its Python to start on a busy machine
-    assert short.case("x", do="sleep") is None
-    assert time.monotonic() - begin < 30
-    assert "takes more than" in short.summary()
-    assert Path("cleaned").exists()  # it was asked to end before it was made to
-    assert part().rows == []
+    monkeypatch.setitem(gpu_quick.PARTS, "works", gpu_quick.Part(gpu_quick.PARTS["works"].work, 9.0, exported=True))
+    over = threading.Event()
+    beside = threading.Thread(target=over.wait, daemon=True)
+    beside.start()
+    threading.Timer(3.0, over.set).start()
+    assert quick("works", "fails", beside=beside) == []
+    assert quick.measured() == ["f", "g", "a", "b", "c"]
 
 
-def test_a_result_counts_though_its_process_stays(part, monkeypatch) -> None:
-    monkeypatch.setattr(isolated, "LINGER_S", 0.2)
-    begin = time.monotonic()
-    assert part().case("x", do="linger")["value"] == 7
-    assert time.monotonic() - begin < 10
+def test_names() -> None:
+    from gpu_rows import name_of
 
-
-def test_memory_is_watched_until_the_case_times(cases, tmp_path, monkeypatch) -> None:
-    import gpu_cases
-
-    monkeypatch.chdir(tmp_path)
-    free = iter([100 << 20, *[90 << 20, 40 << 20, 70 << 20] * 4, *[60 << 20] * 1000])
-    seen: list[int] = []
-
-    def told() -> int:
-        seen.append(next(free))
-        return seen[-1]
-
-    assert gpu_cases.run_case(cases.timing, {}, 20, told) == {"peak_mib": 60}
-    before = len(seen)
-    assert before > 4
-    assert gpu_cases.run_case(cases.timing, {}, 20, None) == {}
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090", "Tesla T4", "NVIDIA H200")
+    assert [name_of(name) for name in names] == ["h100", "a100-sxm4", "rtx-4090", "t4", "h200"]
 
 
 def test_arithmetic() -> None:
-    from gpu_cases import align, difference
-    from gpu_speed import rate
+    from common import align, difference
     from gpu_timing import median_ratio, rounds, spread
 
     assert spread([3.0, 1.0, 2.0]) == {"p50": 2.0, "p95": 2.9, "n": 3}
     assert median_ratio([100, 303, 100], [1, 3, 2], 50) == 2.0
-    assert rate(2 * 8192**3, 1.0) == pytest.approx(1099.5, abs=0.1)  # TFLOP/s
     calls: list[str] = []
-    kept = rounds({"a": lambda: calls.append("a") or 1, "b": lambda: calls.append("b") or 2}, 3)
-    assert kept == {"a": [1, 1, 1], "b": [2, 2, 2]}
+    made = rounds({"a": lambda: calls.append("a") or 1, "b": lambda: calls.append("b") or 2}, 3)
+    assert made == {"a": [1, 1, 1], "b": [2, 2, 2]}
     assert calls[-6:] == ["a", "b", "b", "a", "a", "b"]
-    assert len(calls) >= 10  # two to warm up, at least
+    assert len(calls) >= 8  # one to warm up, at least
     assert len(rounds({"a": lambda: 1}, 20, least=4, seconds=0)["a"]) == 4
     assert align("a|n|last", [["xx", "1", "y"], ["z", "22", "q"]], 1) == ["a    n  last", "xx   1  y", "z   22  q"]
     assert difference({"a": 1, "v": {"t": 1}}, {"a": 1, "v": {"t": 2, "u": 3}}) == "v t: 1, now 2; v u: None, now 3"
-
-
-def test_nvidia_smi(tmp_path, monkeypatch) -> None:
-    from epsrt import machine
-
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert machine.nvidia_smi("clocks.sm") == {}
-    script = tmp_path / "nvidia-smi"
-    script.write_text('#!/bin/sh\necho "1980, [N/A], 580.159.03"\n')
-    script.chmod(0o755)
-    assert machine.nvidia_smi("clocks.sm", "power.draw", "driver_version") == {
-        "clocks.sm": 1980.0,
-        "driver_version": "580.159.03",
-    }
-    assert machine.nvidia_smi("clocks.sm") == {}  # another number of answers
 
 
 def test_the_plain_loop_is_our_ddim(small_bundle_path) -> None:
@@ -231,214 +245,60 @@ def test_the_plain_loop_is_our_ddim(small_bundle_path) -> None:
         assert worst_psnr(draw(20), want, bundle.manifest.value_range) >= 90
 
 
-FAKE_ONNXRUNTIME = """
-import sys
-sys.path.append({fake!r})
-import fake_onnxruntime
-sys.modules["onnxruntime"] = fake_onnxruntime
-fake_onnxruntime.OPTIONS[fake_onnxruntime.CUDA].add("fuse_conv_bias")
-"""
+def test_a_race_is_in_turn_with_ours(small_bundle_path, tmp_path, monkeypatch) -> None:
+    """On the CPU: a rival that cannot run is a row, and only what has no row is raced again."""
+    import gpu_quick_race as race
+    import gpu_torch
+    import torch
+    from gpu_rows import Results
+
+    results = Results(tmp_path / "r.json", HERE)
+    given = {"network": str(small_bundle_path), "results": str(results.path), "run": results.run, "code": results.code}
+    given |= {"retry": False, "keep": False, "small": True}
+    begun = []
+
+    def rival(name: str, network: str, bundle: Bundle, batch: int) -> Any:
+        begun.append(name)
+        if name == "diffusers":
+            raise ValueError("no diffusers here")
+        x_T = gpu_torch.start(batch, bundle.manifest.shape)
+        return gpu_torch.eager(tiny(seed=3), bundle.manifest.schedule, x_T, device="cpu", dtype=torch.float32)
+
+    def ours(bundle: Bundle, precision: str, variant: Any, batch: int, stack: Any) -> Any:
+        begun.append("ours")
+        sampler = stack.enter_context(Sampler.open(bundle.path, "onnxruntime"))
+        return lambda steps: sampler.sample(batch, steps=steps, seed=gpu_torch.SEED, rederive=False)
+
+    def say(told: Row) -> None:
+        if "key" in told:
+            results.keep(told["key"], **told["values"])
+
+    monkeypatch.setattr(race, "rival", rival)
+    monkeypatch.setattr(race, "ours", ours)
+    monkeypatch.setattr(isolated, "say", say)
+    monkeypatch.setattr(race, "rounds", lambda draws, most, least: {n: [d(), d()] for n, d in draws.items()})
+    race.race(given)
+    rows = {row["rival"]: row for row in results.rows}
+    assert begun == ["ours", "PyTorch channels-last", "diffusers", "PyTorch"]
+    assert rows["diffusers"]["error"] == "ValueError: no diffusers here"
+    assert rows["epsrt"]["times_ours"] == 1
+    for name in ("PyTorch channels-last", "PyTorch"):
+        assert rows[name]["db_to_ours"] >= 90
+        assert rows[name]["times_ours"] == pytest.approx(rows[name]["ms"]["p50"] / rows["epsrt"]["ms"]["p50"], rel=0.5)
+        assert rows[name]["image_steps_per_s"] == pytest.approx(1e5 / rows[name]["ms"]["p50"], rel=1e-2)  # 2 of 50
+    race.race(given)
+    assert len(begun) == 4
+    results.rows.remove(rows["PyTorch"])
+    results.keep({"what": "something else"})
+    race.race(given)
+    assert begun[4:] == ["ours", "PyTorch"]
 
 
-@pytest.fixture(scope="module")
-def on_gpu(small_bundle_path, tmp_path_factory) -> Callable[..., str]:
-    """on_gpu(arguments …) runs Python on the stand-in, with a pretended TensorRT, in a folder: what it printed."""
-    pytest.importorskip("cuda.bindings", reason="needs cuda-bindings")
-    folder = tmp_path_factory.mktemp("gpu")
-    try:
-        library = build(folder / "driver", SOURCES)
-    except NoCompiler as error:
-        pytest.skip(str(error))
-    shutil.copytree(small_bundle_path, folder / "out/bench/small-256-fp32.epsrt")
-    package, facts = folder / "packages/tensorrt", folder / "packages/tensorrt-11.4.0.dist-info"
-    package.mkdir(parents=True)
-    facts.mkdir()
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: tensorrt\nVersion: 11.4.0\n")
-    fake = ROOT / "tests/gpu"
-    (package / "__init__.py").write_text(
-        f"import sys\nsys.path.append({str(fake)!r})\nimport fake_tensorrt\nsys.modules[__name__] = fake_tensorrt\n"
-    )
-    (package.parent / "torch.py").write_text('raise ImportError("no torch in this test")\n')  # a second each
-    sources = [str(ROOT / source) for source in ("runtime", "export", "trainer", "command", "benchmarks")]
-    env = environment(library.parent, capability="9.0", name="NVIDIA Pretended") | {
-        "PYTHONPATH": os.pathsep.join([str(package.parent), *sources]),
-        "EPSRT_CACHE": str(folder / "cache"),
-    }
+def test_flops() -> None:
+    import gpu_quick_race
 
-    fakes = folder / "fakes"  # for those who ask for them by their name on the path
-    fakes.mkdir()
-    (fakes / "sitecustomize.py").write_text(FAKE_ONNXRUNTIME.format(fake=str(fake)))
-
-    def run(*arguments: object, pretend_onnxruntime: bool = False) -> str:
-        path = os.pathsep.join([*([str(fakes)] if pretend_onnxruntime else []), env["PYTHONPATH"]])
-        done = subprocess.run(
-            [sys.executable, *map(str, arguments)],
-            cwd=folder,
-            env={**os.environ, **env, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def on_part(on_gpu, tmp_path_factory) -> Callable[[str], tuple[str, dict[str, Any]]]:
-    """on_part(name) runs a part of the benchmarks: what it printed, and its file."""
-    results = tmp_path_factory.mktemp("results")
-
-    def run(part: str) -> tuple[str, dict[str, Any]]:
-        options = ("--networks", "small", "--batches", "2,99", "--rounds", "1", "--results", results)
-        said = on_gpu(ROOT / "benchmarks/gpu.py", part, *options)
-        return said, json.loads((results / f"gpu-{part}.json").read_text())
-
-    return run
-
-
-def test_parity_on_the_stand_in(on_part) -> None:
-    said, kept = on_part("parity")
-    rows = {(r["what"], r["engine"]): r for r in kept["rows"]}
-    assert rows["verify", "tensorrt"]["passed"], said
-    assert {r["name"] for r in rows["verify", "tensorrt"]["rungs"]} >= {"network", "step", "ddim-50", "batch"}
-    assert rows["verify", "onnxruntime"]["from"] == "the export"
-    assert "is not installed" in rows["engine", "onnxruntime-cuda"]["error"]
-    assert "error" in rows["engine", "tensorrt-rtx"]  # not for sm_90, or not installed
-    assert kept["machine"]["gpu"]["name"] == "NVIDIA Pretended"
-    assert "left" not in said
-    again, after = on_part("parity")
-    assert "…" not in again  # nothing is measured twice
-    assert after["rows"] == kept["rows"]
-
-
-def test_speed_on_the_stand_in(on_part) -> None:
-    said, kept = on_part("speed")
-    rows = {r["what"]: r for r in kept["rows"]}
-    assert "error" not in rows["step"], said
-    assert (rows["step"]["batch"], rows["step"]["graphs"], rows["step"]["chunk"]) == (2, "ours", 10)
-    for method in ("ddim", "ddpm"):
-        assert rows["step"][method]["device_ms"]["n"] == 1
-        assert rows["step"][method]["wall_ratio"] >= rows["step"][method]["ratio"] > 0
-    assert set(rows["step"]["bare_ms_by_steps_in_graph"]) == {"10", "50"}
-    assert rows["step"]["kernels"]["noise"]["us"] > 0
-    assert "peak_mib" not in rows["step"]  # each process on the stand-in has a memory of its own
-    assert set(rows["chunk"]["chunks"]) == {"1", "2", "5", "10", "25", "50"}
-    assert "no torch in this test" in rows["matmul"]["error"]
-    assert "flops" not in rows  # not counted: it is nobody's preset
-    assert "tflops" not in rows["step"]
-    assert "targets" in said
-
-
-ENGINES = """
-import sys
-sys.path[:0] = sys.argv[1:3]
-import fake_onnxruntime, fake_tensorrt
-sys.modules["onnxruntime"] = fake_onnxruntime
-import gpu_rivals, gpu_speed
-from epsrt import EngineError
-
-key = {"network": "small", "precision": "fp32", "batch": 3, "rounds": 2, "gflop": 1.0, "matmul": 100.0}
-row = gpu_speed.measure({**key, "engine": "onnxruntime-cuda"})
-assert (row["graphs"], row["bare_steps_in_graph"]) == ("the engine's own", "alone"), row
-assert row["tflops"] > 0 and "share_of_matmul" not in row, row  # FP32 is not held against FP16's product
-try:
-    gpu_speed.chunks({**key, "engine": "onnxruntime-cuda"})
-except EngineError as error:
-    assert "captures its steps by itself" in str(error)
-fake_tensorrt.knobs["fail_in_capture"] = True
-row = gpu_speed.measure({**key, "engine": "tensorrt"})
-assert (row["graphs"], row["bare_steps_in_graph"]) == ("none", "alone"), row
-"""
-
-
-def test_timing_engines_that_we_do_not_capture(on_gpu) -> None:
-    """onnxruntime captures its steps by itself; and what CUDA refuses to capture runs step by step."""
-    on_gpu("-c", ENGINES, ROOT / "benchmarks", ROOT / "tests/gpu")
-
-
-def quick(on_gpu: Callable[..., str], out: Path, *more: object) -> list[dict[str, Any]]:
-    """The rows of benchmarks/gpu_quick.py with small sizes."""
-    given = ("--digits", "out/bench/small-256-fp32.epsrt", "--network", "small", "--small", "--state", out / "state")
-    on_gpu(ROOT / "benchmarks/gpu_quick.py", "--out", out, *given, *more, pretend_onnxruntime=True)
-    return json.loads((out / "gpu.json").read_text())
-
-
-def test_the_quick_measurement_on_the_stand_in(on_gpu, tmp_path) -> None:
-    rows = quick(on_gpu, tmp_path, "--seconds", "300", "--parts", "kernels,digits,variants,race,parity,more")
-    assert all(row["passed"] for row in rows if "passed" in row), rows
-    by_part = {row["part"]: {r["what"] for r in rows if r["part"] == row["part"] and "error" not in r} for row in rows}
-    assert by_part["kernels"] >= {"device", "noise", "noise kernel", "host time of a launch", "check kernel", "copy"}
-    assert by_part["digits"] == {"providers", "layout", "rung", "verify", "samples", "step"}
-    assert by_part["variants"] == {"fuse", "layout", "step"}  # whose fused graphs onnxruntime's CPU cannot run
-    assert by_part["parity"] == {"rung", "verify"}
-    assert "race" not in by_part["race"]  # there is no torch in this test
-    layouts = [(r["nhwc"], r["options"]) for r in rows if r["part"] == "variants" and r["what"] == "layout"]
-    assert layouts[:3] == [(False, {}), (True, {}), (True, {"fuse_conv_bias": "1"})]
-    assert {r["precision"] for r in rows if r["what"] == "verify"} == {"fp32"}
-    errors = {(r["part"], r["what"]): r["error"] for r in rows if "error" in r}
-    assert "fp16" in errors["digits", "digits"]  # the bundle has none
-    assert "no torch in this test" in errors["race", "race"]
-
-
-def test_fused_group_norms_compute_what_the_exported_do() -> None:
-    """onnxruntime's operator runs on GPUs alone: here it is NumPy's."""
-    from group_norm import fuse
-
-    class GroupNorm(OpRun):
-        op_domain = "com.microsoft"
-
-        def _run(self, x, scale, bias, groups, activation, epsilon, channels_last):
-            assert channels_last
-            apart = x.reshape(len(x), -1, groups, x.shape[-1] // groups).astype(np.float64)
-            mean, variance = apart.mean((1, 3), keepdims=True), apart.var((1, 3), keepdims=True)
-            y = ((apart - mean) / np.sqrt(variance + epsilon)).reshape(x.shape) * scale + bias
-            return ((y / (1 + np.exp(-y)) if activation else y).astype(x.dtype),)
-
-    bundle = Bundle.open(ROOT / "examples/digits.epsrt")
-    path = bundle.path / bundle.graph("fp32").file
-    model = onnx.load(path)
-    before = ReferenceEvaluator(model)
-    rng = np.random.default_rng(0)
-    given = {}
-    for name, kind in ((i.name, i.type.tensor_type) for i in model.graph.input):
-        size = [d.dim_value or 2 for d in kind.shape.dim]
-        given[name] = rng.random(size, np.float32) if kind.elem_type == TensorProto.FLOAT else np.ones(size, np.int64)
-    want = before.run(None, given)
-    norms, with_silu = fuse(model)
-    assert norms >= with_silu > 0
-    assert {n.op_type for n in model.graph.node} & {"InstanceNormalization", "GroupNorm"} == {"GroupNorm"}
-    got = ReferenceEvaluator(model, new_ops=[GroupNorm]).run(None, given)
-    for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-
-
-def test_a_part_that_hangs_or_dies_costs_its_own_share(tmp_path, monkeypatch, capsys) -> None:
-    import gpu_quick
-
-    (tmp_path / "bad_parts.py").write_text(
-        "import os, time\nfrom epsrt.bench import isolated\n"
-        "def hangs(given):\n    isolated.say({'what': 'figure', 'value': 1})\n    time.sleep(60)\n"
-        "def dies(given):\n    isolated.say({'what': 'figure', 'value': 2})\n    os.abort()\n"
-        "def works(given):\n    isolated.say({'what': 'figure', 'value': given['value']})\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    import bad_parts
-
-    parts = {name: (getattr(bad_parts, name), 3.0, False) for name in ("hangs", "dies", "works")}
-    monkeypatch.setattr(gpu_quick, "PARTS", parts)
-    rows = gpu_quick.Rows(tmp_path / "gpu.json")
-    gpu_quick.run(rows, {"value": 3}, list(parts), 100.0, tmp_path / "log", None)
-    kept = json.loads((tmp_path / "gpu.json").read_text())
-    assert [(r["part"], r["what"]) for r in kept] == [
-        ("hangs", "figure"), ("hangs", "cut off"), ("dies", "figure"), ("dies", "died"), ("works", "figure"),
-    ]  # fmt: skip
-    assert "SIGABRT" in kept[3]["error"]
-    assert [r["value"] for r in kept if r["what"] == "figure"] == [1, 2, 3]
-    gpu_quick.run(rows, {"value": 4}, ["works"], 0.0, tmp_path / "log", None)
-    assert rows.rows[-1]["what"] == "left"
-    assert "cut off" in gpu_quick.summary(rows.rows)
+    found = gpu_quick_race.flops("digits")["gflop"]
+    assert 0.005 < found < 0.5  # some 10⁷ multiply-adds
 
 
 def test_without_a_gpu_it_says_so(tmp_path) -> None:
@@ -446,7 +306,7 @@ def test_without_a_gpu_it_says_so(tmp_path) -> None:
 
     if not nvidia.driver().problem:
         pytest.skip("this machine has a GPU")
-    command = [sys.executable, ROOT / "benchmarks/gpu.py", "speed", "--results", tmp_path]
+    command = [sys.executable, ROOT / "benchmarks/gpu_quick.py", "--out", tmp_path]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0
     assert nvidia.driver().problem in done.stdout
