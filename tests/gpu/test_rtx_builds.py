@@ -80,19 +80,21 @@ def test_a_learned_variance_and_thresholding_build(learned_bundle_path, precisio
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_comparison_by_tensors_gets_those_of_the_onnx_file(edited_bundle_path, precision: str) -> None:
-    """All that onnxruntime computes, by the same names; building and running it needs a GPU."""
+def test_a_comparison_by_tensors_gets_those_of_the_onnx_file(edited_bundle_path, precision: str, capfd) -> None:
+    """All that onnxruntime computes, by the same names, and no word on stdout. Running it needs a GPU."""
     pytest.importorskip("polygraphy", reason="needs epsrt[debug]")
     onnx = pytest.importorskip("onnx")
     bundle = Bundle.open(edited_bundle_path)
     file = bundle.path / bundle.graph(precision).file
     graph = onnx.load(file, load_external_data=False).graph
     tensors = [name for node in graph.node if node.op_type not in ("Shape", "Cast") for name in node.output]
-    _, network, *_ = layers.tensorrt_network("tensorrt-rtx", file, tensors)
+    with layers.silent():
+        _, network, *_ = layers.tensorrt_network("tensorrt-rtx", file, tensors)
     shown = {network.get_output(i).name for i in range(network.num_outputs)}
     assert shown <= set(tensors)
     assert len(shown) > 0.9 * len(tensors)
     assert "x_next" in shown
+    assert capfd.readouterr().out == ""
 
 
 @pytest.mark.parametrize(("size", "ratio"), [(64, 0.995), (64, 0.6876), (256, 0.995)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,11 +109,14 @@ def compare(
     states = bundle.golden().network
     on_onnxruntime = partial(_onnxruntime, bundle.path, threads)
     try:
-        second = (
-            on_onnxruntime(models[1], theirs) if engine == REFERENCE else _tensorrt(engine, bundle, graphs[1], theirs)
-        )
-        runners = [on_onnxruntime(models[0], mine), second]
-        errors, whole = _errors(runners, found, _feeds(bundle, graphs[0], states), len(states.x), on_progress)
+        with silent():
+            other = (
+                on_onnxruntime(models[1], theirs)
+                if engine == REFERENCE
+                else _tensorrt(engine, bundle, graphs[1], theirs)
+            )
+            runners = [on_onnxruntime(models[0], mine), other]
+            errors, whole = _errors(runners, found, _feeds(bundle, graphs[0], states), len(states.x), on_progress)
     except EpsrtError:
         raise
     except Exception as error:  # onnxruntime's and Polygraphy's exceptions share no public base class
@@ -156,6 +159,15 @@ def _model(file: Path) -> Any:
     except ImportError as error:
         raise EngineError(f'comparing layers needs {error.name}: pip install "epsrt[debug]"') from None
     return onnx.load(file, load_external_data=False)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Polygraphy writes nothing on stdout: what goes wrong is raised as well."""
+    from polygraphy.logger import G_LOGGER
+
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
+        yield
 
 
 def _onnxruntime(folder: Path, threads: int | None, model: Any, tensors: Sequence[str]) -> Any:
@@ -218,11 +230,9 @@ def _errors(
 ) -> tuple[dict[str, list[float]], set[str]]:
     """Relative L2 of each tensor of floats in each of `count` states; and the tensors of other dtypes."""
     from polygraphy.comparator import Comparator
-    from polygraphy.logger import G_LOGGER
 
     errors, whole = defaultdict[str, list[float]](list), set[str]()
-    silent = G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1)  # what goes wrong is raised too
-    with silent, np.errstate(invalid="ignore"), closing(Comparator.run(runners, feeds, streaming=True)) as run:
+    with np.errstate(invalid="ignore"), closing(Comparator.run(runners, feeds, streaming=True)) as run:
         for done, results in enumerate(run, 1):
             mine, theirs = (iterations.pop() for iterations in results.values())
             for pair in found:
