@@ -183,13 +183,15 @@ def main() -> int:
 
 
 def failures(rows: list[Row]) -> list[str]:
-    """A line a failure."""
-    return [
-        f"{' '.join(str(r[k]) for k in ('what', 'network', 'precision', 'variant', 'batch', 'rival') if k in r)}: "
-        f"{r.get('error') or r.get('which_failed') or 'MISSED'}"
-        for r in rows
-        if "error" in r or r.get("passed") is False or r.get("all_passed") is False
-    ]
+    """A line a failure, and a line a row with warnings."""
+    found = []
+    for r in rows:
+        missed = r.get("passed") is False or r.get("all_passed") is False
+        why = r.get("error") or (missed and (r.get("which_failed") or "MISSED")) or "; ".join(r.get("warnings", ()))
+        if why:
+            name = (str(r[k]) for k in ("what", "network", "precision", "variant", "batch", "rival") if k in r)
+            found.append(f"{' '.join(name)}: {why}")
+    return found
 
 
 if __name__ == "__main__":

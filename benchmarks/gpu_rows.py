@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import threading
 import time
@@ -107,9 +108,10 @@ class Notes:
         row = self.row(key)
         if row is None:
             begin = time.perf_counter()
-            with self.attempt(key):
+            with self.attempt(key), heard_warnings() as warnings:
                 row = work()
-                self.tell(key, **row, seconds=round(time.perf_counter() - begin, 1))
+                more: Row = {"warnings": warnings} if warnings else {}
+                self.tell(key, **row, **more, seconds=round(time.perf_counter() - begin, 1))
         return None if row is None or "error" in row else row
 
     @contextmanager
@@ -131,6 +133,23 @@ class Notes:
         if "error" in row and self._given["retry"] and row["run"] != self._given["run"]:
             return False
         return bool(self._given["keep"] or row["code"] == self._given["code"])
+
+
+@contextmanager
+def heard_warnings() -> Iterator[list[str]]:
+    """What epsrt warns of within: that steps are not captured, say."""
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            warnings.append(record.getMessage())
+
+    warnings: list[str] = []
+    log, kept = logging.getLogger("epsrt"), Kept(logging.WARNING)
+    log.addHandler(kept)
+    try:
+        yield warnings
+    finally:
+        log.removeHandler(kept)
 
 
 def of_any_bundle(key: Row) -> Row:

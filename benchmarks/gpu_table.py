@@ -106,7 +106,7 @@ class Figures:
     def table(self) -> list[list[str]]:
         """Name, then a cell a batch."""
         lines: list[tuple[str, Callable[[int], float | None], str]] = [
-            ("image steps/s", self.rate, "{:,.0f}"),
+            ("image steps/s of the bare engine", self.rate, "{:,.0f}"),
             ("share of an FP16 product's rate", self.share, "{:.0f} %"),
             ("a trajectory over the bare engine", self.loop, "{:.3f}"),
         ]

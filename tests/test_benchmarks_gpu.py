@@ -82,7 +82,7 @@ def test_the_file_is_whole_at_any_time(tmp_path) -> None:
 
 # Parts that count what they measure.
 PARTS = """
-import os, time
+import logging, os, time
 from gpu_rows import Notes
 
 def measure(notes, name, work=lambda: {"value": 1}, digest="a"):
@@ -94,6 +94,13 @@ def measure(notes, name, work=lambda: {"value": 1}, digest="a"):
 def works(given):
     notes = Notes(given)
     for name in "abc": measure(notes, name, digest=given.get("digest", "a"))
+
+def warns(given):
+    def warned():
+        logging.getLogger("epsrt").warning("%s is slow", "it")
+        return {}
+    notes = Notes(given)
+    measure(notes, "w", warned), measure(notes, "quiet")
 
 def fails(given):
     def no(): raise ValueError("no")
@@ -132,7 +139,7 @@ def quick(tmp_path, monkeypatch) -> Callable[..., Any]:
     import made_up_parts
 
     monkeypatch.setattr(gpu_quick, "HOPELESS", 0.5)
-    names = ("works", "fails", "dies", "falls", "hangs", "slow")
+    names = ("works", "warns", "fails", "dies", "falls", "hangs", "slow")
     monkeypatch.setattr(gpu_quick, "PARTS", {n: gpu_quick.Part(getattr(made_up_parts, n), 6.0) for n in names})
     path = tmp_path / "r.json"
 
@@ -168,6 +175,17 @@ def test_a_failure_is_a_row_until_it_is_retried(quick) -> None:
     assert quick.measured() == ["f", "g"]
     quick("fails", run="second", retry=True)
     assert quick.measured() == ["f", "g", "f"]
+
+
+def test_warnings_are_kept(quick) -> None:
+    import gpu_quick
+
+    assert quick("warns") == []
+    rows = quick.rows()
+    assert rows["w"]["warnings"] == ["it is slow"]
+    assert "warnings" not in rows["quiet"]
+    failed = {"what": "verify", "batch": 2, "passed": False}
+    assert gpu_quick.failures([*rows.values(), failed]) == ["w: it is slow", "verify 2: MISSED"]
 
 
 def test_a_part_goes_on_after_what_killed_it(quick) -> None:
