@@ -190,3 +190,40 @@ assert down(broken, lanes, np.int32).tolist() == [0, 6, 7, 4]
 assert down(t, lanes).tolist() == [0, 20, 30, 77]
 """
     )
+
+
+def test_threads_stride_where_the_grid_has_too_few_blocks(on_stand_in) -> None:
+    """CUDA's largest grid along y covers 67 million elements of a lane; here it has two blocks, of 1,024 each."""
+    on_stand_in(
+        HELPERS
+        + """
+from epsrt.engines.gpu.buffers import pack
+cuda.BLOCKS, lanes, size = 2, 2, 9_001
+z, x, m, x0, known, mask = images = [cuda.Memory(4 * lanes * size, "test") for _ in range(6)]
+words = [cuda.Memory(8 * lanes, "test") for _ in range(5)]
+for memory in (*images, *words):
+    stream.upload(memory.pointer, np.full(memory.size // 4, 5, np.float32))
+rows = np.ones((lanes, 1), np.float32)
+addresses = z.pointer, up(rows), up(np.uint64([3, 4])), up(np.uint32([1, 2]))
+launch("noise", lanes, size, addresses, size, 1, 0, 0, noise.STEP)
+want = noise.normals(np.uint64([3, 4]), np.uint32([1, 2]), noise.STEP, np.ones(2, int), size)
+assert np.abs(down(z.pointer, (lanes, size)) - want).max() <= 4e-6
+
+a, b = rng.standard_normal((2, size)).astype(np.float32)
+begins, given = pack({0: Sample(3, 1, known=a, mask=b), 1: Sample(4, 2)})
+at = cuda.Table(stream, "test").upload(begins, *given)
+pointers = [memory.pointer for memory in (x, m, x0, *words, known, mask)]
+launch("begin", lanes, size, (*pointers, at, at + begins.nbytes), size)
+want = noise.normals(np.uint64([3, 4]), np.uint32([1, 2]), noise.START, np.zeros(2, int), size)
+assert np.abs(down(x.pointer, (lanes, size)) - want).max() <= 4e-6
+for memory, first in ((m, 0), (x0, 0), (known, a), (mask, b)):
+    got = down(memory.pointer, (lanes, size))
+    assert (got[0] == first).all() and not got[1].any()
+
+last = np.zeros((lanes, size), np.float32)
+last[1, -1] = np.nan
+broken, t = up(np.zeros(2, np.int32)), up(np.zeros(2, np.float32))
+launch("check", lanes, size, (up(last), up(rows), up(np.int32([7, 7])), broken, t), size, 1, 0)
+assert down(broken, lanes, np.int32).tolist() == [0, 7]
+"""
+    )

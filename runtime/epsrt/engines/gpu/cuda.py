@@ -28,7 +28,8 @@ except ImportError as error:
         '"epsrt[tensorrt-rtx]"'
     ) from None
 
-THREADS, PER_THREAD = 256, 4  # of a block in kernels.cu; elements that a thread of `noise` and `begin` makes
+THREADS, PER_THREAD = 256, 4  # of a block in kernels.cu; elements that a thread of `noise` and `begin` makes at once
+BLOCKS = 65535  # of a lane, at most: CUDA's largest grid along y. Kernels stride over what more there is
 
 
 class CudaError(EngineError):
@@ -167,7 +168,7 @@ class Stream:
 
     def launch(self, kernel: str, lanes: int, elements: int, *arguments: Any) -> None:
         """Run a kernel of kernels.cu for `lanes` × `elements`; arguments are ctypes values."""
-        blocks = min(-(-elements // (THREADS * PER_THREAD)), 65535)
+        blocks = min(-(-elements // (THREADS * PER_THREAD)), BLOCKS)
         values = tuple(a.value or 0 for a in arguments)  # of a null pointer it is None
         kinds = tuple(type(a) for a in arguments)
         function = self._device.kernels[kernel]

@@ -1,8 +1,9 @@
 // What runs on the device beside the engine: a sample's beginning, each step's noise, the search for NaN.
 //
 // The same noise as epsrt.noise: Philox4x32-10 keyed by the seed, counter (element / 4, n, stream, index), and Box-Muller
-// in float32 without fast-math. Lanes lie along x of the grid, the elements of a lane along y. Compiled by NVRTC; plain
-// enough (no shared memory, no warp intrinsics) that the tests compile it as C++ and run it on a CPU.
+// in float32 without fast-math. Lanes lie along x of the grid, the elements of a lane along y: a thread strides, since a
+// grid has no more than 65,535 blocks there. Compiled by NVRTC; plain enough (no shared memory, no warp intrinsics) that
+// the tests compile it as C++ and run it on a CPU.
 
 typedef unsigned int uint32;
 typedef unsigned long long uint64;
@@ -52,14 +53,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 noise(float* z, const float* rows, const uint64* seeds, const uint32* indices, int size, int columns, int column,
       int column_n, uint32 stream) {
     int lane = blockIdx.x;
-    uint32 counter = blockIdx.y * THREADS + threadIdx.x;
     const float* row = rows + (long long)lane * columns;
-    if (row[column] == 0.0f || 4ll * counter >= size) return;
-    float drawn[4];
-    normals(counter, (uint32)row[column_n], stream, indices[lane], seeds[lane], drawn);
-    float* to = z + (long long)lane * size + 4ll * counter;
-    for (int i = 0; i < 4; ++i)
-        if (4ll * counter + i < size) to[i] = drawn[i];
+    if (row[column] == 0.0f) return;
+    float* to = z + (long long)lane * size;
+    for (uint32 counter = blockIdx.y * THREADS + threadIdx.x; 4ll * counter < size; counter += gridDim.y * THREADS) {
+        float drawn[4];
+        normals(counter, (uint32)row[column_n], stream, indices[lane], seeds[lane], drawn);
+        for (int i = 0; i < 4; ++i)
+            if (4ll * counter + i < size) to[4ll * counter + i] = drawn[i];
+    }
 }
 
 // A sample that a lane begins with; epsrt.engines.buffers fills it.
@@ -80,29 +82,30 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 begin(float* x, float* m, float* x0, uint64* seeds, uint32* indices, int* broken_step, long long* labels,
       long long* targets, float* known, float* mask, const Begin* begins, const float* images, int size) {
     Begin b = begins[blockIdx.x];
-    uint32 counter = blockIdx.y * THREADS + threadIdx.x;
-    if (counter == 0) {
+    uint32 first = blockIdx.y * THREADS + threadIdx.x;
+    if (first == 0) {
         seeds[b.lane] = b.seed;
         indices[b.lane] = b.index;
         broken_step[b.lane] = 0;
         if (labels) labels[b.lane] = b.label;
         if (targets) targets[b.lane] = b.target;
     }
-    if (4ll * counter >= size) return;
-    float drawn[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (b.scale != 0.0f) normals(counter, 0, b.stream, b.index, b.seed, drawn);
-    for (int i = 0; i < 4; ++i) {
-        long long element = 4ll * counter + i;
-        if (element >= size) return;
-        float value = b.scale * drawn[i];
-        if (b.init >= 0 && b.signal != 0.0f) value += b.signal * images[(long long)b.init * size + element];
-        long long at = (long long)b.lane * size + element;
-        x[at] = value;
-        m[at] = 0.0f;
-        x0[at] = 0.0f;
-        if (mask) {
-            known[at] = b.known >= 0 ? images[(long long)b.known * size + element] : 0.0f;
-            mask[at] = b.known >= 0 ? images[(b.known + 1ll) * size + element] : 0.0f;
+    for (uint32 counter = first; 4ll * counter < size; counter += gridDim.y * THREADS) {
+        float drawn[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (b.scale != 0.0f) normals(counter, 0, b.stream, b.index, b.seed, drawn);
+        for (int i = 0; i < 4; ++i) {
+            long long element = 4ll * counter + i;
+            if (element >= size) return;
+            float value = b.scale * drawn[i];
+            if (b.init >= 0 && b.signal != 0.0f) value += b.signal * images[(long long)b.init * size + element];
+            long long at = (long long)b.lane * size + element;
+            x[at] = value;
+            m[at] = 0.0f;
+            x0[at] = 0.0f;
+            if (mask) {
+                known[at] = b.known >= 0 ? images[(long long)b.known * size + element] : 0.0f;
+                mask[at] = b.known >= 0 ? images[(b.known + 1ll) * size + element] : 0.0f;
+            }
         }
     }
 }
