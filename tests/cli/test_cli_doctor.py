@@ -5,6 +5,7 @@ import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -50,6 +51,7 @@ def machine(monkeypatch):
             return packages[name]
 
         monkeypatch.setattr("importlib.metadata.version", find)
+        monkeypatch.setattr(probe, "_file_of", lambda name, path: Path("site-packages", path))
         monkeypatch.setattr(probe, "_has_module", lambda name: True)
         monkeypatch.setattr(probe, "_has_file", lambda stem, major: False)
         monkeypatch.setattr(probe, "driver", lambda: driver)
@@ -125,6 +127,18 @@ def test_a_machine_with_gpus(run, machine, monkeypatch):
     for words in ("supports CUDA 13.0", "NVIDIA L4, sm_89, 23.0 GiB", '"1,0"', "tensorrt-rtx-cu13  1.7.1.116"):
         assert words in text
     assert text.endswith("\nauto takes tensorrt-rtx\n")
+
+
+def test_a_gpu_that_tensorrt_rtx_does_not_run_on(run, machine):
+    """It still builds for others, ahead of time."""
+    machine(RTX | {"tensorrt": "11.4.0.106"}, Driver((13, 0), (Gpu(0, "NVIDIA H100", (9, 0), 80 << 30),)))
+    text = " ".join(run().split())
+    assert (
+        "tensorrt-rtx unavailable tensorrt-rtx-cu13 1.7.1.116 GPU 0, NVIDIA H100, is sm_90 and tensorrt-rtx runs on "
+        "sm_75, sm_80, sm_86, sm_89, sm_120, sm_121 alone: take engine tensorrt" in text
+    )
+    assert "tensorrt-rtx builds ahead of time here" in text
+    assert text.endswith("auto takes tensorrt")
 
 
 def test_no_engine_at_all(run, machine):

@@ -237,6 +237,7 @@ assert refused(opened) == (
     'pip uninstall -y onnxruntime, then pip install "epsrt[gpu]"')
 fake.knobs["providers"] = [fake.TENSORRT, fake.CUDA, fake.CPU]
 installed, probe.installed = probe.installed, lambda name: "1.31.1" if "onnxruntime" in name else ""
+probe._file_of = lambda name, path: path
 assert "onnxruntime 1.31.1 and onnxruntime-gpu 1.31.1 are both installed" in refused(opened)
 probe.installed = installed
 assert refused(opened, "onnxruntime-tensorrt").startswith("engine onnxruntime-tensorrt has no FP32: ")

@@ -50,6 +50,7 @@ class EngineInfo:
     library: Need
     also_needs: tuple[Need, ...] = ()
     capabilities: tuple[tuple[int, int], ...] = ()  # it runs on these alone; (): on OLDEST and all newer
+    instead: str = ""  # the engine for GPUs that are newer than OLDEST and not among them
     builds_ahead: bool = False  # for GPUs that need not be there
     precisions: tuple[str, ...] = ("fp16", "fp32")  # that it can run in; by default the first that the bundle has
 
@@ -66,7 +67,14 @@ ONNXRUNTIME = Need(("onnxruntime", "onnxruntime-gpu"), (1, 22), "onnxruntime", b
 ENGINES = (  # fastest first
     EngineInfo("tensorrt", "cuda", "tensorrt", TENSORRT, (BINDINGS, NVRTC, FILELOCK)),
     EngineInfo(
-        "tensorrt-rtx", "cuda", "tensorrt-rtx", TENSORRT_RTX, (BINDINGS, NVRTC, FILELOCK), RTX, builds_ahead=True
+        "tensorrt-rtx",
+        "cuda",
+        "tensorrt-rtx",
+        TENSORRT_RTX,
+        (BINDINGS, NVRTC, FILELOCK),
+        RTX,
+        instead="tensorrt",
+        builds_ahead=True,
     ),
     EngineInfo("onnxruntime-tensorrt", "cuda", "gpu", ONNXRUNTIME_GPU, (BINDINGS, NVRTC, TENSORRT_10)),
     EngineInfo("onnxruntime-cuda", "cuda", "gpu", ONNXRUNTIME_GPU, (BINDINGS, NVRTC)),
@@ -131,14 +139,23 @@ def installed(distribution: str) -> str:
 
 
 def both_onnxruntimes() -> str:
-    """A sentence for those who installed both packages, one over the other's files; "" for all others."""
-    found = [f"{name} {version}" for name in ("onnxruntime", "onnxruntime-gpu") if (version := installed(name))]
-    if len(found) < 2:
+    """A sentence for those who installed both packages, one over the other's files; "" for all others.
+
+    In folders apart both are whole, and Python imports the one that comes first on its path.
+    """
+    names = ("onnxruntime", "onnxruntime-gpu")
+    found = [f"{name} {version}" for name in names if (version := installed(name))]
+    if len(found) < 2 or len({_file_of(name, "onnxruntime/__init__.py") for name in names}) == 2:
         return ""
     return (
         f"{' and '.join(found)} are both installed and overwrite each other: "
         'pip uninstall -y onnxruntime onnxruntime-gpu, then pip install "epsrt[cpu]" or "epsrt[gpu]"'
     )
+
+
+def _file_of(distribution: str, path: str) -> Path:
+    """Where a file of an installed distribution lies, or would lie."""
+    return Path(str(metadata.distribution(distribution).locate_file(path))).resolve()
 
 
 def _both(info: EngineInfo) -> str:
@@ -155,7 +172,10 @@ def _gpu_fault(info: EngineInfo) -> tuple[str, str]:
     if gpu.capability in info.capabilities or (not info.capabilities and gpu.capability >= OLDEST):
         return "", ""
     runs_on = ", ".join(map(arch, info.capabilities)) or f"{arch(OLDEST)} and newer"
-    return f"GPU 0, {gpu.name}, is {gpu.arch} and {info.name} runs on {runs_on}", ""
+    fault = f"GPU 0, {gpu.name}, is {gpu.arch} and {info.name} runs on {runs_on}"
+    if info.instead and gpu.capability >= OLDEST:
+        fault += f" alone: take engine {info.instead}"
+    return fault, ""
 
 
 def _library_fault(info: EngineInfo) -> tuple[str, str]:

@@ -184,6 +184,7 @@ def machine(monkeypatch):
             return packages[name]
 
         monkeypatch.setattr("importlib.metadata.version", version)
+        monkeypatch.setattr(probe, "_file_of", lambda name, path: Path("site-packages", path))
         monkeypatch.setattr(probe, "_has_module", lambda name: name not in lost)
         monkeypatch.setattr(probe, "_has_file", lambda stem, major: (stem, major) in files)
         monkeypatch.setattr(probe, "driver", lambda: driver or Driver((13, 0), (H200,)))
@@ -272,6 +273,17 @@ class TestState:
         assert list(probe.available()) == ["tensorrt", "openvino"]
         assert probe.both_onnxruntimes().startswith(f"{found.reason}: pip uninstall -y")
 
+    @pytest.mark.parametrize("apart", [True, False])
+    def test_onnxruntimes_in_folders_apart_do_not_meet(self, tmp_path, monkeypatch, apart):
+        """As where one folder is on PYTHONPATH: each of the two has its own files."""
+        for name, folder in (("onnxruntime", "a"), ("onnxruntime-gpu", "b" if apart else "a")):
+            facts = tmp_path / folder / f"{name.replace('-', '_')}-1.31.1.dist-info"
+            facts.mkdir(parents=True)
+            (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.31.1\n")
+        monkeypatch.setattr(sys, "path", [str(tmp_path / "a"), str(tmp_path / "b")])
+        assert probe.installed("onnxruntime") == probe.installed("onnxruntime-gpu") == "1.31.1"
+        assert ("overwrite each other" in probe.both_onnxruntimes()) is not apart
+
     def test_onnxruntime_goes_before_onnxruntime_gpu_comes(self, machine):
         machine({**without("onnxruntime-gpu"), "onnxruntime": "1.31.1"})
         assert probe.both_onnxruntimes() == ""
@@ -294,7 +306,8 @@ class TestState:
         machine(ALL)
         found = probe.state("tensorrt-rtx")
         assert found.reason == (
-            "GPU 0, NVIDIA H200, is sm_90 and tensorrt-rtx runs on sm_75, sm_80, sm_86, sm_89, sm_120, sm_121"
+            "GPU 0, NVIDIA H200, is sm_90 and tensorrt-rtx runs on sm_75, sm_80, sm_86, sm_89, sm_120, sm_121 alone: "
+            "take engine tensorrt"
         )
         assert (found.available, found.command, found.builds) == (False, "", True)
         machine(ALL | {"tensorrt-rtx-cu13": "1.4.0.76"})
@@ -304,6 +317,7 @@ class TestState:
         machine(ALL, Driver((13, 0), (Gpu(0, "Tesla V100", (7, 0), 16 << 30), L4)))
         for name in ("tensorrt", "onnxruntime-cuda"):
             assert probe.state(name).reason == f"GPU 0, Tesla V100, is sm_70 and {name} runs on sm_75 and newer"
+        assert probe.state("tensorrt-rtx").reason.endswith("sm_120, sm_121")  # tensorrt would not do either
         assert list(probe.available()) == ["openvino", "onnxruntime"]
 
     def test_driver_and_library_are_both_reported(self, machine):
