@@ -32,12 +32,12 @@ def run(tmp_path: Path) -> Run:
 
 
 def test_build_says_what_it_made_and_finds_it_again(run: Run, bundle_path: Path) -> None:
-    arguments = ("build", bundle_path, "--target", "sm89,sm_120", "--batch", "1:1:1", "--batch", "2:4:8")
+    arguments = ("build", bundle_path, "--target", "sm89,sm_120", "--batch", "1", "--batch", "2:4:8")
     done = run(*arguments, "--json")
     assert "no engine file of tiny.epsrt for tensorrt-rtx was built yet: building it" in done.stderr
     facts = json.loads(done.stdout)
     assert facts["engine"].startswith("tensorrt-rtx 1.")
-    assert (facts["for"], facts["graph"], facts["batches"]) == ("sm_89, sm_120", "step-fp16.onnx", "1:1:1, 2:4:8")
+    assert (facts["for"], facts["graph"], facts["batches"]) == ("sm_89, sm_120", "step-fp16.onnx", "1, 2:4:8")
     assert facts["built_now"] is True
     assert facts["layers"] > 50
     assert Path(facts["engine_file"]).stat().st_size == facts["bytes"] > 100_000
@@ -70,8 +70,21 @@ def test_ship_puts_the_plan_beside_the_bundle(run: Run, small_bundle_path: Path,
     ("arguments", "sentence"),
     [
         (("--engine", "tensorrt-rtx"), "or name what to build for, e.g. --target sm89,sm120"),
-        (("--target", "sm90"), "has no target sm_90: use one of sm75, sm80, sm86, sm89, sm120"),
-        (("--target", "sm89", "--batch", "8"), "--batch 8 is no profile: give min:opt:max, e.g. 1:8:64"),
+        (("--engine", "tensorrt-rtx", "--target", "sm_90"), "or engine tensorrt, which builds on the GPU itself"),
+        (
+            ("--target", "sm90"),
+            "has no target sm_90: use one of sm75, sm80, sm86, sm89, sm120, sm121, or engine tensor",
+        ),
+        (
+            ("--target", "sm89", "--batch", "1:8"),
+            "--batch 1:8 is neither a batch, e.g. 8, nor min:opt:max, e.g. 1:8:64",
+        ),
+        (("--target", "sm89", "--batch", "²"), "--batch ² is neither a batch, e.g. 8, nor min:opt:max"),
+        (("--target", "sm89", "--batch", "5"), "batch profile 5 exceeds 4, the largest batch of small.epsrt"),
+        (
+            ("--target", "sm89", "--batch", "0"),
+            "batch profile 0:0:0 does not ascend from 1: give a batch or min:opt:max",
+        ),
         (("--target", "sm89", "--batch", "1:2:99"), "batch profile 1:2:99 exceeds 4, the largest batch of small.epsrt"),
         (("--target", "sm89", "--batch", "3:2:4"), "batch profile 3:2:4 does not ascend"),
         (("--target", "sm89", "--precision", "fp16"), "has no fp16 step graph, only fp32"),
@@ -108,7 +121,7 @@ def test_without_the_library(run: Run, small_bundle_path: Path) -> None:
 
 def test_sizes_are_those_of_the_profiles(run: Run, sized_bundle_path: Path, small_bundle_path: Path) -> None:
     facts = json.loads(run("build", sized_bundle_path, "--target", "sm89", "--json").stdout)
-    assert (facts["sizes"], facts["batches"]) == ("4x4:8x8:24x24", "1:4:4")
+    assert (facts["sizes"], facts["batches"]) == ("4x4:8x8:24x24", "1, 4")
     assert "sizes" not in json.loads(run("build", small_bundle_path, "--target", "sm89", "--json").stdout)
 
 

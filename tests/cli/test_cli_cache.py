@@ -107,7 +107,7 @@ def test_the_list(cache):
     lines = [" ".join(line.split()) for line in invoke().splitlines()]
     assert lines[0].startswith("Engine files")
     assert lines[1] == "bundle engine file size last used"
-    assert lines[2].startswith("faces[red].epsrt tensorrt-rtx 1.7.1.116, fp32, batches 1:1:1 and 2:8:32 3.0 MiB ")
+    assert lines[2].startswith("faces[red].epsrt tensorrt-rtx 1.7.1.116, fp32, batches 1 and 2:8:32 3.0 MiB ")
     assert lines[3] == f"{FACES[:16]} for sm_89, sm_120"
     assert lines[4] == f"built {new.built[:16].replace('T', ' ')}"
     used, size = time.strftime("%Y-%m-%d %H:%M", time.gmtime(old.used)), f"{old.size / 1024:.1f} KiB"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,18 @@ import onnxruntime as ort
 
 __version__ = "11.4.0.106"
 
-knobs: dict[str, Any] = {"fail_in_capture": False, "fail_enqueue": False, "context": True, "enqueued": 0, "sleep": 0.0}
+knobs: dict[str, Any] = {
+    "fail_in_capture": False, "fail_enqueue": False, "context": True, "enqueued": 0, "sleep": 0.0,
+    "room": 1 << 40,  # bytes of weights that fit into the GPU's memory
+}  # fmt: skip
+deserialized: list[str] = []  # the ONNX file of each engine file that was loaded
+loaded: weakref.WeakSet[ICudaEngine] = weakref.WeakSet()
+_global: list[Any] = []  # the first logger, to which alone TensorRT talks
+
+
+def _kept(logger: ILogger) -> ILogger:
+    _global[:] = _global or [logger]
+    return _global[0]  # type: ignore[no-any-return]
 
 
 class DataType(enum.Enum):
@@ -204,6 +216,7 @@ class OnnxParser:
 
     def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
         self._network, self._errors = network, 0
+        _kept(logger)
 
     def parse_from_file(self, file: str) -> bool:
         try:
@@ -227,7 +240,7 @@ class Builder:
     __slots__ = ("logger",)
 
     def __init__(self, logger: ILogger) -> None:
-        self.logger = logger
+        self.logger = _kept(logger)
 
     def create_network(self, flags: int) -> INetworkDefinition:
         assert flags == 1 << int(NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -296,10 +309,11 @@ class EngineInspector:
 
 
 class ICudaEngine:
-    __slots__ = ("_made", "_session", "_tensors")
+    __slots__ = ("__weakref__", "_made", "_session", "_size", "_tensors")
 
-    def __init__(self, made: dict[str, Any]) -> None:
-        self._made, self._session = made, None
+    def __init__(self, made: dict[str, Any], size: int) -> None:
+        self._made, self._session, self._size = made, None, size
+        loaded.add(self)
         if not made["stripped"]:
             self._take(made["file"])
         session = ort.InferenceSession(made["file"], providers=["CPUExecutionProvider"])
@@ -405,7 +419,7 @@ class Runtime:
     __slots__ = ("engine_host_code_allowed", "logger")
 
     def __init__(self, logger: ILogger) -> None:
-        self.logger = logger
+        self.logger = _kept(logger)
 
     def deserialize_cuda_engine(self, data: bytes) -> ICudaEngine | None:
         if not data.startswith(b"PLAN"):
@@ -415,7 +429,11 @@ class Runtime:
         if made["version"] != __version__:
             self.logger.log(ILogger.ERROR, f"the engine file is of version {made['version']}")
             return None
-        return ICudaEngine(made)
+        if sum(engine._size for engine in loaded) + len(data) > knobs["room"]:
+            self.logger.log(ILogger.ERROR, "Error Code 2: OutOfMemory (Requested size was 9000 bytes.)")
+            return None
+        deserialized.append(made["file"])
+        return ICudaEngine(made, len(data))
 
 
 class Refitter:

@@ -19,22 +19,25 @@ def test_an_engine_file_is_built_once_and_found_again(on_stand_in, small_bundle_
         """
 told = []
 first = open_engine(bundle, "tensorrt", on_progress=lambda name, share: told.append((name, share)))
+assert not told and EngineCache().entries() == []  # nobody has asked for a batch
+first.lanes(3).close()
 assert told[0] == ("Building engine", 0.0) and told[-1] == ("Building engine", 1.0)
 assert [share for _, share in told] == sorted(share for _, share in told) and len(told) >= 6
-assert first.profiles == [(1, 4, 4)] and first.precision == "fp32" and first.device == "cuda"
+assert first.max_batch == 4 and first.precision == "fp32" and first.device == "cuda"
 (entry,) = EngineCache().entries()
 key, summary = entry.record.key, entry.record.summary
 assert (key.engine, key.version, key.gpu, key.capabilities) == ("tensorrt", "11.4.0.106", "Stand-in GPU", ("sm_89",))
+assert key.profiles == ((3, 3, 3),)
 assert summary["layers"] == 1 and summary["seconds"] >= 0 and summary["peak_memory"] > 1 << 20
 assert EngineCache().blob("tensorrt-11.4.0.106-Stand-in-GPU") == b"timed"
 def never(*_): raise AssertionError("built again")
-again = open_engine(bundle, "tensorrt", may_build=False, on_progress=never)
-assert open_engine(bundle, "tensorrt", on_progress=never).max_batch == 4
-other = built(bundle, profiles=((1, 1, 2),))
+for may_build in (True, False):
+    open_engine(bundle, "tensorrt", may_build=may_build, on_progress=never).lanes(3).close()
+other = built(bundle)
+assert other.entry.record.key.profiles == ((1, 1, 1), (4, 4, 4))
 assert other.built and other.built.timing == b"timedtimed"  # it was given the timing cache of the first
-assert "built for batches 1:4:4, asked for 1:1:2" in other.why
-assert open_engine(bundle, "tensorrt").max_batch == 2  # the most recent that fits
-assert json.loads(first.information()) == {"Layers": []}
+assert "built for batch 3, asked for batches 1 and 4" in other.why
+assert json.loads(first.information(entry)) == {"Layers": []}
 """,
         small_bundle_path,
     )
@@ -62,9 +65,12 @@ def test_what_differs_is_said(on_stand_in, small_bundle_path, bundle_path) -> No
     assert "no engine file of small.epsrt for tensorrt-rtx was built yet" in on_stand_in(
         refuse.replace("'tensorrt'", "'tensorrt-rtx'"), small_bundle_path
     )
-    # and without may_build=False it is built, with the same words as a warning
-    out = on_stand_in(newer + "print(open_engine(bundle, 'tensorrt').name)", small_bundle_path)
-    assert "the nearest was built with tensorrt 11.4.0.106, this is 12.0.1: building it" in out
+    # and without may_build=False it is built for the first lanes, with the same words as a warning
+    out = on_stand_in(newer + "open_engine(bundle, 'tensorrt').lanes(4).close()", small_bundle_path)
+    words = (
+        "the nearest was built with tensorrt 11.4.0.106, this is 12.0.1; built for batches 1 and 4, asked for batch 4"
+    )
+    assert f"{words}: building it" in out
 
 
 def test_an_engine_file_of_another_export_is_not_used(on_stand_in, small_bundle_path, copy_of) -> None:
@@ -82,28 +88,28 @@ def test_damaged_foreign_and_exposed_engine_files_are_refused(on_stand_in, small
         """
 entry = built(bundle).entry
 kept = entry.path.read_bytes()
-def refuse(): return refused(open_engine, bundle, "tensorrt")
+def refuse(): return refused(open_engine(bundle, "tensorrt").lanes, 1)
 for damaged in (kept[:-1], kept[:-1] + b"!", b"", kept + b"0"):
     entry.path.write_bytes(damaged)
     sentence = refuse()
     assert str(entry.path) in sentence and "does not hold the bytes that its record tells of" in sentence, sentence
     assert "epsrt cache --prune" in sentence
 entry.path.write_bytes(kept)
-open_engine(bundle, "tensorrt").close()
+open_engine(bundle, "tensorrt", may_build=False).lanes(1).close()
 for path, mode in ((entry.path, 0o666), (entry.path.parent, 0o777), (EngineCache().directory, 0o770)):
     before = path.stat().st_mode & 0o777
     path.chmod(mode)
-    sentence = refuse()
+    sentence = refuse() if path == entry.path else refused(open_engine, bundle, "tensorrt")
     assert str(path) in sentence and "lets others write" in sentence and "an engine file is native code" in sentence
     path.chmod(before)
-open_engine(bundle, "tensorrt").close()
+open_engine(bundle, "tensorrt", may_build=False).lanes(1).close()
 # what passes the checks and is no engine file: the library's own refusal, in a sentence
 key = entry.record.key
 EngineCache().store(key, b"not an engine file", bundle_name="small.epsrt")
 sentence = refuse()
-assert "tensorrt 11.4.0.106 refuses the engine file of small.epsrt" in sentence
-assert "the magic tag does not match" in sentence
-assert 'run "epsrt build' in sentence
+assert "tensorrt 11.4.0.106 refuses the engine file of small.epsrt (it has 0 MiB, 1024 of the GPU's are" in sentence
+assert f': the magic tag does not match; run "epsrt build {bundle.path} ' in sentence
+assert sentence.endswith('--precision fp32 --batch 1 --batch 4 --again"')
 """,
         small_bundle_path,
     )
@@ -123,8 +129,12 @@ assert "came with the bundle: an engine file is native code that runs unchecked"
 assert "--trust-engines" in sentence
 with Sampler(open_engine(bundle, "tensorrt", trust_engines=True, may_build=False)) as sampler:
     sampler.sample(1, steps=2)
-built(bundle)
-open_engine(bundle, "tensorrt").close()  # one's own needs no trust
+built(bundle, profiles=((1, 2, 4),))
+with open_engine(bundle, "tensorrt") as engine:  # one's own needs no trust
+    assert [e.shipped for e in engine._files.found()] == [False]
+with open_engine(bundle, "tensorrt", trust_engines=True) as engine, engine.lanes(4) as lanes:
+    assert [e.shipped for e in engine._files.found()] == [False, True]
+    assert len(lanes._runner._loaded.engine._made["profiles"]) == 2  # an exact one, though it was brought
 """,
         bundle,
     )
@@ -146,12 +156,12 @@ assert seen["flags"] == {flags.VERSION_COMPATIBLE, flags.REFIT}
 assert config.builder_optimization_level == 5 and config._workspace == 64 << 20 and config.max_aux_streams == 0
 assert config.hardware_compatibility_level is trt.HardwareCompatibilityLevel.AMPERE_PLUS
 assert made.entry.record.key.options["level"] == 5
-open_engine(bundle, "tensorrt").close()
+open_engine(bundle, "tensorrt", may_build=False).lanes(1).close()
 stripped = built(bundle, stripped=True)
 assert seen["flags"] == {flags.STRIP_PLAN}
 cpu = open_engine(bundle, "onnxruntime", threads=1)
 with Sampler(open_engine(bundle, "tensorrt")) as sampler, Sampler(cpu) as plain:  # the weights are the bundle's
-    close(sampler.sample(2, steps=5), plain.sample(2, steps=5))
+    close(sampler.sample(4, steps=5), plain.sample(4, steps=5))
 assert built(bundle, stripped=True).built is None
 for _ in range(2):
     asked = library("tensorrt"), bundle, bundle.graph("fp32"), BuildOptions()
@@ -160,6 +170,7 @@ for options, words in (
     (dict(profiles=((4, 2, 8),)), "batch profile 4:2:8 does not ascend"),
     (dict(profiles=((0, 1, 1),)), "batch profile 0:1:1 does not"),
     (dict(profiles=((1, 4, 5),)), "batch profile 1:4:5 exceeds 4, the largest batch of small.epsrt"),
+    (dict(profiles=((5, 5, 5),)), "batch profile 5 exceeds 4, the largest batch of small.epsrt"),
     (dict(level=6), "optimisation level 6 is outside 0 … 5"), (dict(workspace=0), "workspace = 0 MiB"),
     (dict(hardware_compatible="all"), "hardware compatibility 'all'"),
 ):
@@ -177,18 +188,33 @@ made = built(bundle, engine="tensorrt-rtx", targets=("sm_86", "sm_89"))
 key = made.entry.record.key
 assert (key.gpu, key.capabilities) == ("", ("sm_86", "sm_89"))
 with Sampler(open_engine(bundle, "tensorrt-rtx", may_build=False)) as sampler:
-    sampler.sample(2, steps=3)
+    sampler.sample(4, steps=3)
 kept = [p for p in EngineCache().blobs() if p.suffix == ".bin"]
 assert [p.read_bytes() for p in kept] == [b"compiled"] and "Stand-in-GPU-sm_89" in kept[0].name
 offered = []
 real = trt.IRuntimeCache.deserialize
 trt.IRuntimeCache.deserialize = lambda self, data: offered.append(data) or real(self, data)
-open_engine(bundle, "tensorrt-rtx").close()
+open_engine(bundle, "tensorrt-rtx").lanes(4).close()
 assert offered == [b"compiled"]
-sentence = refused(built, bundle, engine="tensorrt-rtx", targets=("sm_90",))
-assert "has no target sm_90: use one of sm86, sm89, sm120" in sentence
 """,
         small_bundle_path,
+    )
+
+
+def test_tensorrt_rtx_has_no_sm_90(on_stand_in, small_bundle_path) -> None:
+    on_stand_in(
+        """
+words = "tensorrt-rtx 11.4.0.106 has no target sm_90: use one of sm86, sm89, sm120, or engine tensorrt, which builds on"
+for refuse in (
+    lambda: refused(built, bundle, engine="tensorrt-rtx", targets=("sm_90",)),  # named, or this GPU
+    lambda: refused(built, bundle, engine="tensorrt-rtx"), lambda: refused(open_engine, bundle, "tensorrt-rtx"),
+):
+    assert refuse() == f"{words} the GPU itself", refuse()
+assert EngineCache().entries() == []
+""",
+        small_bundle_path,
+        capability="9.0",
+        name="NVIDIA H100",
     )
 
 
@@ -200,7 +226,7 @@ def files(): return sorted(p.name for p in EngineCache().directory.rglob("*") if
 def stop(name, share):
     if share > 0.3: raise KeyboardInterrupt
 try:
-    open_engine(bundle, "tensorrt", on_progress=stop)
+    open_engine(bundle, "tensorrt", on_progress=stop).lanes(1)
 except KeyboardInterrupt:
     assert files() == []
 else:
@@ -230,7 +256,11 @@ assert built(bundle).built  # the lock was let go each time
 
 def test_ctrl_c_ends_a_build(stand_in: Path, small_bundle_path: Path, tmp_path: Path) -> None:
     heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
-    code = PRELUDE + heard + "trt.knobs['sleep'] = 0.5\nprint('building', flush=True)\nopen_engine(bundle, 'tensorrt')"
+    code = (
+        PRELUDE
+        + heard
+        + "trt.knobs['sleep'] = 0.5\nprint('building', flush=True)\nopen_engine(bundle, 'tensorrt').lanes(1)"
+    )
     env = {**os.environ, **environment(stand_in), "EPSRT_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-c", code, str(small_bundle_path)]
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -272,10 +302,15 @@ probe.available = lambda: iter(["tensorrt", "onnxruntime"])
     show = "opened = open_engine(bundle)\nprint(opened.name, opened.precision)"
     assert "tensorrt fp16" in on_stand_in(pretend + show, bundle_path)
     assert "tensorrt fp32" in on_stand_in(pretend + show, small_bundle_path)
-    failing = pretend + "trt.Runtime.deserialize_cuda_engine = lambda self, data: None\n"
-    out = on_stand_in(failing + show, small_bundle_path)
+    failing = """
+def none(logger):
+    logger.log(trt.ILogger.ERROR, "CUDA initialization failure with error: 35")
+    raise TypeError("factory function returned nullptr")
+trt.Runtime = none
+"""
+    out = on_stand_in(pretend + failing + show, small_bundle_path)
     assert "onnxruntime fp32" in out
-    assert "engine tensorrt is passed over: tensorrt 11.4.0.106 refuses the engine file" in out
+    assert "passed over: tensorrt 11.4.0.106 does not start (CUDA initialization failure with error: 35)" in out
     assert "onnxruntime fp32" in on_stand_in(pretend + show.replace("(bundle)", "(bundle, threads=1)"), bundle_path)
 
 
@@ -285,7 +320,7 @@ def test_sizes_are_part_of_an_engine_files_key(on_stand_in, sized_bundle_path, s
     on_stand_in(
         """
 made = built(bundle).entry.record.key
-assert made.options["sizes"] == "4:24" and made.profiles == ((1, 4, 4),)
+assert made.options["sizes"] == "4:24" and made.profiles == ((1, 1, 1), (4, 4, 4))
 """,
         sized_bundle_path,
     )
@@ -296,7 +331,7 @@ assert made.options["sizes"] == "4:24" and made.profiles == ((1, 4, 4),)
 made = built(bundle)
 print(made.why)
 gpu = open_engine(bundle, "tensorrt", may_build=False)
-assert gpu.engine.get_tensor_profile_shape("m", 0)[2] == (4, 1, 48, 48)
+assert gpu._load(made.entry).engine.get_tensor_profile_shape("m", 1) == [(4, 1, n, n) for n in (4, 8, 48)]
 """,
         wider,
     )
@@ -332,9 +367,13 @@ assert refuse(may_build=False).endswith(
 
 told = []
 other = open_engine(bundle, "tensorrt", precision="fp16", features=["mask"]).on(bundle.graph("fp32"))
+other.lanes(1).close()
 assert other.graph.file == "step-fp32.onnx" and len(cache.entries()) == 2  # it may
 eager = open_engine(bundle, "tensorrt", precision="fp32", on_progress=lambda name, share: told.append(share))
-assert not told and eager.on(bundle.graph("fp32", ["guidance"])).graph.features == ("guidance",) and told[-1] == 1.0
+eager.lanes(1).close()
+assert not told
+with eager.on(bundle.graph("fp32", ["guidance"])) as other, other.lanes(1):
+    assert other.graph.features == ("guidance",) and told[-1] == 1.0
 
 entry = built(bundle, features=["guidance", "mask"]).entry
 assert entry.record.key.graph == "step-guidance-mask-fp32.onnx"
@@ -346,13 +385,16 @@ for sentence in (refuse("guidance", "mask"), refused(eager.on, guided)):
 trusting = open_engine(bundle, "tensorrt", precision="fp32", trust_engines=True, may_build=False)
 assert trusting.on(guided).on(bundle.graph("fp32")).on(guided).graph == guided
 
+again = f'run "{command(" --features guidance,mask --batch 1 --batch 8 --again")}"'
+def lanes():
+    return open_engine(bundle, "tensorrt", precision="fp32", features=("guidance", "mask")).lanes(8)
 kept = cache.store(entry.record.key, b"not an engine file", bundle_name="tiny.epsrt")
-assert f'run "{command(" --features guidance,mask")}"' in refuse("guidance", "mask")
+assert refused(lanes).endswith(again)
 other = built(bundle, features=["mask"]).entry
 cache.store(entry.record.key, cache.read(other), bundle_name="tiny.epsrt")
-sentence = refuse("guidance", "mask")  # the wrong graph's engine file under its name
+sentence = refused(lanes)  # the wrong graph's engine file under its name
 assert ".epsrt: rows is float32 [?, 17], the manifest implies float32 [?, 19]: run " in sentence, sentence
-assert sentence.endswith(f'run "{command(" --features guidance,mask")}"')
+assert sentence.endswith(again)
 """,
         bundle,
     )
@@ -364,7 +406,7 @@ def test_an_engine_file_that_lacks_an_input_is_refused(on_stand_in, edited_bundl
         """
 mask, judged = (built(bundle, features=[f]).entry for f in ("mask", "classifier"))
 EngineCache().store(judged.record.key, EngineCache().read(mask), bundle_name="tiny.epsrt")
-sentence = refused(open_engine, bundle, "tensorrt", precision="fp32", features=["classifier"])
+sentence = refused(open_engine(bundle, "tensorrt", precision="fp32", features=["classifier"]).lanes, 1)
 assert ".epsrt: target is missing, the manifest implies int64 [?]: run " in sentence, sentence
 """,
         edited_bundle_path,
@@ -374,9 +416,9 @@ assert ".epsrt: target is missing, the manifest implies int64 [?]: run " in sent
 def test_profiles_of_every_input(on_stand_in, edited_bundle_path) -> None:
     on_stand_in(
         """
-built(bundle, features=["mask", "guidance"], profiles=((1, 2, 4), (5, 8, 8)))
+entry = built(bundle, features=["mask", "guidance"], profiles=((1, 2, 4), (5, 8, 8))).entry
 gpu = open_engine(bundle, "tensorrt", precision="fp32", features=["mask", "guidance"])
-shapes = lambda name, i: gpu.engine.get_tensor_profile_shape(name, i)
+shapes = gpu._load(entry).engine.get_tensor_profile_shape
 for i, batches in enumerate(((1, 2, 4), (5, 8, 8))):
     image, rows, label = (1, 8, 8), (len(gpu.columns),), ()
     for name, rest in {"x": image, "m": image, "z": image, "rows": rows, "label": label, "known": image, "mask": image,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
@@ -15,11 +15,15 @@ from epsrt.plan import FEATURES
 from epsrt_command import show
 from epsrt_command.foreign import needs
 
+if TYPE_CHECKING:
+    from epsrt.engines.cache.entry import Entry
+
 CHOICES = tuple(f for f in FEATURES if f not in FEATURES_OF_ALL)  # the others come by themselves
 
 EXAMPLES = """\
 epsrt build out/digits.epsrt
-epsrt build cifar.epsrt --batch 1:1:1 --batch 2:8:64 --precision fp16 --level 5
+epsrt build cifar.epsrt --batch 1 --batch 32 --precision fp16 --level 5
+epsrt build cifar.epsrt --batch 1:8:64
 epsrt build out/digits.epsrt --features guidance
 epsrt build cifar.epsrt --engine tensorrt-rtx --target sm89,sm120 --ship
 """
@@ -37,7 +41,11 @@ def build(
     ] = None,
     batch: Annotated[
         list[str] | None,
-        Option(metavar="MIN:OPT:MAX", help="A batch profile, e.g. 1:8:64; may be repeated. By default the bundle's."),
+        Option(
+            metavar="N|MIN:OPT:MAX",
+            help="For exactly N images at once, or for all from MIN to MAX, tuned for OPT; may be repeated. By default "
+            "exactly 1, and exactly the bundle's largest batch.",
+        ),
     ] = None,
     target: Annotated[
         str | None, Option(metavar="sm89,sm120", help="Build for these GPUs, none needed here (tensorrt-rtx).")
@@ -61,6 +69,7 @@ def build(
     """Build a TensorRT engine file of the fused step and keep it in the engine cache, where the engines find it."""
     with needs("epsrt build", "tensorrt"):
         from epsrt.engines import graph_precision, nvidia
+        from epsrt.engines.cache.key import profile_words
         from epsrt.engines.cache.store import EngineCache
         from epsrt.engines.gpu.engine_files import make_engine_file, targets_of
         from epsrt.engines.gpu.trt_build import BuildOptions, describe
@@ -93,14 +102,14 @@ def build(
         if nvidia.driver().problem or target:
             print(json.dumps({"Network": describe(lib, opened, graph)}, indent=1))
         else:
-            print(_information(opened, name, graph))
+            print(_information(opened, name, graph, made.entry))
         return
     facts: dict[str, Any] = {
         "engine_file": str(entry.path),
         "engine": f"{record.key.engine} {record.key.version}",
         "for": ", ".join(filter(None, (record.key.gpu, *record.key.capabilities))),
         "graph": graph.file,
-        "batches": ", ".join(":".join(map(str, p)) for p in record.key.profiles),
+        "batches": ", ".join(map(profile_words, record.key.profiles)),
         **({} if (m := opened.manifest).sizes is None else {"sizes": _sizes(m.shape, m.sizes)}),
         "bytes": record.size,
         "built_now": made.built is not None,
@@ -139,9 +148,9 @@ def _features(given: Iterable[str]) -> list[str]:
 
 def _profile(text: str) -> tuple[int, int, int]:
     parts = text.split(":")
-    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
-        raise InputError(f"--batch {text} is no profile: give min:opt:max, e.g. 1:8:64")
-    least, likely, most = map(int, parts)
+    if len(parts) not in (1, 3) or not all(part.isascii() and part.isdecimal() for part in parts):
+        raise InputError(f"--batch {text} is neither a batch, e.g. 8, nor min:opt:max, e.g. 1:8:64")
+    least, likely, most = map(int, parts * 3 if len(parts) == 1 else parts)
     return least, likely, most
 
 
@@ -151,13 +160,8 @@ def _sizes(shape: tuple[int, int, int], sizes: Sizes) -> str:
     return f"{least}x{least}:{shape[1]}x{shape[2]}:{largest}x{largest}"
 
 
-def _information(bundle: Bundle, name: str, graph: StepGraph) -> str:
-    from contextlib import closing
+def _information(bundle: Bundle, name: str, graph: StepGraph, entry: Entry) -> str:
+    from epsrt.engines.gpu.tensorrt import open_tensorrt
 
-    from epsrt.engines import open_engine
-    from epsrt.engines.gpu.tensorrt import TensorRt
-
-    opened = open_engine(bundle, name, precision=graph.precision, features=graph.features, may_build=False)
-    with closing(opened) as running:
-        assert isinstance(running, TensorRt)
-        return running.information()
+    with open_tensorrt(name, bundle, graph, may_build=False) as engine:
+        return engine.information(entry)

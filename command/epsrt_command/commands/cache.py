@@ -97,7 +97,7 @@ def _table(entries: list[Entry]) -> Any:
         if entry.record is not None:
             key = entry.record.key
             bundle = f"{entry.record.bundle_name}\n{key.bundle[:16]}"
-            words = f"{key.engine} {key.version}, {key.precision}, batches {batches(key.profiles)}\n"
+            words = f"{key.engine} {key.version}, {key.precision}, {batches(key.profiles)}\n"
             words += f"for {', '.join(filter(None, (key.gpu, *key.capabilities)))}\n"
             words += f"built {entry.built[:16].replace('T', ' ')}"
             words += f"\n{entry.damage}" if entry.damage else ""

@@ -35,9 +35,10 @@ def open_engine(
     features       what the step graph must have beyond the plain step
     threads        the most threads that a CPU engine uses; None: as many as there are cores
     trust_engines  run TensorRT engine files that came with the bundle: native code, so only from those whom you trust
-    may_build      build a TensorRT engine file where the cache has none that fits, prove bf16, or prove the dialect
-                   that a GPU engine runs fastest. Each takes seconds to minutes, once; `on_progress(phase, fraction)`
-                   is told how far it is. False: raise EngineError instead, run in fp32, or run the plain graph
+    may_build      build a TensorRT engine file for each batch that lanes are asked for and that none there holds, prove
+                   bf16, or prove the dialect that a GPU engine runs fastest. Each takes seconds to minutes, once;
+                   `on_progress(phase, fraction)` is told how far it is. False: raise EngineError instead, run in fp32,
+                   or run the plain graph
 
     Raises InputError for an unknown engine or precision, EngineError when the engine cannot run here, BundleError when
     the bundle has no such graph.
@@ -69,7 +70,7 @@ def open_engine(
             from epsrt.engines.gpu.onnxruntime import open_onnxruntime
 
             return open_onnxruntime(bundle, graph, name, may_build=may_build, on_progress=on_progress)
-        from epsrt.engines.gpu.engine_files import open_tensorrt
+        from epsrt.engines.gpu.tensorrt import open_tensorrt
 
         return open_tensorrt(
             name, bundle, graph, trust_engines=trust_engines, may_build=may_build, on_progress=on_progress

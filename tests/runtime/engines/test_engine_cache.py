@@ -21,7 +21,7 @@ import pytest
 
 from epsrt import Bundle, BundleError
 from epsrt.engines.cache import private
-from epsrt.engines.cache.entry import pick, refusal, shipped
+from epsrt.engines.cache.entry import fitting, refusal, shipped
 from epsrt.engines.cache.key import Key, Record, Wanted, differences
 from epsrt.engines.cache.store import EngineCache
 from epsrt.errors import EngineError
@@ -123,7 +123,7 @@ def test_what_is_made_is_the_users_alone(tmp_path):
 
 def test_an_engine_file_comes_back(cache, entry):
     assert cache.entries() == [entry]
-    assert cache.find(WANTED) == entry
+    assert cache.find(WANTED) == [entry]
     assert cache.have(KEY) == entry
     assert cache.load(entry) == DATA
     assert entry.path == cache.directory / "engines" / DIGEST[:16] / f"{KEY.name}.engine"
@@ -143,7 +143,7 @@ def test_buffers_are_stored(cache):
 
 def test_an_empty_cache(cache):
     assert cache.entries() == cache.sweep() == cache.blobs() == []
-    assert cache.find(WANTED) is None
+    assert cache.find(WANTED) == []
     assert cache.have(KEY) is None
     assert not cache.directory.exists()
 
@@ -151,7 +151,7 @@ def test_an_empty_cache(cache):
 def test_the_cache_is_a_file(tmp_path):
     (tmp_path / "file").touch()
     cache = EngineCache(tmp_path / "file")
-    assert cache.find(WANTED) is None
+    assert cache.find(WANTED) == []
     with pytest.raises(EngineError, match="file/engines cannot be made (.*): set EPSRT_CACHE to a directory that you"):
         store(cache)
 
@@ -173,11 +173,12 @@ def test_the_cache_is_a_file(tmp_path):
         ({"capabilities": ("sm_89", "sm_120")}, {}, "built for sm_89, sm_120, this is sm_90"),
         ({"capabilities": ()}, {}, "built for , this is sm_90"),
         ({"precision": "fp32", "graph": "step-fp32.onnx"}, {}, "built in fp32, asked for fp16"),
-        ({}, {"profiles": ((1, 1, 256),)}, "built for batches 1:8:64, asked for 1:1:256"),
+        ({}, {"profiles": ((1, 1, 256),)}, "built for batches 1:8:64, asked for batches 1:1:256"),
+        ({"profiles": ((2, 2, 2),)}, {"profiles": ((3, 3, 3),)}, "built for batch 2, asked for batch 3"),
         (
             {"profiles": ((1, 1, 1), (2, 8, 64))},
             {"profiles": ((1, 8, 64),)},
-            "built for batches 1:1:1 and 2:8:64, asked for 1:8:64",
+            "built for batches 1 and 2:8:64, asked for batches 1:8:64",
         ),
         ({}, {"options": {"level": 5, "refittable": False}}, "built with optimisation level 3, asked for 5"),
         ({}, {"options": {"level": None, "refittable": False}}, "built with optimisation level 3, asked for unset"),
@@ -201,7 +202,7 @@ def test_each_difference(cache, other, asked, part):
     assert len(parts) == 1
     assert parts[0].startswith(part)
     store(cache, **other)
-    assert cache.find(wanted(**asked)) is None
+    assert cache.find(wanted(**asked)) == []
     if "engine" not in other:
         assert cache.why_rebuild(wanted(**asked)).startswith(
             f"digits.epsrt has no engine file for this: the nearest was {part}"
@@ -223,14 +224,13 @@ def test_each_difference(cache, other, asked, part):
 def test_what_fits(cache, other, asked):
     assert differences(key(**other), wanted(**asked)) == []
     made = store(cache, **other)
-    assert cache.find(wanted(**asked)) == made
+    assert cache.find(wanted(**asked)) == [made]
 
 
-def test_the_most_recently_built_wins(cache):
-    for level in (5, 1, 4, 2):
-        last = store(cache, options={"level": level})
-    assert cache.find(WANTED) == last
-    assert cache.find(wanted(options={"level": 4})).record.key.options == {"level": 4}
+def test_the_most_recently_built_comes_first(cache):
+    made = [store(cache, options={"level": level}) for level in (5, 1, 4, 2)]
+    assert cache.find(WANTED) == made[::-1]
+    assert cache.find(wanted(options={"level": 4})) == [made[2]]
     assert cache.have(key(options={"level": 1})).record.key.options == {"level": 1}
     assert cache.have(key(options={"level": 0})) is None
 
@@ -274,7 +274,7 @@ def test_why_rebuild_takes_the_nearest(cache):
 
 def test_why_rebuild_names_an_engine_file_that_is_gone(cache, entry):
     entry.path.unlink()
-    assert cache.find(WANTED) is None
+    assert cache.find(WANTED) == []
     assert cache.have(KEY) is None
     assert cache.why_rebuild(WANTED).endswith("the nearest was built for just this, but the engine file is missing")
 
@@ -347,7 +347,7 @@ def test_links_are_refused(cache, entry, where, tmp_path):
 def test_a_link_to_the_cache_is_the_users_own(entry, cache, tmp_path):
     (tmp_path / "link").symlink_to(cache.directory)
     linked = EngineCache(tmp_path / "link")
-    assert linked.load(linked.find(WANTED)) == DATA
+    assert linked.load(linked.find(WANTED)[0]) == DATA
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_the_command_in_the_sentence_is_quoted(tmp_path):
 )
 def test_a_damaged_engine_file_is_refused(cache, entry, damage):
     entry.path.write_bytes(damage(DATA))
-    for get, found in product((cache.load, cache.map), (entry, cache.find(WANTED))):
+    for get, found in product((cache.load, cache.map), (entry, cache.find(WANTED)[0])):
         with pytest.raises(EngineError) as raised:
             get(found)
         assert str(raised.value).startswith(f"{entry.path} does not hold the bytes that its record tells of (")
@@ -463,7 +463,7 @@ def test_a_damaged_record(cache, entry, raw, words):
     (listed,) = [e for e in cache.entries() if e.path == entry.path]
     assert listed.record is None
     assert words in listed.damage
-    assert cache.find(WANTED) == good
+    assert cache.find(WANTED) == [good]
     with pytest.raises(EngineError, match=words):
         cache.load(listed)
     assert cache.have(KEY) is None
@@ -475,7 +475,7 @@ def test_an_engine_file_without_a_record(cache, entry):
     entry.record_path.unlink()
     (listed,) = cache.entries()
     assert (listed.record, listed.damage, listed.size) == (None, "its record is missing", len(DATA))
-    assert cache.find(WANTED) is None
+    assert cache.find(WANTED) == []
 
 
 def test_foreign_files_are_left_alone(cache, entry):
@@ -560,7 +560,7 @@ def test_a_full_disk_keeps_what_was_there(cache, entry, full):
     with pytest.raises(EngineError, match="is full"):
         store(cache, b"another")
     assert tree(cache.directory) == before
-    assert cache.load(cache.find(WANTED)) == DATA
+    assert cache.load(cache.find(WANTED)[0]) == DATA
 
 
 @pytest.mark.parametrize("nth", [0, 1, 2])
@@ -728,7 +728,7 @@ def test_sweep_takes_what_version_0_1_built(cache, entry):
         assert cache.sweep() == [(alone, 5)]  # the other's lock is held
     assert cache.sweep() == [(old, 3)]
     assert not alone.parent.exists()
-    assert cache.load(cache.find(WANTED)) == DATA
+    assert cache.load(cache.find(WANTED)[0]) == DATA
 
 
 def test_links_are_not_followed_to_what_is_removed(cache, entry, tmp_path):
@@ -752,8 +752,8 @@ def test_an_engine_file_is_shipped(cache, entry, tmp_path):
     copy = cache.ship(entry, bundle)
     assert copy.path == bundle / "engines" / entry.path.name
     assert shipped(bundle) == [copy]
-    assert pick(shipped(bundle), WANTED) == copy
-    assert pick(shipped(bundle), wanted(capability="sm_89")) is None
+    assert fitting(shipped(bundle), WANTED) == [copy]
+    assert fitting(shipped(bundle), wanted(capability="sm_89")) == []
     other = EngineCache(tmp_path / "other")
     assert other.load(copy) == DATA
     assert not other.directory.exists()
@@ -785,7 +785,7 @@ def test_a_shipped_engine_file_is_checked_for_damage(cache, entry, tmp_path, raw
     copy = cache.ship(entry, tmp_path)
     copy.path.write_bytes(raw)
     with pytest.raises(EngineError, match="does not hold the bytes .*: copy the bundle again, or remove .*/engines"):
-        cache.load(pick(shipped(tmp_path), WANTED))
+        cache.load(fitting(shipped(tmp_path), WANTED)[0])
 
 
 def test_a_damaged_engine_file_is_not_shipped(cache, entry, tmp_path):

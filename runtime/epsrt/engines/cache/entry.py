@@ -39,14 +39,14 @@ class Entry:
         return self.record.built if self.record else ""
 
 
-def pick(entries: Iterable[Entry], wanted: Wanted) -> Entry | None:
-    """The most recently built of the entries that fit."""
+def fitting(entries: Iterable[Entry], wanted: Wanted) -> list[Entry]:
+    """The entries that fit, the most recently built first."""
     fit = [e for e in entries if e.record and e.path.is_file() and not differences(e.record.key, wanted)]
-    return max(fit, key=lambda e: e.built, default=None)
+    return sorted(fit, key=lambda e: e.built, reverse=True)
 
 
 def shipped(bundle: Path) -> list[Entry]:
-    """The engine files that came with a bundle: `pick` finds one that fits, `refusal` is for one not trusted."""
+    """The engine files that came with a bundle: `fitting` finds those that fit, `refusal` is for one not trusted."""
     return entries_in(bundle / ENGINES, shipped=True)
 
 

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import msgspec
 
-Profiles = tuple[tuple[int, int, int], ...]  # (min, opt, max) batch
+Profile = tuple[int, int, int]  # least, likely and largest batch; three times the same where it takes that alone
+Profiles = tuple[Profile, ...]
 Options = dict[str, str | int | bool | None]
 
 
@@ -81,7 +82,7 @@ def differences(key: Key, wanted: Wanted) -> list[str]:
     if key.graph.replace(key.precision, wanted.precision) != wanted.graph:  # each precision has graphs of its own
         parts.append(f"built from {key.graph}, asked for {wanted.graph}")
     if wanted.profiles is not None and key.profiles != wanted.profiles:
-        parts.append(f"built for batches {batches(key.profiles)}, asked for {batches(wanted.profiles)}")
+        parts.append(f"built for {batches(key.profiles)}, asked for {batches(wanted.profiles)}")
     if wanted.options is not None:
         for name in sorted({*key.options, *wanted.options}):
             have, want = key.options.get(name), wanted.options.get(name)
@@ -102,9 +103,20 @@ def _numbers(version: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", version)]
 
 
+def profile_words(profile: Profile) -> str:
+    """A profile as people write it: 8, or 1:8:64."""
+    return str(profile[0]) if is_exact(profile) else ":".join(map(str, profile))
+
+
+def is_exact(profile: Profile) -> bool:
+    """Whether a profile takes one batch alone."""
+    return profile[0] == profile[2]
+
+
 def batches(profiles: Profiles) -> str:
-    """Profiles as people write them: 1:8:64."""
-    return " and ".join(":".join(map(str, profile)) for profile in profiles)
+    """Profiles in a sentence: batch 8, batches 1 and 64, batches 1:8:64."""
+    word = "batch" if len(profiles) == 1 and is_exact(profiles[0]) else "batches"
+    return f"{word} {' and '.join(map(profile_words, profiles))}"
 
 
 def _number(capability: str) -> int:

@@ -29,7 +29,7 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from epsrt.engines.cache import private
-from epsrt.engines.cache.entry import ENGINES, Entry, entries_in, look, names_in, pick
+from epsrt.engines.cache.entry import ENGINES, Entry, entries_in, fitting, look, names_in
 from epsrt.engines.cache.key import Key, Record, Wanted, differences
 from epsrt.errors import EngineError
 from epsrt.manifest import FileEntry
@@ -49,9 +49,9 @@ class EngineCache:
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = (directory or private.cache_directory()).resolve()  # links that lead here are the user's own
 
-    def find(self, wanted: Wanted) -> Entry | None:
-        """The most recently built engine file that fits. Raises EngineError if others can write the cache."""
-        return pick(self._of(wanted.bundle), wanted)
+    def find(self, wanted: Wanted) -> list[Entry]:
+        """The engine files that fit, the latest built first. Raises EngineError if others can write the cache."""
+        return fitting(self._of(wanted.bundle), wanted)
 
     def have(self, key: Key) -> Entry | None:
         """The engine file of exactly this key, if it seems whole. Raises EngineError if others can write the cache."""

@@ -1,4 +1,4 @@
-"""The engine file that an engine runs: from the cache, or brought by the bundle and trusted, or built now."""
+"""Engine files on disk: made for the engine cache, and chosen for a batch from the cache and the bundle."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
 from epsrt.bundle import Bundle
-from epsrt.engine import Engine
 from epsrt.engines import nvidia
-from epsrt.engines.cache.entry import Entry, pick, refusal, shipped
-from epsrt.engines.cache.key import Key, Wanted
+from epsrt.engines.cache.entry import Entry, fitting, refusal, shipped
+from epsrt.engines.cache.key import Key, Profile, Wanted
 from epsrt.engines.cache.store import EngineCache
-from epsrt.engines.gpu.trt_build import BuildOptions, Built, build, build_command
-from epsrt.engines.gpu.trt_library import Library, library
+from epsrt.engines.gpu.trt_build import BuildOptions, Built, build, build_command, exact, source
+from epsrt.engines.gpu.trt_library import Library
 from epsrt.errors import EngineError
 from epsrt.manifest import StepGraph
 from epsrt.types import OnProgress, Say
@@ -64,75 +63,98 @@ def make_engine_file(
         return Made(cache.store(key, built.data, bundle_name=bundle.path.name, summary=summary), built, why)
 
 
-def open_tensorrt(
-    engine: str,
-    bundle: Bundle,
-    graph: StepGraph,
-    *,
-    trust_engines: bool = False,
-    may_build: bool = True,
-    say: Say = log.warning,
-    on_progress: OnProgress | None = None,
-) -> Engine:
-    """Engine "tensorrt" or "tensorrt-rtx" of a graph, from the most recent engine file that fits this machine.
+@dataclass(frozen=True)
+class Choice:
+    """An engine file for a batch, and which of its profiles; it then runs `width` lanes, the batch or more."""
 
-    Where none fits, one is built and `say` gets the reason; with may_build=False EngineError is raised instead. One
-    that came with the bundle is loaded only with `trust_engines`; without it EngineError says why, unless the cache
-    has one.
+    entry: Entry
+    profile: int
+    width: int
+
+
+class EngineFiles:
+    """The engine files of a step graph that run on this machine: of the cache and, where it is trusted, of the bundle.
+
+    Raises EngineError where the library has nothing for this GPU.
     """
-    gpu = nvidia.require_gpu()  # first: without a driver the libraries crash or return nothing
-    lib, cache = library(engine), EngineCache()
-    wanted = Wanted(
-        bundle.manifest.digest, bundle.path.name, graph.file, engine, lib.version, gpu.name, gpu.arch, graph.precision
-    )
-    entry = cache.find(wanted)
-    if entry is None and (brought := pick(shipped(bundle.path), wanted)):
-        if not trust_engines:
-            raise refusal(brought, build_command(bundle.path, engine, graph))
-        entry = brought
-    if entry is None:
-        if not may_build:
-            raise EngineError(f'{cache.why_rebuild(wanted)}: run "{build_command(bundle.path, engine, graph)}"')
-        entry = make_engine_file(
-            lib, bundle, graph, BuildOptions(), cache=cache, say=say, on_progress=on_progress
+
+    def __init__(self, lib: Library, bundle: Bundle, graph: StepGraph, gpu: nvidia.Gpu, trusted: bool = False):
+        if lib.targets:
+            lib.capability(gpu.arch)
+        self.library, self.bundle, self.graph, self.gpu, self.cache = lib, bundle, graph, gpu, EngineCache()
+        self._trusted = trusted
+        file, digest, name = source(bundle, graph).name, bundle.manifest.digest, bundle.path.name
+        self._wanted = Wanted(digest, name, file, lib.engine, lib.version, gpu.name, gpu.arch, graph.precision)
+
+    def found(self) -> list[Entry]:
+        """Those that there are, the cache's before the bundle's, and the most recently built first.
+
+        Raises EngineError where others can write the cache, or where all there are came with a bundle that is not
+        trusted.
+        """
+        own, brought = self.cache.find(self._wanted), fitting(shipped(self.bundle.path), self._wanted)
+        if brought and not own and not self._trusted:
+            raise refusal(brought[0], build_command(self.bundle.path, self.library.engine, self.graph))
+        return own + (brought if self._trusted else [])
+
+    def make(self, batch: int, say: Say, on_progress: OnProgress | None = None) -> Entry:
+        """One for exactly this batch, built unless the cache has just got it; see `make_engine_file`."""
+        options = BuildOptions(profiles=(exact(batch),))
+        return make_engine_file(
+            self.library, self.bundle, self.graph, options, cache=self.cache, say=say, on_progress=on_progress
         ).entry
-    from epsrt.engines.gpu.tensorrt import TensorRt  # imports CUDA
 
-    def others(graph: StepGraph) -> Engine:
-        return open_tensorrt(
-            engine, bundle, graph, trust_engines=trust_engines, may_build=may_build, say=say, on_progress=on_progress
-        )
+    def missing(self, batch: int | None = None) -> EngineError:
+        """What to raise where there is none, or none for a batch: what differs, and the command that builds one."""
+        wanted = self._wanted if batch is None else replace(self._wanted, profiles=(exact(batch),))
+        command = self.command() if batch is None else self.command(str(batch))
+        return EngineError(f'{self.cache.why_rebuild(wanted)}: run "{command}"')
 
-    assert entry.record is not None
-    flags = entry.record.key.options
-    kept = f"{entry.path.stem}-{gpu.name}-{gpu.arch}.compiled".replace(" ", "-")
-    return TensorRt(
-        lib,
-        bundle,
-        graph,
-        cache.load(entry),
-        others=others,
-        stripped=flags.get("stripped") is True,
-        version_compatible=flags.get("version_compatible") is True,
-        compiled=(cache.blob(kept) or b"") if lib.compiles else b"",
-        on_compiled=lambda data: cache.keep_blob(kept, data),
-    )
+    def command(self, *batches: str) -> str:
+        """The command that builds one of this graph, for batches as `--batch` takes them."""
+        return build_command(self.bundle.path, self.library.engine, self.graph, batches)
+
+
+def profiles_of(entry: Entry) -> tuple[Profile, ...]:
+    """The batch profiles of an engine file whose record could be read."""
+    return entry.record.key.profiles if entry.record else ()
+
+
+def holding(entries: Iterable[Entry], batch: int) -> Choice | None:
+    """Of the profiles that hold a batch, the narrowest (of it alone, at best), then that whose likely batch is nearest.
+
+    Of several alike, the first entry's. None where none holds it.
+    """
+    profiles = [(e, i, p) for e in entries for i, p in enumerate(profiles_of(e)) if p[0] <= batch <= p[2]]
+    best = min(profiles, key=lambda one: (one[2][2] - one[2][0], abs(one[2][1] - batch)), default=None)
+    return best and Choice(*best[:2], batch)
+
+
+def above(entries: Iterable[Entry], batch: int) -> Choice | None:
+    """The profile that begins soonest above a batch, at its least batch: the lanes beyond the batch idle."""
+    profiles = [(e, i, p[0]) for e in entries for i, p in enumerate(profiles_of(e)) if p[0] > batch]
+    best = min(profiles, key=lambda one: one[2], default=None)
+    return best and Choice(*best)
 
 
 def targets_of(lib: Library, names: Iterable[str]) -> tuple[str, ...]:
     """Targets as given, "sm89" or "sm_89", in the spelling of keys; the GPU here where none is given.
 
-    Raises EngineError where the library cannot build for other machines, or there is neither a target nor a GPU.
+    Raises EngineError where the library cannot build for them, or there is neither a target nor a GPU.
     """
     given = tuple(dict.fromkeys(f"sm_{name.lower().removeprefix('sm').lstrip('_')}" for name in names))
     if given and not lib.targets:
         raise EngineError(f"{lib.engine} builds for this machine's GPU alone: leave --target out, or take tensorrt-rtx")
-    if given or not lib.targets:
+    if not lib.targets:
         return given
-    here = nvidia.driver()
-    if here.problem:
-        raise EngineError(f"{here.problem}; or name what to build for, e.g. --target sm89,sm120")
-    return (here.gpus[0].arch,)
+    if not given:
+        here = nvidia.driver()
+        if here.problem:
+            raise EngineError(f"{here.problem}; or name what to build for, e.g. --target sm89,sm120")
+        given = (here.gpus[0].arch,)
+    for target in given:
+        lib.capability(target)
+    return given
 
 
 def _key(lib: Library, bundle: Bundle, graph: StepGraph, options: BuildOptions) -> Key:
@@ -153,7 +175,7 @@ def _key(lib: Library, bundle: Bundle, graph: StepGraph, options: BuildOptions) 
         gpu, capabilities = here.name, (here.arch,)
     return Key(
         bundle.manifest.digest,
-        graph.file,
+        source(bundle, graph).name,
         lib.engine,
         lib.version,
         gpu,

@@ -1,213 +1,186 @@
-"""Engines "tensorrt" and "tensorrt-rtx": a step graph's engine file on the GPU."""
+"""Engines "tensorrt" and "tensorrt-rtx": a step graph on the GPU, by engine files for exact batches."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
 
 from epsrt.bundle import Bundle
 from epsrt.engine import Closing, Engine, check_batch
+from epsrt.engines import nvidia
+from epsrt.engines.cache.entry import Entry
+from epsrt.engines.cache.key import batches, profile_words
 from epsrt.engines.gpu import cuda
-from epsrt.engines.gpu.buffers import Buffers
+from epsrt.engines.gpu.engine_files import Choice, EngineFiles, above, holding, profiles_of
 from epsrt.engines.gpu.lanes import CHUNK, DeviceLanes
-from epsrt.engines.gpu.trt_build import build_command
-from epsrt.engines.gpu.trt_library import Library, make_logger
-from epsrt.engines.signature import FREE, Signature, Tensor
-from epsrt.errors import EngineError
+from epsrt.engines.gpu.trt_library import library
+from epsrt.engines.gpu.trt_loaded import Compiled, Context, LoadedEngineFile
+from epsrt.errors import OutOfMemoryError
 from epsrt.manifest import StepGraph
-from epsrt.types import Size
+from epsrt.types import OnProgress, Say, Size
 
 log = logging.getLogger("epsrt")
+
+KEPT_FILES = 3  # engine files that stay loaded when no lanes use them: each has the weights in the GPU's memory
 
 
 class TensorRt(Closing):
     """See epsrt.engine.Engine.
 
-    data                the engine file that `library` built from `graph` of the bundle; native code, so it is trusted
-    others              others(graph) opens another step graph of the bundle as this one was opened
-    stripped            the engine file has no weights and takes the bundle's
-    version_compatible  the engine file brings code of the version that built it
-    compiled            kernels that an earlier engine compiled at run time, where the library compiles any
-    on_compiled         on_compiled(bytes) is given the kernels that this engine compiled
+    files        the step graph's engine files; each is loaded when lanes first need it
+    others       others(graph) opens another step graph of the bundle as this one was opened
+    may_build    build an engine file for exactly the batch that is asked for, where none holds it; `say` gets the
+                 reason, and `on_progress` is told how far it is
 
-    Raises EngineError when the engine file is not for this library, version or GPU, or memory does not suffice.
+    Raises EngineError where the library does not start, where others can write the cache, and where there is no engine
+    file and none may be built.
     """
 
     device = "cuda"
 
     def __init__(
         self,
-        library: Library,
-        bundle: Bundle,
-        graph: StepGraph,
-        data: bytes,
-        *,
+        files: EngineFiles,
         others: Callable[[StepGraph], Engine],
-        stripped: bool = False,
-        version_compatible: bool = False,
-        compiled: bytes = b"",
-        on_compiled: Callable[[bytes], object] | None = None,
+        may_build: bool,
+        say: Say,
+        on_progress: OnProgress | None,
     ):
-        self.name, self.bundle, self.graph = library.engine, bundle, graph
-        self.columns, self.chunk = graph.columns, CHUNK
-        self.precision: str = graph.precision
-        self._library, self._on_compiled, self._others = library, on_compiled, others
+        self.name, self.bundle, self.graph = files.library.engine, files.bundle, files.graph
+        self.columns, self.chunk = self.graph.columns, CHUNK
+        self.precision: str = self.graph.precision
+        self._files, self._others = files, others
+        self._may_build, self._say, self._on_progress = may_build, say, on_progress
+        found = files.found()
+        if may_build:
+            self.max_batch, self.batch_limit = self.bundle.manifest.max_batch, "the bundle's largest"
+        elif found:
+            profiles = sorted({profile for entry in found for profile in profiles_of(entry)})
+            self.max_batch = max(most for _, _, most in profiles)
+            limit = f"the largest of its engine files, which are for {batches(tuple(profiles))}"
+            self.batch_limit = f'{limit} (for another, run "{files.command("N")}")'
+        else:
+            raise files.missing()
         self._device = cuda.device()
         self._device.use()
-        self._lock = threading.Lock()  # contexts are made one at a time: TensorRT says only enqueues may be concurrent
-        self._logger = make_logger(library.module)
-        self._runtime = library.module.Runtime(self._logger)
-        self._runtime.engine_host_code_allowed = version_compatible
-        self.engine = self._runtime.deserialize_cuda_engine(data)
-        if self.engine is None:
-            size, free = len(data) >> 20, self._device.memory()[0] >> 20
-            raise EngineError(
-                f"{library} refuses the engine file of {bundle.path.name} (it has {size} MiB, {free} of the GPU's are "
-                f'free): {self._logger.told()}; run "{build_command(bundle.path, self.name, graph)}"'
-            )
-        if stripped:
-            self._take_weights()
-        self._check_signature()
-        profiles = range(self.engine.num_optimization_profiles)
-        self.profiles = [tuple(shape[0] for shape in self.engine.get_tensor_profile_shape("x", i)) for i in profiles]
-        self.max_batch = max(most for _, _, most in self.profiles)
-        named = ", ".join(":".join(map(str, p)) for p in self.profiles)
-        self.batch_limit = f'the largest of the engine file\'s batch profiles, {named} (another: "epsrt build --batch")'
-        self._cache = self._runtime_cache(compiled)
+        self._runtime = files.library.runtime()
+        self._loaded: OrderedDict[tuple[Path, str], tuple[Entry, LoadedEngineFile]] = OrderedDict()
+        self._loading, self._building = threading.Lock(), threading.Lock()
 
     def lanes(self, batch: int, size: Size | None = None) -> DeviceLanes:
-        """See epsrt.engine.Engine; below a profile's least batch, the lanes beyond it idle."""
+        """See epsrt.engine.Engine. The first lanes of a batch build its engine file, where none holds it and they may.
+
+        Without may_build, below a profile's least batch, the lanes beyond it idle. Raises EngineError where there is no
+        engine file for the batch, or it cannot be loaded or built, and OutOfMemoryError.
+        """
         check_batch(batch, self)
         shape = self.bundle.image_shape(size)
-        profile, width = choose_profile(self.profiles, batch)
-        make = lambda buffers, stream: _Context(self, profile, buffers, stream)  # noqa: E731
-        made = DeviceLanes(self._device, self.bundle, self.graph, shape, batch, width, make, self.chunk)
-        self._keep_compiled()
+        self._device.use()
+        choice = self._chosen(batch)
+        loaded = self._load(choice.entry)
+        make = lambda buffers, stream: Context(loaded, choice.profile, buffers, stream)  # noqa: E731
+        made = DeviceLanes(self._device, self.bundle, self.graph, shape, batch, choice.width, make, self.chunk)
+        loaded.keep_compiled()
         return made
 
     def on(self, graph: StepGraph) -> Engine:
         """See epsrt.engine.Engine."""
         return self._others(graph)
 
-    def information(self) -> str:
-        """What the library says of the engine's layers, as JSON text."""
-        trt = self._library.module
-        return str(self.engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+    def information(self, entry: Entry) -> str:
+        """What the library says of the layers of an engine file, as JSON text."""
+        return self._load(entry).information()
 
     def close(self) -> None:
-        """Release the engine. Its lanes are closed before it."""
-        self._cache = self.engine = self._runtime = None
+        """Release the engine files. Lanes keep theirs until they are closed."""
+        with self._loading:
+            self._loaded.clear()
 
-    def context(self, profile: int, stream: cuda.Stream, shapes: dict[str, tuple[int, ...]]) -> tuple[Any, cuda.Memory]:
-        """An execution context for shapes, and the device memory that it works in, which the caller closes after it."""
-        trt = self._library.module
-        with self._lock:
-            config = self.engine.create_runtime_config()
-            config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-            if self._cache is not None:
-                config.set_runtime_cache(self._cache)
-                # for the one shape that a context will see, and before it runs: a capture cannot wait for a compiler
-                eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-                config.dynamic_shapes_kernel_specialization_strategy = eager
-            context = self.engine.create_execution_context(config)
-            if context is None or not context.set_optimization_profile_async(profile, stream.handle):
-                raise self.failure("cannot make an execution context")
-            for name, shape in shapes.items():
-                if not context.set_input_shape(name, shape):
-                    raise self.failure(f"refuses {name} {list(shape)}")
-            memory = cuda.Memory(context.update_device_memory_size_for_shapes(), "an execution context of the engine")
-            context.set_device_memory(memory.pointer, memory.size)
-            return context, memory
+    def _chosen(self, batch: int) -> Choice:
+        if choice := holding(self._there(), batch):
+            return choice
+        if self._may_build:
+            with self._building:  # another thread may have built it meanwhile
+                return holding(self._there(), batch) or self._built(batch)
+        if choice := above(self._there(), batch):
+            return choice
+        raise self._files.missing(batch)
 
-    def failure(self, what: str) -> EngineError:
-        """What the library said, as an error to raise."""
-        return EngineError(f"{self._library} {what} of {self.bundle.path.name}: {self._logger.told()}")
+    def _built(self, batch: int) -> Choice:
+        return Choice(self._files.make(batch, self._say, self._on_progress), 0, batch)
 
-    def _take_weights(self) -> None:
-        trt, file = self._library.module, self.bundle.path / self.graph.file
-        refitter = trt.Refitter(self.engine, self._logger)
-        weights = trt.OnnxParserRefitter(refitter, self._logger)
-        if not weights.refit_from_file(str(file)) or not refitter.refit_cuda_engine():
-            told = self._logger.told()
-            raise EngineError(f"{self._library} cannot put the weights of {file} into its engine file: {told}")
+    def _there(self) -> list[Entry]:
+        """All engine files, those that are loaded first, which may be gone from the cache."""
+        with self._loading:
+            loaded = [entry for entry, _ in reversed(self._loaded.values())]
+        return loaded + self._files.found()
 
-    def _check_signature(self) -> None:
-        trt, engine = self._library.module, self.engine
-        words = {trt.DataType.FLOAT: "float32", trt.DataType.INT64: "int64"}
-        found = {}
-        for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors)):
-            dtype, extents = engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name))
-            # where a profile has one batch alone, TensorRT may have made it static
-            found[name] = Tensor(words.get(dtype, str(dtype)), (FREE, *extents[1:]))
-        way_out = f'run "{build_command(self.bundle.path, self.name, self.graph)}"'
-        Signature.of(self.bundle, self.graph).check(found, f"the engine file of {self.bundle.path.name}", way_out)
+    def _load(self, entry: Entry) -> LoadedEngineFile:
+        """An engine file in memory, where it stays while it is one of those used last."""
+        assert entry.record is not None  # or it had no profiles
+        key = entry.path, entry.record.sha256
+        with self._loading:
+            if key not in self._loaded:
+                self._loaded[key] = entry, self._read(entry)
+            self._loaded.move_to_end(key)
+            while len(self._loaded) > KEPT_FILES:
+                self._loaded.popitem(last=False)
+            return self._loaded[key][1]
 
-    def _runtime_cache(self, compiled: bytes) -> Any:
-        if not self._library.compiles:
-            return None
-        cache = self.engine.create_runtime_config().create_runtime_cache()
-        if compiled and not cache.deserialize(compiled):
-            log.info("the kernels that an earlier run compiled do not fit this machine: compiling again")
-        self._compiled = compiled
-        return cache
-
-    def _keep_compiled(self) -> None:
-        if self._cache is not None and self._on_compiled is not None:
-            compiled = bytes(self._cache.serialize())
-            if compiled != self._compiled:
-                self._compiled = compiled
-                self._on_compiled(compiled)
-
-
-class _Context:
-    """lanes.Runner: an execution context on the buffers of one lanes object."""
-
-    capturable = True
-
-    def __init__(self, engine: TensorRt, profile: int, buffers: Buffers, stream: cuda.Stream):
-        self._engine, self._buffers, self._handle = engine, buffers, stream.handle
-        shapes = {name: tensor.extents for name, tensor in buffers.signature.inputs.items()}
-        self._context, self._memory = engine.context(profile, stream, shapes)
+    def _read(self, entry: Entry) -> LoadedEngineFile:
         try:
-            self._bind(buffers.fixed)
-        except BaseException:
-            self.close()
-            raise
+            return self._deserialized(entry)
+        except OutOfMemoryError:
+            if not self._loaded:
+                raise
+        self._loaded.clear()  # whatever no lanes use makes room
+        return self._deserialized(entry)
 
-    def enqueue(self, now: int, rows: int) -> None:
-        self._bind(self._buffers.sources(now, rows))
-        self._bind(self._buffers.results(now))
-        if not self._context.execute_async_v3(self._handle):
-            raise self._engine.failure("refuses to enqueue a step")
-
-    def settle(self) -> None:
-        """See lanes.Runner. A context has nothing of a thread's own."""
-
-    def without_capture(self) -> str:
-        """See lanes.Runner."""
-        return "steps are enqueued one by one, which is"
-
-    def _bind(self, addresses: Mapping[str, int]) -> None:
-        for name, address in addresses.items():
-            if not self._context.set_tensor_address(name, address):
-                raise self._engine.failure(f"refuses the address of {name}")
-
-    def close(self) -> None:
-        self._context = None
-        self._memory.close()
+    def _deserialized(self, entry: Entry) -> LoadedEngineFile:
+        files, gpu = self._files, self._files.gpu
+        assert entry.record is not None
+        options, compiled = entry.record.key.options, None
+        if files.library.compiles:
+            name = f"{entry.path.stem}-{gpu.name}-{gpu.arch}.compiled".replace(" ", "-")
+            compiled = Compiled(files.cache.blob(name) or b"", lambda data: files.cache.keep_blob(name, data))
+        return LoadedEngineFile(
+            files.library,
+            self._runtime,
+            self.bundle,
+            self.graph,
+            files.cache.load(entry),
+            stripped=options.get("stripped") is True,
+            version_compatible=options.get("version_compatible") is True,
+            compiled=compiled,
+            command=f"{files.command(*map(profile_words, profiles_of(entry)))} --again",
+        )
 
 
-def choose_profile(profiles: list[tuple[int, ...]], batch: int) -> tuple[int, int]:
-    """Which profile serves a batch, and how wide it then runs.
+def open_tensorrt(
+    engine: str,
+    bundle: Bundle,
+    graph: StepGraph,
+    *,
+    trust_engines: bool = False,
+    may_build: bool = True,
+    say: Say = log.warning,
+    on_progress: OnProgress | None = None,
+) -> TensorRt:
+    """Engine "tensorrt" or "tensorrt-rtx" of a graph, on the engine files that fit this machine.
 
-    Of the profiles that hold the batch, the narrowest, then that whose likely batch is nearest; where none does, the
-    one that begins soonest above it, at its least batch.
+    Nothing is built before lanes of a batch are asked for that no engine file holds; `say` then gets the reason. With
+    may_build=False nothing is built at all. Engine files that came with the bundle are loaded only with
+    `trust_engines`; without it EngineError says why, unless the cache has one.
     """
-    holding = [i for i, (least, _, most) in enumerate(profiles) if least <= batch <= most]
-    if holding:
-        best = min(holding, key=lambda i: (profiles[i][2] - profiles[i][0], abs(profiles[i][1] - batch)))
-        return best, batch
-    above = min((i for i, p in enumerate(profiles) if p[0] > batch), key=lambda i: profiles[i][0])
-    return above, profiles[above][0]
+
+    def others(graph: StepGraph) -> Engine:
+        return open_tensorrt(
+            engine, bundle, graph, trust_engines=trust_engines, may_build=may_build, say=say, on_progress=on_progress
+        )
+
+    gpu = nvidia.require_gpu()  # first: without a driver the libraries crash or return nothing
+    files = EngineFiles(library(engine), bundle, graph, gpu, trust_engines)
+    return TensorRt(files, others, may_build, say, on_progress)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import resource
 import shlex
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from epsrt.bundle import Bundle
-from epsrt.engines.gpu.trt_library import Library, make_logger
+from epsrt.engines.cache.key import Profile, Profiles, profile_words
+from epsrt.engines.gpu.trt_library import Library
 from epsrt.errors import EngineError
 from epsrt.manifest import StepGraph
 from epsrt.types import OnProgress
-
-Profile = tuple[int, int, int]  # least, most likely and largest batch
 
 COMPATIBLE = ("none", "ampere+", "same-capability")
 
@@ -24,7 +24,8 @@ COMPATIBLE = ("none", "ampere+", "same-capability")
 class BuildOptions:
     """What an engine file is built for, beyond the bundle. Raises EngineError for values that no library takes.
 
-    profiles                  one optimisation profile each, (min, opt, max) batch; none: 1 to the bundle's largest
+    profiles                  one optimisation profile each, (min, opt, max) batch, tuned for opt; none: of batch 1
+                              alone, and of the bundle's largest alone
     level                     optimisation level 0 … 5; None: the library's own default
     workspace                 MiB that a kernel may use beside the activations; None: all there is
     hardware_compatible       "ampere+": also for newer GPUs than this, "same-capability": for others of its kind
@@ -35,7 +36,7 @@ class BuildOptions:
                               the GPU of this machine
     """
 
-    profiles: tuple[Profile, ...] = ()
+    profiles: Profiles = ()
     level: int | None = None
     workspace: int | None = None
     hardware_compatible: Literal["none", "ampere+", "same-capability"] = "none"
@@ -49,7 +50,9 @@ class BuildOptions:
             least, likely, most = profile
             if not 1 <= least <= likely <= most:
                 words = ":".join(map(str, profile))
-                raise EngineError(f"batch profile {words} does not ascend from 1: give min:opt:max, e.g. 1:8:64")
+                raise EngineError(
+                    f"batch profile {words} does not ascend from 1: give a batch or min:opt:max, e.g. 1:8:64"
+                )
         if self.level is not None and not 0 <= self.level <= 5:
             raise EngineError(f"optimisation level {self.level} is outside 0 … 5")
         if self.workspace is not None and self.workspace < 1:
@@ -57,23 +60,33 @@ class BuildOptions:
         if self.hardware_compatible not in COMPATIBLE:
             raise EngineError(f"hardware compatibility {self.hardware_compatible!r}: use {', '.join(COMPATIBLE)}")
 
-    def of(self, bundle: Bundle) -> tuple[Profile, ...]:
+    def of(self, bundle: Bundle) -> Profiles:
         """The profiles for a bundle. Raises EngineError where one exceeds its largest batch."""
         most = bundle.manifest.max_batch
         for profile in self.profiles:
             if profile[2] > most:
-                words = ":".join(map(str, profile))
                 raise EngineError(
-                    f"batch profile {words} exceeds {most}, the largest batch of {bundle.path.name}: lower it, or "
-                    f"export the bundle with --max-batch {profile[2]}"
+                    f"batch profile {profile_words(profile)} exceeds {most}, the largest batch of {bundle.path.name}: "
+                    f"lower it, or export the bundle with --max-batch {profile[2]}"
                 )
-        return self.profiles or ((1, min(8, most), most),)
+        return self.profiles or tuple(map(exact, dict.fromkeys((1, most))))
 
 
-def build_command(bundle: Path, engine: str, graph: StepGraph) -> str:
-    """The command that builds a graph of the bundle at a path."""
+def exact(batch: int) -> Profile:
+    """The profile of one batch alone."""
+    return batch, batch, batch
+
+
+def build_command(bundle: Path, engine: str, graph: StepGraph, batches: Iterable[str] = ()) -> str:
+    """The command that builds a graph of the bundle at a path, for batches as `--batch` takes them."""
     features = ["--features", graph.stem.replace("-", ",")] if graph.stem else []
-    return shlex.join(["epsrt", "build", str(bundle), "--engine", engine, "--precision", graph.precision, *features])
+    words = ["epsrt", "build", str(bundle), "--engine", engine, "--precision", graph.precision, *features]
+    return shlex.join([*words, *(word for batch in batches for word in ("--batch", batch))])
+
+
+def source(bundle: Bundle, graph: StepGraph) -> Path:
+    """The ONNX file that TensorRT reads."""
+    return bundle.path / graph.file
 
 
 @dataclass(frozen=True)
@@ -100,34 +113,38 @@ def build(
 
     Needs the GPU where the library measures. Raises EngineError with the library's words where it refuses.
     """
-    trt, begin = library.module, time.perf_counter()
-    logger = make_logger(trt)
-    builder = trt.Builder(logger)
-    network = _parse(library, builder, logger, bundle, graph)
+    begin, builder = time.perf_counter(), library.builder()
+    network = _parse(library, builder, bundle, graph)
     config = _config(library, builder, options, graph.precision)
-    for least, likely, most in options.of(bundle):
-        profile = builder.create_optimization_profile()
-        for i in range(network.num_inputs):
-            tensor = network.get_input(i)
-            small, usual, large = _extents(bundle, tuple(tensor.shape)[1:])
-            profile.set_shape(tensor.name, (least, *small), (likely, *usual), (most, *large))
-        if config.add_optimization_profile(profile) < 0:
-            raise EngineError(f"{library} refuses batches {least}:{likely}:{most}: {logger.told()}")
+    for profile in options.of(bundle):
+        _add_profile(library, builder, config, network, bundle, profile)
     cache = None
     if library.measures:
         cache = config.create_timing_cache(timing)
         config.set_timing_cache(cache, False)
-    monitor = _monitor(trt, on_progress)
+    monitor = _monitor(library.module, on_progress)
     config.progress_monitor = monitor
     layers = network.num_layers  # now: the build takes the network apart
-    data = builder.build_serialized_network(network, config)
+    with library.logger.hearing() as heard:
+        data = builder.build_serialized_network(network, config)
     if monitor.interrupted is not None:
         raise monitor.interrupted
     if data is None:
-        raise EngineError(f"{library} cannot build {bundle.path / graph.file}: {logger.told()}")
+        raise EngineError(f"{library} cannot build {source(bundle, graph)}: {heard}")
     timed = b"" if cache is None else bytes(cache.serialize())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     return Built(bytes(data), layers, time.perf_counter() - begin, peak, timed)
+
+
+def _add_profile(library: Library, builder: Any, config: Any, network: Any, bundle: Bundle, batches: Profile) -> None:
+    profile = builder.create_optimization_profile()
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        extents = _extents(bundle, tuple(tensor.shape)[1:])
+        profile.set_shape(tensor.name, *((batch, *rest) for batch, rest in zip(batches, extents, strict=True)))
+    with library.logger.hearing() as heard:
+        if config.add_optimization_profile(profile) < 0:
+            raise EngineError(f"{library} refuses the batch profile {profile_words(batches)}: {heard}")
 
 
 def _extents(bundle: Bundle, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -141,9 +158,8 @@ def _extents(bundle: Bundle, shape: tuple[int, ...]) -> tuple[tuple[int, ...], .
 
 def describe(library: Library, bundle: Bundle, graph: StepGraph) -> list[dict[str, Any]]:
     """The layers of the parsed network: name, type, and each output's name, type and shape. Needs no GPU."""
-    logger = make_logger(library.module)
-    builder = library.module.Builder(logger)
-    network = _parse(library, builder, logger, bundle, graph)
+    builder = library.builder()
+    network = _parse(library, builder, bundle, graph)
     layers = []
     for i in range(network.num_layers):
         layer = network.get_layer(i)
@@ -158,13 +174,14 @@ def describe(library: Library, bundle: Bundle, graph: StepGraph) -> list[dict[st
     return layers
 
 
-def _parse(library: Library, builder: Any, logger: Any, bundle: Bundle, graph: StepGraph) -> Any:
-    trt, file = library.module, bundle.path / graph.file
+def _parse(library: Library, builder: Any, bundle: Bundle, graph: StepGraph) -> Any:
+    trt, file = library.module, source(bundle, graph)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(file)):
-        reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)) or logger.told()
-        raise EngineError(f"{library} cannot parse {file}: {reasons}")
+    parser = trt.OnnxParser(network, library.logger)
+    with library.logger.hearing() as heard:
+        if not parser.parse_from_file(str(file)):
+            reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)) or heard
+            raise EngineError(f"{library} cannot parse {file}: {reasons}")
     return network
 
 
@@ -195,18 +212,8 @@ def _config(library: Library, builder: Any, options: BuildOptions, precision: st
             raise EngineError(f"{library.engine} builds for this GPU alone: leave --target out, or take tensorrt-rtx")
         config.num_compute_capabilities = len(options.targets)
         for i, target in enumerate(options.targets):
-            config.set_compute_capability(_capability(library, target), i)
+            config.set_compute_capability(library.capability(target), i)
     return config
-
-
-def _capability(library: Library, target: str) -> Any:
-    known = library.module.ComputeCapability
-    name = target.upper().replace("_", "")
-    names = [n for n in dir(known) if n.startswith("SM")]
-    if name not in names:
-        have = ", ".join(n.lower() for n in sorted(names, key=lambda n: int(n[2:])))
-        raise EngineError(f"{library} has no target {target}: use one of {have}")
-    return getattr(known, name)
 
 
 def _monitor(trt: Any, on_progress: OnProgress | None) -> Any:

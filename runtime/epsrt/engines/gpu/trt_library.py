@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +30,41 @@ class Library:
     def version(self) -> str:
         return str(self.module.__version__)
 
+    @property
+    def logger(self) -> Any:
+        """The library's only logger in this process, as it keeps the first; see `_logger`."""
+        return _logger(self.module)
+
+    def builder(self) -> Any:
+        """A new Builder. Raises EngineError where the library does not start."""
+        return self._started(self.module.Builder)
+
+    def runtime(self) -> Any:
+        """A new Runtime. Raises EngineError where the library does not start."""
+        return self._started(self.module.Runtime)
+
+    def capability(self, target: str) -> Any:
+        """The library's own name of a compute capability, "sm_89" or "sm89", that it builds for and runs on.
+
+        Raises EngineError where it has none.
+        """
+        known = self.module.ComputeCapability
+        name = target.upper().replace("_", "")
+        names = [n for n in dir(known) if n.startswith("SM")]
+        if name not in names:
+            have = ", ".join(n.lower() for n in sorted(names, key=lambda n: int(n[2:])))
+            raise EngineError(
+                f"{self} has no target {target}: use one of {have}, or engine tensorrt, which builds on the GPU itself"
+            )
+        return getattr(known, name)
+
+    def _started(self, make: Callable[[Any], Any]) -> Any:
+        with self.logger.hearing() as heard:
+            try:
+                return make(self.logger)
+            except TypeError as error:  # what its bindings raise for a null pointer: no driver, or too old a one
+                raise EngineError(f"{self} does not start ({heard or error})") from None
+
     def __str__(self) -> str:
         return f"{self.engine} {self.version}"
 
@@ -44,25 +83,52 @@ def library(engine: str) -> Library:
     return Library(engine, module, *differences)
 
 
-def make_logger(trt: Any) -> Any:
-    """A logger of the library's that passes messages to logging and keeps the errors, for sentences: see `told`."""
+class Heard:
+    """The errors that a library has told since one thread began to listen: str() is the last of them, in its words."""
+
+    def __init__(self) -> None:
+        self.thread, self.errors = threading.get_ident(), list[str]()
+
+    def __bool__(self) -> bool:
+        return bool(self.errors)
+
+    def __str__(self) -> str:
+        return "; ".join(self.errors[-3:]) or "it gave no reason"
+
+
+@functools.cache
+def _logger(trt: Any) -> Any:
+    """A logger that passes messages to logging, and the errors to whoever hears them.
+
+    `with logger.hearing() as heard:` hears what the library tells the calling thread, and what it tells threads of its
+    own: those may work for any call, so all that are under way hear them.
+    """
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.errors_only = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
+            self._hearings: list[Heard] = []
+            self._lock = threading.RLock()  # Python may free one of the library's objects at any place, which may log
+            self._errors = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
+
+        @contextmanager
+        def hearing(self) -> Iterator[Heard]:
+            heard = Heard()
+            with self._lock:
+                self._hearings.append(heard)
+            try:
+                yield heard
+            finally:
+                with self._lock:
+                    self._hearings.remove(heard)
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in self.errors_only:
-                self.errors.append(" ".join(message.split()))
-            else:
-                log.debug("%s", message)
-
-        def told(self) -> str:
-            """What went wrong, in the library's words, and forget it."""
-            words = "; ".join(self.errors[-3:]) or "it gave no reason"
-            self.errors.clear()
-            return words
+            log.debug("%s", message)
+            if severity not in self._errors:
+                return
+            with self._lock:
+                own = [heard for heard in self._hearings if heard.thread == threading.get_ident()]
+                for heard in own[-1:] or self._hearings:
+                    heard.errors.append(" ".join(message.split()))
 
     return Logger()
