@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 
@@ -21,16 +22,42 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(PROBLEM), reason=PROBLEM)
 GPU_ENGINES = [info.name for info in probe.ENGINES if info.device == "cuda"]
 
 
-@pytest.fixture(scope="module", params=[(e, p) for e in GPU_ENGINES for p in ("fp32", "fp16")], ids="-".join)
-def gpu(request: pytest.FixtureRequest, bundle_path) -> Iterator[Engine]:
-    name, precision = request.param
+def check_runs(name: str, precision: str) -> None:
     if not probe.state(name).available:
         pytest.skip(f"{name}: {probe.state(name).reason}")
     if (name, precision) == ("onnxruntime-tensorrt", "fp32"):
         pytest.skip("onnxruntime lets TensorRT compute FP32 in TF32")
-    engine = open_engine(Bundle.open(bundle_path), name, precision=precision)
-    yield engine
-    engine.close()
+
+
+def range_for(bundle: Bundle, name: str, precision: str) -> None:
+    """One engine file for every batch of the tests, where each would take its own minute."""
+    if name in ("tensorrt", "tensorrt-rtx"):
+        from epsrt.engines.gpu.engine_files import make_engine_file
+        from epsrt.engines.gpu.trt_build import BuildOptions
+        from epsrt.engines.gpu.trt_library import library
+
+        most = bundle.manifest.max_batch
+        make_engine_file(library(name), bundle, bundle.graph(precision), BuildOptions(profiles=((1, most, most),)))
+
+
+@pytest.fixture(scope="module", params=[(e, p) for e in GPU_ENGINES for p in ("fp32", "fp16")], ids="-".join)
+def gpu(request: pytest.FixtureRequest, bundle_path) -> Iterator[Engine]:
+    name, precision = request.param
+    check_runs(name, precision)
+    bundle = Bundle.open(bundle_path)
+    range_for(bundle, name, precision)
+    with open_engine(bundle, name, precision=precision) as engine:
+        yield engine
+
+
+def same(engine: Engine, got: np.ndarray, want: np.ndarray) -> bool:
+    """Whether two lanes objects agree: to the bit on one engine file of TensorRT's, whose kernels are settled.
+
+    Each of onnxruntime's has a session of its own, and cuDNN chooses an algorithm for each.
+    """
+    if engine.name.startswith("tensorrt"):
+        return bool((got == want).all())
+    return float(np.abs(got - want).max()) <= (1e-6 if engine.precision == "fp32" else 1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +112,7 @@ def test_noise_is_numpys(gpu: Engine) -> None:
 def test_captured_steps_are_the_plain_steps(gpu: Engine) -> None:
     for method, steps in (("ddim", 25), ("ddpm", 33)):
         rows = rows_of(gpu, 3, method, steps)
-        assert (run(gpu, rows) == run(gpu, rows, plain=True)).all()
+        assert same(gpu, run(gpu, rows), run(gpu, rows, plain=True))
 
 
 def test_one_row_at_a_time_is_the_whole_plan(gpu: Engine) -> None:
@@ -96,7 +123,7 @@ def test_one_row_at_a_time_is_the_whole_plan(gpu: Engine) -> None:
         for row in rows:
             lanes.advance(row[None])
         stepped = np.stack([lanes.read(i) for i in range(2)])
-    assert (stepped == run(gpu, rows)).all()
+    assert same(gpu, stepped, run(gpu, rows))
 
 
 def test_nan_is_named_and_does_not_spread(gpu: Engine) -> None:
@@ -121,9 +148,12 @@ def test_threads_do_not_meet(gpu: Engine) -> None:
     for thread in threads:
         thread.join()
     assert len(results) == 3
-    assert all((r == alone).all() for r in results)
+    assert all(same(gpu, r, alone) for r in results)
 
 
+@pytest.mark.skipif(
+    not os.environ.get("EPSRT_FILL_GPU"), reason="fills the GPU's memory, others' work too: set EPSRT_FILL_GPU=1"
+)
 def test_out_of_memory_is_a_sentence_and_passes(gpu: Engine) -> None:
     from epsrt.engines.gpu import cuda
 
@@ -142,16 +172,27 @@ def test_out_of_memory_is_a_sentence_and_passes(gpu: Engine) -> None:
     finally:
         for hog in hogs:
             hog.close()
-    assert (run(gpu, rows_of(gpu, 2)) == expected).all()
+    assert same(gpu, run(gpu, rows_of(gpu, 2)), expected)
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_an_engine_file_is_built_for_exactly_a_batch(name: str, small_bundle_path) -> None:
+    if not probe.state(name).available:
+        pytest.skip(f"{name}: {probe.state(name).reason}")
+    bundle = Bundle.open(small_bundle_path)
+    with Sampler(open_engine(bundle, name)) as built, Sampler(open_engine(bundle, "onnxruntime")) as cpu:
+        want = cpu.sample(3, steps=25, seed=4)
+        assert worst_psnr(built.sample(3, steps=25, seed=4), want, (-1.0, 1.0)) >= 90
+    with Sampler(open_engine(bundle, name, may_build=False)) as found:
+        assert found.engine.max_batch == 3
+        assert worst_psnr(found.sample(3, steps=25, seed=4), want, (-1.0, 1.0)) >= 90
 
 
 @pytest.mark.parametrize("name", GPU_ENGINES)
 def test_other_sizes_are_the_cpus(name: str, sized_bundle_path) -> None:
-    if not probe.state(name).available:
-        pytest.skip(f"{name}: {probe.state(name).reason}")
-    if name == "onnxruntime-tensorrt":
-        pytest.skip("onnxruntime lets TensorRT compute FP32 in TF32")
+    check_runs(name, "fp32")
     bundle = Bundle.open(sized_bundle_path)
+    range_for(bundle, name, "fp32")
     with Sampler(open_engine(bundle, name)) as gpu, Sampler(open_engine(bundle, "onnxruntime")) as cpu:
         assert all(rung.passed for rung in verify(gpu.engine))
         for size in ((24, 24), (4, 20), (20, 4), (8, 8)):
@@ -163,13 +204,9 @@ def test_other_sizes_are_the_cpus(name: str, sized_bundle_path) -> None:
 def edited(request: pytest.FixtureRequest, edited_bundle_path) -> Iterator[Engine]:
     """The plain step of a bundle that has every kind: the others are asked for by `on`."""
     name, precision = request.param
-    if not probe.state(name).available:
-        pytest.skip(f"{name}: {probe.state(name).reason}")
-    if (name, precision) == ("onnxruntime-tensorrt", "fp32"):
-        pytest.skip("onnxruntime lets TensorRT compute FP32 in TF32")
-    engine = open_engine(Bundle.open(edited_bundle_path), name, precision=precision)
-    yield engine
-    engine.close()
+    check_runs(name, precision)
+    with open_engine(Bundle.open(edited_bundle_path), name, precision=precision) as engine:
+        yield engine
 
 
 KINDS = [("guidance",), ("classifier",), ("mask",), ("guidance", "mask"), ("classifier", "mask")]
@@ -204,7 +241,7 @@ def test_each_kind_of_step_is_the_cpus(edited: Engine, edited_bundle_path, featu
     cpu = open_engine(Bundle.open(edited_bundle_path), "onnxruntime", features=features)
     try:
         assert worst_psnr(edits(engine), edits(cpu), (-1.0, 1.0)) >= (90 if edited.precision == "fp32" else 45)
-        assert (edits(engine) == edits(engine)).all()
+        assert same(engine, edits(engine), edits(engine))
     finally:
         engine.close()
 
