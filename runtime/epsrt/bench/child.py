@@ -1,4 +1,4 @@
-"""The part of isolated.call that runs in the new process: python -P child.py FOLDER MODULE FUNCTION JSON
+"""What isolated.call and isolated.Turns run in the new process: python -P child.py FOLDER MODULE FUNCTION JSON
 
 It imports nothing but what Python itself has: the process's start and its memory are the function's own.
 """
@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable, Generator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,30 @@ def main() -> None:
     def write(message: dict[str, Any]) -> None:
         pipe.write(json.dumps(message) + "\n")
 
-    sys.modules["__main__"].epsrt_say = lambda value: write({"said": value})  # type: ignore[attr-defined]
+    def say(value: object) -> None:
+        write({"said": value})
+
+    sys.modules["__main__"].epsrt_say = say  # type: ignore[attr-defined]
     try:
         result = getattr(import_module(module), name)(json.loads(given))
+        if isinstance(result, Generator):
+            take_turns(result, say)
+            result = None
         write({"result": result, "memory": peak_memory()[0]})
     except Exception as error:  # anybody's library may fail
         import traceback
 
         traceback.print_exc()
         write({"error": sentence(error)})
+
+
+def take_turns(generator: Generator[Any, Any, None], say: Callable[[object], None]) -> None:
+    """Each line of stdin is sent to the generator, and what it yields is said; until stdin ends, or the generator."""
+    for line in sys.stdin:
+        try:
+            say(generator.send(json.loads(line)))
+        except StopIteration:
+            return
 
 
 def sentence(error: Exception) -> str:

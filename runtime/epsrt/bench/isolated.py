@@ -1,7 +1,7 @@
 """A function in a process of its own, whose end is sure; and what `epsrt bench` runs so: a case that does nothing else.
 
-`epsrt bench` measures a case's peak memory and the seconds to its first image in such a process, and the scripts in
-benchmarks/ measure their cases in one.
+`epsrt bench` measures a case's peak memory and the seconds to its first image in such a process, and gives rivals their
+turns in others. The scripts in benchmarks/ measure their cases in one.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 
 from epsrt.bench import child
+from epsrt.engine import Closing
 from epsrt.errors import EngineError
 
 LINGER_S = 20.0  # that a process may take to end once its result is there
@@ -69,33 +70,37 @@ def call(
     Raises EngineError with the function's sentence where it fails, or says how its process died; LateError after
     `seconds`.
     """
-    module = sys.modules[function.__module__]
-    name, folder = module.__name__, ""
-    if "." not in name:  # a script's, or of a module beside one
-        file = Path(str(module.__file__)).resolve()
-        name, folder = file.stem, str(file.parent)
-    argument = msgspec.json.encode(given).decode()
-    command = [sys.executable, "-P", child.__file__, folder, name, function.__name__, argument]
-    with log.open("ab+") if log else tempfile.TemporaryFile() as printed:
-        start = printed.seek(0, os.SEEK_END)
-        begin = time.perf_counter()
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=printed, start_new_session=True
-        )
-        try:
-            at, said = _listen(process, begin, begin + seconds, heard, watch)
-        except BaseException:
-            _end(process, 0.0)
-            raise
-        _end(process, LINGER_S)
-        if not said:
-            printed.seek(start)
-            words = printed.read().decode(errors="replace").strip().splitlines()
-            last = f": {words[-1].strip()[:400]}" if words else ""
-            raise EngineError(f"its process ended with {_how(process.returncode)}{last}")
-    if "error" in said:
-        raise EngineError(said["error"])
-    return Done(said["result"], at, said["memory"])
+    with _Process(function, given, seconds, log) as process:
+        while True:
+            at, said = process.message(watch)
+            if "said" not in said:
+                return Done(said["result"], at, said["memory"])
+            watch = None
+            heard(at, said["said"])
+
+
+class Turns(Closing):
+    """A generator in a process of its own, which takes a turn when it is told to, and waits in between.
+
+    `function(given)` is a generator of JSON values; the rest is as in `call`. The process is over once this is closed.
+    """
+
+    def __init__(self, function: Callable[[Any], Generator[Any, Any, None]], given: object):
+        self._process = _Process(function, given, told=True)
+
+    def next(self, told: object = None) -> Any:
+        """What the generator yields next, `told` being what it is sent: None the first time.
+
+        Raises EngineError with the generator's sentence where it fails, or says how its process died.
+        """
+        self._process.tell(told)
+        _, said = self._process.message()
+        if "said" not in said:
+            raise EngineError("it ended before its turn")
+        return said["said"]
+
+    def close(self) -> None:
+        self._process.close()
 
 
 def say(value: object) -> None:
@@ -105,40 +110,95 @@ def say(value: object) -> None:
         tell(value)
 
 
-def _listen(
-    process: subprocess.Popen[bytes], begin: float, end: float, heard: Heard, watch: Callable[[], object] | None
-) -> tuple[float, dict[str, Any]]:
-    """When the process said its last word, and that: a result or an error; empty where it ended without one."""
-    lines: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
-    out = process.stdout
-    assert out is not None
+class _Process(Closing):
+    """A function's process, and what it says, line by line. It has `seconds` from its start on."""
 
-    def read() -> None:
+    def __init__(
+        self,
+        function: Callable[[Any], Any],
+        given: object,
+        seconds: float = math.inf,
+        log: Path | None = None,
+        told: bool = False,
+    ):
+        module = sys.modules[function.__module__]
+        name, folder = module.__name__, ""
+        if "." not in name:  # a script's, or of a module beside one
+            file = Path(str(module.__file__)).resolve()
+            name, folder = file.stem, str(file.parent)
+        argument = msgspec.json.encode(given).decode()
+        command = [sys.executable, "-P", child.__file__, folder, name, function.__name__, argument]
+        printed: Callable[[], IO[bytes]] = tempfile.TemporaryFile if log is None else lambda: log.open("ab+")
+        self._seconds = seconds
+        self._over = False  # it has said its last word
+        self._lines: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
+        with ExitStack() as stack:
+            self._printed: IO[bytes] = stack.enter_context(printed())
+            self._start, self._begin = self._printed.seek(0, os.SEEK_END), time.perf_counter()
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE if told else subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=self._printed,
+                start_new_session=True,
+            )
+            self._open = stack.pop_all()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def tell(self, value: object) -> None:
+        """Give a generator its turn."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended: `message` says how
+            self._process.stdin.write(msgspec.json.encode(value) + b"\n")
+            self._process.stdin.flush()
+
+    def message(self, watch: Callable[[], object] | None = None) -> tuple[float, dict[str, Any]]:
+        """What the process says next, or its last word, a result; and the seconds from its start until then."""
+        ended = False
+        while True:
+            left = self._begin + self._seconds - time.perf_counter()
+            try:
+                at, line = self._lines.get(timeout=max(0.0, min(WATCH_S if watch else WAIT_S, left)))
+            except queue.Empty:
+                if left <= 0:
+                    raise LateError(f"it took more than the {self._seconds:.0f} s that it was given") from None
+                if not ended:
+                    ended = self._process.poll() is not None
+                    if watch:
+                        watch()
+                    continue
+                at, line = 0.0, b""  # a process that it forked may hold the pipe open
+            said: dict[str, Any] = json.loads(line or b"{}")
+            self._over = "said" not in said
+            if not said:
+                _end(self._process, LINGER_S)
+                raise EngineError(f"its process ended with {_how(self._process.returncode)}{self._last_words()}")
+            if "error" in said:
+                raise EngineError(said["error"])
+            return at, said
+
+    def close(self) -> None:
+        """The process ends by itself after its last word, else it is ended."""
+        try:
+            if self._process.stdin is not None:
+                with suppress(BrokenPipeError):
+                    self._process.stdin.close()
+            _end(self._process, LINGER_S if self._over else 0.0)
+        finally:
+            self._open.close()
+
+    def _read(self) -> None:
+        out = self._process.stdout
+        assert out is not None
         for line in out:
-            lines.put((time.perf_counter() - begin, line))
-        lines.put((0.0, b""))
+            self._lines.put((time.perf_counter() - self._begin, line))
+        self._lines.put((0.0, b""))
         out.close()
 
-    threading.Thread(target=read, daemon=True).start()
-    over = False
-    while True:
-        left = end - time.perf_counter()
-        try:
-            at, line = lines.get(timeout=max(0.0, min(WATCH_S if watch else WAIT_S, left)))
-        except queue.Empty:
-            if left <= 0:
-                raise LateError(f"it took more than the {end - begin:.0f} s that it was given") from None
-            if over:
-                return 0.0, {}
-            over = process.poll() is not None  # a process that it forked may hold the pipe open
-            if watch:
-                watch()
-            continue
-        said: dict[str, Any] = json.loads(line or b"{}")
-        if "said" not in said:
-            return at, said
-        watch = None
-        heard(at, said["said"])
+    def _last_words(self) -> str:
+        self._printed.seek(self._start)
+        words = self._printed.read().decode(errors="replace").strip().splitlines()
+        return f": {words[-1].strip()[:400]}" if words else ""
 
 
 def _end(process: subprocess.Popen[bytes], seconds: float) -> None:
