@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 from common import bundle, write
 from numpy.typing import ArrayLike
-from race_case import clocks, others_share
-from race_table import BUSY
 
 from epsrt import Bundle, Plan, Sampler, open_engine
 from epsrt.bench import isolated
+from epsrt.bench.others import BUSY, clocks, others_share
 from epsrt.bench.timing import clocked, rounds
 from epsrt.plan import COLUMNS
 
@@ -141,7 +140,7 @@ def told(row: Row) -> str:
     return (
         f"{row['what']:6} slope {row['log_slope']:.3f} of the logarithms, R² {row['log_r2']:.5f}; "
         f"{row['each_ms']:.4f} ms each and {row['fixed_ms']:.3f} ms fixed, R² {row['r2']:.5f}"
-        f"{busy if row['others_share'] > BUSY else ''}"
+        f"{busy if (row['others_share'] or 0) > BUSY else ''}"
     )
 
 

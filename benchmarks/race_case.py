@@ -9,7 +9,6 @@ others took.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from race_rivals import AUTO, CONTESTANTS, Contestant, Field, Running, begin, dr
 
 from epsrt import Bundle, Sampler, open_engine
 from epsrt.bench import isolated
+from epsrt.bench.others import clocks, others_share
 from epsrt.bench.report import paired_ratio
 from epsrt.bench.timing import clocked, rounds
 from epsrt.errors import one_line
@@ -174,20 +174,6 @@ def turns(draws: dict[str, Draw], steps: int, seconds: float, most: int, pause: 
 
 def _timed(draw: Draw, steps: int) -> float:
     return clocked(partial(draw, steps))()
-
-
-def clocks() -> tuple[float, float, float]:
-    """Seconds: of all cores at work, of those the ones for this process and its children, of the wall."""
-    # user nice system idle iowait irq softirq steal
-    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-    busy = sum(int(f) for i, f in enumerate(fields) if i not in (3, 4)) / os.sysconf("SC_CLK_TCK")
-    return busy, sum(os.times()[:4]), time.perf_counter()
-
-
-def others_share(before: tuple[float, float, float], after: tuple[float, float, float]) -> float:
-    """What of all cores went to other processes: a race among busy neighbours is none, above all not for OpenMP's."""
-    busy, own, wall = (b - a for a, b in zip(before, after, strict=True))
-    return round(max(busy - own, 0.0) / (wall * (os.cpu_count() or 1)), 3)
 
 
 def share(key: Row) -> Row:

@@ -11,6 +11,7 @@ from typing import Any
 from common import align
 from race_rivals import AUTO, BY_NAME, CONTESTANTS
 
+from epsrt.bench.others import BUSY
 from epsrt_command.charts import save
 
 Row = dict[str, Any]
@@ -20,7 +21,6 @@ FASTER_THAN_DIFFUSERS = {"ddpm-cifar10": {1: 5.0, 8: 5.0, 32: 5.0}, "digits": {1
 NOT_SLOWER = 0.98  # than the plain loop over the same library in the same precision
 LOOPS_SHARE = 0.10
 MEMORY_SHARE = 0.5
-BUSY = 0.05  # of the cores, for other processes: above it the rows are not to be trusted
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def table(rows: list[Row]) -> str:
             f"{row['rounds']} rounds of {row['steps']} steps; ours at best is {row['best']}; PSNR to {row['reference']}"
         )
         lines += ["", f"{title}: {about}"]
-        if row.get("others_share", 0) > BUSY:
+        if (row.get("others_share") or 0) > BUSY:
             lines.append(f"INVALID: other processes took {100 * row['others_share']:.0f} % of the cores: race again")
         cells = [
             [

@@ -88,14 +88,18 @@ def gpu() -> dict[str, Any]:
 
 def nvidia_smi(*fields: str) -> dict[str, Any]:
     """What nvidia-smi says of the first GPU: MHz, °C and W as numbers; empty where it is missing or has no answer."""
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
-    command = ["nvidia-smi", "-i", first, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "-i", first_visible(), f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
         values = [value.strip() for value in done.stdout.strip().splitlines()[0].split(",")]
         return {f: _number(v) for f, v in zip(fields, values, strict=True) if not v.startswith("[")}
     except (OSError, subprocess.SubprocessError, IndexError, ValueError):
         return {}
+
+
+def first_visible() -> str:
+    """The number or UUID of CUDA's device 0 as NVIDIA's tools have it."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip() or "0"
 
 
 def _processor() -> tuple[str, set[str] | None]:

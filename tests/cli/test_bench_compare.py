@@ -42,7 +42,7 @@ def figures(rate: float = 100.0, noise: float = 0.0, memory: int = 1 << 26) -> F
 def written(path: Path, rows: dict[int, Figures | str], **changes: Any) -> Path:
     found = (Row("onnxruntime", "fp32", n, *((f,) if isinstance(f, str) else ("", f))) for n, f in rows.items())
     base = Report(
-        1,
+        2,
         "2026-11-21T00:00:00+00:00",
         Of("x.epsrt", "d" * 64),
         Workload("ddim", 20, None),
@@ -140,7 +140,7 @@ def test_what_was_cut_short_is_compared_as_far_as_it_goes(epsrt: Epsrt, before: 
         ),
         ({"request": Workload("ddim", 50, None)}, {1: figures()}, "the requests differ in steps, 20 and 50"),
         ({}, {32: figures()}, "no case is in both"),
-        ({"format": 2}, {1: figures()}, "has format 2, this epsrt reads 1"),
+        ({"format": 3}, {1: figures()}, "has format 3, this epsrt reads 2"),
     ],
 )
 def test_what_cannot_be_compared(

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from epsrt import Bundle, EngineError, EpsrtError, NotFiniteError, machine, open_engine
-from epsrt.bench import child, isolated, run, timing
+from epsrt.bench import child, group, isolated, others, run, timing
 from epsrt.bench.compare import compare, judged, noise_band
 from epsrt.bench.report import (
     Case,
@@ -173,10 +173,10 @@ def test_a_round_waits_for_threads_that_still_spin(monkeypatch: pytest.MonkeyPat
             pass
 
     threading.Thread(target=spin).start()
-    timing._rest()
+    timing.rest()
     assert time.perf_counter() >= stop
     begin = time.perf_counter()
-    timing._rest()
+    timing.rest()
     assert time.perf_counter() - begin < 0.2
 
 
@@ -270,6 +270,32 @@ def test_a_start_that_takes_too_long_is_none(small_bundle_path: Path, monkeypatc
     monkeypatch.setattr(isolated, "START_LIMIT_S", 0.0)
     isolated.serve(msgspec.to_builtins(task(small_bundle_path, batch=0)))
     assert said == [False]
+
+
+# other processes
+
+
+def test_other_processes_are_noticed() -> None:
+    before, end = others.clocks(), time.process_time() + 0.5
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        while time.process_time() < end:
+            pass
+        during = others.clocks()  # a child that has not been waited for is another process still
+        other.kill()
+    assert before is not None
+    assert during is not None
+    assert during[1] - before[1] > 0.4  # its own
+    share = others.others_share(before, during)
+    assert share is not None
+    assert share > 0.1
+    assert others.others_share((0.0, 0.0, 0.0), (5.0, 4.0, 1.0)) == round(1 / (os.cpu_count() or 1), 3)
+    assert others.others_share((0.0, 0.0, 0.0), (5.0, 5.1, 1.0)) == 0
+
+
+def test_a_system_that_does_not_tell_of_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(others, "STAT", tmp_path / "none")
+    assert others.clocks() is None
+    assert others.others_share(None, None) is None
 
 
 # which engines
@@ -374,11 +400,11 @@ def test_a_slow_start_is_measured_once(bundle: Bundle, monkeypatch: pytest.Monke
     for seconds, expected in ((10.0, [True, False]), (0.1, [True] * 10)):
         tasks.clear()
         monkeypatch.setattr(isolated, "run", starting(seconds))
-        monkeypatch.setattr(run, "STARTS_S", 3.0)
+        monkeypatch.setattr(group, "STARTS_S", 3.0)
         with ExitStack() as stack:
             *_, last = run.bench(bundle, asked, run.opened(bundle, asked, stack, lambda what, fraction: None))
         assert len(startup(last, "onnxruntime", "fp32")) == sum(expected)
-        if seconds > run.STARTS_S:
+        if seconds > group.STARTS_S:
             assert [(t.start, t.batch) for t in tasks] == [(False, 1), (True, 0), (False, 2)]
         else:  # memory first, of a process that does nothing but the batch
             assert [(t.start, t.batch) for t in tasks] == [
@@ -397,7 +423,7 @@ def test_a_process_that_built_something_is_started_again(bundle: Bundle, monkeyp
         return isolated.Found(9.0 if cold else 0.1, 900 if cold else 100)
 
     monkeypatch.setattr(isolated, "run", building)
-    monkeypatch.setattr(run, "_built", lambda: set(kept))
+    monkeypatch.setattr(group, "_built", lambda: set(kept))
     asked = run.Asked(engines=("onnxruntime",), batches=(2,), steps=2, threads=1, seconds=None, rounds=1)
     with ExitStack() as stack:
         *_, last = run.bench(bundle, asked, run.opened(bundle, asked, stack, lambda what, fraction: None))
@@ -460,7 +486,7 @@ def report(rows: dict[tuple[str, int], Figures | str], **changes: Any) -> Report
         Row(engine, "fp32", batch, *((f,) if isinstance(f, str) else ("", f))) for (engine, batch), f in rows.items()
     )
     base = Report(
-        1,
+        2,
         "2026-11-21T00:00:00+00:00",
         Of("x.epsrt", "d" * 64),
         Workload("ddim", 20, None),
@@ -482,6 +508,18 @@ def test_reports_survive_their_file(tmp_path: Path) -> None:
     assert [row.ratio for row in made.rows] == [1.0, pytest.approx(0.5), None]
 
 
+def test_a_report_of_the_format_before_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "r.json", report({("a", 1): figures()}))
+    value = json.loads((tmp_path / "r.json").read_text())
+    for name in ("rivals", "device", "peak", "uncounted"):
+        del value[name]
+    for name in ("cost", "device"):
+        del value["rows"][0]["figures"][name]
+    del value["bundle"]["network"], value["bundle"]["parameters"]
+    (tmp_path / "r.json").write_text(json.dumps({**value, "format": 1}))
+    assert set(verdicts_of(read(tmp_path / "r.json"), report({("a", 1): figures()})).values()) == {"same"}
+
+
 def test_the_ratio_is_of_neighbours_in_time() -> None:
     """Both grow slower together: the ratio of what was timed side by side stays."""
     assert paired_ratio((1.0, 2.0, 4.0), (2.0, 4.0, 8.0)) == 0.5
@@ -498,7 +536,7 @@ def damaged(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda v: v.update(format=2), "has format 2, this epsrt reads 1: measure again"),
+        (lambda v: v.update(format=3), "has format 3, this epsrt reads 2: measure again"),
         (lambda v: v.update(more=1), "unknown field `more`"),
         (lambda v: v.pop("rows"), "missing required field `rows`"),
         (lambda v: v["rows"][0]["figures"].update(steps_per_s=-1), "steps_per_s"),
@@ -531,8 +569,11 @@ def test_what_is_no_report_is_a_sentence(raw: bytes, tmp_path: Path) -> None:
 
 
 def verdicts(a: Figures, b: Figures, band: float = 0.05) -> dict[str, str]:
-    changes = compare(report({("e", 1): a}), report({("e", 1): b}), band).changes
-    return {change.what: change.verdict for change in changes}
+    return verdicts_of(report({("e", 1): a}), report({("e", 1): b}), band)
+
+
+def verdicts_of(a: Report, b: Report, band: float = 0.05) -> dict[str, str]:
+    return {change.what: change.verdict for change in compare(a, b, band).changes}
 
 
 def test_a_report_equals_itself() -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
-from rich.text import Text
 from typer import Option
 
 from epsrt.engines import ENGINES
@@ -18,14 +17,16 @@ from epsrt_command import options, planning, register, show
 from epsrt_command.commands import bench_compare
 
 if TYPE_CHECKING:
-    from epsrt.bench.report import Report, Row
-    from epsrt.bench.run import Asked
+    from epsrt.bench.asked import Asked
+    from epsrt.bench.report import Report
     from epsrt.bundle import Bundle
+    from epsrt_command.rival_loops import Task
 
 EXAMPLES = """\
 epsrt bench out/digits.epsrt
 epsrt bench out/digits.epsrt --engine all --batch 1,8,32 --method ddim --steps 20 --out before.json
 epsrt bench out/digits.epsrt --engine onnxruntime --precision fp32,fp16 --threads 1 --seconds 10
+epsrt bench cifar.epsrt --rivals --source path/to/ddpm-cifar10-32 --share cifar-h100.json
 epsrt bench compare before.json after.json   # see epsrt bench compare --help
 """
 
@@ -58,19 +59,52 @@ def bench(
         float | None, Option(help=f"About how long the rounds of a case take, at least seven; by default {SECONDS:g}.")
     ] = None,
     rounds: Annotated[int | None, Option(help="How many rounds instead, each of whole trajectories.")] = None,
+    rivals: Annotated[
+        bool,
+        Option("--rivals", help="PyTorch, torch.compile and diffusers too, in turn with ours, on what --source names."),
+    ] = False,
+    source: Annotated[
+        Path | None, Option(help="The file or folder that the bundle was exported from, for --rivals.")
+    ] = None,
+    told: Annotated[
+        list[str] | None,
+        Option(
+            "--set",
+            "-s",
+            metavar="NAME=VALUE",
+            show_default=False,
+            help="What epsrt export was told of the source by its --set; may be repeated.",
+        ),
+    ] = None,
+    peak_tflops: Annotated[
+        float | None,
+        Option(help="What the device can do at most, 10¹² FLOP/s; by default what NVIDIA documents of the GPU."),
+    ] = None,
+    peak_gbs: Annotated[float | None, Option(help="Bandwidth of its memory, 10⁹ bytes/s; by default the same.")] = None,
     out: Annotated[Path | None, Option("--out", "-o", help="Keep the results: .json, written batch by batch.")] = None,
+    share: Annotated[
+        Path | None, Option(help="Also a .json for others to compare: it names neither you, this host nor a path.")
+    ] = None,
     trust_engines: show.TrustOption = False,
     as_json: show.JsonOption = False,
 ) -> None:
-    """Measure how fast engines sample a bundle, in turn: steps and images a second, a step's time, memory, start-up."""
-    from epsrt.bench import run
+    """Measure how fast engines sample a bundle, in turn: steps and images a second, FLOP/s, memory, start-up."""
+    from epsrt.bench.asked import Asked
+    from epsrt.bench.report import write
+    from epsrt.bench.share import shared
     from epsrt.bundle import Bundle
+    from epsrt_command.bench_table import print_report
+    from epsrt_command.rivals import checked
 
     if seconds is not None and rounds is not None:
         raise InputError("--seconds and --rounds both say when to stop: give one of them")
-    _check_target(out)
+    if not rivals and (source is not None or told):
+        raise InputError(f"{'--set' if source is None else '--source'} is for --rivals: give that too, or leave it out")
+    _check_target("--out", out)
+    _check_target("--share", share)
+    options.check_apart({"out": out, "share": share}, {})
     opened = Bundle.open(bundle)
-    asked = run.Asked(
+    asked = Asked(
         engines=tuple(_words("--engine", engine)),
         precisions=(None,) if precision is None else tuple(_words("--precision", precision)),
         batches=_batches(batch, opened.manifest.max_batch),
@@ -80,15 +114,18 @@ def bench(
         trust_engines=trust_engines,
         seconds=None if rounds is not None else SECONDS if seconds is None else seconds,
         rounds=rounds or 0,
+        peak_tflops=peak_tflops,
+        peak_gbs=peak_gbs,
     )
-    report, code = _measure(opened, asked, out)
+    task = checked(opened, source, planning.settings(told), asked) if rivals else None
+    report, code = _measure(opened, asked, task, out)
     if report is None or not (report.measured or code == 0):
         show.note("epsrt: interrupted before anything was measured")
         raise typer.Exit(code)
     if as_json:
         show.print_json(msgspec.to_builtins(report))
     else:
-        _print(report)
+        print_report(report)
     if code:
         kept = "" if out is None else f", what there is in {out}"
         several = f"{n} cases are" if (n := len(report.missing)) != 1 else "1 case is"
@@ -96,21 +133,28 @@ def bench(
         raise typer.Exit(code)
     if not report.measured:
         raise InputError(f"nothing could be measured: {next(r.reason for r in report.rows if r.batch)}")
-    if out is not None and not as_json:
-        typer.echo(str(out))
+    if share is not None:
+        write(share, shared(report))
+    for path in (out, share):
+        if path is not None and not as_json:
+            typer.echo(str(path))
 
 
-def _measure(bundle: Bundle, asked: Asked, out: Path | None) -> tuple[Report | None, int]:
+def _measure(bundle: Bundle, asked: Asked, task: Task | None, out: Path | None) -> tuple[Report | None, int]:
     """The report as far as it came, kept in `out` as soon as it holds something; and 0, or how it was interrupted."""
     from epsrt.bench import run
     from epsrt.bench.report import write
+    from epsrt_command.cost import count
+    from epsrt_command.rivals import rivals_of
 
     report, code = None, 0
     try:
         with ExitStack() as stack:
             with show.progress() as tell:
                 ready = run.opened(bundle, asked, stack, tell)
-            for report in run.bench(bundle, asked, ready, show.note):
+            family = bundle.manifest.provenance.family
+            rivals = () if task is None else rivals_of(task, family, ready.engines)
+            for report in run.bench(bundle, asked, ready, show.note, rivals=rivals, count=count):
                 if out is not None and report.measured:
                     write(out, report)
     except KeyboardInterrupt:
@@ -120,87 +164,6 @@ def _measure(bundle: Bundle, asked: Asked, out: Path | None) -> tuple[Report | N
     if code and out is not None and report is not None and report.measured:
         write(out, report)  # the last case, had it just been measured
     return report, code
-
-
-def _print(report: Report) -> None:
-    from epsrt.engines import probe
-
-    console, m = show.out(), report.machine
-    name, request = report.bundle.name, report.request
-    several = len({e.precision for e in report.engines}) > 1
-    precision = "" if several else f", {report.engines[0].precision}"
-    cores = request.threads or m["cores"]
-    where = f"{cores} core{'s' if cores > 1 else ''} of {m['processor']}"
-    if "gpu" in m and any(probe.info_of(e.engine).device == "cuda" for e in report.engines):
-        where = f"{m['gpu']['name']}, {where}"
-    table = show.table(
-        f"{name}: {request.method} in {request.steps} steps{precision}, on {where}",
-        "engine",
-        *(["precision"] if several else []),
-        "batch",
-        "steps/s",
-        "±",
-        "images/s",
-        "ms p50",
-        "p95",
-        "memory",
-        "start-up",
-        "× fastest",
-        right=("batch", "steps/s", "±", "images/s", "ms p50", "p95", "memory", "start-up", "× fastest"),
-    )
-    for row in report.rows:
-        if row.figures:
-            table.add_row(*_cells(row, report, several))
-    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=1000)).maximum)
-    console.print(table, "")
-    for line in _remarks(report):
-        console.print(line, soft_wrap=True)
-
-
-def _cells(row: Row, report: Report, several: bool) -> list[Text | str]:
-    from statistics import median
-
-    from epsrt.bench.report import startup
-
-    f, precision = row.figures, row.precision
-    assert f is not None
-    assert precision is not None
-    starts, fastest = startup(report, row.engine, precision), row.ratio == 1
-    return [
-        row.engine,
-        *([precision] if several else []),
-        str(row.batch),
-        f"{f.steps_per_s:.4g}",
-        f"{f.spread:.1%}" if len(f.rounds_ms) > 1 else "–",
-        f"{f.images_per_s:.4g}",
-        _ms(f.step_ms_p50),
-        _ms(f.step_ms_p95),
-        "–" if f.memory is None else show.size(f.memory),
-        f"{median(starts):.2f} s" if starts else "–",
-        Text(f"{row.ratio:.2f}", "green" if fastest else ""),
-    ]
-
-
-def _remarks(report: Report) -> list[str]:
-    """What the table does not say: what was left out, and why; what its columns are."""
-    absent: dict[str, list[str]] = {}
-    for row in report.rows:
-        if row.reason:
-            name = str(row.case or " ".join(filter(None, (row.engine, row.precision))))
-            absent.setdefault(row.reason, []).append(name)
-    lines = [f"not measured: {', '.join(names)}: {reason}" for reason, names in absent.items()]
-    if report.missing:
-        lines.append(f"missing: {', '.join(map(str, report.missing))}")
-    for e in report.engines:
-        if e.built:
-            lines.append(
-                f"{e.engine} {e.precision} was built or proven first, which took {e.seconds:.1f} s; start-up is without"
-            )
-    return [*lines, f"memory: {report.memory_of}; start-up: of a process to its first image, nothing left to build"]
-
-
-def _ms(value: float) -> str:
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def _words(option: str, text: str) -> list[str]:
@@ -217,12 +180,15 @@ def _batches(text: str | None, most: int) -> tuple[int, ...]:
     return tuple(b for b in map(int, BATCHES.split(",")) if b <= most)
 
 
-def _check_target(out: Path | None) -> None:
-    """Refuse now what could only be found out after the first case."""
-    if out is None:
+def _check_target(option: str, path: Path | None) -> None:
+    """Refuse now what could only be found out after the first case. What is shared goes where somebody looks for it."""
+    if path is None:
         return
-    if out.suffix.lower() != ".json":
-        raise InputError(f"--out {out}: the suffix must be .json")
-    folder = next(p for p in (out.absolute().parent, *out.absolute().parent.parents) if p.exists())
-    if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"--out {out} cannot be written: choose a file in a folder of yours")
+    if path.suffix.lower() != ".json":
+        raise InputError(f"{option} {path}: the suffix must be .json")
+    own = path.absolute().parent
+    if option == "--share" and not own.is_dir():
+        raise InputError(f"--share {path}: the folder {path.parent} does not exist: make it, or choose another")
+    folder = next(p for p in (own, *own.parents) if p.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"{option} {path} cannot be written: choose a file in a folder of yours")

@@ -12,7 +12,8 @@ import msgspec
 from epsrt.errors import InputError
 from epsrt.files import whole_file
 
-FORMAT = 1
+FORMAT = 2
+READS = (1, 2)  # of 1, cost, device and peak are missing
 LIMIT = 64 << 20  # bytes; a report of a hundred cases has some 100 KB
 LEAST = 7  # rounds, and
 STARTS = 5  # starts of a process, from which on their spread says something
@@ -32,6 +33,31 @@ class Case(msgspec.Struct, frozen=True, forbid_unknown_fields=True, order=True):
         return f"{self.engine} {self.precision} batch {self.batch}"
 
 
+class Cost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a step of a batch has to do, counted from its step graph.
+
+    flops   of convolutions and matrix products, two a multiply-add
+    bytes   that these read and write, each weight once: what is between them counts as fused into them, and no cache
+            as keeping anything
+    """
+
+    flops: Count
+    bytes: Count
+
+
+class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the GPU itself tells of a case.
+
+    step_ms_p50, step_ms_p95    of a step on the GPU's clock, as requests run it: between CUDA events around up to ten
+    power_w                     mean while steps run; None: not known, and `power_unknown` is why
+    """
+
+    step_ms_p50: Positive
+    step_ms_p95: Positive
+    power_w: Positive | None = None
+    power_unknown: str = ""
+
+
 class Figures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What was measured of a case.
 
@@ -44,7 +70,10 @@ class Figures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory          peak of a process that did only this, bytes; None where the system does not tell
     startup_s       of each process that was started for it: from its start to the first finished image of a request
                     for one, with nothing left to build; empty where one image takes longer than a start may, or where
-                    the engine was slow to start for another batch
+                    the engine was slow to start for another batch. Rivals are not started for their own sake, and
+                    have no memory here either: they are loaded by way of epsrt's export, which has its own
+    cost            of a step; None: not counted, and Report.uncounted is why
+    device          of an engine on the GPU
     """
 
     steps_per_s: Positive
@@ -56,6 +85,16 @@ class Figures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     steps_a_round: Count
     memory: Count | None
     startup_s: tuple[Positive, ...]
+    cost: Cost | None = None
+    device: Device | None = None
+
+    @property
+    def achieved(self) -> tuple[float, float] | None:
+        """FLOP/s and bytes/s: on the GPU's clock where there is one. None where the cost was not counted."""
+        if self.cost is None:
+            return None
+        steps_per_s = self.steps_per_s if self.device is None else 1e3 / self.device.step_ms_p50
+        return self.cost.flops * steps_per_s, self.cost.bytes * steps_per_s
 
 
 class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -97,10 +136,26 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Of(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A bundle."""
+    """A bundle, and the class and the parameters of its network."""
 
     name: str
     digest: str
+    network: str = ""
+    parameters: int = 0
+
+
+class Peak(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a device can do at most, and who says so.
+
+    device  "cuda" or "cpu": whose rows it is held against
+    tflops  10¹² FLOP/s by precision, dense, sums in FP32
+    gbs     10⁹ bytes/s of its memory
+    """
+
+    device: str
+    tflops: dict[str, Positive]
+    gbs: Positive | None
+    source: str
 
 
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -117,10 +172,27 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     complete: bool
     missing: tuple[Case, ...]
     rows: tuple[Row, ...]
+    rivals: tuple[str, ...] = ()  # names of engines that are none of ours
+    device: str = "cpu"  # where these ran
+    peak: Peak | None = None  # None: nobody says
+    uncounted: str = ""
+    others_share: float | None = None  # what of all cores went to other processes meanwhile; None: nobody tells
 
     @property
     def measured(self) -> dict[Case, Figures]:
         return {row.case: row.figures for row in self.rows if row.case and row.figures}
+
+    def shares(self, row: Row) -> tuple[float | None, float | None]:
+        """What a row achieves of the peak FLOP/s of its precision, and of the memory's bandwidth; None: not known."""
+        figures, peak = row.figures, self.peak
+        achieved = None if figures is None else figures.achieved
+        if figures is None or achieved is None or peak is None:
+            return None, None
+        on_gpu = self.device == "cuda" if row.engine in self.rivals else figures.device is not None
+        if on_gpu != (peak.device == "cuda"):
+            return None, None
+        most = peak.tflops.get(row.precision or "")
+        return achieved[0] / (1e12 * most) if most else None, achieved[1] / (1e9 * peak.gbs) if peak.gbs else None
 
 
 class _Version(msgspec.Struct):
@@ -143,7 +215,7 @@ def read(path: Path) -> Report:
     raw = path.read_bytes()
     try:
         version = msgspec.json.decode(raw, type=_Version).format
-        if version != FORMAT:
+        if version not in READS:
             raise InputError(f"{path} has format {version}, this epsrt reads {FORMAT}: measure again with this one")
         report = msgspec.json.decode(raw, type=Report)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:

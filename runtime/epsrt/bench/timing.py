@@ -11,17 +11,22 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
+import msgspec
 import numpy as np
 
-from epsrt.bench.report import LEAST, Case, Figures, spread
+from epsrt.bench.report import LEAST, Case, Device, Figures, spread
 from epsrt.engine import Closing
 from epsrt.engines import Engine
 from epsrt.errors import EpsrtError
 from epsrt.prepare import Work, prepare
 from epsrt.request import Request
 from epsrt.types import Float32
+
+if TYPE_CHECKING:
+    from epsrt.bench.device_clock import DeviceClock
+    from epsrt.bench.power import Meter
 
 WARM_S, WARM_STEPS = 0.3, 2  # of the first steps, which are not counted
 SETTLE_S, SETTLE_STEPS = 0.03, 1  # of the steps that wake an engine's threads again
@@ -35,11 +40,40 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass
 class Timed:
-    """Seconds of a step in each round, and of a whole request; and of every step that was waited for."""
+    """Seconds of a step in each round, and of a whole request; of every step that was waited for; and of steps on the
+    GPU's own clock."""
 
     step: list[float] = field(default_factory=list)
     request: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
+    device: list[float] = field(default_factory=list)
+
+    def figures(self, batch: int, steps_a_round: int, memory: int | None, startup_s: tuple[float, ...]) -> Figures:
+        """Needs one round at least."""
+        return Figures(
+            steps_per_s=1 / statistics.median(self.step),
+            spread=spread(self.step),
+            images_per_s=batch / statistics.median(self.request),
+            step_ms_p50=1e3 * float(np.quantile(self.steps, 0.5)),
+            step_ms_p95=1e3 * float(np.quantile(self.steps, 0.95)),
+            rounds_ms=tuple(1e3 * s for s in self.step),
+            steps_a_round=steps_a_round,
+            memory=memory,
+            startup_s=startup_s,
+        )
+
+
+class Contestant(Hashable, Protocol):
+    """What takes rounds: a case of ours, or a rival's."""
+
+    case: Case
+
+    def round(self) -> None: ...
+
+    def figures(self, memory: int | None, startup_s: tuple[float, ...]) -> Figures: ...
+
+
+C = TypeVar("C", bound=Contestant)
 
 
 class Course(Closing):
@@ -52,22 +86,29 @@ class Course(Closing):
     def __init__(self, case: Case, engine: Engine, request: Request, seconds: float | None):
         self.case, self._engine, self._request = case, engine, request
         self.timed = Timed()
+        self.watts: float | None = None
+        self.power_unknown = ""
         self._work = prepare(engine.bundle, request)
+        self._clock: DeviceClock | None = None
         self._lanes = engine.lanes(case.batch)
         try:
+            if engine.device == "cuda":
+                from epsrt.bench.device_clock import DeviceClock
+
+                self._clock = DeviceClock(self._lanes)  # type: ignore[arg-type]  # a GPU's lanes are DeviceLanes
             self._rows = self._all_rows(self._work)
             step = self._warm_up()
-            self._slow, most = step > SLOW_S, len(self._rows)
-            fit = most if seconds is None else int(seconds / (LEAST * (1 if self._slow else 2) * step))
-            self.steps_a_round = max(1, min(most, fit))
-            self._requests = max(1, math.ceil(ROUND_S / (step * self.steps_a_round)))
+            self._slow = step > SLOW_S
+            passes = (1 if self._slow else 2) + (self._clock is not None)
+            self.steps_a_round, self._requests = fit(step, len(self._rows), seconds, passes)
         except BaseException:
             self.close()
             raise
 
     def round(self) -> None:
-        """Time requests, from their arguments to their images, and then, step by step, one more."""
-        _rest()
+        """Time requests, from their arguments to their images, and then, step by step, one more; on a GPU another, by
+        its own clock."""
+        rest()
         self._stepped(SETTLE_STEPS, SETTLE_S)
         k = self.steps_a_round
         stepping = whole = 0.0
@@ -92,23 +133,36 @@ class Course(Closing):
         if not self._slow:
             self._write(work)
             self.timed.steps += self._each(rows[:k])
+        if self._clock is not None:
+            self._write(work)
+            self._each(rows[:1])  # the samples are on the device
+            self.timed.device += self._clock.steps(rows[:k], each=self._slow)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self._clock is not None
+
+    def measure_power(self, meter: Meter) -> None:
+        """Watts while steps run, one request after another. Raises EngineError where NVML fails."""
+
+        def steps() -> None:
+            self._write(self._work)  # the same numbers each time: power depends on them
+            self._lanes.advance(self._rows[: self.steps_a_round])
+            self._lanes.wait()
+
+        self.watts = meter.mean(steps)
 
     def figures(self, memory: int | None, startup_s: tuple[float, ...]) -> Figures:
         """Needs one round at least."""
-        steps = sorted(self.timed.steps)
-        return Figures(
-            steps_per_s=1 / statistics.median(self.timed.step),
-            spread=spread(self.timed.step),
-            images_per_s=self.case.batch / statistics.median(self.timed.request),
-            step_ms_p50=1e3 * float(np.quantile(steps, 0.5)),
-            step_ms_p95=1e3 * float(np.quantile(steps, 0.95)),
-            rounds_ms=tuple(1e3 * s for s in self.timed.step),
-            steps_a_round=self.steps_a_round,
-            memory=memory,
-            startup_s=startup_s,
-        )
+        found = self.timed.figures(self.case.batch, self.steps_a_round, memory, startup_s)
+        if self._clock is None:
+            return found
+        p50, p95 = (1e3 * float(q) for q in np.quantile(self.timed.device, (0.5, 0.95)))
+        return msgspec.structs.replace(found, device=Device(p50, p95, self.watts, self.power_unknown))
 
     def close(self) -> None:
+        if self._clock is not None:
+            self._clock.close()
         self._lanes.close()
 
     def _all_rows(self, work: Work) -> Float32:
@@ -142,19 +196,30 @@ class Course(Closing):
         return statistics.median(self._stepped(WARM_STEPS, WARM_S)[1:])
 
 
-def alternate(
-    courses: Sequence[Course], seconds: float | None, count: int, failed: Callable[[Case, EpsrtError], object]
-) -> list[Course]:
-    """Give the courses rounds in turn; those that ran through come back.
+def fit(step: float, most: int, seconds: float | None, passes: int) -> tuple[int, int]:
+    """How many steps a request of a round takes, `most` at most, and how many requests a round has.
 
-    seconds  a course: rounds go on until all of them took as long together, LEAST of them at least. None: `count`
-    failed   is told of a course that raised, which takes no further part
+    step     seconds of one, about
+    seconds  for all rounds of a case; None: requests are whole
+    passes   how often a round takes the steps of a request
     """
-    runs = {course: course.round for course in courses}
-    lost = lambda course, error: failed(course.case, error)  # noqa: E731
+    k = most if seconds is None else max(1, min(most, int(seconds / (LEAST * passes * step))))
+    return k, max(1, math.ceil(ROUND_S / (step * k)))
+
+
+def alternate(
+    contestants: Sequence[C], seconds: float | None, count: int, failed: Callable[[Case, EpsrtError], object]
+) -> list[C]:
+    """Give the contestants rounds in turn; those that ran through come back.
+
+    seconds  each: rounds go on until all of them took as long together, LEAST of them at least. None: `count`
+    failed   is told of one that raised, which takes no further part
+    """
+    runs = {each: each.round for each in contestants}
+    lost = lambda each, error: failed(each.case, error)  # noqa: E731
     if seconds is None:
         return list(rounds(runs, count, least=count, failed=lost))
-    return list(rounds(runs, None, least=LEAST, seconds=seconds * len(courses), failed=lost))
+    return list(rounds(runs, None, least=LEAST, seconds=seconds * len(runs), failed=lost))
 
 
 def rounds(
@@ -206,7 +271,7 @@ def clocked(run: Callable[[], object]) -> Callable[[], float]:
     return timed
 
 
-def _rest() -> None:
+def rest() -> None:
     """Return once the process's threads are idle."""
     begin = time.perf_counter()
     while time.perf_counter() - begin < REST_LIMIT_S:
