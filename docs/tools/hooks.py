@@ -1,4 +1,4 @@
-"""MkDocs hooks: the command's reference from its own help, and a site that loads nothing from elsewhere."""
+"""MkDocs hooks: what programs print in place of marks, and a site that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -13,23 +13,28 @@ from mkdocs.exceptions import PluginError
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [str(ROOT / name) for name in ("runtime", "export", "trainer", "command")]
-MARK = "<!-- epsrt_command.reference -->"
+MADE = {  # a mark in a page, and the command that prints what stands in its place
+    "<!-- epsrt_command.reference -->": ["-m", "epsrt_command.reference"],
+    "<!-- docs/tools/results.py -->": ["docs/tools/results.py"],
+}
 LOADS = re.compile(
     r"<(?:script|img|iframe)[^>]*\ssrc=[\"']?https?:|<link[^>]*\srel=[\"']?(?:stylesheet|preconnect)[^>]*https?:"
 )
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    return markdown.replace(MARK, commands()) if MARK in markdown else markdown
+    for mark, command in MADE.items():
+        if mark in markdown:
+            markdown = markdown.replace(mark, printed(command))
+    return markdown
 
 
-def commands() -> str:
-    """What `python -m epsrt_command.reference` prints."""
+def printed(command: list[str]) -> str:
+    """What Python prints of a command, run in the project's folder."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([*SOURCES, os.environ.get("PYTHONPATH", "")])}
-    run = [sys.executable, "-m", "epsrt_command.reference"]
-    done = subprocess.run(run, capture_output=True, text=True, env=env, check=False)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, check=False, cwd=ROOT)
     if done.returncode:
-        raise PluginError(f"{' '.join(run[1:])} failed: {done.stderr}")
+        raise PluginError(f"{' '.join(command)} failed: {done.stderr}")
     return done.stdout
 
 
