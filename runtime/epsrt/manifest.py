@@ -63,7 +63,7 @@ class StepGraph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def in_dialect(self, dialect: str) -> StepGraph:
         """This step graph with the file of a dialect as its file; as it is where that has none of its own."""
-        return msgspec.structs.replace(self, file=self.files().get(dialect, self.file))
+        return msgspec.structs.replace(self, file=self.files().get(dialect, self.file), dialects={})
 
 
 class Thresholding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -37,7 +37,7 @@ def test_build_says_what_it_made_and_finds_it_again(run: Run, bundle_path: Path)
     assert "no engine file of tiny.epsrt for tensorrt-rtx was built yet: building it" in done.stderr
     facts = json.loads(done.stdout)
     assert facts["engine"].startswith("tensorrt-rtx 1.")
-    assert (facts["for"], facts["graph"], facts["batches"]) == ("sm_89, sm_120", "step-fp16.onnx", "1, 2:4:8")
+    assert (facts["for"], facts["graph"], facts["batches"]) == ("sm_89, sm_120", "step-fp16.tensorrt.onnx", "1, 2:4:8")
     assert facts["built_now"] is True
     assert facts["layers"] > 50
     assert Path(facts["engine_file"]).stat().st_size == facts["bytes"] > 100_000
@@ -128,11 +128,11 @@ def test_sizes_are_those_of_the_profiles(run: Run, sized_bundle_path: Path, smal
 def test_features_choose_the_graph(run: Run, edited_bundle_path: Path) -> None:
     arguments = ("build", edited_bundle_path, "--target", "sm89", "--precision", "fp32")
     for given, graph in (
-        ((), "step-fp32.onnx"),
-        (("--features", "guidance"), "step-guidance-fp32.onnx"),
-        (("--features", "mask, guidance"), "step-guidance-mask-fp32.onnx"),
-        (("--features", "guidance", "--features", "mask"), "step-guidance-mask-fp32.onnx"),
-        (("--features", "classifier"), "step-classifier-fp32.onnx"),
+        ((), "step-fp32.tensorrt.onnx"),
+        (("--features", "guidance"), "step-guidance-fp32.tensorrt.onnx"),
+        (("--features", "mask, guidance"), "step-guidance-mask-fp32.tensorrt.onnx"),
+        (("--features", "guidance", "--features", "mask"), "step-guidance-mask-fp32.tensorrt.onnx"),
+        (("--features", "classifier"), "step-classifier-fp32.tensorrt.onnx"),
     ):
         assert json.loads(run(*arguments, *given, "--json").stdout)["graph"] == graph
     assert len(json.loads(run("cache", "--json").stdout)["engine_files"]) == 4

@@ -22,9 +22,12 @@ extern "C" __global__ void words(const uint32* counters, const uint64* keys, uin
 }
 """
 
-# `trt` is the pretended TensorRT, for both engines; `count` and `launches` ask the stand-in.
+# `bundle` has plain graphs alone, `spoken` all dialects. `trt` is the pretended TensorRT, for both engines; `count` and
+# `launches` ask the stand-in.
 PRELUDE = f"""
 import ctypes, json, logging, os, sys, threading
+from pathlib import Path
+import msgspec
 import numpy as np
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import fake_tensorrt as trt
@@ -56,10 +59,25 @@ def built(bundle, precision="fp32", engine="tensorrt", features=(), **options):
     lib, graph = library(engine), bundle.graph(precision, features)
     return engine_files.make_engine_file(lib, bundle, graph, BuildOptions(**options), say=lambda s: None)
 
+def said(function, *arguments, **options):  # what it returned, and what it logged
+    class Keep(logging.Handler):
+        def emit(self, record): sentences.append(record.getMessage())
+    sentences, keep = [], Keep()
+    logging.getLogger("epsrt").addHandler(keep)
+    try:
+        return function(*arguments, **options), sentences
+    finally:
+        logging.getLogger("epsrt").removeHandler(keep)
+
 def close(a, b):  # the network magnifies what the noises differ by, 4e-6 at most
     assert a.shape == b.shape and np.abs(a - b).max() < 1e-4, np.abs(a - b).max()
 
-bundle = Bundle.open(sys.argv[1]) if len(sys.argv) > 1 else None
+def plain(bundle):  # without dialects: nothing is proven before its first use
+    graphs = tuple(g.in_dialect("cpu") for g in bundle.manifest.graphs)
+    return Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, graphs=graphs))
+
+spoken = Bundle.open(sys.argv[1]) if len(sys.argv) > 1 else None  # in all dialects
+bundle = spoken and plain(spoken)
 """
 
 

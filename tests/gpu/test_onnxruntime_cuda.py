@@ -18,6 +18,7 @@ FAKE = """
 import fake_onnxruntime as fake
 sys.modules["onnxruntime"] = fake
 from epsrt.engines import probe
+bundle = spoken
 
 def opened(name="onnxruntime-cuda", precision="fp32"):
     return open_engine(bundle, name, precision=precision)
@@ -320,24 +321,9 @@ assert gpu._nhwc is not None
     )
 
 
-DIALECT = """
-import contextlib
-def said(function, *arguments, **options):
-    class Keep(logging.Handler):
-        def emit(self, record): sentences.append(record.getMessage())
-    sentences, keep = [], Keep()
-    logging.getLogger("epsrt").addHandler(keep)
-    try:
-        return function(*arguments, **options), sentences
-    finally:
-        logging.getLogger("epsrt").removeHandler(keep)
-"""
-
-
 def test_the_dialect_is_proven_once(run: Run, bundle_path: Path) -> None:
     run(
-        DIALECT
-        + """
+        """
 told = []
 gpu = open_engine(bundle, "onnxruntime-cuda", precision="fp16", on_progress=lambda what, share: told.append(what))
 assert gpu.dialect == "cuda" and told[0] == "onnxruntime-cuda in dialect cuda network"
@@ -362,8 +348,7 @@ def test_a_dialect_that_is_not_to_be_had(run: Run, bundle_path: Path, tmp_path: 
     old = tmp_path / "old.epsrt"
     shutil.copytree(DATA / "format-4.epsrt", old)
     run(
-        DIALECT
-        + """
+        """
 def opens(**more):
     engine, sentences = said(open_engine, bundle, "onnxruntime-cuda", precision="fp32", **more)
     assert engine.dialect == "cpu" and len(sentences) == 1, sentences

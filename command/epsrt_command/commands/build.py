@@ -71,6 +71,7 @@ def build(
         from epsrt.engines import graph_precision, nvidia
         from epsrt.engines.cache.key import profile_words
         from epsrt.engines.cache.store import EngineCache
+        from epsrt.engines.dialects import own_dialect
         from epsrt.engines.gpu.engine_files import make_engine_file, targets_of
         from epsrt.engines.gpu.trt_build import BuildOptions, describe
         from epsrt.engines.gpu.trt_library import library
@@ -80,6 +81,7 @@ def build(
     if name not in ("tensorrt", "tensorrt-rtx"):
         raise InputError(f"engine {name} is not built ahead: use tensorrt or tensorrt-rtx")
     graph = opened.graph(graph_precision(opened, name, precision), _features(features or ()))
+    graph = graph.in_dialect(own_dialect(name, opened, graph))
     profiles = tuple(map(_profile, batch or ()))
     lib = library(name)
     options = BuildOptions(

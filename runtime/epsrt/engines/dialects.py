@@ -52,31 +52,50 @@ def open_in_dialect(
     epsrt.verify. What is measured is kept; with may_build=False nothing is measured, and only a kept proof counts.
     A graph that is the same in both dialects runs as it is.
     """
-    dialect = DIALECTS[name]
-    if graph.dialects is msgspec.UNSET:
-        log.warning(
-            "%s was exported without the dialect of %s, which runs its plain graph: export it again for speed",
-            bundle.path.name,
-            name,
-        )
-    if dialect not in graph.files():
-        return make("cpu")
+    dialect = own_dialect(name, bundle, graph)
     engine = make(dialect)
+    if dialect == "cpu":
+        return engine
     try:
-        rungs = engine.proof().of(engine, on_progress, may_build)
-    except OutOfMemoryError:
+        reason = fault(engine.proof(), engine, on_progress, may_build)
+    except BaseException:
         engine.close()
         raise
-    except EngineError as error:
-        reason = f"it cannot run there: {error}"
-    else:
-        missed = next((rung for rung in rungs or () if not rung.passed), None)
-        if rungs is not None and missed is None:
-            return engine
-        reason = "it is not proven yet, and may not be now" if missed is None else f"there it misses {told(missed)}"
+    if not reason:
+        return engine
     engine.close()
-    log.warning("%s runs %s, not its dialect %s: %s", name, graph.file, dialect, reason)
+    say_plain(name, graph, dialect, reason)
     return make("cpu")
+
+
+def own_dialect(name: str, bundle: Bundle, graph: StepGraph) -> str:
+    """The dialect of an engine, or "cpu" where the graph has no file in it; a sentence says so of an older export."""
+    if graph.dialects is msgspec.UNSET:
+        what = "%s was exported without the dialect of %s, which runs its plain graph: export it again for speed"
+        log.warning(what, bundle.path.name, name)
+    return DIALECTS[name] if DIALECTS[name] in graph.files() else "cpu"
+
+
+def fault(proof: Proof, engine: Engine, on_progress: OnProgress | None, may_measure: bool = True) -> str:
+    """Why an engine's dialect may not run here, a part of a sentence; "" where it is proven.
+
+    Raises OutOfMemoryError: that says nothing of the dialect.
+    """
+    try:
+        rungs = proof.of(engine, on_progress, may_measure)
+    except OutOfMemoryError:
+        raise
+    except EngineError as error:
+        return f"it cannot run there: {error}"
+    if rungs is None:
+        return "it is not proven yet, and may not be now"
+    missed = next((rung for rung in rungs if not rung.passed), None)
+    return "" if missed is None else f"there it misses {told(missed)}"
+
+
+def say_plain(name: str, graph: StepGraph, dialect: str, reason: str) -> None:
+    """Warn that an engine runs the plain graph."""
+    log.warning("%s runs %s, not its dialect %s: %s", name, graph.file, dialect, reason)
 
 
 def told(rung: Rung) -> str:

@@ -101,7 +101,9 @@ class OnnxRuntimeCuda(Closing):
         """Of what the engine is worth for this bundle, by this onnxruntime on this GPU."""
         gpu, digest = self._device.gpu, self.bundle.manifest.digest
         options: Options = {"proof": True, **self._more}
-        key = Key(digest, self.graph.file, self.name, ort.__version__, gpu.name, (gpu.arch,), self.precision, (), options)
+        key = Key(
+            digest, self.graph.file, self.name, ort.__version__, gpu.name, (gpu.arch,), self.precision, (), options
+        )
         return Proof(key, f"{self.name} in dialect {self.dialect}")
 
     def _lanes(self, batch: int, shape: Shape, nhwc: bool) -> DeviceLanes:

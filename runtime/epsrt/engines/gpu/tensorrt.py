@@ -8,19 +8,23 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from epsrt.bundle import Bundle
 from epsrt.engine import Closing, Engine, check_batch
 from epsrt.engines import nvidia
 from epsrt.engines.cache.entry import Entry
-from epsrt.engines.cache.key import batches, profile_words
+from epsrt.engines.cache.key import Options, batches, profile_words
+from epsrt.engines.dialects import DIALECTS, fault, own_dialect, say_plain
 from epsrt.engines.gpu import cuda
 from epsrt.engines.gpu.engine_files import Choice, EngineFiles, above, holding, profiles_of
 from epsrt.engines.gpu.lanes import CHUNK, DeviceLanes
 from epsrt.engines.gpu.trt_library import library
 from epsrt.engines.gpu.trt_loaded import Compiled, Context, LoadedEngineFile
-from epsrt.errors import OutOfMemoryError
+from epsrt.engines.proof import Proof
+from epsrt.errors import EngineError, OutOfMemoryError
 from epsrt.manifest import StepGraph
-from epsrt.types import OnProgress, Say, Size
+from epsrt.types import OnProgress, Say, Shape, Size
 
 log = logging.getLogger("epsrt")
 
@@ -30,7 +34,10 @@ KEPT_FILES = 3  # engine files that stay loaded when no lanes use them: each has
 class TensorRt(Closing):
     """See epsrt.engine.Engine.
 
-    files        the step graph's engine files; each is loaded when lanes first need it
+    files        the engine files of the step graph in a dialect; each is loaded when lanes first need it
+    plain        those of the plain graph, which take their place where the dialect is not to be had: the library cannot
+                 build it, or an engine file misses a rung of epsrt.verify, which runs before its first use and is kept.
+                 None: `files` are of the plain graph, and nothing is proven
     others       others(graph) opens another step graph of the bundle as this one was opened
     may_build    build an engine file for exactly the batch that is asked for, where none holds it; `say` gets the
                  reason, and `on_progress` is told how far it is
@@ -44,6 +51,7 @@ class TensorRt(Closing):
     def __init__(
         self,
         files: EngineFiles,
+        plain: EngineFiles | None,
         others: Callable[[StepGraph], Engine],
         may_build: bool,
         say: Say,
@@ -52,7 +60,8 @@ class TensorRt(Closing):
         self.name, self.bundle, self.graph = files.library.engine, files.bundle, files.graph
         self.columns, self.chunk = self.graph.columns, CHUNK
         self.precision: str = self.graph.precision
-        self._files, self._others = files, others
+        self.dialect = "cpu" if plain is None else DIALECTS[self.name]
+        self._files, self._plain, self._others = files, plain, others
         self._may_build, self._say, self._on_progress = may_build, say, on_progress
         found = files.found()
         if may_build:
@@ -68,7 +77,8 @@ class TensorRt(Closing):
         self._device.use()
         self._runtime = files.library.runtime()
         self._loaded: OrderedDict[tuple[Path, str], tuple[Entry, LoadedEngineFile]] = OrderedDict()
-        self._loading, self._building = threading.Lock(), threading.Lock()
+        self._loading, self._building = threading.Lock(), threading.RLock()
+        self._proven: set[tuple[Path, str]] = set()  # engine files, as in _loaded
 
     def lanes(self, batch: int, size: Size | None = None) -> DeviceLanes:
         """See epsrt.engine.Engine. The first lanes of a batch build its engine file, where none holds it and they may.
@@ -79,7 +89,10 @@ class TensorRt(Closing):
         check_batch(batch, self)
         shape = self.bundle.image_shape(size)
         self._device.use()
-        choice = self._chosen(batch)
+        return self.lanes_on(self._chosen(batch), batch, shape)
+
+    def lanes_on(self, choice: Choice, batch: int, shape: Shape) -> DeviceLanes:
+        """Lanes on an engine file that was chosen for them."""
         loaded = self._load(choice.entry)
         make = lambda buffers, stream: Context(loaded, choice.profile, buffers, stream)  # noqa: E731
         made = DeviceLanes(self._device, self.bundle, self.graph, shape, batch, choice.width, make, self.chunk)
@@ -100,14 +113,36 @@ class TensorRt(Closing):
             self._loaded.clear()
 
     def _chosen(self, batch: int) -> Choice:
-        if choice := holding(self._there(), batch):
+        choice = holding(self._there(), batch) or (None if self._may_build else above(self._there(), batch))
+        if choice is None and not self._may_build:
+            raise self._files.missing(batch)
+        if choice is not None and (self._plain is None or _key(choice.entry) in self._proven):
             return choice
-        if self._may_build:
-            with self._building:  # another thread may have built it meanwhile
-                return holding(self._there(), batch) or self._built(batch)
-        if choice := above(self._there(), batch):
-            return choice
-        raise self._files.missing(batch)
+        with self._building:  # another thread may have built or proven it meanwhile
+            if self._plain is not None:
+                choice, reason = self._proven_choice(choice, batch)
+                if choice is not None:
+                    return choice
+                say_plain(self.name, self._plain.graph, self.dialect, reason)
+                self._files, self._plain = self._plain, None
+                self.graph, self.dialect = self._files.graph, "cpu"
+                return self._chosen(batch)
+            return holding(self._there(), batch) or self._built(batch)
+
+    def _proven_choice(self, choice: Choice | None, batch: int) -> tuple[Choice | None, str]:
+        """An engine file in the dialect that is proven here, or why there is none."""
+        try:
+            choice = choice or holding(self._there(), batch) or self._built(batch)
+        except OutOfMemoryError:
+            raise
+        except EngineError as error:
+            return None, f"it cannot be built: {error}"
+        if _key(choice.entry) not in self._proven:
+            alone = OneFile(self, choice.entry)
+            if reason := fault(alone.proof(), alone, self._on_progress):
+                return None, reason
+            self._proven.add(_key(choice.entry))
+        return choice, ""
 
     def _built(self, batch: int) -> Choice:
         return Choice(self._files.make(batch, self._say, self._on_progress), 0, batch)
@@ -120,8 +155,7 @@ class TensorRt(Closing):
 
     def _load(self, entry: Entry) -> LoadedEngineFile:
         """An engine file in memory, where it stays while it is one of those used last."""
-        assert entry.record is not None  # or it had no profiles
-        key = entry.path, entry.record.sha256
+        key = _key(entry)
         with self._loading:
             if key not in self._loaded:
                 self._loaded[key] = entry, self._read(entry)
@@ -159,6 +193,47 @@ class TensorRt(Closing):
         )
 
 
+class OneFile(Closing):
+    """See epsrt.engine.Engine: a TensorRt on one of its engine files alone, to be proven. It builds nothing."""
+
+    batch_limit = "the largest of the engine file's profiles"
+    device = "cuda"
+
+    def __init__(self, engine: TensorRt, entry: Entry):
+        self.name, self.bundle, self.graph, self.dialect = engine.name, engine.bundle, engine.graph, engine.dialect
+        self.precision, self.columns = engine.precision, engine.columns
+        self.max_batch = max(most for _, _, most in profiles_of(entry))
+        self._engine, self._entry = engine, entry
+
+    def lanes(self, batch: int, size: Size | None = None) -> DeviceLanes:
+        """See epsrt.engine.Engine; the lanes beyond a batch idle where the engine file has none so small."""
+        check_batch(batch, self)
+        choice = holding([self._entry], batch) or above([self._entry], batch)
+        assert choice is not None
+        return self._engine.lanes_on(choice, batch, self.bundle.image_shape(size))
+
+    def on(self, graph: StepGraph) -> Engine:
+        """See epsrt.engine.Engine."""
+        return self._engine.on(graph)
+
+    def proof(self) -> Proof:
+        """Of what the engine file is worth on this GPU."""
+        assert self._entry.record is not None
+        gpu, key = nvidia.require_gpu(), self._entry.record.key
+        options: Options = {**key.options, "proof": True}
+        key = msgspec.structs.replace(key, gpu=gpu.name, capabilities=(gpu.arch,), options=options)
+        return Proof(key, f"{self.name} in dialect {self.dialect}")
+
+    def close(self) -> None:
+        """Nothing to release: the engine keeps its files."""
+
+
+def _key(entry: Entry) -> tuple[Path, str]:
+    """An engine file and its content."""
+    assert entry.record is not None  # or it had no profiles
+    return entry.path, entry.record.sha256
+
+
 def open_tensorrt(
     engine: str,
     bundle: Bundle,
@@ -172,7 +247,8 @@ def open_tensorrt(
     """Engine "tensorrt" or "tensorrt-rtx" of a graph, on the engine files that fit this machine.
 
     Nothing is built before lanes of a batch are asked for that no engine file holds; `say` then gets the reason. With
-    may_build=False nothing is built at all. Engine files that came with the bundle are loaded only with
+    may_build=False nothing is built at all. An engine file in the engine's dialect is proven before its first use: see
+    TensorRt. Engine files that came with the bundle are loaded only with
     `trust_engines`; without it EngineError says why, unless the cache has one.
     """
 
@@ -182,5 +258,7 @@ def open_tensorrt(
         )
 
     gpu = nvidia.require_gpu()  # first: without a driver the libraries crash or return nothing
-    files = EngineFiles(library(engine), bundle, graph, gpu, trust_engines)
-    return TensorRt(files, others, may_build, say, on_progress)
+    lib, dialect = library(engine), own_dialect(engine, bundle, graph)
+    plain = EngineFiles(lib, bundle, graph.in_dialect("cpu"), gpu, trust_engines)
+    files = EngineFiles(lib, bundle, graph.in_dialect(dialect), gpu, trust_engines)
+    return TensorRt(files, None if dialect == "cpu" else plain, others, may_build, say, on_progress)
