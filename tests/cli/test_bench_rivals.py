@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -254,3 +256,40 @@ def test_a_rival_that_fails_is_a_row_and_the_others_go_on(
     assert "no pipeline of this network by heun" in failed.reason
     assert died.reason == "ValueError: it had enough"
     assert last.complete
+
+
+def test_an_interrupt_ends_rivals_and_leaves_what_was_there(
+    bundle: Bundle, checkpoint_path: Path, tmp_path: Path
+) -> None:
+    """While a rival loads, which is some seconds after the engine was measured alone."""
+    (tmp_path / "r.json").write_text("what was there")
+    command = [EPSRT, "bench", bundle.path, "--engine", "onnxruntime", "--threads", 1, "--batch", 2, "--steps", 4]
+    command += ["--rivals", "--source", checkpoint_path, "--out", "r.json", "--share", "s.json"]
+    process = subprocess.Popen([*map(str, command)], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 200
+        while not (running := rivals_running(checkpoint_path)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert running
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert err.decode().splitlines()[-1] == "epsrt: interrupted before anything was measured"
+    assert not rivals_running(checkpoint_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+    assert (tmp_path / "r.json").read_text() == "what was there"
+
+
+def rivals_running(source: Path) -> list[str]:
+    """The processes that serve a rival of a source, by number."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if "serve" in words and any(str(source) in word for word in words):
+            found.append(process.name)
+    return found
