@@ -55,7 +55,7 @@ def checked(bundle: Bundle, request: Request) -> Work:
 
 @contextmanager
 def sampler_of(bundle: Bundle, work: Work, on: Running) -> Iterator[Sampler]:
-    """A sampler on the step graph that the work needs."""
+    """A sampler on the step graph that the work needs; the progress goes on, for what its first lanes build."""
     with show.progress() as tell:
         running = open_engine(
             bundle,
@@ -66,8 +66,8 @@ def sampler_of(bundle: Bundle, work: Work, on: Running) -> Iterator[Sampler]:
             trust_engines=on.trust_engines,
             on_progress=tell,
         )
-    with running, Sampler(running) as sampler:
-        yield sampler
+        with running, Sampler(running) as sampler:
+            yield sampler
 
 
 def draw(sampler: Sampler, request: Request, work: Work, batch: int | None, film: Trajectory | None = None) -> Drawn:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated
 
@@ -41,9 +42,18 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=2))
 
 
+_shown: ContextVar[Callable[[str, float], None] | None] = ContextVar("_shown", default=None)
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[str, float], None]]:
-    """Yields tell(what, fraction): a bar on stderr for each `what` (one line a bar, at its end, if not a terminal)."""
+    """Yields tell(what, fraction): a bar on stderr for each `what` (one line a bar, at its end, if not a terminal).
+
+    Within another progress it yields that one's: a terminal shows one at a time.
+    """
+    if (outer := _shown.get()) is not None:
+        yield outer
+        return
     console = Console(stderr=True)
     bars: dict[str, TaskID] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
@@ -56,7 +66,11 @@ def progress() -> Iterator[Callable[[str, float], None]]:
                     console.print(f"{what} …", markup=False)
             display.update(bars[what], completed=fraction)
 
-        yield tell
+        token = _shown.set(tell)
+        try:
+            yield tell
+        finally:
+            _shown.reset(token)
 
 
 def table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
