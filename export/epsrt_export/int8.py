@@ -16,7 +16,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from epsrt import Bundle, Plan
 from epsrt.engines import Engine, Sample, open_engine
@@ -73,16 +72,6 @@ def calibration(bundle: Bundle) -> tuple[Plan, list[int]]:
     return bundle.plan("ddim", min(CALIBRATION_STEPS, m.schedule.T)), labels
 
 
-class _States(CalibrationDataReader):  # type: ignore[misc]
-    """onnxruntime's reader of calibration data, of states in memory."""
-
-    def __init__(self, states: Sequence[Feeds]):
-        self._states = iter(states)
-
-    def get_next(self) -> Feeds | None:
-        return next(self._states, None)
-
-
 def states_of(engine: Engine, plan: Plan, labels: Sequence[int], seed: int = CALIBRATION_SEED) -> list[Feeds]:
     """What a step graph is fed along real trajectories: for each row of the plan, its inputs for len(labels) samples.
 
@@ -119,6 +108,18 @@ def quantise(graph: Path, states: Sequence[Feeds], *, ends: bool = False, output
     stays FP32: the time embedding, norms, attention's products, the fused step. The model holds its weights.
     Raises InputError where no convolution is left to quantise, or there are no states.
     """
+    # here, for its tools are no part of every onnxruntime, and the other precisions need none
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class States(CalibrationDataReader):  # type: ignore[misc]
+        """onnxruntime's reader of calibration data, of states in memory."""
+
+        def __init__(self) -> None:
+            self._left = iter(states)
+
+        def get_next(self) -> Feeds | None:
+            return next(self._left, None)
+
     nodes = onnx.load(graph, load_external_data=False).graph.node
     convolutions = [node.name for node in nodes if node.op_type == "Conv"]
     kept = [] if ends else [*convolutions[:1], *convolutions[-1:]]
@@ -134,7 +135,7 @@ def quantise(graph: Path, states: Sequence[Feeds], *, ends: bool = False, output
         quantize_static(
             str(graph),
             str(made),
-            _States(states),
+            States(),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=["Conv"],
             per_channel=True,

@@ -634,3 +634,22 @@ def test_build_refuses(library: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("PATH", "")
     with pytest.raises(NoCompiler):
         build(tmp_path, [source])
+
+
+def test_no_collection_runs_in_a_capture(on_stand_in) -> None:
+    """It might free the memory of lanes that nobody closed, which breaks the capture."""
+    on_stand_in(
+        """
+import gc
+stream, seen = cuda.Stream(cuda.device()), []
+def look(): seen.append(gc.isenabled())
+def fail(): raise EngineError("this step fails")
+stream.capture(look).close()
+assert seen == [False] and gc.isenabled()
+assert refused(stream.capture, fail) == "this step fails" and gc.isenabled()
+gc.disable()
+stream.capture(look).close()
+assert not gc.isenabled()  # its owner had it off
+stream.close()
+"""
+    )

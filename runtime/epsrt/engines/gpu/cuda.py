@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -137,6 +139,18 @@ class Pinned:
             self._pointer = None
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's collector is off within."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 class Stream:
     """A queue of work on the device. Work runs later, in the order in which it was given. `handle` is its address."""
 
@@ -179,7 +193,8 @@ class Stream:
         mode = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         call(cu.cuStreamBeginCapture(self._stream, mode))
         try:
-            work()
+            with _no_collection():  # what it frees, a session's memory say, no capture allows
+                work()
         except BaseException:
             status, half = cu.cuStreamEndCapture(self._stream)  # whatever it says: the stream must leave its capture
             if status == cu.CUresult.CUDA_SUCCESS:
