@@ -94,6 +94,23 @@ assert len(EngineCache().entries()) == built
     )
 
 
+def test_an_engine_file_that_missed_a_rung_does_not_run(on_stand_in, bundle_path: Path) -> None:
+    """It was loaded to be measured, and holds the batch that is asked for next."""
+    on_stand_in(
+        OPENED
+        + """
+def missed(engine, tell=None):
+    return [Rung(r.name, engine.name, "fp32", 0.5, 1e-5, r.unit) for r in really(engine, tell)]
+proof.verify = missed
+gpu = opened()
+for _ in range(2):
+    with gpu.lanes(2) as lanes:
+        assert Path(lanes._runner._loaded.engine._made["file"]).name == "step-fp32.onnx"
+""",
+        bundle_path,
+    )
+
+
 def test_where_the_library_cannot_build_it_the_plain_graph_runs(on_stand_in, bundle_path: Path) -> None:
     on_stand_in(
         OPENED

@@ -126,6 +126,7 @@ class TensorRt(Closing):
                 say_plain(self.name, self._plain.graph, self.dialect, reason)
                 self._files, self._plain = self._plain, None
                 self.graph, self.dialect = self._files.graph, "cpu"
+                self.close()  # what is loaded is of the dialect, and would hold the batch
                 return self._chosen(batch)
             return holding(self._there(), batch) or self._built(batch)
 
