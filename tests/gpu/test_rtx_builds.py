@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from importlib.util import find_spec
 
 import msgspec
@@ -19,6 +20,7 @@ from nets import diffusers_unet, tiny, unet
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx_cu13")
 
 edited_bundle_path = unets.edited_bundle_path  # with attention
+DIALECT = "tensorrt"
 TARGETS = ("sm_86", "sm_89", "sm_120")
 
 
@@ -56,8 +58,8 @@ def graphs(request, tmp_path_factory, small_bundle_path) -> Bundle:
 )
 def test_each_kind_of_step_builds(edited_bundle_path, precision: str, features: tuple[str, ...]) -> None:
     bundle, lib = Bundle.open(edited_bundle_path), library("tensorrt-rtx")
-    graph = bundle.graph(precision, features)
-    assert graph.features == features
+    graph = bundle.graph(precision, features).in_dialect(DIALECT)
+    assert (graph.features, graph.file[-14:]) == (features, ".tensorrt.onnx")
     for target in TARGETS if len(features) == 2 else ("sm_89",):
         made = build(lib, bundle, graph, BuildOptions(((1, 2, 8),), targets=(target,)))
         assert made.layers > 300 + 200 * ("classifier" in features)
@@ -71,7 +73,7 @@ def test_each_kind_of_step_builds(edited_bundle_path, precision: str, features: 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_learned_variance_and_thresholding_build(learned_bundle_path, precision: str) -> None:
     bundle, lib = Bundle.open(learned_bundle_path), library("tensorrt-rtx")
-    graph = bundle.graph(precision)
+    graph = bundle.graph(precision).in_dialect(DIALECT)
     assert graph.features == ("learned variance", "thresholding")
     for target in TARGETS:
         assert build(lib, bundle, graph, BuildOptions(((1, 2, 4),), targets=(target,))).layers > 20
@@ -164,13 +166,14 @@ def test_each_family_builds(tmp_path, small_bundle_path, name: str) -> None:
         Bundle.open(small_bundle_path).manifest, shape=shape, graphs=(graph,), variance=variance
     )
     lib = library("tensorrt-rtx")
-    assert build(lib, Bundle(tmp_path, manifest), graph, BuildOptions(((1, 2, 4),), targets=("sm_89",))).layers > 50
+    for each in (graph, graph.in_dialect(DIALECT)):
+        assert build(lib, Bundle(tmp_path, manifest), each, BuildOptions(((1, 2, 4),), targets=("sm_89",))).layers > 50
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_builds_for_each_target(graphs: Bundle, precision: str) -> None:
-    lib, graph, told = library("tensorrt-rtx"), graphs.graph(precision), []
+    lib, graph, told = library("tensorrt-rtx"), graphs.graph(precision).in_dialect(DIALECT), []
     for target in TARGETS:
         options = BuildOptions(((1, 8, 256),), targets=(target,))
         made = build(lib, graphs, graph, options, on_progress=lambda name, share: told.append(share))
@@ -191,16 +194,31 @@ def test_the_presets_other_steps_build(graphs: Bundle, precision: str) -> None:
     others = [g for g in graphs.manifest.graphs if g.precision == precision and g.features]
     assert ("mask",) in [g.features for g in others]
     assert len(others) == (1 if graphs.manifest.null_label is None else 3)
-    for graph in others:
+    for graph in (g.in_dialect(DIALECT) for g in others):
         made = build(lib, graphs, graph, BuildOptions(((1, 8, 256),), targets=("sm_89",)))
         assert made.layers > 500
         assert holds_the_weights(made.data, graphs, graph)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_its_dialect_spares_shuffles(graphs: Bundle, precision: str) -> None:
+    """A norm is one layer in both, and without the reshapes around it in TensorRT's own. Both build."""
+    lib, plain = library("tensorrt-rtx"), graphs.graph(precision)
+    kinds = {
+        file: Counter(layer["type"] for layer in describe(lib, graphs, plain.in_dialect(file)))
+        for file in ("cpu", DIALECT)
+    }
+    norms = kinds["cpu"]["NORMALIZATION"]
+    assert norms == kinds[DIALECT]["NORMALIZATION"] > 20
+    assert kinds["cpu"]["SHUFFLE"] - kinds[DIALECT]["SHUFFLE"] == 6 * norms
+    assert build(lib, graphs, plain, BuildOptions(((1, 8, 256),), targets=("sm_89",))).layers > 500
+
+
+@pytest.mark.slow
 def test_half_precision_is_what_the_graph_says(graphs: Bundle) -> None:
     """Strongly typed: convolutions and products in half, softmax, norms and the fused step in float."""
-    layers = describe(library("tensorrt-rtx"), graphs, graphs.graph("fp16"))
+    layers = describe(library("tensorrt-rtx"), graphs, graphs.graph("fp16").in_dialect(DIALECT))
     types = {
         kind: {t["type"] for layer in layers if layer["type"] == kind for t in layer["outputs"]}
         for kind in ("CONVOLUTION", "MATRIX_MULTIPLY", "SOFTMAX", "NORMALIZATION")
@@ -246,6 +264,7 @@ def test_dynamic_sizes_build(tmp_path, small_bundle_path, precision: str, featur
     manifest = Bundle.open(small_bundle_path).manifest
     manifest = msgspec.structs.replace(manifest, shape=(3, 8, 8), graphs=(graph,), sizes=sizes, classes=3, null_label=3)
     bundle, lib = Bundle(tmp_path, manifest), library("tensorrt-rtx")
+    graph = graph.in_dialect(DIALECT)
     assert build(lib, bundle, graph, BuildOptions(targets=("sm_89",))).layers > 500
     tensors = [t for layer in describe(lib, bundle, graph) for t in layer["outputs"]]
     assert {"name": "x_next", "type": "FLOAT", "shape": [-1, 3, -1, -1]} in tensors
