@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from epsrt.bundle import Bundle
 from epsrt.engine import Closing, Sample, check_lane, check_rows, check_sample, not_finite
 from epsrt.engines.gpu import cuda
 from epsrt.engines.gpu.buffers import Buffers, pack
+from epsrt.engines.gpu.runner import MakeRunner
 from epsrt.engines.signature import Signature
 from epsrt.errors import EngineError, NotFiniteError
 from epsrt.manifest import StepGraph
@@ -37,33 +38,6 @@ ALIGNMENT = 256  # bytes: every address that TensorRT is given is a multiple
 NOISES = {"z": (noise.STEP, "d"), "z2": (noise.KNOWN, "kb")}
 
 _i32, _pointer = ctypes.c_int32, ctypes.c_void_p
-
-
-class Runner(Protocol):
-    """An engine's execution context, bound to the buffers of one lanes object."""
-
-    capturable: bool  # whether its work may be recorded in a CudaGraph of ours
-
-    def enqueue(self, now: int, rows: int) -> None:
-        """Give one step to the stream. It reads x[now], m[now] and the rows at an address; it writes x[1 − now],
-        m[1 − now] and x0.
-
-        Raises EngineError when the engine refuses.
-        """
-
-    def settle(self) -> None:
-        """Do what the calling thread's first run does and no capture allows. It may write x[1], m[1] and x0."""
-
-    def without_capture(self) -> str:
-        """Make ready for steps that the lanes cannot capture; how they run from now on, for a sentence.
-
-        Raises EngineError where it cannot go on.
-        """
-
-    def close(self) -> None: ...
-
-
-MakeRunner = Callable[[Buffers, cuda.Stream], Runner]
 
 
 class DeviceLanes(Closing):

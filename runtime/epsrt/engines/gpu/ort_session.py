@@ -34,7 +34,7 @@ Providers = list[tuple[str, dict[str, str]]]  # names and their options, the fir
 
 
 class Session:
-    """lanes.Runner: onnxruntime on the buffers of one lanes object.
+    """runner.Runner: onnxruntime on the buffers of one lanes object.
 
     file       the step graph's
     sized      whether the graph's height and width are free
@@ -74,7 +74,7 @@ class Session:
             raise
 
     def enqueue(self, now: int, rows: int) -> None:
-        """See lanes.Runner."""
+        """See runner.Runner."""
         if self._failed:  # the graph that it recorded may be cut short, and replay without a word
             raise EngineError(f"onnxruntime failed in an earlier step of {self._path}: make new lanes")
         if (now, rows) not in self._bindings:
@@ -86,12 +86,12 @@ class Session:
         graphs.add(now)
 
     def settle(self) -> None:
-        """See lanes.Runner. cuBLAS's and cuDNN's handles are a thread's own, and onnxruntime's memory grows."""
+        """See runner.Runner. cuBLAS's and cuDNN's handles are a thread's own, and onnxruntime's memory grows."""
         if not self._ran.__dict__.get("graphs"):
             self.enqueue(0, self._buffers.slots[0])
 
     def without_capture(self) -> str:
-        """See lanes.Runner. The session may have been left in the middle of a step: another takes its place."""
+        """See runner.Runner. The session may have been left in the middle of a step: another takes its place."""
         self.capturable = False
         self._release()
         self._failed, self._ran = False, threading.local()

@@ -141,7 +141,7 @@ class LoadedEngineFile:
 
 
 class Context:
-    """lanes.Runner: an execution context on the buffers of one lanes object. It keeps its engine file loaded."""
+    """runner.Runner: an execution context on the buffers of one lanes object. It keeps its engine file loaded."""
 
     capturable = True
 
@@ -167,10 +167,10 @@ class Context:
                 raise loaded.failure(f"refuses to enqueue a step of {loaded.name}", heard)
 
     def settle(self) -> None:
-        """See lanes.Runner. A context has nothing of a thread's own."""
+        """See runner.Runner. A context has nothing of a thread's own."""
 
     def without_capture(self) -> str:
-        """See lanes.Runner."""
+        """See runner.Runner."""
         return "steps are enqueued one by one, which is"
 
     def _bind(self, loaded: LoadedEngineFile, addresses: Mapping[str, int], heard: Heard) -> None:
