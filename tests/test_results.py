@@ -80,7 +80,7 @@ def test_every_case_of_every_file_is_a_row(results: ModuleType) -> None:
         found = read(path)
         own = [row for row in rows if row[-1] == f"[{found.date}](results/{path.name})"]
         wanted = {
-            (f"{c.engine} {c.precision}", str(c.batch), f"{f.steps_per_s:,.4g}") for c, f in found.measured.items()
+            (f"{c.engine} {c.precision}", str(c.batch), results.rate(f.steps_per_s)) for c, f in found.measured.items()
         }
         assert {(row[2], row[3], row[4]) for row in own} == wanted
         assert len(own) == len(wanted)
@@ -120,6 +120,10 @@ def test_a_row_has_its_device_and_its_clock(results: ModuleType, tmp_path: Path)
     }
     assert (cpu["machine"], cpu["ms p50"], cpu["of peak"], cpu["W"]) == ("2 cores of P", "0.4", "", "")
     assert (rival["machine"], rival["engine"], rival["of peak"], rival["W"]) == ("NVIDIA L4", "torch fp16", "2.1%", "")
+
+
+def test_many_steps_a_second_are_read_at_a_glance(results: ModuleType) -> None:
+    assert [results.rate(value) for value in (0.61234, 99.996, 999.94, 12345.6)] == ["0.6123", "100", "999.9", "12,346"]
 
 
 def test_a_file_that_is_no_result_fails(results: ModuleType, tmp_path: Path) -> None:

@@ -52,14 +52,14 @@ def _cells(row: Row, f: Figures, report: Report, unit: float) -> Iterator[tuple[
     yield "engine", row.engine
     yield "precision", precision
     yield "batch", str(row.batch)
-    yield "steps/s", f"{f.steps_per_s:.4g}"
+    yield "steps/s", show.rate(f.steps_per_s)
     yield "±", f"{f.spread:.1%}" if len(f.rounds_ms) > 1 else NOTHING
-    yield "images/s", f"{f.images_per_s:.4g}"
+    yield "images/s", show.rate(f.images_per_s)
     yield "ms p50", _ms(f.step_ms_p50)
     yield "p95", _ms(f.step_ms_p95)
     yield "GPU ms p50", NOTHING if device is None else _ms(device.step_ms_p50)
     yield "GPU p95", NOTHING if device is None else _ms(device.step_ms_p95)
-    yield "TFLOP/s" if unit == 1e12 else "GFLOP/s", NOTHING if achieved is None else f"{achieved[0] / unit:.3g}"
+    yield "TFLOP/s" if unit == 1e12 else "GFLOP/s", NOTHING if achieved is None else show.rate(achieved[0] / unit)
     yield "of peak", NOTHING if of_peak is None else f"{of_peak:.1%}"
     yield "of bandwidth", NOTHING if of_bandwidth is None else f"{of_bandwidth:.1%}"
     yield "W", NOTHING if device is None or device.power_w is None else f"{device.power_w:.0f}"

@@ -108,6 +108,11 @@ def rung_table(rungs: Sequence[Rung]) -> Table:
     return made
 
 
+def rate(value: float) -> str:
+    """So many a second for people: four digits, or all before the point."""
+    return f"{value:.4g}" if value < 1000 else f"{value:.0f}"
+
+
 def size(count: int) -> str:
     """Bytes for people."""
     value = float(count)

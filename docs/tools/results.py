@@ -42,11 +42,16 @@ def _words(report: Report, case: Case, figures: Figures) -> list[str]:
 
 def _numbers(report: Report, row: Row, f: Figures) -> list[str]:
     of_peak, of_bandwidth = ("" if share is None else f"{share:.1%}" for share in report.shares(row))
-    achieved = "" if f.achieved is None else f"{f.achieved[0] / 1e9:,.0f}"
+    achieved = "" if f.achieved is None else rate(f.achieved[0] / 1e9)
     clock = f if f.device is None else f.device
     watts = "" if f.device is None or f.device.power_w is None else f"{f.device.power_w:.0f}"
-    rates = f"{f.steps_per_s:,.4g}", f"{f.images_per_s:,.4g}", f"{clock.step_ms_p50:.3g}", f"{clock.step_ms_p95:.3g}"
+    rates = rate(f.steps_per_s), rate(f.images_per_s), f"{clock.step_ms_p50:.3g}", f"{clock.step_ms_p95:.3g}"
     return [str(row.batch), *rates, achieved, of_peak, of_bandwidth, watts]
+
+
+def rate(value: float) -> str:
+    """Four digits, or all before the point."""
+    return f"{value:.4g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _network(report: Report) -> str:

@@ -88,6 +88,12 @@ def test_a_regression_is_one(epsrt: Epsrt, before: Path, tmp_path: Path) -> None
     ]
 
 
+def test_many_steps_a_second_have_no_exponent(epsrt: Epsrt, tmp_path: Path) -> None:
+    a = written(tmp_path / "a.json", {1: figures(23456.7)})
+    (line,) = [line for line in epsrt("bench", "compare", a, a)[1].splitlines() if "steps/s" in line]
+    assert line.split()[4:6] == ["23457", "23457"]
+
+
 def test_larger_is_a_regression(epsrt: Epsrt, before: Path, tmp_path: Path) -> None:
     after = written(tmp_path / "after.json", {1: figures(memory=1 << 27), 8: figures(20)})
     code, out, _ = epsrt("bench", "compare", before, after)

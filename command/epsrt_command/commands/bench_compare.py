@@ -110,7 +110,7 @@ def _table(changes: tuple[Change, ...], title: str) -> Table:
 
 
 def _figure(what: str, value: float) -> str:
-    return show.size(round(value)) if what == "memory" else f"{value:.2f} s" if what == "start-up" else f"{value:.4g}"
+    return show.size(round(value)) if what == "memory" else f"{value:.2f} s" if what == "start-up" else show.rate(value)
 
 
 def _share(text: str) -> float:
