@@ -55,8 +55,8 @@ def refused(function, *arguments, **options):
         return str(error)
     raise AssertionError("this was not refused")
 
-def built(bundle, precision="fp32", engine="tensorrt", features=(), **options):
-    lib, graph = library(engine), bundle.graph(precision, features)
+def built(bundle, precision="fp32", engine="tensorrt", features=(), dialect="cpu", **options):
+    lib, graph = library(engine), bundle.graph(precision, features).in_dialect(dialect)
     return engine_files.make_engine_file(lib, bundle, graph, BuildOptions(**options), say=lambda s: None)
 
 def said(function, *arguments, **options):  # what it returned, and what it logged

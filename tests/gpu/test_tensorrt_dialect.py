@@ -150,3 +150,73 @@ assert gpu.dialect == "tensorrt" and measured
         bundle_path,
         memory=1 << 22,
     )
+
+
+def test_an_engine_file_that_is_built_again_is_proven_again(on_stand_in, bundle_path: Path) -> None:
+    """A build chooses its kernels anew: neither a pass nor a miss of the one before counts."""
+    on_stand_in(
+        OPENED
+        + """
+options = BuildOptions(profiles=((2, 2, 2),))
+graph, lib = spoken.graph("fp32").in_dialect("tensorrt"), library("tensorrt")
+really_built = engine_files.build
+def other(*given):  # with other bytes
+    made = really_built(*given)
+    return engine_files.replace(made, data=made.data + b" ")
+make = lambda: engine_files.make_engine_file(lib, spoken, graph, options, again=True, say=lambda s: None)
+make()
+proof.verify = lambda engine, tell=None: [Rung("network", engine.name, "fp32", 0.5, 1e-5, "relative L2")]
+gpu = opened()
+close(images(gpu), truth)
+assert gpu.dialect == "cpu"
+engine_files.build, proof.verify = other, counted
+make()
+gpu = opened()
+close(images(gpu), truth)
+assert gpu.dialect == "tensorrt" and len(measured) == 1
+""",
+        bundle_path,
+    )
+
+
+def test_where_nothing_may_be_built_the_advice_helps(on_stand_in, bundle_path: Path) -> None:
+    on_stand_in(
+        OPENED
+        + """
+built(spoken, profiles=((2, 2, 2),), dialect="tensorrt")
+proof.verify = lambda engine, tell=None: [Rung("network", engine.name, "fp32", 0.5, 1e-5, "relative L2")]
+gpu = opened(may_build=False)
+sentence = refused(images, gpu)
+assert sentence.startswith("tensorrt has no engine file of tiny.epsrt that it may run: there it misses network, which")
+command = sentence.split('run "')[1].rstrip('"')
+assert command == f"epsrt build {bundle.path} --engine tensorrt --precision fp32 --plain", command
+built(spoken, profiles=((1, 1, 1), (8, 8, 8)), dialect="cpu")  # what the command builds
+gpu = opened(may_build=False)
+close(images(gpu), truth)
+assert (gpu.dialect, gpu.max_batch) == ("cpu", 8)
+for entry in EngineCache().entries():
+    if "tensorrt" in entry.record.key.graph: EngineCache().remove(entry)
+gpu = opened(may_build=False)  # with files of the plain graph alone
+got, sentences = said(images, gpu)
+close(got, truth)
+assert sentences == [instead + "no engine file in it holds a batch of 2"], sentences
+""",
+        bundle_path,
+    )
+
+
+def test_a_build_that_lacks_memory_is_no_fault_of_the_dialect(on_stand_in, bundle_path: Path) -> None:
+    on_stand_in(
+        OPENED
+        + """
+really_built = engine_files.build
+def lacking(*given): raise epsrt.OutOfMemoryError("the GPU is full")
+engine_files.build = lacking
+gpu = opened()
+assert refused(images, gpu) == "the GPU is full" and gpu.dialect == "tensorrt"
+engine_files.build = really_built
+close(images(gpu), truth)
+assert gpu.dialect == "tensorrt"
+""",
+        bundle_path,
+    )

@@ -58,6 +58,9 @@ def build(
     version_compatible: Annotated[bool, Option("--version-compatible", help="Also for later TensorRTs.")] = False,
     refittable: Annotated[bool, Option("--refittable", help="Weights can be replaced in the engine file.")] = False,
     stripped: Annotated[bool, Option("--stripped", help="Leave the weights out; opening puts them in.")] = False,
+    plain: Annotated[
+        bool, Option("--plain", help="Build the plain graph, which runs where TensorRT's own dialect does not.")
+    ] = False,
     again: Annotated[bool, Option("--again", help="Build even if the cache has just this engine file.")] = False,
     ship: Annotated[bool, Option("--ship", help="Also put the engine file into the bundle, in engines/.")] = False,
     inspect: Annotated[
@@ -81,7 +84,7 @@ def build(
     if name not in ("tensorrt", "tensorrt-rtx"):
         raise InputError(f"engine {name} is not built ahead: use tensorrt or tensorrt-rtx")
     graph = opened.graph(graph_precision(opened, name, precision), _features(features or ()))
-    graph = graph.in_dialect(own_dialect(name, opened, graph))
+    graph = graph.in_dialect("cpu" if plain else own_dialect(name, opened, graph))
     profiles = tuple(map(_profile, batch or ()))
     lib = library(name)
     options = BuildOptions(

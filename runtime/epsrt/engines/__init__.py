@@ -38,7 +38,7 @@ def open_engine(
     may_build      build a TensorRT engine file for each batch that lanes are asked for and that none there holds, prove
                    bf16, or prove the dialect that a GPU engine runs fastest. Each takes seconds to minutes, once;
                    `on_progress(phase, fraction)` is told how far it is. False: raise EngineError instead, run in fp32,
-                   or run the plain graph
+                   or run the plain graph; but an engine file of TensorRT that is there is proven all the same
 
     Raises InputError for an unknown engine or precision, EngineError when the engine cannot run here, BundleError when
     the bundle has no such graph.

@@ -46,11 +46,11 @@ def open_in_dialect(
     may_build: bool = True,
     on_progress: OnProgress | None = None,
 ) -> E:
-    """`make(dialect)` in the engine's own dialect, or in "cpu" where that is not to be had: one sentence says why.
+    """`make(dialect)` in the engine's own dialect, or in "cpu" where that is not available: one sentence says why.
 
-    It is not to be had where the bundle was exported without it, the library cannot load it, or it misses a rung of
-    epsrt.verify. What is measured is kept; with may_build=False nothing is measured, and only a kept proof counts.
-    A graph that is the same in both dialects runs as it is.
+    It is not available where the bundle was exported without it, the library cannot load it, the GPU's memory does not
+    suffice to prove it, or it misses a rung of epsrt.verify. What is measured is kept. With may_build=False nothing is
+    measured, and only a kept proof counts. A graph that is the same in both dialects runs as it is.
     """
     dialect = own_dialect(name, bundle, graph)
     engine = make(dialect)
@@ -58,6 +58,8 @@ def open_in_dialect(
         return engine
     try:
         reason = fault(engine.proof(), engine, on_progress, may_build)
+    except OutOfMemoryError as error:  # of a batch that nobody may have asked for
+        reason = f"the GPU's memory does not suffice to prove it: {error}"
     except BaseException:
         engine.close()
         raise
@@ -88,7 +90,7 @@ def fault(proof: Proof, engine: Engine, on_progress: OnProgress | None, may_meas
     except EngineError as error:
         return f"it cannot run there: {error}"
     if rungs is None:
-        return "it is not proven yet, and may not be now"
+        return "it is not proven, and cannot be now: open the engine once with may_build=True"
     missed = next((rung for rung in rungs if not rung.passed), None)
     return "" if missed is None else f"there it misses {told(missed)}"
 

@@ -27,7 +27,7 @@ log = logging.getLogger("epsrt")
 
 @dataclass(frozen=True)
 class Proof:
-    """The rungs of an engine for `key`, which holds all that they depend on; `what` is proven, in a word."""
+    """The rungs of an engine for `key`, which holds all that they depend on; `what` names it in sentences."""
 
     key: Key
     what: str

@@ -105,7 +105,7 @@ class Spoken:
 
         class Told:
             def of(self, engine, on_progress, may_measure):
-                if isinstance(rungs, Exception):
+                if isinstance(rungs, BaseException):
                     raise rungs
                 return rungs
 
@@ -139,7 +139,7 @@ class TestDialects:
         [
             ([RUNG, MISSED], "there it misses network, which is 0.5 relative L2 (at most 0.003 allowed)"),
             ([msgspec.structs.replace(RUNG, figure=None)], "it misses network, which is not finite"),
-            (None, "it is not proven yet, and may not be now"),
+            (None, "it is not proven, and cannot be now: open the engine once with may_build=True"),
             (EngineError("onnxruntime cannot run it"), "it cannot run there: onnxruntime cannot run it"),
         ],
     )
@@ -151,9 +151,23 @@ class TestDialects:
         assert "onnxruntime-cuda runs step-fp32.onnx, not its dialect cuda: " in record.getMessage()
         assert reason in record.getMessage()
 
-    def test_a_lack_of_memory_is_no_fault_of_the_dialect(self, bundle_path):
-        with pytest.raises(OutOfMemoryError, match="more"):
-            opened(Bundle.open(bundle_path), OutOfMemoryError("it needs more"))
+    def test_without_the_memory_to_prove_it_a_batch_of_one_runs(self, bundle_path, caplog):
+        """The ladder runs the bundle's largest batch, which nobody may have asked for."""
+        engine, (refused, _) = opened(Bundle.open(bundle_path), OutOfMemoryError("a batch of 8 needs more"))
+        assert (engine.dialect, refused.closed) == ("cpu", True)
+        assert "the GPU's memory does not suffice to prove it: a batch of 8 needs more" in caplog.text
+
+    def test_what_interrupts_a_proof_closes_the_engine(self, bundle_path):
+        made = []
+
+        def make(dialect):
+            made.append(Spoken(dialect, KeyboardInterrupt()))
+            return made[-1]
+
+        bundle = Bundle.open(bundle_path)
+        with pytest.raises(KeyboardInterrupt):
+            open_in_dialect("onnxruntime-cuda", bundle, bundle.graph("fp32"), make)
+        assert made[0].closed
 
     def test_a_bundle_of_an_older_format_has_none(self, caplog):
         engine, made = opened(Bundle.open(DATA / "format-4.epsrt"), [RUNG])

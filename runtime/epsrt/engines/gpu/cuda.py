@@ -10,8 +10,7 @@ import ctypes
 import functools
 import gc
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -139,16 +138,27 @@ class Pinned:
             self._pointer = None
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python's collector is off within."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
+class _NoCollection:
+    """Python's collector is off within, and on again after the last of the threads that are in it."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._was_on = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._was_on = gc.isenabled()
+                gc.disable()
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._was_on:
+                gc.enable()
+
+
+_no_collection = _NoCollection()
 
 
 class Stream:
@@ -193,7 +203,7 @@ class Stream:
         mode = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         call(cu.cuStreamBeginCapture(self._stream, mode))
         try:
-            with _no_collection():  # what it frees, a session's memory say, no capture allows
+            with _no_collection:  # what it frees, a session's memory say, no capture allows
                 work()
         except BaseException:
             status, half = cu.cuStreamEndCapture(self._stream)  # whatever it says: the stream must leave its capture

@@ -75,14 +75,23 @@ class Choice:
 class EngineFiles:
     """The engine files of a step graph that run on this machine: of the cache and, where it is trusted, of the bundle.
 
-    Raises EngineError where the library has nothing for this GPU.
+    `plain`: the graph is the plain one of a bundle that has another in the engine's dialect. Raises EngineError where
+    the library has nothing for this GPU.
     """
 
-    def __init__(self, lib: Library, bundle: Bundle, graph: StepGraph, gpu: nvidia.Gpu, trusted: bool = False):
+    def __init__(
+        self,
+        lib: Library,
+        bundle: Bundle,
+        graph: StepGraph,
+        gpu: nvidia.Gpu,
+        trusted: bool = False,
+        plain: bool = False,
+    ):
         if lib.targets:
             lib.capability(gpu.arch)
         self.library, self.bundle, self.graph, self.gpu, self.cache = lib, bundle, graph, gpu, EngineCache()
-        self._trusted = trusted
+        self._trusted, self._plain = trusted, plain
         file, digest, name = source(bundle, graph).name, bundle.manifest.digest, bundle.path.name
         self._wanted = Wanted(digest, name, file, lib.engine, lib.version, gpu.name, gpu.arch, graph.precision)
 
@@ -94,7 +103,7 @@ class EngineFiles:
         """
         own, brought = self.cache.find(self._wanted), fitting(shipped(self.bundle.path), self._wanted)
         if brought and not own and not self._trusted:
-            raise refusal(brought[0], build_command(self.bundle.path, self.library.engine, self.graph))
+            raise refusal(brought[0], self.command())
         return own + (brought if self._trusted else [])
 
     def make(self, batch: int, say: Say, on_progress: OnProgress | None = None) -> Entry:
@@ -112,7 +121,7 @@ class EngineFiles:
 
     def command(self, *batches: str) -> str:
         """The command that builds one of this graph, for batches as `--batch` takes them."""
-        return build_command(self.bundle.path, self.library.engine, self.graph, batches)
+        return build_command(self.bundle.path, self.library.engine, self.graph, batches, self._plain)
 
 
 def profiles_of(entry: Entry) -> tuple[Profile, ...]:

@@ -19,6 +19,7 @@ from epsrt.engines.gpu.buffers import Buffers
 from epsrt.engines.gpu.lanes import CHUNK, DeviceLanes
 from epsrt.engines.gpu.ort_session import Providers, Session
 from epsrt.engines.ort_library import ort, refuse_both_packages
+from epsrt.engines.probe import installed
 from epsrt.engines.proof import Proof
 from epsrt.errors import EngineError, OutOfMemoryError
 from epsrt.manifest import StepGraph
@@ -29,6 +30,7 @@ log = logging.getLogger("epsrt")
 CUDA, TENSORRT = "onnxruntime-cuda", "onnxruntime-tensorrt"
 PROVIDERS = {CUDA: "CUDAExecutionProvider", TENSORRT: "TensorrtExecutionProvider"}
 LIBRARIES = {CUDA: "CUDA 13 and cuDNN 9", TENSORRT: "TensorRT 10, CUDA 13 and cuDNN 9"}
+RECIPE = 1  # of how a session is made: proofs of another do not count
 TRIALS = 20  # steps that a layout is timed over
 
 
@@ -100,7 +102,9 @@ class OnnxRuntimeCuda(Closing):
     def proof(self) -> Proof:
         """Of what the engine is worth for this bundle, by this onnxruntime on this GPU."""
         gpu, digest = self._device.gpu, self.bundle.manifest.digest
-        options: Options = {"proof": True, **self._more}
+        options: Options = {"proof": RECIPE, **self._more}
+        if self.name == TENSORRT:
+            options["tensorrt"] = installed("tensorrt")
         key = Key(
             digest, self.graph.file, self.name, ort.__version__, gpu.name, (gpu.arch,), self.precision, (), options
         )

@@ -93,6 +93,7 @@ class Session:
     def without_capture(self) -> str:
         """See runner.Runner. The session may have been left in the middle of a step: another takes its place."""
         self.capturable = False
+        self._stream.synchronize()  # earlier chunks may still run in the session's memory
         self._release()
         self._failed, self._ran = False, threading.local()
         self._open(recording=self._records)
@@ -128,7 +129,8 @@ class Session:
             self._session = self._make(options, providers)
         check_signature(self._session, self._buffers.signature, self._path)
         for now in (0, 1):
-            for at in (self._row.pointer, *self._buffers.slots):
+            # a graph of its own has one address, whatever is bound when it is replayed
+            for at in (self._row.pointer, *(() if recording else self._buffers.slots)):
                 self._bindings[now, at] = self._bind(now, at)
 
     def _make(self, options: Any, providers: Providers) -> Any:

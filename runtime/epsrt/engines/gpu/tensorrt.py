@@ -35,7 +35,7 @@ class TensorRt(Closing):
     """See epsrt.engine.Engine.
 
     files        the engine files of the step graph in a dialect; each is loaded when lanes first need it
-    plain        those of the plain graph, which take their place where the dialect is not to be had: the library cannot
+    plain        those of the plain graph, which take their place where the dialect is not available: the library cannot
                  build it, or an engine file misses a rung of epsrt.verify, which runs before its first use and is kept.
                  None: `files` are of the plain graph, and nothing is proven
     others       others(graph) opens another step graph of the bundle as this one was opened
@@ -63,16 +63,10 @@ class TensorRt(Closing):
         self.dialect = "cpu" if plain is None else DIALECTS[self.name]
         self._files, self._plain, self._others = files, plain, others
         self._may_build, self._say, self._on_progress = may_build, say, on_progress
-        found = files.found()
-        if may_build:
-            self.max_batch, self.batch_limit = self.bundle.manifest.max_batch, "the bundle's largest"
-        elif found:
-            profiles = sorted({profile for entry in found for profile in profiles_of(entry)})
-            self.max_batch = max(most for _, _, most in profiles)
-            limit = f"the largest of its engine files, which are for {batches(tuple(profiles))}"
-            self.batch_limit = f'{limit} (for another, run "{files.command("N")}")'
-        else:
+        found = files.found() or (plain.found() if plain else [])
+        if not may_build and not found:
             raise files.missing()
+        self._limit(found)
         self._device = cuda.device()
         self._device.use()
         self._runtime = files.library.runtime()
@@ -112,28 +106,43 @@ class TensorRt(Closing):
         with self._loading:
             self._loaded.clear()
 
+    def _limit(self, found: list[Entry]) -> None:
+        """Set max_batch, by the engine files that there are where none may be built."""
+        if self._may_build:
+            self.max_batch, self.batch_limit = self.bundle.manifest.max_batch, "the bundle's largest"
+            return
+        profiles = sorted({profile for entry in found for profile in profiles_of(entry)})
+        self.max_batch = max(most for _, _, most in profiles)
+        limit = f"the largest of its engine files, which are for {batches(tuple(profiles))}"
+        self.batch_limit = f'{limit} (for another, run "{self._files.command("N")}")'
+
     def _chosen(self, batch: int) -> Choice:
-        choice = holding(self._there(), batch) or (None if self._may_build else above(self._there(), batch))
-        if choice is None and not self._may_build:
-            raise self._files.missing(batch)
-        if choice is not None and (self._plain is None or _key(choice.entry) in self._proven):
+        plain = self._plain  # first: what is chosen below is of its dialect, or of the plain graph after it
+        choice = self._held(batch)
+        if choice is not None and (plain is None or _key(choice.entry) in self._proven):
             return choice
         with self._building:  # another thread may have built or proven it meanwhile
             if self._plain is not None:
-                choice, reason = self._proven_choice(choice, batch)
+                choice, reason = self._proven_choice(batch)
                 if choice is not None:
                     return choice
-                say_plain(self.name, self._plain.graph, self.dialect, reason)
-                self._files, self._plain = self._plain, None
-                self.graph, self.dialect = self._files.graph, "cpu"
-                self.close()  # what is loaded is of the dialect, and would hold the batch
-                return self._chosen(batch)
-            return holding(self._there(), batch) or self._built(batch)
+                self._speak_plainly(reason)
+            choice = self._held(batch)
+            if choice is None and not self._may_build:
+                raise self._files.missing(batch)
+            return choice or self._built(batch)
 
-    def _proven_choice(self, choice: Choice | None, batch: int) -> tuple[Choice | None, str]:
+    def _held(self, batch: int) -> Choice | None:
+        """An engine file that is there for a batch; without may_build also one whose least batch is larger."""
+        return holding(self._there(), batch) or (None if self._may_build else above(self._there(), batch))
+
+    def _proven_choice(self, batch: int) -> tuple[Choice | None, str]:
         """An engine file in the dialect that is proven here, or why there is none."""
+        choice = self._held(batch)
+        if choice is None and not self._may_build:
+            return None, f"no engine file in it holds a batch of {batch}"
         try:
-            choice = choice or holding(self._there(), batch) or self._built(batch)
+            choice = choice or self._built(batch)
         except OutOfMemoryError:
             raise
         except EngineError as error:
@@ -145,14 +154,27 @@ class TensorRt(Closing):
             self._proven.add(_key(choice.entry))
         return choice, ""
 
+    def _speak_plainly(self, reason: str) -> None:
+        """Take the plain graph's engine files from now on, where it has any or they may be built."""
+        assert self._plain is not None
+        found = self._plain.found()
+        if not self._may_build and not found:
+            fault = f"{self.name} has no engine file of {self.bundle.path.name} that it may run: {reason}"
+            raise EngineError(f'{fault}; run "{self._plain.command()}"')
+        say_plain(self.name, self._plain.graph, self.dialect, reason)
+        self._files, self._plain = self._plain, None
+        self.graph, self.dialect = self._files.graph, "cpu"
+        self._limit(found)
+
     def _built(self, batch: int) -> Choice:
         return Choice(self._files.make(batch, self._say, self._on_progress), 0, batch)
 
     def _there(self) -> list[Entry]:
         """All engine files, those that are loaded first, which may be gone from the cache."""
+        files = self._files
         with self._loading:
             loaded = [entry for entry, _ in reversed(self._loaded.values())]
-        return loaded + self._files.found()
+        return [e for e in loaded if e.record and e.record.key.graph == files.graph.file] + files.found()
 
     def _load(self, entry: Entry) -> LoadedEngineFile:
         """An engine file in memory, where it stays while it is one of those used last."""
@@ -221,7 +243,7 @@ class OneFile(Closing):
         """Of what the engine file is worth on this GPU."""
         assert self._entry.record is not None
         gpu, key = nvidia.require_gpu(), self._entry.record.key
-        options: Options = {**key.options, "proof": True}
+        options: Options = {**key.options, "proof": self._entry.record.sha256}  # another build has other kernels
         key = msgspec.structs.replace(key, gpu=gpu.name, capabilities=(gpu.arch,), options=options)
         return Proof(key, f"{self.name} in dialect {self.dialect}")
 
@@ -260,6 +282,8 @@ def open_tensorrt(
 
     gpu = nvidia.require_gpu()  # first: without a driver the libraries crash or return nothing
     lib, dialect = library(engine), own_dialect(engine, bundle, graph)
-    plain = EngineFiles(lib, bundle, graph.in_dialect("cpu"), gpu, trust_engines)
     files = EngineFiles(lib, bundle, graph.in_dialect(dialect), gpu, trust_engines)
-    return TensorRt(files, None if dialect == "cpu" else plain, others, may_build, say, on_progress)
+    plain = None
+    if dialect != "cpu":
+        plain = EngineFiles(lib, bundle, graph.in_dialect("cpu"), gpu, trust_engines, plain=True)
+    return TensorRt(files, plain, others, may_build, say, on_progress)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from epsrt.bundle import Bundle
 from epsrt.engines.cache.key import Profile, Profiles, profile_words
 from epsrt.engines.gpu.trt_library import Library
-from epsrt.errors import EngineError
+from epsrt.errors import EngineError, OutOfMemoryError
 from epsrt.manifest import StepGraph
 from epsrt.types import OnProgress
 
@@ -77,10 +77,14 @@ def exact(batch: int) -> Profile:
     return batch, batch, batch
 
 
-def build_command(bundle: Path, engine: str, graph: StepGraph, batches: Iterable[str] = ()) -> str:
-    """The command that builds a graph of the bundle at a path, for batches as `--batch` takes them."""
+def build_command(bundle: Path, engine: str, graph: StepGraph, batches: Iterable[str] = (), plain: bool = False) -> str:
+    """The command that builds a graph of the bundle at a path, for batches as `--batch` takes them.
+
+    `plain`: the plain graph, where the bundle has another in the engine's dialect.
+    """
     features = ["--features", graph.stem.replace("-", ",")] if graph.stem else []
     words = ["epsrt", "build", str(bundle), "--engine", engine, "--precision", graph.precision, *features]
+    words += ["--plain"] if plain else []
     return shlex.join([*words, *(word for batch in batches for word in ("--batch", batch))])
 
 
@@ -130,7 +134,8 @@ def build(
     if monitor.interrupted is not None:
         raise monitor.interrupted
     if data is None:
-        raise EngineError(f"{library} cannot build {source(bundle, graph)}: {heard}")
+        kind = OutOfMemoryError if heard.lacks_memory else EngineError
+        raise kind(f"{library} cannot build {source(bundle, graph)}: {heard}")
     timed = b"" if cache is None else bytes(cache.serialize())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     return Built(bytes(data), layers, time.perf_counter() - begin, peak, timed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,10 @@ from typing import Any
 from epsrt.errors import EngineError
 
 log = logging.getLogger("epsrt")
+
+MEMORY = re.compile(
+    "out ?of ?memory|could not be allocated|cannot allocate", re.I
+)  # how TensorRT says that it lacks some
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,11 @@ class Heard:
 
     def __str__(self) -> str:
         return "; ".join(self.errors[-3:]) or "it gave no reason"
+
+    @property
+    def lacks_memory(self) -> bool:
+        """Whether the library says that memory does not suffice."""
+        return MEMORY.search(str(self)) is not None
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,10 +18,6 @@ from epsrt.errors import EngineError, OutOfMemoryError
 from epsrt.manifest import StepGraph
 
 log = logging.getLogger("epsrt")
-
-MEMORY = re.compile(
-    "out ?of ?memory|could not be allocated|cannot allocate", re.I
-)  # how TensorRT says that it lacks some
 
 
 @dataclass(frozen=True)
@@ -103,12 +98,14 @@ class LoadedEngineFile:
 
     def failure(self, what: str, heard: Heard, way_out: str = "") -> EngineError:
         """What the library said, as an error to raise."""
-        kind = OutOfMemoryError if MEMORY.search(str(heard)) else EngineError
+        kind = OutOfMemoryError if heard.lacks_memory else EngineError
         return kind(f"{self.library} {what}: {heard}{way_out}")
 
     def keep_compiled(self) -> None:
         """Give away the kernels that contexts have compiled since the last time."""
-        if self._cache is not None and self._compiled is not None:
+        with self._lock:
+            if self._cache is None or self._compiled is None:
+                return
             data = bytes(self._cache.serialize())
             if data != self._compiled.kept:
                 self._compiled = Compiled(data, self._compiled.keep)
