@@ -223,7 +223,8 @@ class TestPlainModules:
         put(tmp_path / "some.epsrt", on_stage=lambda what, fraction: told.append((what, fraction)))
         stages = list(dict.fromkeys(what for what, _ in told))
         assert stages[:3] == ["graphs fp32", "ddim-20", "ddpm-20"]
-        assert stages[3:] == [f"parity fp32 {name}" for name in ("network", "step", "ddim-20", "ddpm-20", "batch")]
+        rungs = "network", "step", "ddim-20", "ddpm-20", "batch", "dialects"
+        assert stages[3:] == [f"parity fp32 {name}" for name in rungs]
         assert all(dict(told)[stage] == 1.0 for stage in stages)
 
 
