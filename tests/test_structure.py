@@ -114,3 +114,21 @@ def test_the_test_sees_a_circle_and_an_upward_import(tmp_path):
     arrows = graph(dict.fromkeys(("epsrt", "epsrt_trainer", "epsrt_export"), tmp_path))
     assert circles(arrows) == [["epsrt.a", "epsrt.b", "epsrt.c"]]
     assert upward(arrows) == ["epsrt.d -> epsrt_export"]
+
+
+def names_of(source: str) -> set[str]:
+    """The packages that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_the_runtime_names_neither_torch_nor_onnx_and_the_test_sees_one_in_a_function():
+    never = {"torch", "onnx", "onnx_ir", "onnxscript", "polygraphy"}
+    for path in (ROOT / "runtime").rglob("*.py"):
+        assert not names_of(path.read_text()) & never, path
+    assert names_of("def read():\n    import onnx.helper\n    from torch import nn") == {"onnx", "torch"}

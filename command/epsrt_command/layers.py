@@ -15,7 +15,7 @@ from epsrt.errors import InputError
 from epsrt_command import show
 
 if TYPE_CHECKING:
-    from epsrt.parity.layers import Comparison, Layer
+    from epsrt_command.tensors import Comparison, Layer
 
 TOP = 10
 
@@ -58,7 +58,7 @@ class Layers:
 
     def run(self, bundle: Bundle, engine: str, precision: str | None, threads: int | None, as_json: bool) -> bool:
         """Compare, and print what was found. Whether every tensor is within the limit."""
-        from epsrt.parity.layers import compare
+        from epsrt_command.tensors import compare
 
         rows = self.rows  # before all work
         with show.progress() as tell:

@@ -7,9 +7,9 @@ from torch import nn
 
 from epsrt import Bundle, BundleError, EngineError, EpsrtError, Sampler, open_engine
 from epsrt.engines.signature import Signature
-from epsrt.parity.layers import compare
 from epsrt.parity.measure import LIMITS, relative_l2
 from epsrt.verify import verify
+from epsrt_command.tensors import compare
 from epsrt_export import ParityError, export_network
 from epsrt_export.int8 import calibration, quantise, states_of
 from nets import tiny

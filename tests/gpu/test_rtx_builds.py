@@ -14,7 +14,7 @@ from epsrt.engines.gpu.trt_build import BuildOptions, build, describe
 from epsrt.engines.gpu.trt_library import library
 from epsrt.errors import EngineError
 from epsrt.manifest import StepGraph
-from epsrt.parity import layers
+from epsrt_command import tensors as layers
 from nets import diffusers_unet, tiny, unet
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx_cu13")

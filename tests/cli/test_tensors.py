@@ -1,4 +1,4 @@
-"""epsrt.parity.layers: a damaged weight is named by its node, figures are what they say, bad input has its sentence."""
+"""epsrt_command.tensors: a damaged weight is named by its node, figures are what they say, bad input is named."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 
 from epsrt import Bundle, EngineError, EpsrtError, InputError
 from epsrt.engines import nvidia, probe
-from epsrt.parity import layers
-from epsrt.parity.layers import compare
 from epsrt.parity.measure import LIMITS
+from epsrt_command import tensors
+from epsrt_command.tensors import compare
 from helpers import forge, weights
 
 
@@ -29,7 +29,7 @@ def polygraphy() -> None:
 
 
 @pytest.fixture(scope="module")
-def good(polygraphy: None, digits_bundle_path: Path) -> layers.Comparison:
+def good(polygraphy: None, digits_bundle_path: Path) -> tensors.Comparison:
     """A comparison that finds nothing."""
     return compare(Bundle.open(digits_bundle_path), "onnxruntime", threads=1)
 
@@ -121,7 +121,7 @@ class TestComparison:
         def fails(*arguments):
             raise RuntimeError("no\nmemory")
 
-        monkeypatch.setattr(layers, "_onnxruntime", fails)
+        monkeypatch.setattr(tensors, "_onnxruntime", fails)
         with pytest.raises(EngineError, match=r"^onnxruntime does not return the tensors of .*: no memory$"):
             compare(Bundle.open(bundle_path))
 
@@ -131,11 +131,11 @@ class TestTensorRt:
 
     @pytest.fixture(autouse=True)
     def pretended(self, polygraphy: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        def runner(engine, bundle, graph, tensors):
+        def runner(engine, bundle, graph, names):
             assert (engine, graph.precision) == ("tensorrt", "fp16")
-            return layers._onnxruntime(bundle.path, 1, layers._model(bundle.path / graph.file), tensors[::2])
+            return tensors._onnxruntime(bundle.path, 1, tensors._model(bundle.path / graph.file), names[::2])
 
-        monkeypatch.setattr(layers, "_tensorrt", runner)
+        monkeypatch.setattr(tensors, "_tensorrt", runner)
 
     def test_tensors_that_an_engine_does_not_return_are_counted(self, bundle_path):
         bundle = Bundle.open(bundle_path)
@@ -174,7 +174,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("limit", [0.0, -1e-3, float("nan"), float("inf")])
     def test_a_limit_that_is_none(self, bundle_path, limit):
-        with pytest.raises(InputError, match=f"^limit = {limit:g} is no relative L2: give a positive number"):
+        with pytest.raises(InputError, match=f"^--limit {limit:g} is no relative L2: give a positive number"):
             compare(Bundle.open(bundle_path), limit=limit)
 
     @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ class TestRefusals:
             ({"precision": "bf16"}, "engine onnxruntime runs in fp32 or fp16 or int8, not in bf16"),
             ({"precision": "int8"}, "has no int8 step graph, only fp32 and fp16"),
             ({"against": "int8"}, "int8 and fp16 have no tensors' names in common: compare each with fp32"),
-            ({"precision": "fp32"}, "precision = fp32 of onnxruntime is the reference itself"),
+            ({"precision": "fp32"}, "--precision fp32 of onnxruntime is the reference itself"),
             ({"against": "fp8"}, "has no fp8 step graph, only fp32 and fp16"),
             ({"threads": 0}, "threads = 0 is outside"),
         ],

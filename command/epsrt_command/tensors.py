@@ -22,9 +22,9 @@ from epsrt.errors import EngineError, EpsrtError, InputError, one_line
 from epsrt.manifest import StepGraph
 from epsrt.parity.golden import Network
 from epsrt.parity.measure import LIMITS, relative_l2
-from epsrt.parity.pairs import Pair, pairs
 from epsrt.plan import idle_row
 from epsrt.types import Arrays, Float64, OnProgress
+from epsrt_command.pairs import Pair, pairs
 
 REFERENCE = "onnxruntime"  # the engine that all are compared with
 ENGINES = ("tensorrt", "tensorrt-rtx", REFERENCE)  # that return any tensor of a graph
@@ -38,7 +38,7 @@ class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     figure   relative L2 in the worst state; None: not finite
     inputs   the largest figure, in that state, of what its node reads and was compared; None: there is none
     t        the timestep of that state
-    The others are as epsrt.parity.pairs.Pair has them.
+    The others are as epsrt_command.pairs.Pair has them.
     """
 
     depth: int
@@ -98,7 +98,7 @@ def compare(
     if limit is None:
         limit = LIMITS[probe.info_of(engine).device, precision][0]
     elif not 0 < limit < math.inf:
-        raise InputError(f"limit = {limit:g} is no relative L2: give a positive number such as 1e-3, or leave it out")
+        raise InputError(f"--limit {limit:g} is no relative L2: give a positive number such as 1e-3, or leave it out")
     check_threads(threads)
     graphs = bundle.graph(against), bundle.graph(precision)
     models = [_model(bundle.path / graph.file) for graph in graphs]
@@ -145,7 +145,7 @@ def _chosen(bundle: Bundle, engine: str, precision: str | None, against: str | N
     if precision not in known:
         raise EngineError(f"engine {engine} runs in {' or '.join(known)}, not in {precision}: ask for another engine")
     if (engine, precision) == (REFERENCE, against):
-        raise InputError(f"precision = {precision} of {REFERENCE} is the reference itself: name another, or against=")
+        raise InputError(f"--precision {precision} of {REFERENCE} is the reference itself: name another, or --against")
     if {precision, against} == {"int8", "fp16"}:
         raise InputError("int8 and fp16 have no tensors' names in common: compare each with fp32")
     return engine, precision, against

@@ -1,11 +1,11 @@
-"""epsrt.parity.pairs: which tensor of one graph is which of another, on small graphs and on real ones."""
+"""epsrt_command.pairs: which tensor of one graph is which of another, on small graphs and on real ones."""
 
 from __future__ import annotations
 
 import pytest
 
 from epsrt import Bundle
-from epsrt.parity.pairs import Pair, pairs
+from epsrt_command.pairs import Pair, pairs
 
 onnx = pytest.importorskip("onnx", reason="graphs are read by onnx")
 
