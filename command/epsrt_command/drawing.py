@@ -16,7 +16,7 @@ from epsrt.engines import open_engine
 from epsrt.prepare import Work, prepare
 from epsrt.request import Request
 from epsrt.sampler import Sampler
-from epsrt.types import Float32, UInt8
+from epsrt.types import Float32
 from epsrt_command import show
 from epsrt_command.options import Running
 from epsrt_command.trajectory import Trajectory
@@ -26,10 +26,9 @@ ON_GPU = 10  # steps between two looks at a GPU, at least: it takes them in chun
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """float32 [n, C, H, W], the same as uint8 [n, H, W, C], how long they took and on what."""
+    """float32 [n, C, H, W], how long they took and on what."""
 
     samples: Float32
-    images: UInt8
     seconds: float
     engine: Engine
 
@@ -84,7 +83,7 @@ def draw(sampler: Sampler, request: Request, work: Work, batch: int | None, film
             for i, samples in enumerate(sampler.stream(request, batch=batch, every=film.every), 1):
                 film.add(sampler.to_images(samples))
                 tell(what, min(1.0, i * film.every / rows))
-    return Drawn(samples, sampler.to_images(samples), time.perf_counter() - started, sampler.engine)
+    return Drawn(samples, time.perf_counter() - started, sampler.engine)
 
 
 def kept_of(bundle: Bundle, work: Work) -> dict[str, Any]:

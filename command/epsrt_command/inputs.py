@@ -48,6 +48,10 @@ def images(path: Path, bundle: Bundle, size: Size | None = None, smaller: bool =
         given = images_of(str(path), found, len(found), (m.shape[0], *found.shape[2:]), within)
         assert given is not None
         return given
+    if m.latents:
+        raise InputError(
+            f"{path} is a picture, and the bundle takes an autoencoder's latents: encode it, and give .npz"
+        )
     if m.shape[0] not in MODES:
         raise InputError(f"{path}: the bundle's images have {m.shape[0]} channels, a picture has not: give .npz")
     pictures = [picture_of(file, MODES[m.shape[0]], bundle, size, smaller) for file in picture_files(path)]

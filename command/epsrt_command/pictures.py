@@ -13,6 +13,8 @@ from PIL import Image
 
 from epsrt.errors import InputError
 from epsrt.files import whole_directory, whole_file
+from epsrt.images import to_images
+from epsrt.manifest import Manifest
 from epsrt.types import Float32, UInt8
 
 KINDS = {".png": ".png (a grid)", ".npz": ".npz", "": "none (a folder of PNGs)", ".gif": ".gif (animated)"}
@@ -20,16 +22,16 @@ FRAME = 0.1  # seconds
 SMALL = 64  # pixels; smaller images are magnified to about this in pictures, by whole factors
 
 
-def check_target(
-    path: Path, channels: int, option: str = "--out", kinds: tuple[str, ...] = (".png", ".npz", "")
-) -> None:
+def check_target(path: Path, m: Manifest, option: str = "--out", kinds: tuple[str, ...] = (".png", ".npz", "")) -> None:
     """Refuse, before any work is done, what could not be written after it."""
     if path.suffix.lower() not in kinds:
         known = " or ".join(", ".join(KINDS[kind] for kind in kinds).rsplit(", ", 1))
         raise InputError(f"{option} {path}: the suffix must be {known}")
-    if path.suffix.lower() != ".npz" and channels not in (1, 3, 4):
-        way = "; write .npz" if ".npz" in kinds else ""
-        raise InputError(f"{option} {path}: {channels} channels make no picture{way}")
+    if path.suffix.lower() != ".npz" and (m.latents or m.shape[0] not in (1, 3, 4)):
+        what = "latents of an autoencoder" if m.latents else f"{m.shape[0]} channels"
+        decode = " and decode its samples with that autoencoder" if m.latents else ""
+        way = f": write .npz{decode}" if ".npz" in kinds else ": leave it out"
+        raise InputError(f"{option} {path}: {what} make no picture{way}")
     if path.suffix == "" and path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{option} {path} exists and is not an empty folder: choose another name")
     if path.resolve() == Path.cwd():
@@ -46,15 +48,17 @@ def check_writable(path: Path, option: str = "--out") -> None:
         raise InputError(f"{option} {path}: {there} cannot be written to")
 
 
-def save(path: Path, samples: Float32, images: UInt8, **more: Any) -> None:
-    """Write by suffix. `samples` float32 [n, C, H, W] and `more` go to .npz; `images` uint8 [n, H, W, C] to PNGs."""
+def save(path: Path, samples: Float32, m: Manifest, **more: Any) -> None:
+    """Write float32 [n, C, H, W] by suffix: to PNGs, or to .npz with `more` and, of images, the same in uint8."""
     match path.suffix.lower():
         case ".npz":
             with whole_file(path) as beside, beside.open("wb") as file:  # given a name, savez may add to it
-                np.savez(file, samples=samples, images=images, **more)
+                pixels: dict[str, Any] = {} if m.latents else {"images": to_images(samples, m.value_range)}
+                np.savez(file, samples=samples, **pixels, **more)
         case ".png":
-            save_grid(path, images)
+            save_grid(path, to_images(samples, m.value_range))
         case _:
+            images = to_images(samples, m.value_range)
             with whole_directory(path) as beside:
                 for i, image in enumerate(images):
                     picture(image).save(beside / f"{i:0{len(str(len(images) - 1))}d}.png")

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from epsrt.errors import InputError
+from epsrt.manifest import Manifest
 from epsrt.types import UInt8
 from epsrt_command import pictures
 
@@ -22,8 +23,8 @@ class Trajectory:
     .png: a strip, a row an image, the last column the samples. .gif: a frame is a grid of all, the last the samples.
     """
 
-    def __init__(self, path: Path, rows: int, n: int, channels: int):
-        pictures.check_target(path, channels, "--trajectory", (".png", ".gif"))
+    def __init__(self, path: Path, rows: int, n: int, m: Manifest):
+        pictures.check_target(path, m, "--trajectory", (".png", ".gif"))
         if n > MOST:
             raise InputError(f"--trajectory shows {MOST} images at most, and {n} are asked for: draw fewer, or without")
         self.path, self.strip = path, path.suffix.lower() == ".png"

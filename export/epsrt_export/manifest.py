@@ -6,6 +6,7 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 
+import msgspec
 import torch
 
 from epsrt import __version__
@@ -37,6 +38,7 @@ def manifest_of(
             "onnx": version("onnx"),
             "python": platform.python_version(),
         },
+        notes=tuple(source.notes) or msgspec.UNSET,
     )
     return Manifest(
         format=FORMAT,
@@ -58,4 +60,5 @@ def manifest_of(
         files={},
         sizes=sizes,
         classifier=None if judge is None else judge.described,
+        latents=source.latents or msgspec.UNSET,
     )

@@ -84,6 +84,7 @@ class Source:
                   (learned_range; arXiv 2102.09672, eq. 15)
     thresholding  (ratio, maximum): x0 is scaled to `clip` by the `ratio` quantile of its |values|, at most `maximum`
                   times that, and not merely clipped (arXiv 2205.11487, section 2.3), in every sampler
+    latents       true: samples are an autoencoder's latents, of which no pictures are made
     sigma_data    of edm: the data's standard deviation, with which it is preconditioned (arXiv 2206.00364, table 1)
     sampling      how its owner samples: the defaults of a plan
 
@@ -94,6 +95,7 @@ class Source:
     origin        the class of the network as its owner knows it; "" stands for network's own
     config        plain values: the network's, the scheduler's
     training      plain values: what is known of the training
+    notes         sentences for whoever exports it: what was found in the files, chosen among them and left out
     """
 
     network: nn.Module
@@ -107,6 +109,7 @@ class Source:
     class_names: Sequence[str] = ()
     variance: LearnedVariance | None = None
     thresholding: tuple[float, float] | None = None
+    latents: bool = False
     sigma_data: float = 0.5
     sampling: Sampling = field(default_factory=Sampling)
     family: str = "module"
@@ -116,6 +119,7 @@ class Source:
     origin: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for field_name, kind in (("network", nn.Module), ("schedule", Schedule), ("sampling", Sampling)):
@@ -135,6 +139,8 @@ class Source:
         classes = typed("classes", self.classes, 0)
         null_label = None if self.null_label is None else typed("null_label", self.null_label, 0)
         settled = {"shape": shape, "value_range": low_high, "class_names": names, "classes": classes}
+        settled |= {"latents": typed("latents", self.latents, False)}
+        settled |= {"notes": _each("notes", self.notes, "", "a list of sentences")}
         for field_name, value in {**settled, "null_label": null_label}.items():  # a manifest takes no NumPy scalars
             object.__setattr__(self, field_name, value)
         self._check_plain()

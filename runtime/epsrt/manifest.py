@@ -113,6 +113,7 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     config: dict[str, Any]
     training: dict[str, Any]
     versions: dict[str, str]
+    notes: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET  # sentences: what the reader of its files decided
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -135,6 +136,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sampling: Sampling = Sampling()
     sizes: Sizes | None = None  # None: images are of `shape` alone
     classifier: Classifier | None = None
+    latents: bool | msgspec.UnsetType = msgspec.UNSET  # true: samples are latents of an autoencoder, not images
     digest: str = ""
 
     @property

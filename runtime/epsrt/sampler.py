@@ -182,12 +182,21 @@ class Sampler(Closing):
         return scale * z.reshape(count, *shape)
 
     def to_images(self, samples: Float32) -> UInt8:
-        """uint8 [n, H, W, C] from float32 [n, C, H, W] in the manifest's value range."""
+        """uint8 [n, H, W, C] from float32 [n, C, H, W] in the manifest's value range. InputError for latents."""
+        self._pictured("to_images")
         return to_images(samples, self.bundle.manifest.value_range)
 
     def from_images(self, images: UInt8) -> Float32:
-        """float32 [n, C, H, W] in the manifest's value range from uint8 [n, H, W, C]."""
+        """float32 [n, C, H, W] in the manifest's value range from uint8 [n, H, W, C]. InputError for latents."""
+        self._pictured("from_images")
         return from_images(images, self.bundle.manifest.value_range)
+
+    def _pictured(self, what: str) -> None:
+        if self.bundle.manifest.latents:
+            raise InputError(
+                f"{what} is of images, and samples of this bundle are latents of an autoencoder: encode and decode "
+                "them with that"
+            )
 
     def close(self) -> None:
         """Release lanes and the engines that the sampler opened; one that was given to it stays open."""

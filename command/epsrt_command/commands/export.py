@@ -46,6 +46,14 @@ def export(
             "repeated.",
         ),
     ] = None,
+    ema: Annotated[
+        bool | None,
+        typer.Option(
+            "--ema/--no-ema",
+            help="The averaged weights, or the plain ones, where the files hold both; by default the averaged.",
+            show_default=False,
+        ),
+    ] = None,
     precision: Annotated[
         list[str] | None,
         typer.Option(metavar="PRECISION", help="fp32, fp16 or int8; may be repeated. By default the first two."),
@@ -82,7 +90,10 @@ def export(
     with needs("epsrt export", "export,cpu"):
         from epsrt_export import export as run
         from epsrt_export import families
-    source = families.load(family, checkpoint, **planning.settings(options))
+    given = planning.settings(options) | ({} if ema is None else {"ema": ema})
+    source = families.load(family, checkpoint, **given)
+    for sentence in source.notes:
+        show.note(sentence)
     with show.progress() as tell:
         made = run(
             source,

@@ -30,8 +30,9 @@ def inspect(bundle: show.BundleArgument, as_json: show.JsonOption = False) -> No
     classes = f"{m.classes}{_some(m.class_names)}" if m.classes else "none: unconditional"
     if m.null_label is not None:
         classes += f", null label {m.null_label}"
+    what = "latents" if m.latents else "images"
     facts.add_row(
-        "images", f"{' × '.join(map(str, m.shape))} (C × H × W), values {m.value_range[0]:g} … {m.value_range[1]:g}"
+        what, f"{' × '.join(map(str, m.shape))} (C × H × W), values {m.value_range[0]:g} … {m.value_range[1]:g}"
     )
     if m.sizes is not None:
         facts.add_row("sizes", f"height and width: multiples of {m.sizes.multiple} up to {m.sizes.largest}")
@@ -56,6 +57,8 @@ def inspect(bundle: show.BundleArgument, as_json: show.JsonOption = False) -> No
     facts.add_row("network", f"{p.network}, {p.parameters:,} parameters")
     whose = f", {p.family}{f' {p.version}' if p.version else ''}" if p.family != "module" else ""
     facts.add_row("from", f"{p.source}{whose}, sha256 {p.source_sha256}")
+    for sentence in p.notes or ():
+        facts.add_row("", sentence)
     if (judge := m.classifier) is not None:
         told = f"{judge.classes} classes{_some(judge.class_names)}"
         facts.add_row("classifier", f"{judge.network}, {told}, {judge.parameters:,} parameters")

@@ -53,11 +53,12 @@ def interpolate(
 ) -> None:
     """Walk between latents on the sphere (slerp), each frame drawn by a deterministic sampler."""
     from epsrt.bundle import Bundle
+    from epsrt.images import to_images
     from epsrt_command import drawing, inputs, pictures
 
     opened = Bundle.open(bundle)
     m, extent = opened.manifest, options.size_of(size)
-    pictures.check_target(out, m.shape[0], kinds=(".png", ".gif", ".npz", ""))
+    pictures.check_target(out, m, kinds=(".png", ".gif", ".npz", ""))
     options.check_apart({"out": out}, {"latents": latents})
     if (seeds is None) == (latents is None):
         raise InputError("give either --seeds, such as 1,2, or --latents: what to walk between")
@@ -92,17 +93,18 @@ def interpolate(
         if numbers is not None:
             request = request.but(x=_walk(sampler.latents(seeds=numbers, plan=plan, size=extent), frames))
         drawn = drawing.draw(sampler, request, work, running.batch)
-    samples, images = drawn.samples, drawn.images
+    samples = drawn.samples
     label = drawing.kept_of(opened, work)["label"]
     match out.suffix.lower():
         case ".gif":
-            shown = [pictures.grid(image[None]) for image in images]
+            shown = [pictures.grid(image[None]) for image in to_images(samples, m.value_range)]
             pictures.animate(out, shown + shown[-2:0:-1])
         case ".png":
             rows = [range(i * (frames - 1), (i + 1) * (frames - 1) + 1) for i in range(count - 1)]
+            images = to_images(samples, m.value_range)
             pictures.save_grid(out, images[list(itertools.chain(*rows))], columns=frames)
         case _:
-            pictures.save(out, samples, images, label=label, position=np.arange(len(samples)) / (frames - 1))
+            pictures.save(out, samples, m, label=label, position=np.arange(len(samples)) / (frames - 1))
     weight = drawing.weights_of(work, "w", 1.0)
     if as_json:
         show.print_json(

@@ -54,7 +54,7 @@ def invert(
 
     opened = Bundle.open(bundle)
     m = opened.manifest
-    pictures.check_target(out, m.shape[0], kinds=(".npz",))
+    pictures.check_target(out, m, kinds=(".npz",))
     options.check_apart({"out": out}, {"init": init})
     if steps is None and not (spacing is not None and respaced(spacing)):
         steps = 50  # of both ways, whatever the bundle's own sampler takes

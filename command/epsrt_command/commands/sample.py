@@ -81,7 +81,7 @@ def sample(
 
     opened = Bundle.open(bundle)
     m, extent = opened.manifest, options.size_of(size)
-    pictures.check_target(out, m.shape[0])
+    pictures.check_target(out, m)
     read = {"init": init, "latents": latents, "known": known, "mask": None if mask is None else Path(mask)}
     options.check_apart({"out": out, "trajectory": trajectory}, read)
     _check_together(init=init, latents=latents, strength=strength, jump=jump, resample=resample)
@@ -120,10 +120,10 @@ def sample(
         request = request.but(10)
     work = drawing.checked(opened, request)
     n, name = len(work.samples), work.plan.name.removesuffix("-resampled")
-    film = None if trajectory is None else Trajectory(trajectory, len(work.plan), n, m.shape[0])
+    film = None if trajectory is None else Trajectory(trajectory, len(work.plan), n, m)
     with drawing.sampler_of(opened, work, running) as sampler:
         drawn = drawing.draw(sampler, request, work, running.batch, film)
-    pictures.save(out, drawn.samples, drawn.images, **drawing.kept_of(opened, work))
+    pictures.save(out, drawn.samples, m, **drawing.kept_of(opened, work))
     if film is not None:
         film.save()
     weight, pulled = drawing.weights_of(work, "w", 1.0), drawing.weights_of(work, "s", 0.0)

@@ -18,7 +18,7 @@ from epsrt.files import sha256
 from epsrt.manifest import Sampling
 from epsrt.schedule import Schedule
 from epsrt.types import Float64
-from epsrt_export.families import statedict
+from epsrt_export.families import statedict, tensorfile
 from epsrt_export.families.lucidrains_unet import PACKAGE, adapt, theirs
 from epsrt_export.source import Source
 
@@ -91,7 +91,7 @@ def load(
     path = Path(path)
     if typed("self_condition", self_condition, False):
         raise _self_conditioned(path)
-    found = statedict.load(path)
+    found = tensorfile.load(path)
     state, training = _weights(found, path, ema)
     tensors, buffers = _parts(state, path)
     facts = _facts(tensors, path)

@@ -58,6 +58,7 @@ GUIDED_MULT = {512: "0.5,1,1,2,2,4,4", 256: "1,1,2,2,4,4", 128: "1,1,2,3,4", 64:
 # of what _facts sees: where the first is another, so may be the others
 FOLLOWS = {"num_res_blocks or channel_mult": ("channel_mult", "attention_resolutions"), "class_cond": ("num_classes",)}
 SUPER_RESOLUTION = ("large_size", "small_size", "base_samples")
+ANCHOR = "time_embed.0.weight"
 YES, NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
@@ -94,10 +95,10 @@ def _load(family: str, defaults: Flags, mults: Mapping[int, str], path: Path, gi
     flags = _flags(family, defaults, given)
     config = _network(family, flags, mults)
     schedule, sampling = _diffusion(flags)
-    tensors = statedict.read(path)
+    found = statedict.weights(path, ANCHOR)
     with torch.device("meta"):
         network = ADMUNet(config)
-    statedict.load_into(network, tensors, path, _doubts)
+    statedict.load_into(network, found, path, _doubts)
     flags["channel_mult"] = ",".join(f"{mult:g}" for mult in config.channel_mult)
     return Source(
         network,
@@ -112,6 +113,7 @@ def _load(family: str, defaults: Flags, mults: Mapping[int, str], path: Path, gi
         name=path.name,
         sha256=sha256(path),
         config=flags,
+        notes=found.notes,
     )
 
 

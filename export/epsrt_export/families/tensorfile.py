@@ -1,0 +1,69 @@
+"""Files of tensors: what torch.save and safetensors wrote, read without running code of the file."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from epsrt.errors import BundleError
+
+SAVE_TENSORS = (
+    "in the project that wrote it, save the weights alone: torch.save(model.state_dict(), path) or "
+    "safetensors.torch.save_file(model.state_dict(), path)"
+)
+# of torch's refusals: the class or function that the pickle names
+_NAMED = re.compile(r"(?:GLOBAL|global:?|class) ([A-Za-z_][\w.]*\.\w+)")
+# what trainers write beside the weights, and plain data all of it: command lines, Lightning's dicts, NumPy's numbers
+_LIGHTNING = (
+    "lightning.fabric.utilities.data",
+    "lightning_fabric.utilities.data",
+    "pytorch_lightning.utilities.parsing",
+)
+_SCALAR = np.float64(0).__reduce__()[0]
+_PLAIN: list[Any] = [
+    argparse.Namespace,
+    *((OrderedDict, f"{module}.AttributeDict") for module in _LIGHTNING),
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}),
+]
+
+
+def load(path: str | Path) -> Any:
+    """What torch.save or safetensors wrote: tensors on the CPU and plain values, nested as they are.
+
+    Files of torch.save in the zip format, and safetensors, are mapped, not read.
+    Raises BundleError for a path that is no file, and for a file that is damaged or holds more than tensors and plain
+    values: no code of the file is ever run.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise BundleError(f"{path} is a directory: give the file of weights in it")
+    if not path.is_file():
+        raise BundleError(f"{path} does not exist: check the path")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # what torch saved before its version 1.6 is no zip, and cannot be mapped
+        with torch.serialization.safe_globals(_PLAIN):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except SafetensorError as error:
+        raise BundleError(f"{path} is not a whole safetensors file ({error}): copy it again") from None
+    except Exception as error:  # of a damaged file torch raises whatever the bytes lead to, KeyError and EOFError too
+        if named := _NAMED.search(str(error)):
+            raise BundleError(
+                f"{path} holds {named[1]}, which loading would run, and nothing but tensors is unpickled here: "
+                f"{SAVE_TENSORS}"
+            ) from None
+        raise BundleError(
+            f"{path} is not a whole file of torch.save with tensors and plain values alone: copy it again, or "
+            f"{SAVE_TENSORS}"
+        ) from error
