@@ -19,6 +19,7 @@ FAMILIES = {
     "diffusers": ("diffusers", "load"),
     "improved-diffusion": ("openai", "improved"),
     "guided-diffusion": ("openai", "guided"),
+    "edm": ("edm", "load"),
     "denoising-diffusion-pytorch": ("lucidrains", "load"),
 }
 

@@ -1,0 +1,233 @@
+"""Networks of NVlabs/edm (arXiv 2206.00364), as state dicts. The official files are pickles that run code."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epsrt.errors import BundleError, InputError
+from epsrt.files import sha256
+from epsrt_export.families import statedict
+from epsrt_export.families.edm_precond import diffusion, heun, precond_of, settings_of
+from epsrt_export.families.edm_unet import EDMConfig, EDMUNet
+from epsrt_export.families.guess import Guess
+from epsrt_export.families.statedict import Shapes, Weights
+from epsrt_export.source import Source
+
+ANCHORS = ("map_layer0.weight", "map_layer1.weight")
+COMMAND = (
+    "python -c \"import pickle, torch; net = pickle.load(open('{path}', 'rb'))['ema']; init = {{'precond': "
+    "type(net).__name__, **net.init_kwargs}}; torch.save({{'init': init, 'weights': net.state_dict()}}, '{owner}.pt')\""
+)
+FILTER = ".resample_filter"
+_LEVEL = re.compile(r"enc\.([0-9]{1,5})x\1_")
+
+
+def load(
+    path: str | Path,
+    *,
+    ema: bool | None = None,
+    precond: str | None = None,
+    label_dropout: float | None = None,
+    sigma_data: float | None = None,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    beta_d: float | None = None,
+    beta_min: float | None = None,
+    epsilon_t: float | None = None,
+    M: int | None = None,
+    C_1: float | None = None,
+    C_2: float | None = None,
+) -> Source:
+    """A network of EDM, from the state dict of a preconditioned network, or of the U-Net in it.
+
+    A file may also hold {"init": …, "weights": …}: the arguments of the preconditioner, and its class as "precond",
+    beside the state dict. The refusal of an official pickle has the command that makes one.
+
+    ema            the averaged weights or the plain ones, where the file has both
+    precond        the preconditioner's class: EDMPrecond, VPPrecond, VEPrecond or iDDPMPrecond
+    label_dropout  of the training: above 0 the network knows "none", a class label of zeros
+    sigma_data, sigma_min, sigma_max, beta_d, beta_min, epsilon_t, M, C_1, C_2   of the preconditioner, for those that
+                   take them
+
+    All of the network shows in its tensors. Options, `init` and tensors must agree. What none of them says has the
+    owner's default, and the source's notes say so.
+
+    The source's sampling is that of the owner's generate.py: 18 steps of Heun on Karras' σ, as far as the network knows
+    σ within 0.002 … 80. Theirs rounds σ to whole timesteps of iDDPMPrecond; here that takes explicit timesteps. Networks
+    of VPPrecond and iDDPMPrecond are given x in units of √(1 + σ²), where x begins as z, theirs as σ·z/√(1 + σ²).
+
+    Raises InputError for an option that is unknown or contradicts the file, and BundleError for files that are damaged
+    or not of these networks.
+    """
+    path = Path(path)
+    found, init = read(path, ANCHORS, ema, "edm")
+    config = dataclasses.replace(_config(found.shapes, path), taps=_taps(found.tensors))
+    _agree(init or {}, config, path)
+    notes = list(found.notes)
+    kind = precond_of(precond, init, config.returned == 2 * config.channels, notes)
+    options = {
+        "sigma_data": sigma_data, "sigma_min": sigma_min, "sigma_max": sigma_max, "beta_d": beta_d,
+        "beta_min": beta_min, "epsilon_t": epsilon_t, "M": M, "C_1": C_1, "C_2": C_2, "label_dropout": label_dropout,
+    }  # fmt: skip
+    settings = settings_of(kind, options, init, notes)
+    dropout = settings.pop("label_dropout")
+    if dropout and not config.classes:
+        raise InputError(f"label_dropout = {dropout:g} is for networks with classes, and {path} has none: leave it out")
+    tensors = _inferring(found.tensors, config, notes, path)
+    with torch.device("meta"):
+        unet = EDMUNet(dataclasses.replace(config, returned=config.channels))
+    statedict.load_into(unet, tensors, path)
+    u = found.beside.get("u")
+    schedule, prediction, network = diffusion(kind, settings, unet, None if u is None else u.double().numpy())
+    return Source(
+        network,
+        schedule,
+        (config.channels, config.resolution, config.resolution),
+        prediction=prediction,
+        clip=None,
+        classes=config.classes,
+        null_label=config.classes if dropout else None,
+        sigma_data=settings.get("sigma_data", 0.5),
+        sampling=heun(schedule),
+        family="edm",
+        name=path.name,
+        sha256=sha256(path),
+        origin=f"training.networks.{kind}",
+        config={
+            "precond": kind,
+            **{name: value for name, value in settings.items() if math.isfinite(value)},
+            "label_dropout": dropout,
+            **dataclasses.asdict(config),
+        },
+        notes=notes,
+    )
+
+
+def read(path: Path, anchors: Sequence[str], ema: bool | None, owner: str) -> tuple[Weights, Mapping[str, Any] | None]:
+    """The weights, and the arguments beside them. Raises BundleError for NVlabs' pickles, with the way to get both."""
+    try:
+        found = statedict.weights(path, anchors, ema)
+    except BundleError as error:
+        if path.suffix != ".pkl" and "persist" not in str(error):
+            raise
+        raise BundleError(
+            f"{path} is a pickle that carries the source of its classes, and loading it would run that: where you "
+            f"trust it, take the weights out in a checkout of NVlabs/{owner}: {COMMAND.format(path=path, owner=owner)}"
+        ) from None
+    init = found.rest.get("init")
+    if init is not None and not isinstance(init, Mapping):
+        raise BundleError(f"{path}: its init is a {type(init).__name__}, not a dict of arguments: save net.init_kwargs")
+    return found, init
+
+
+def recognise(shapes: Shapes, rest: Mapping[str, Any]) -> Guess | None:
+    """What a file looks like from its tensors: None where they are not of EDM."""
+    if not all(name in shapes for name in ANCHORS) or not any(map(_LEVEL.match, shapes)):
+        return None
+    try:
+        config = _config(shapes, "the file")
+    except BundleError:
+        return None
+    init = rest.get("init")
+    known = isinstance(init, Mapping)
+    facts = {
+        "network": "DhariwalUNet (ADM)" if config.adm else f"SongUNet ({'NCSN' if config.fourier else 'DDPM'}++)",
+        "size": f"{config.resolution}×{config.resolution}, {config.channels} channels",
+        "channels of each level": ", ".join(map(str, config.widths)),
+        "classes": str(config.classes or "none"),
+    }
+    missing = {} if known or config.returned != config.channels else {"precond": "EDMPrecond, unless it is a baseline"}
+    if config.classes and not known:
+        missing["label_dropout"] = "of the training: above 0 the network knows the label for none"
+    return Guess("edm", facts, missing=missing)
+
+
+def _config(shapes: Shapes, path: str | Path) -> EDMConfig:
+    """The network's shape, all but the filter, as its tensors show it."""
+
+    def shape(name: str, dimensions: int = 4) -> tuple[int, ...]:
+        if len(shapes.get(name, ())) != dimensions:
+            what = f"has shape {list(shapes[name])} in it" if name in shapes else "is missing in it"
+            raise BundleError(f"{path} is no whole network of EDM: {name} {what}: save net.state_dict() again")
+        return shapes[name]
+
+    sizes = sorted({int(m[1]) for name in shapes if (m := _LEVEL.match(name))}, reverse=True)
+    top = f"{sizes[0] if sizes else 0}x{sizes[0] if sizes else 0}"
+    first, adm = shape(f"enc.{top}_conv.weight"), "out_conv.weight" in shapes
+    embedding, noise = shape("map_layer0.weight", 2)
+    encoders = [kind for kind in ("skip", "residual") if any(n.endswith(f"_aux_{kind}.weight") for n in shapes)]
+    return EDMConfig(
+        adm=adm,
+        resolution=sizes[0],
+        channels=first[1],
+        returned=shape("out_conv.weight" if adm else f"dec.{top}_aux_conv.weight")[0],
+        classes=shape("map_label.weight", 2)[1] if "map_label.weight" in shapes else 0,
+        width=first[0],
+        widths=tuple(shape(f"enc.{s}x{s}_block0.conv0.weight")[0] for s in sizes),
+        noise=noise,
+        embedding=embedding,
+        blocks=len([name for name in shapes if re.fullmatch(rf"enc\.{top}_block[0-9]+\.norm0\.weight", name)]),
+        attended=tuple(s for s in sizes if f"enc.{s}x{s}_block0.qkv.weight" in shapes),
+        fourier="map_noise.freqs" in shapes,
+        encoder=encoders[0] if encoders else "standard",
+        skip=sum(name.endswith("_aux_conv.weight") for name in shapes) > 1,
+    )
+
+
+def _taps(tensors: Mapping[str, Tensor]) -> tuple[float, ...]:
+    """The resampling filter, whose outer product the file holds; its first tap is 1."""
+    kernel = next((t for name, t in tensors.items() if name.endswith(FILTER)), None)
+    if kernel is None:
+        return (1.0, 1.0)
+    row = kernel.double()[0, 0].sum(0)
+    return tuple(round(float(tap), 4) for tap in row / row[0])
+
+
+def _agree(init: Mapping[str, Any], config: EDMConfig, path: Path) -> None:
+    """Refuse arguments that are not of the tensors beside them."""
+    shown = {
+        "img_resolution": config.resolution,
+        "img_channels": config.channels,
+        "label_dim": config.classes,
+        "num_blocks": config.blocks,
+        "model_type": "DhariwalUNet" if config.adm else "SongUNet",
+        "resample_filter": list(map(int, config.taps)),
+        "encoder_type": config.encoder,
+    }
+    for name, value in shown.items():
+        if name in init and init[name] != value:
+            raise BundleError(
+                f"{path}: its init says {name} = {init[name]}, and its tensors are of a network with {value}: save "
+                "both of one network"
+            )
+
+
+def _inferring(tensors: Mapping[str, Tensor], config: EDMConfig, notes: list[str], path: Path) -> dict[str, Tensor]:
+    """The tensors that sampling needs, with a row for each label, and for none, in place of the matrix of one-hots."""
+    kept = {n: t for n, t in tensors.items() if not n.endswith(FILTER) and n != "map_augment.weight"}
+    if len(kept) < len(tensors) and "map_augment.weight" in tensors:
+        notes.append(f"{path.name}: map_augment, which is told how a training image was changed, was left out")
+    if config.returned == 2 * config.channels:
+        notes.append(f"{path.name}: the learned variance was left out, as the owner's sampler does")
+        end = "out_conv" if config.adm else f"dec.{config.resolution}x{config.resolution}_aux_conv"
+        kept |= {name: kept[name][: config.channels] for name in (f"{end}.weight", f"{end}.bias") if name in kept}
+    elif config.returned != config.channels:
+        raise BundleError(
+            f"{path}: its network returns {config.returned} channels for {config.channels}, and EDM's as many or, with "
+            "a learned variance, twice as many: export it from Python, with export_network"
+        )
+    if config.classes:
+        rows = kept["map_label.weight"].float().T
+        if not config.adm:
+            rows = rows * math.sqrt(config.classes)
+        bias = kept.pop("map_label.bias", torch.zeros(rows.shape[1])).float()
+        kept["map_label.weight"] = torch.cat([rows, torch.zeros_like(rows[:1])]) + bias
+    return kept
