@@ -14,7 +14,8 @@ from epsrt.files import sha256
 from epsrt.manifest import Sampling
 from epsrt.parity.measure import worst_psnr
 from epsrt_export import export, families
-from epsrt_export.families.diffusers import WEIGHTS, Denoiser
+from epsrt_export.families.diffusers import Denoiser
+from epsrt_export.families.diffusers_folder import STEM
 from epsrt_export.redraw import redraw
 from nets import diffusers_unet
 
@@ -23,6 +24,7 @@ DIT = {
     "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "num_layers": 2,
     "sample_size": 8, "num_embeds_ada_norm": 5,
 }  # fmt: skip
+WEIGHTS = f"{STEM}.safetensors"
 MILD = {"clip_sample": False, "beta_end": 0.005}  # unclipped, so small a network would blow up at ᾱ = 4e-5
 IMAGES, SEED = 3, 5
 
@@ -185,7 +187,8 @@ class TestFolders:
         edit(folder / "unet" / "config.json", sample_size=[8, 12])
         assert families.load("diffusers", folder).shape == (3, 8, 12)
         edit(folder / "unet" / "config.json", sample_size=None)
-        assert families.load("diffusers", folder, size=16).shape == (3, 16, 16)
+        for size, shape in ((16, (16, 16)), ("16,24", (16, 24)), ("16x24", (16, 24)), ([24, 8], (24, 8))):
+            assert families.load("diffusers", folder, size=size).shape == (3, *shape)
 
 
 SCHEDULER, UNET = "scheduler/scheduler_config.json", "unet/config.json"
@@ -195,11 +198,9 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"_class_name": "PNDMScheduler"}, "scheduler class 'PNDMScheduler' is not among DDPMScheduler, DDIM"),
+            ({"_class_name": "RePaintScheduler"}, "scheduler class 'RePaintScheduler' is not among DDPMScheduler, DD"),
             ({"_class_name": "gone"}, "scheduler class None is not among"),
-            ({"betas_start": 1e-4}, "DDPMScheduler has no option betas_start = 0.0001: did you mean beta_start"),
-            ({"set_alpha_to_one": True}, "DDPMScheduler has no option set_alpha_to_one"),
-            ({"_class_name": "DDIMScheduler"}, "DDIMScheduler has no option variance_type = 'fixed_large'"),
+            ({"betas_start": 1e-4}, "DDPMScheduler has no option betas_start = 0.0001, nor .*: did you mean beta_"),
             ({"timestep_values": [1, 2]}, "has no option timestep_values"),
             ({"beta_schedule": "exp"}, "DDPMScheduler has no beta_schedule 'exp': use one of linear, scaled_linear"),
             ({"prediction_type": "flow"}, "prediction_type 'flow' is unknown"),
@@ -234,11 +235,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"_class_name": "UNet2DConditionModel"}, "class 'UNet2DConditionModel' is not among UNet2DModel, DiT"),
-            ({"block_out_channels": [16, 48]}, "diffusers cannot load UNet2DModel .*config.json and weights differ"),
-            ({"layers_per_block": 2}, "cannot load UNet2DModel .*size mismatch for up_blocks.0.resnets.1.norm1.weight"),
-            ({"num_class_embeds": 10}, "missing keys in its weights, class_embedding.weight the first of 1"),
-            ({"block_out_channels": [16]}, "diffusers cannot load UNet2DModel .Must provide the same number"),
+            ({"_class_name": "FluxTransformer2DModel"}, "class 'FluxTransformer2DModel' is not among UNet2DModel, D"),
+            ({"block_out_channels": [16, 48]}, r"has shape .*, the network .*: it is not what .*unet/config.json says"),
+            ({"layers_per_block": 2}, "does not fit: it lacks the tensor down_blocks.0.resnets.1.norm1.weight"),
+            ({"num_class_embeds": 10}, "it lacks the tensor class_embedding.weight, 1 of .* in all: it is not what"),
+            ({"block_out_channels": [16]}, "diffusers cannot build UNet2DModel of config.json .Must provide the same"),
             ({"base_channels": 16}, "UNet2DModel has no option 'base_channels'"),
             ({"layers_per_block": 10**400}, "layers_per_block = 1000.* is more than any network's 256"),
             ({"norm_num_groups": float("inf")}, "norm_num_groups = inf is more than any network's"),
@@ -248,8 +249,8 @@ class TestRefusals:
             ({"sample_size": True}, "sample_size = True is not a whole number"),
             ({"sample_size": 10**12}, "sample_size = 1000000000000 is more than any network's"),
             ({"_class_name": ["UNet2DModel"]}, "model class ..UNet2DModel.. is not among"),
-            ({"class_embed_type": "timestep"}, "class_embed_type 'timestep' takes no class numbers"),
-            ({"out_channels": 4}, "cannot load UNet2DModel"),
+            ({"class_embed_type": "timestep"}, "this network takes a number a sample where others take a class"),
+            ({"out_channels": 4}, "takes 3 channels and returns 4: neither as many, nor twice"),
         ],
     )
     def test_model_options(self, folder, options, message):
@@ -261,25 +262,27 @@ class TestRefusals:
         weights = folder / "unet" / WEIGHTS
         tensors = load_file(weights)
         save_file({k: v for k, v in tensors.items() if k != "conv_out.bias"}, weights, {"format": "pt"})
-        with pytest.raises(BundleError, match="missing keys in its weights, conv_out.bias the first of 1"):
+        with pytest.raises(BundleError, match="it lacks the tensor conv_out.bias, 1 of"):
             families.load("diffusers", folder)
         save_file({**tensors, "extra.bias": torch.zeros(1)}, weights, {"format": "pt"})
-        with pytest.raises(BundleError, match="unexpected keys in its weights, extra.bias the first of 1"):
+        with pytest.raises(BundleError, match="it has a tensor extra.bias, 1 of .* in all, that the network lacks"):
             families.load("diffusers", folder)
         weights.write_bytes(weights.read_bytes()[:1000])
-        with pytest.raises(BundleError, match="diffusers cannot load UNet2DModel"):
+        with pytest.raises(BundleError, match="is not a whole safetensors file .*: copy it again"):
             families.load("diffusers", folder)
 
     def test_pickled_weights_are_not_read(self, folder):
         (folder / "unet" / WEIGHTS).unlink()
-        with pytest.raises(BundleError, match=f"unet has no {WEIGHTS}: save the model again"):
+        with pytest.raises(
+            BundleError, match=f"unet holds config.json, and no {WEIGHTS}: save the model with save_pretrained"
+        ):
             families.load("diffusers", folder)
         (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04")
         with pytest.raises(BundleError, match="only in pickle form .*convert them once with python -c .*save_pretr"):
             families.load("diffusers", folder)
 
     def test_files(self, folder, tmp_path):
-        with pytest.raises(BundleError, match="nowhere is not a folder"):
+        with pytest.raises(BundleError, match="nowhere is not a folder: give a folder that"):
             families.load("diffusers", tmp_path / "nowhere")
         (folder / UNET).write_text("{")
         with pytest.raises(BundleError, match="unet/config.json is not the model's configuration in JSON"):
@@ -292,6 +295,8 @@ class TestRefusals:
             families.load("diffusers", folder)
 
     def test_a_model_without_its_scheduler(self, folder):
+        assert families.load("diffusers", folder / "unet").schedule.T == 40  # of the folder beside it
+        (folder / SCHEDULER).unlink()
         with pytest.raises(BundleError, match="has no scheduler_config.json, so nothing says which noise"):
             families.load("diffusers", folder / "unet")
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,62 +13,85 @@ import torch
 from torch import Tensor, nn
 
 from epsrt.errors import BundleError, InputError, one_line, one_of, typed
-from epsrt.files import sha256
-from epsrt.manifest import LearnedVariance, Sampling
-from epsrt.schedule import Schedule
+from epsrt.manifest import Sampling
+from epsrt_export.families import diffusers_scheduler, statedict
+from epsrt_export.families.diffusers_folder import CONFIG, Folder, find, read_json
+from epsrt_export.families.guess import Guess
+from epsrt_export.families.sides import Size, height_and_width
+from epsrt_export.families.statedict import Shapes
 from epsrt_export.source import Source
 
 DIT_GUIDANCE = 4.0  # DiTPipeline's guidance_scale, unless told
 MODELS = {"UNet2DModel": diffusers.UNet2DModel, "DiTTransformer2DModel": diffusers.DiTTransformer2DModel}
-SCHEDULERS = {"DDPMScheduler": diffusers.DDPMScheduler, "DDIMScheduler": diffusers.DDIMScheduler}
+ANCHORS = {"UNet2DModel": "conv_in.weight", "DiTTransformer2DModel": "pos_embed.proj.weight"}
 STEPS = {"DDPMScheduler": 1000, "DDIMScheduler": 50}  # of their pipelines' num_inference_steps
-WEIGHTS, PICKLE = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
 DEEPEST, LARGEST = 256, 1 << 20  # of layers; of any other number in config.json
-DEAD = ("tensor_format", "timestep_values")  # early versions wrote them, none reads them
-KINDS = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
-PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
 LATENTS = (-4.0, 4.0)  # what an autoencoder's latents span once they are scaled to a deviation of 1
+# what EMAModel.save_pretrained writes into config.json beside the model's own
+EMA_KEYS = (
+    "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
+)  # fmt: skip
+ADAPTER = "export it from Python, with export_network and an adapter that fixes it"
+# other models of theirs: what a bundle lacks for them
+OTHERS = {
+    "UNet1DModel": "its samples are sequences [C, L]: export it from Python, with an adapter for images [C, 1, L]",
+    "UNet3DConditionModel": "its samples are videos [C, D, H, W], and bundles hold images",
+    "UNet2DConditionModel": f"it takes a context beside the image, such as a text's embedding: {ADAPTER}",
+    "Transformer2DModel": "an early DiT was saved so: load it as DiTTransformer2DModel and save it again",
+    "AutoencoderKL": "it is an autoencoder, which denoises nothing: give the folder of the pipeline",
+    "VQModel": "it is an autoencoder, which denoises nothing: give the folder of the pipeline",
+}
+_EARLY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # names of diffusers before 0.17
+_EARLY_NAME = re.compile(r"(.*attentions?(?:\.\d+)?)\.(query|key|value|proj_attn)\.(weight|bias)")
 
 
-def load(path: str | Path, *, null_label: int | None = None, size: int | None = None) -> Source:
-    """The network, schedule and defaults in a folder that `save_pretrained` wrote: of a pipeline, or of a model with
-    its scheduler_config.json beside its config.json.
+def load(
+    path: str | Path,
+    *,
+    null_label: int | None = None,
+    size: Size | None = None,
+    ema: bool | None = None,
+    variant: str | None = None,
+) -> Source:
+    """The network, schedule and defaults in a folder that `save_pretrained` wrote: of a pipeline, of a model with its
+    scheduler_config.json beside its config.json, of its averages (unet_ema), or a training's checkpoint-N.
 
     null_label  of a UNet2DModel: which of its num_class_embeds means "none", the last one; a DiT says it itself
-    size        height and width, where the model's sample_size is null
+    size        height and width ("32,48", or one number for both), where the model's sample_size is null
+    ema         true: the averaged weights, unet_ema; false: the plain ones. By default a pipeline's own are its plain
+                ones, and those of a training's checkpoint the averaged
+    variant     of several files of weights: "fp16" for diffusion_pytorch_model.fp16.safetensors
 
     Samples of the bundle are by default those of the pipeline, noise aside (compatible="diffusers"), a DiTPipeline's
-    guidance by 4 too; a DiT's are latents, which its autoencoder would decode.
+    guidance by 4 too. A DiT draws latents, and so does a UNet2DModel that has an autoencoder beside it.
 
-    Raises InputError for a class or option of theirs that has no equal here: none is ignored. BundleError where files
-    are missing, damaged, of another width, or hold pickled weights alone.
+    Raises InputError for a class or option of theirs that has no equal here: none is ignored but those that diffusers
+    ignores, which the source's notes name. BundleError where files are missing, damaged, of another width, or hold
+    pickled weights alone.
     """
-    root = Path(path)
-    if not root.is_dir():
-        raise BundleError(f"{root} is not a folder: give one that diffusers' save_pretrained wrote")
-    folder = next((root / name for name in ("unet", "transformer") if (root / name).is_dir()), root)
-    config = _json(folder / "config.json", "the model's")
-    scheduler = _scheduler(root, folder)
-    network = _network(folder, config)
+    if variant is not None:
+        typed("variant", variant, "")
+    folder = find(path, None if ema is None else typed("ema", ema, False), variant)
+    config, notes = _config(folder.model)
+    scheduler = diffusers_scheduler.read(folder.scheduler)
+    channels, returned = _channels(folder.model, config)
+    network, found = _network(folder, config)
     dit = isinstance(network, diffusers.DiTTransformer2DModel)
-    channels, returned = network.config["in_channels"], network.config["out_channels"] or network.config["in_channels"]
-    if returned not in (channels, 2 * channels):
-        raise InputError(f"{folder} takes {channels} channels and returns {returned}: neither as many, nor twice")
-    by = _options(root, scheduler, returned == 2 * channels, dit)
-    classes, null_label = _classes(folder, network, null_label)
+    by = diffusers_scheduler.options(folder.scheduler, scheduler, returned == 2 * channels, dit)
+    classes, null_label = _classes(network, null_label)
     own, T = scheduler["_class_name"], by.schedule.T
-    denoiser = Denoiser(network, channels, by.variance == "learned").eval()
     return Source(
-        denoiser,
+        Denoiser(network, channels, by.variance == "learned").eval(),
         by.schedule,
-        (channels, *_size(folder, network, size)),
+        (channels, *_size(folder.model, network, size)),
         prediction=by.prediction,
-        value_range=LATENTS if dit else (-1.0, 1.0),
+        value_range=LATENTS if dit or folder.latents else (-1.0, 1.0),
         clip=by.clip,
         classes=classes,
         null_label=null_label,
         variance=by.variance,
         thresholding=by.thresholding,
+        latents=dit or folder.latents,
         sampling=Sampling(
             "ddpm" if own == "DDPMScheduler" else "ddim",
             min(T, STEPS[own]),
@@ -80,11 +100,12 @@ def load(path: str | Path, *, null_label: int | None = None, size: int | None = 
             guidance=DIT_GUIDANCE if dit else 1.0,
         ),
         family="diffusers",
-        name=f"{root.resolve().name}/{(folder / WEIGHTS).relative_to(root)}",
+        name=folder.name,
         version=str(config.get("_diffusers_version", "")),
-        sha256=sha256(folder / WEIGHTS),
+        sha256=folder.sha256,
         origin=f"diffusers.{type(network).__name__}",
         config={"network": config, "scheduler": scheduler},
+        notes=(*folder.notes, *notes, *found.notes, *by.notes),
     )
 
 
@@ -104,168 +125,86 @@ class Denoiser(nn.Module):
         return torch.cat([out[:, : self.channels], log.to(out.dtype)], 1)
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What a scheduler_config.json means here."""
-
-    schedule: Schedule
-    prediction: str
-    clip: float | None
-    thresholding: tuple[float, float] | None
-    variance: LearnedVariance | None
-    spacing: str
-    sampling: dict[str, bool | int | float | str | None]
-
-
-def _options(root: Path, config: dict[str, Any], twice: bool, dit: bool) -> _Options:
-    name = config["_class_name"]
-    parameters = inspect.signature(SCHEDULERS[name].__init__).parameters
-    known = {key: p.default for key, p in parameters.items() if key != "self"}
-    for key, value in config.items():
-        if not key.startswith("_") and key not in known and not (key in DEAD and value in (None, "pt", "np")):
-            raise InputError(f"{root}: {name} has no option {key} = {value!r}: {one_of(key, known)}")
-    given = {key: config.get(key, default) for key, default in known.items()}
-    for key, default in known.items():  # a string "false" is true to Python
-        if isinstance(default, (bool, int, float, str)):
-            given[key] = typed(f"{root}: {name}'s {key}", given[key], default)
-    prediction = given["prediction_type"]
-    if prediction not in PREDICTIONS:
-        raise InputError(f"{root}: prediction_type {prediction!r} is unknown: {one_of(prediction, PREDICTIONS)}")
-    schedule = _schedule(root, name, given)
-    if given["rescale_betas_zero_snr"] and prediction == "epsilon":
-        raise InputError(
-            f"{root}: rescale_betas_zero_snr and prediction_type epsilon contradict each other: at the last timestep ε "
-            "says nothing of the image"
-        )
-    thresholding = None
-    if given["thresholding"]:
-        thresholding = given["dynamic_thresholding_ratio"], given["sample_max_value"]
-    clip = given["clip_sample_range"] if given["clip_sample"] else None
-    sampling: dict[str, bool | int | float | str | None] = {"compatible": "diffusers"}
-    if given["timestep_spacing"] not in ("leading", "linspace", "trailing"):
-        raise InputError(f"{root}: timestep_spacing {given['timestep_spacing']!r}: use leading, linspace or trailing")
-    if given["timestep_spacing"] == "leading":  # the others do not look at it
-        sampling["steps_offset"] = given["steps_offset"]
-    variance: LearnedVariance | None = "learned_range" if twice and dit else None  # their pipeline drops it for DDIM
-    if name == "DDIMScheduler":
-        sampling["set_alpha_to_one"] = given["set_alpha_to_one"]
-        if twice and not dit:
-            raise InputError(f"{root}: the model returns a variance too, which DDIMScheduler cannot take: save DDPM's")
-    else:
-        variance = _variance(root, given["variance_type"], twice)
-        if variance is None:
-            sampling["variance"] = given["variance_type"]
-    return _Options(
-        schedule,
-        PREDICTIONS[prediction],
-        1.0 if thresholding else clip,
-        thresholding,
-        variance,
-        given["timestep_spacing"],
-        sampling,
-    )
-
-
-def _variance(root: Path, kind: str, twice: bool) -> LearnedVariance | None:
-    fixed = ("fixed_small", "fixed_small_log", "fixed_large")
-    if kind == "fixed_large_log":
-        raise InputError(f"{root}: variance_type fixed_large_log gives NaN in diffusers itself: write fixed_large")
-    if kind in fixed and not twice:
+def recognise(shapes: Shapes, rest: Mapping[str, Any]) -> Guess | None:
+    """A UNet2DModel's or DiT's state dict without its folder, whose config.json alone says how it is built."""
+    first = shapes.get("conv_in.weight", ())
+    if "time_embedding.linear_1.weight" not in shapes or len(first) < 3:
         return None
-    if kind in ("learned", "learned_range") and twice:
-        return "learned" if kind == "learned" else "learned_range"
-    if kind in fixed or kind in ("learned", "learned_range"):
-        returns = "a variance beside its prediction" if twice else "no variance"
-        raise InputError(f"{root}: variance_type {kind} and a model that returns {returns} contradict each other")
-    raise InputError(f"{root}: variance_type {kind!r} is unknown: {one_of(kind, (*fixed, 'learned', 'learned_range'))}")
+    kind = {3: "UNet1DModel", 4: "UNet2DModel", 5: "UNet3DConditionModel"}.get(len(first), "a U-Net")
+    if any(".attn2." in name for name in shapes):
+        kind = "UNet2DConditionModel"
+    facts = {"network": f"diffusers' {kind}", "channels": f"{first[1]}", "missing": f"its {CONFIG}, and a scheduler's"}
+    if kind in OTHERS:
+        return Guess("", {**facts, "not yet": OTHERS[kind]})
+    return Guess("diffusers", facts, {}, {"": "give the folder that has them, not the file"})
 
 
-def _schedule(root: Path, name: str, given: dict[str, Any]) -> Schedule:
-    kind, T, zero = given["beta_schedule"], given["num_train_timesteps"], given["rescale_betas_zero_snr"]
-    if (betas := given["trained_betas"]) is not None:
-        if not isinstance(betas, list):
-            raise InputError(f"{root}: trained_betas = {betas!r} is not a list of numbers")
-        if len(betas) != T:
-            raise InputError(f"{root}: {len(betas)} trained_betas and num_train_timesteps = {T} contradict each other")
-        return Schedule.given([typed(f"{root}: trained_betas", beta, 0.0) for beta in betas], zero_snr=zero)
-    if kind == "laplace" and name == "DDPMScheduler":
-        theirs: Tensor = vars(SCHEDULERS[name](T, beta_schedule=kind))["betas"]  # type: ignore[no-untyped-call]
-        return Schedule.given(theirs.double().numpy(), zero_snr=zero)
-    takes = [*KINDS, "laplace"] if name == "DDPMScheduler" else [key for key in KINDS if key != "sigmoid"]
-    if kind not in takes:
-        raise InputError(f"{root}: {name} has no beta_schedule {kind!r}: {one_of(kind, takes)}, or trained_betas")
-    if kind == "squaredcos_cap_v2":  # has no range
-        return Schedule("cosine", T, zero_snr=zero)
-    return Schedule(KINDS[kind], T, given["beta_start"], given["beta_end"], zero_snr=zero)  # type: ignore[arg-type]
-
-
-def _scheduler(root: Path, folder: Path) -> dict[str, Any]:
-    places = [root / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        raise BundleError(
-            f"{root} has no scheduler_config.json, so nothing says which noise its network was trained on: save the "
-            "pipeline, or put the scheduler's beside config.json (scheduler.save_pretrained)"
-        )
-    config = _json(found, "the scheduler's")
-    if str(config.get("_class_name")) not in SCHEDULERS:
-        raise InputError(
-            f"{found}: scheduler class {config.get('_class_name')!r} is not among {', '.join(SCHEDULERS)}: save one of "
-            "these, made from_config of it; the sampler is chosen when sampling"
-        )
-    return config
-
-
-def _network(folder: Path, config: dict[str, Any]) -> Any:
-    """The model with its weights, eval mode, float32. A weight that is missing would stay random: all must be there."""
+def _config(model: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A model's config.json, its keys and numbers checked, without those of an averager, which are told."""
+    config = read_json(model / CONFIG, "the model's")
     name = config.get("_class_name")
+    if isinstance(name, str) and name in OTHERS:
+        raise InputError(f"{model}: {name} is not read: {OTHERS[name]}")
     if not isinstance(name, str) or name not in MODELS:
-        raise InputError(f"{folder}: model class {name!r} is not among {', '.join(MODELS)}: export it from Python")
-    if not (folder / WEIGHTS).is_file():
-        if list(folder.glob("*.bin")):
-            raise BundleError(
-                f"{folder} has its weights only in pickle form ({PICKLE}), which is not read: convert them once with "
-                f"python -c \"from diffusers import {name}; {name}.from_pretrained('{folder}').save_pretrained("
-                f"'{folder}')\""
-            )
-        raise BundleError(f"{folder} has no {WEIGHTS}: save the model again, in one piece")
-    parameters = inspect.signature(MODELS[name].__init__).parameters
+        raise InputError(f"{model}: model class {name!r} is not among {', '.join(MODELS)}: export it from Python")
+    averager = [key for key in EMA_KEYS if key in config]
+    config = {key: value for key, value in config.items() if key not in EMA_KEYS}
+    known = [key for key in inspect.signature(MODELS[name].__init__).parameters if key != "self"]
     for key, value in config.items():
-        if not key.startswith("_") and key not in parameters:
-            raise InputError(f"{folder}: {name} has no option {key!r}: {one_of(key, parameters)}")
+        if not key.startswith("_") and key not in known:
+            raise InputError(f"{model}: {name} has no option {key!r}: {one_of(key, known)}, or take it out of {CONFIG}")
         most = DEEPEST if key in ("layers_per_block", "num_layers") else LARGEST
         if isinstance(value, (int, float)) and not value <= most:  # or building it would not end
-            raise InputError(f"{folder}: {key} = {str(value)[:24]} is more than any network's {most}")
-    if config.get("class_embed_type") is not None:
+            raise InputError(f"{model}: {key} = {str(value)[:24]} is more than any network's {most}")
+    if config.get("time_embedding_type") == "fourier":
         raise InputError(
-            f"{folder}: class_embed_type {config['class_embed_type']!r} takes no class numbers: export it from Python"
+            f"{model}: time_embedding_type = 'fourier': this network is told ln σ, not a timestep, as networks of "
+            "exploding noise (VE) are: export it from Python, with export_network and an adapter"
         )
+    if (kind := config.get("class_embed_type")) is not None:
+        what = {"timestep": "a number", "identity": "a vector"}.get(str(kind), "something else")
+        raise InputError(
+            f"{model}: class_embed_type = {kind!r}: this network takes {what} a sample where others take a class, and "
+            f"bundles hold classes alone: {ADAPTER}"
+        )
+    return config, (f"{CONFIG}: {', '.join(averager)} are of the averager, not of the network",) if averager else ()
+
+
+def _channels(model: Path, config: dict[str, Any]) -> tuple[int, int]:
+    """How many come in and go out. Raises InputError for a network that takes more than its sample."""
+    name = config["_class_name"]
+    defaults = {key: p.default for key, p in inspect.signature(MODELS[name].__init__).parameters.items()}
+    channels = typed(f"{model}: in_channels", config.get("in_channels", defaults["in_channels"]), 0)
+    returned = typed(f"{model}: out_channels", config.get("out_channels", defaults["out_channels"]) or channels, 0)
+    if returned < channels:
+        raise InputError(
+            f"{model}: this network takes {channels} channels and returns {returned}: the other {channels - returned} "
+            "are of a second image that it is given, as super-resolution, inpainting and image-to-image networks are, "
+            f"and no bundle holds one yet: {ADAPTER}, if one image will do"
+        )
+    if returned not in (channels, 2 * channels):
+        raise InputError(f"{model} takes {channels} channels and returns {returned}: neither as many, nor twice")
+    return channels, returned
+
+
+def _network(folder: Folder, config: dict[str, Any]) -> tuple[Any, statedict.Weights]:
+    """The model with its weights, eval mode, float32. A weight that is missing would stay random: all must be there."""
+    name, model = config["_class_name"], folder.model
+    tensors = {_EARLY_NAME.sub(_renamed, key): tensor for key, tensor in folder.tensors().items()}
+    found = statedict.weights_in(tensors, folder.listing, ANCHORS[name])
     try:
-        with _quiet():
-            network, info = MODELS[name].from_pretrained(
-                folder,
-                use_safetensors=True,
-                local_files_only=True,
-                low_cpu_mem_usage=False,
-                output_loading_info=True,
-                torch_dtype=torch.float32,
-            )
-    except Exception as error:  # theirs: ValueError, RuntimeError, TypeError, OSError, safetensors' own
-        reason = one_line(error, 300)
-        raise BundleError(
-            f"{folder}: diffusers cannot load {name} ({reason}): config.json and weights differ"
-        ) from error
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(what):
-            first = sorted(map(str, info[what]))[0]
-            raise BundleError(
-                f"{folder}: {what.replace('_', ' ')} in its weights, {first} the first of {len(info[what])}: it is not "
-                "what config.json describes"
-            )
-    return network.eval().requires_grad_(False)
+        network: Any = MODELS[name].from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    except Exception as error:  # theirs: ValueError, TypeError, KeyError
+        raise BundleError(f"{model}: diffusers cannot build {name} of {CONFIG} ({one_line(error, 300)})") from error
+    statedict.load_into(network, found, folder.listing, lambda file, network: f"it is not what {model / CONFIG} says")
+    return network, found
 
 
-def _classes(folder: Path, network: Any, null_label: int | None) -> tuple[int, int | None]:
+def _renamed(match: re.Match[str]) -> str:
+    return f"{match[1]}.{_EARLY[match[2]]}.{match[3]}"
+
+
+def _classes(network: Any, null_label: int | None) -> tuple[int, int | None]:
     config = network.config
     if isinstance(network, diffusers.DiTTransformer2DModel):
         if null_label is not None:
@@ -279,39 +218,12 @@ def _classes(folder: Path, network: Any, null_label: int | None) -> tuple[int, i
     return count - 1, null_label
 
 
-def _size(folder: Path, network: Any, size: int | None) -> tuple[int, int]:
+def _size(model: Path, network: Any, size: Size | None) -> tuple[int, int]:
     own = network.config["sample_size"]
     if own is None and size is None:
-        raise InputError(f"{folder} does not say its sample_size: give size")
+        raise InputError(f"{model} does not say its sample_size: give size, such as 32, or 32,48 for height and width")
     if own is not None and size is not None:
-        raise InputError(f"size = {size} was given, and {folder} says its sample_size itself, {own}: leave size out")
-    chosen: Any = size if own is None else own
-    sides = list(chosen) if isinstance(chosen, (list, tuple)) else [chosen, chosen]
-    if len(sides) != 2:
-        raise InputError(f"{folder}: sample_size = {chosen} is neither one number nor a height and a width")
-    whose = "size" if own is None else f"{folder}: sample_size"
-    return typed(whose, sides[0], 0), typed(whose, sides[1], 0)
-
-
-def _json(path: Path, whose: str) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise BundleError(f"{path} is missing: give a folder that diffusers' save_pretrained wrote") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise BundleError(f"{path} is not {whose} configuration in JSON ({error}): save it again") from None
-    if not isinstance(found, dict):
-        raise BundleError(f"{path} is not {whose} configuration but a {type(found).__name__}: save it again")
-    return found
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What they warn of is checked here, and refused."""
-    logger = logging.getLogger("diffusers")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+        raise InputError(f"size = {size} was given, and {model} says its sample_size itself, {own}: leave size out")
+    if own is not None:
+        return height_and_width(f"{model}: sample_size", [own, own] if isinstance(own, str) else own)
+    return height_and_width("size", size)

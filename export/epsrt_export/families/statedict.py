@@ -84,9 +84,13 @@ def weights(path: str | Path, anchors: str | Sequence[str], ema: bool | None = N
     Raises BundleError for files that `tensorfile.load` refuses and where no dict holds the anchors, InputError where
     `ema` asks for what the file lacks, or where the file holds several such networks.
     """
+    return weights_in(load(path), path, anchors, ema)
+
+
+def weights_in(found: Any, path: str | Path, anchors: str | Sequence[str], ema: bool | None = None) -> Weights:
+    """`weights`, of what a file held."""
     if ema is not None:
         typed("ema", ema, False)
-    found = load(path)
     wanted = (anchors,) if isinstance(anchors, str) else tuple(anchors)
     places = [place for keys, named in dicts_of(found, path) for place in _places(keys, named, wanted)]
     if not places:
