@@ -15,9 +15,12 @@ from epsrt import BundleError, EpsrtError, Schedule
 from epsrt.files import sha256
 from epsrt.manifest import Sampling
 from epsrt.timesteps import spaced
+from epsrt_export import export, export_network
 from epsrt_export.families import load, openai
 from epsrt_export.families.adm import ADMConfig, ADMUNet
-from epsrt_export.families.openai import guided, improved
+from epsrt_export.families.adm_shapes import Seen
+from epsrt_export.families.openai import guided, improved, recognise
+from epsrt_export.families.openai_flags import command_line, flags_of
 from epsrt_export.precision import half_copy
 from epsrt_export.redraw import redraw
 
@@ -72,10 +75,7 @@ PUBLISHED = {
 
 
 def config_of(family, **flags):
-    defaults, mults = (
-        (openai.GUIDED, openai.GUIDED_MULT) if family == "guided-diffusion" else (openai.IMPROVED, openai.IMPROVED_MULT)
-    )
-    return openai._network(family, openai._flags(family, defaults, flags), mults)
+    return openai._network(family, flags_of(family, flags)[0])
 
 
 def theirs(c: ADMConfig) -> nn.Module:
@@ -309,7 +309,7 @@ class TestFlags:
 
     @staticmethod
     def schedule(**flags):
-        return openai._diffusion(openai._flags("guided-diffusion", openai.GUIDED, flags))[0]
+        return openai._diffusion(flags_of("guided-diffusion", flags)[0])[0]
 
     @pytest.mark.parametrize(
         ("flags", "method", "visits", "variance", "count"),
@@ -325,7 +325,7 @@ class TestFlags:
         ],
     )
     def test_sampling_is_the_scripts(self, flags, method, visits, variance, count):
-        schedule, found = openai._diffusion(openai._flags("guided-diffusion", openai.GUIDED, {"flags": flags}))
+        schedule, found = openai._diffusion(flags_of("guided-diffusion", {"flags": flags})[0])
         assert (found.method, found.steps, found.spacing) == (method, *visits)
         assert found.options == {"rederive": True, **({"variance": variance} if variance else {})}
         assert schedule == Schedule("linear", 1000)
@@ -358,8 +358,26 @@ class TestFlags:
             ({"timestep_respacing": "leading"}, "timestep_respacing = 'leading' is none: write 250"),
             ({"timestep_respacing": "ddim333"}, "no whole stride visits 333 of 1000 timesteps"),
             ({"timestep_respacing": 2000}, "2000 is outside 1 … 1000"),
-            ({"classifier_scale": 1.0}, "classifier_scale is of classifier guidance"),
-            ({"flags": "--large_size 256 --small_size 64"}, "large_size is of super-resolution"),
+            ({"flags": "--large_size 256 --small_size 64"}, "large_size is a flag of an upsampler (super-resolution)"),
+            (
+                {"flags": "python super_res_sample.py --num_channels 192"},
+                "super_res_sample.py is the script of an upsam",
+            ),
+            ({"iterations": 300000}, "iterations is a flag of a classifier's training"),
+            (
+                {"flags": "mpiexec -n 8 python scripts/classifier_train.py --lr 3e-4"},
+                "classifier_train.py is the script",
+            ),
+            ({"flags": "$MODEL_FLAGS --lr 1e-4"}, "name $MODEL_FLAGS, which only your shell knows: paste its value"),
+            (
+                {"flags": "--image_size $SIZE"},
+                "name $SIZE, which only your shell knows: paste its value instead, or the line SIZE=…",
+            ),
+            (
+                {"flags": "python a.py --lr 1 python b.py --lr 2"},
+                "flags hold 2 command lines, of a.py and b.py: give one",
+            ),
+            ({"size": "9,16"}, "size = 9,16 does not suit the network, which takes multiples of 8"),
         ],
     )
     def test_refusals_come_before_the_file_is_read(self, tmp_path, flags, message):
@@ -375,6 +393,100 @@ class TestFlags:
             improved(tmp_path / "none.pt", resblock_updown=True)
         with pytest.raises(EpsrtError, match="only for 32, 64, 256"):
             improved(tmp_path / "none.pt", image_size=128)
+
+
+class TestCommandLines:
+    """As the READMEs have them: variables, then the script's line."""
+
+    FLAGS = "--image_size 64 --learn_sigma True"
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            FLAGS,
+            f"python scripts/image_sample.py {FLAGS}",
+            f"mpiexec -n $NUM_GPUS python scripts/image_train.py {FLAGS}",
+            f"$ OPENAI_LOGDIR=/tmp/x CUDA_VISIBLE_DEVICES=0 python -m image_sample.py {FLAGS}",
+            "python image_sample.py \\\n    --image_size 64 \\\n    --learn_sigma=True",
+            f'MODEL_FLAGS="{FLAGS}"\npython classifier_sample.py $MODEL_FLAGS',
+            f'export MODEL_FLAGS="{FLAGS}"; python image_sample.py ${{MODEL_FLAGS}}'.replace(";", "\n"),
+            'MODEL_FLAGS="--image_size 64"\nDIFFUSION_FLAGS="--learn_sigma True"',
+        ],
+    )
+    def test_forms(self, text):
+        assert command_line(text) == {"image_size": "64", "learn_sigma": "True"}
+
+    def test_a_variable_that_the_command_leaves_out(self):
+        text = 'A="--image_size 64"\nB="--lr 3"\npython image_sample.py $A'
+        assert command_line(text) == {"image_size": "64"}
+
+    @pytest.mark.parametrize("name", PUBLISHED)
+    def test_of_the_published_networks(self, name):
+        family, _, flags = PUBLISHED[name]
+        line = (
+            f'MODEL_FLAGS="{flags}"\nSAMPLE_FLAGS="--batch_size 4 --num_samples 100 --timestep_respacing 250"\n'
+            f"mpiexec -n 8 python scripts/image_sample.py --model_path models/{name}.pt $MODEL_FLAGS $SAMPLE_FLAGS"
+        )
+        found, aside = flags_of(family, {"flags": line})
+        assert aside == {"model_path": f"models/{name}.pt"}
+        assert openai._network(family, found) == config_of(family, flags=flags)
+        assert openai._diffusion(found)[1].spacing == "250"
+
+    def test_a_training(self):
+        line = "python scripts/image_train.py --data_dir $DATA --resume_checkpoint m.pt --image_size 64 --lr 1e-4"
+        found, aside = flags_of("improved-diffusion", {"flags": line})
+        assert (found["lr"], aside) == (1e-4, {"data_dir": "$DATA", "resume_checkpoint": "m.pt"})
+        assert "data_dir" not in found
+
+    def test_notes(self, saved):
+        path = saved()
+        assert guided(path, **FLAGS, flags=f"--model_path elsewhere/{path.name}").notes == ()
+        classifier = "--classifier_scale 1.0 --classifier_path c.pt --model_path models/64x64_diffusion.pt"
+        source = guided(path, **FLAGS, flags=f"python classifier_sample.py {classifier}")
+        named, judged = source.notes
+        assert named == "the flags name model_path models/64x64_diffusion.pt, and what is read is ema_0.9999_500000.pt"
+        assert judged.startswith("classifier_scale, classifier_path are of a classifier to guide by, which is not in")
+        assert not any("classifier" in name or name == "model_path" for name in source.config)
+
+    def test_classifiers_are_guideds(self, saved):
+        with pytest.raises(EpsrtError, match="classifier_scale is a flag of guided-diffusion, not of improved"):
+            improved(saved(), **FLAGS, classifier_scale=1.0)
+
+
+class TestRecognised:
+    @pytest.mark.parametrize("name", PUBLISHED)
+    def test_published_networks(self, name):
+        """What is printed exports the network, but for what has no weights."""
+        family, _, flags = PUBLISHED[name]
+        want = config_of(family, flags=flags)
+        with torch.device("meta"):
+            shapes = {name: tuple(tensor.shape) for name, tensor in ADMUNet(want).state_dict().items()}
+        guess = recognise(shapes, {})
+        found = config_of(guess.family, **guess.options)
+        unseen = ("num_heads", "num_head_channels", "use_new_attention_order", "dropout", "time_scale")
+        assert Seen.of(found) == Seen.of(want)
+        assert {k: v for k, v in vars(found).items() if k not in unseen} == {
+            k: v for k, v in vars(want).items() if k not in unseen
+        }
+        assert list(guess.missing) == ["num_heads", "diffusion_steps"]
+        assert f"{want.num_channels} channels" in guess.facts["network"]
+
+    def test_a_size_that_is_unknown(self):
+        shapes = {name: tuple(tensor.shape) for name, tensor in ADMUNet(SMALL).state_dict().items()}
+        guess = recognise(shapes, {})
+        assert {"image_size", "attention_resolutions"} < set(guess.missing)
+        assert guess.missing["attention_resolutions"] == "image_size divided by 2"
+        assert "attention_resolutions" not in guess.options["flags"]
+
+    def test_what_no_family_reads(self):
+        shapes = {name: tuple(tensor.shape) for name, tensor in ADMUNet(SMALL).state_dict().items()}
+        shapes["input_blocks.0.0.weight"] = (32, 6, 3, 3)
+        guess = recognise(shapes, {})
+        assert guess.family == ""
+        assert guess.facts["network"].startswith("it takes a second image in each step")
+
+    def test_others(self):
+        assert recognise({"conv_in.weight": (32, 3, 3, 3)}, {}) is None
 
 
 class TestSources:
@@ -418,6 +530,26 @@ class TestSources:
             assert rel(source.network(x, t), reference(t.float() * (1000.0 / 4000), x)) < 1e-6
             plain = improved(saved(), **FLAGS, diffusion_steps=4000, rescale_timesteps=False)
             assert rel(plain.network(x, t), reference(t, x)) < 1e-6
+
+    def test_sizes_that_are_not_square(self, saved):
+        source = guided(saved(), **FLAGS, size="8,24")
+        assert (source.shape, source.config["image_size"]) == ((3, 8, 24), 16)
+        reference = theirs(SMALL)
+        reference.load_state_dict(ours(SMALL).state_dict())
+        x, t = inputs(SMALL, 2, 8, 24)
+        with torch.no_grad():
+            assert rel(source.network(x, t), reference(t, x)) < 1e-6
+
+    def test_wrappers_prefixes_and_averages(self, saved):
+        def trained(state):
+            average = {f"_orig_mod.module.{name}": 2 * tensor for name, tensor in state.items()}
+            return {"model": state, "ema": average, "step": 500}
+
+        path, want = saved(change=trained), ours(SMALL).state_dict()["out.2.bias"]
+        for ema, scale in ((None, 2), (True, 2), (False, 1)):
+            source = guided(path, **FLAGS, ema=ema)
+            assert torch.equal(source.network.state_dict()["out.2.bias"], scale * want)
+        assert any("plain" in note for note in source.notes)
 
     def test_clip_denoised(self, saved):
         assert guided(saved(), **FLAGS).clip == 1.0
@@ -489,31 +621,100 @@ class TestFilesThatAreRefused:
             guided(tmp_path / "x.safetensors", **FLAGS)
 
     @pytest.mark.parametrize(
-        ("changes", "message"),
+        ("changes", "wrong"),
         [
-            ({"num_channels": 64}, "has shape [256, 64], the network [128, 32]: is num_channels right?"),
-            ({"channel_mult": (1, 3)}, ": is channel_mult right?"),
-            ({"channel_mult": (1, 2, 2)}, ": is num_res_blocks or channel_mult right?"),
-            ({"num_res_blocks": 2}, ": is num_res_blocks or channel_mult right?"),
-            ({"attention_resolutions": (16,)}, ": is attention_resolutions right?"),
-            ({"resblock_updown": True}, ": is resblock_updown right?"),
-            ({"use_scale_shift_norm": False}, ": is use_scale_shift_norm right?"),
-            ({"num_classes": 10}, "a tensor label_emb.weight, 1 of 129 in all, that the network lacks: is class_cond"),
-            ({"learn_sigma": True}, "out.2.weight has shape [6, 32, 3, 3], the network [3, 32, 3, 3]: is learn_sigma"),
-            ({"in_channels": 6}, "is it a super-resolution network?"),
-            ({"num_channels": 64, "learn_sigma": True}, ": are num_channels, learn_sigma right?"),
+            ({"num_channels": 64}, ["num_channels"]),
+            ({"channel_mult": (1, 3)}, ["channel_mult"]),
+            ({"channel_mult": (1, 2, 2)}, ["channel_mult"]),
+            ({"num_res_blocks": 2}, ["num_res_blocks"]),
+            ({"attention_resolutions": (16,)}, ["attention_resolutions"]),
+            ({"attention_resolutions": (5,)}, ["attention_resolutions"]),
+            ({"resblock_updown": True}, ["resblock_updown"]),
+            ({"conv_resample": False}, ["conv_resample"]),
+            ({"use_scale_shift_norm": False}, ["use_scale_shift_norm"]),
+            ({"num_classes": 10}, ["class_cond", "num_classes"]),
+            ({"learn_sigma": True}, ["learn_sigma"]),
+            ({"in_channels": 1}, ["in_channels"]),
+            ({"num_channels": 64, "learn_sigma": True}, ["num_channels", "learn_sigma"]),
         ],
+        ids=lambda value: ",".join(value),
     )
-    def test_other_networks_name_the_flag(self, saved, changes, message):
+    def test_other_networks_name_the_flags_to_give(self, saved, changes, wrong):
         path = saved(small(**changes))
-        with pytest.raises(BundleError) as error:
+        with pytest.raises(EpsrtError) as error:
             guided(path, **FLAGS)
-        assert message in str(error.value)
-        assert "\n" not in str(error.value)
+        said = str(error.value)
+        assert "\n" not in said
+        assert "does not fit its flags: they say " in said
+        assert ("or the image_size" in said) == bool({"channel_mult", "attention_resolutions"} & set(wrong))
+        way_out = said.split(": give ")[1].split(", or the image_size")[0]
+        given = dict(word.split("=") for word in way_out.split())
+        assert list(given) == wrong
+        assert guided(path, **{**FLAGS, **given}).shape[1:] == (16, 16)
 
-    def test_fewer_classes_and_other_families(self, saved, tmp_path):
-        with pytest.raises(BundleError, match=r"label_emb.weight has shape \[10, 128\].*: is num_classes right"):
+    def test_fewer_classes(self, saved):
+        with pytest.raises(EpsrtError, match=r"they say num_classes=1000, .* others: give num_classes=10$"):
             guided(saved(small(num_classes=10)), **FLAGS, class_cond=True)
+
+    def test_guideds_network_in_improved(self, saved):
+        path = saved(small(resblock_updown=True))
+        with pytest.raises(EpsrtError, match="has resblock_updown True: say --from guided-diffusion"):
+            improved(path, **FLAGS)
+
+    @pytest.mark.parametrize("out", [3, 6])
+    def test_upsamplers(self, saved, out):
+        """Their SuperResModel has twice the channels at its entrance."""
+
+        def upsampler(state):
+            first, last = "input_blocks.0.0.weight", "out.2"
+            state[first] = torch.cat([state[first]] * 2, 1)
+            for name in (f"{last}.weight", f"{last}.bias"):
+                state[name] = torch.cat([state[name]] * (out // 3))
+            return state
+
+        message = (
+            f"takes a second image in each step, .* 6 channels for both together and returns {out}; bundles cannot"
+        )
+        with pytest.raises(EpsrtError, match=message):
+            guided(saved(change=upsampler), **FLAGS)
+
+    def test_classifiers(self, saved):
+        path = saved(change=lambda state: {k: v for k, v in state.items() if not k.startswith("output_blocks.")})
+        with pytest.raises(EpsrtError, match="is of a classifier of noised images .*: give the file of a diffusion"):
+            guided(path, **FLAGS)
+
+    def test_contexts(self, saved):
+        name = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+        with pytest.raises(EpsrtError, match="takes a context in each step, such as text"):
+            guided(saved(change=lambda state: {**state, name: torch.zeros(8, 768)}), **FLAGS)
+
+    def test_blocks_that_are_missing(self, saved):
+        path = saved(change=lambda state: {k: v for k, v in state.items() if not k.startswith("output_blocks.3.")})
+        with pytest.raises(BundleError, match="has 3 output_blocks on 2 levels, which no network of OpenAI's has"):
+            guided(path, **FLAGS)
+
+    def test_one_dimension_and_its_way_out(self, tmp_path):
+        theirs = guided_unet()(16, 2, 32, 2, 1, (2,), channel_mult=(1, 2), dims=1, num_heads=2).eval()
+        torch.save(theirs.state_dict(), tmp_path / "audio.pt")
+        with pytest.raises(
+            EpsrtError, match=r"1-dimensional data \(dims=1\), .* takes \[B, C, 1, L\] for \[B, C, L\]$"
+        ):
+            guided(tmp_path / "audio.pt", **FLAGS)
+
+        class Adapter(nn.Module):
+            def __init__(self, net):
+                super().__init__()
+                self.net = net
+
+            def forward(self, x, t):
+                return self.net(t, x[:, :, 0])[:, :, None]
+
+        schedule = Schedule("cosine", 40)
+        theirs.load_state_dict(drawn(theirs.state_dict()))
+        theirs.out[2].weight.data *= 0.05  # all of it would make trajectories chaotic
+        options = {"shape": (2, 1, 16), "precisions": ("fp32",), "max_batch": 2}
+        bundle = export_network(Adapter(theirs), schedule, tmp_path / "audio.epsrt", **options)
+        assert bundle.manifest.shape == (2, 1, 16)
 
     def test_whole_numbers_are_no_weights(self, saved):
         path = saved(change=lambda state: {name: tensor.to(torch.int32) for name, tensor in state.items()})
@@ -523,8 +724,6 @@ class TestFilesThatAreRefused:
 
 def test_export_of_a_learned_sigma_and_classes(tmp_path):
     """Every field of the source reaches the bundle, and the gate passes."""
-    from epsrt_export import export
-
     shape = {"image_size": 8, "num_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "num_classes": 4}
     config = ADMConfig(**shape, attention_resolutions=(4,), resblock_updown=True, use_new_attention_order=True)
     state = redraw(ADMUNet(config), Schedule("cosine", 40), (3, 8, 8), classes=4).state_dict()

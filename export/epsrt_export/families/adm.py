@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -11,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epsrt.errors import InputError
+from epsrt_export.families.sines import Sines
 
 GROUPS = 32
-PERIOD = 10_000  # of the slowest sine of the time features
 MOST = {"image_size": 65536, "in_channels": 65536, "num_channels": 65536, "num_res_blocks": 256}
 
 
@@ -165,16 +164,11 @@ class Chain(nn.ModuleList):
 class ADMUNet(nn.Module):
     """ε_θ(x_t, t, label), or x0, and where it is learned the variance. See ADMConfig."""
 
-    frequencies: Tensor
-
     def __init__(self, config: ADMConfig) -> None:
         super().__init__()
         self.config = config
         base, widths, last = config.num_channels, config.widths, len(config.widths) - 1
-        half = base // 2
-        # in float32 as theirs are, rounding and all: t multiplies it by up to 1000. Real on the meta device too
-        steps = torch.arange(half, dtype=torch.float32, device="cpu")
-        self.register_buffer("frequencies", torch.exp(-math.log(PERIOD) * steps / half), persistent=False)
+        self.sines = Sines(base)
         self.time_embed = nn.Sequential(nn.Linear(base, 4 * base), nn.SiLU(), nn.Linear(4 * base, 4 * base))
         self.label_emb = nn.Embedding(config.num_classes, 4 * base) if config.num_classes else None
 
@@ -223,9 +217,7 @@ class ADMUNet(nn.Module):
         Returns [B, in_channels, H, W], or with learn_sigma [B, 2·in_channels, H, W]. Raises InputError when a label is
         missing or surplus.
         """
-        angle = (t.to(torch.float32) * self.config.time_scale)[:, None] * self.frequencies
-        waves = torch.cat([angle.cos(), angle.sin()], dim=1)
-        condition = self.time_embed(waves.to(x.dtype))
+        condition = self.time_embed(self.sines(t.to(torch.float32) * self.config.time_scale).to(x.dtype))
         if (label is not None) != (self.label_emb is not None):
             raise InputError(f"{self.config.num_classes} classes and {'no' if label is None else 'a'} label do not fit")
         if self.label_emb is not None:

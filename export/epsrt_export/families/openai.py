@@ -5,105 +5,110 @@ Their files are bare state dicts; what the network and its diffusion are, the fl
 
 from __future__ import annotations
 
-import contextlib
-import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from epsrt.errors import InputError, one_of, typed
+from epsrt.errors import InputError, one_of
 from epsrt.files import sha256
 from epsrt.manifest import Sampling
 from epsrt.schedule import Schedule
 from epsrt.timesteps import respaced, spaced
 from epsrt_export.families import statedict
 from epsrt_export.families.adm import ADMConfig, ADMUNet
+from epsrt_export.families.adm_shapes import ANCHORS, Seen, conditioned, look, seen
+from epsrt_export.families.guess import Guess
+from epsrt_export.families.openai_flags import DEFAULTS, MORE, Flags, flags_of
+from epsrt_export.families.sides import Size, height_and_width
 from epsrt_export.families.statedict import Shapes
 from epsrt_export.source import Source
 
-Flags = dict[str, Any]
-
-# each repository's defaults for training on images, in its own order
-IMPROVED: Flags = {
-    "image_size": 64, "num_channels": 128, "num_res_blocks": 2, "num_heads": 4, "num_heads_upsample": -1,
-    "attention_resolutions": "16,8", "dropout": 0.0, "learn_sigma": False, "sigma_small": False, "class_cond": False,
-    "diffusion_steps": 1000, "noise_schedule": "linear", "timestep_respacing": "", "use_kl": False,
-    "predict_xstart": False, "rescale_timesteps": True, "rescale_learned_sigmas": True, "use_checkpoint": False,
-    "use_scale_shift_norm": True,
-}  # fmt: skip
-GUIDED: Flags = {
-    "image_size": 64, "num_channels": 128, "num_res_blocks": 2, "num_heads": 4, "num_heads_upsample": -1,
-    "num_head_channels": -1, "attention_resolutions": "16,8", "channel_mult": "", "dropout": 0.0, "class_cond": False,
-    "use_checkpoint": False, "use_scale_shift_norm": True, "resblock_updown": False, "use_fp16": False,
-    "use_new_attention_order": False, "learn_sigma": False, "diffusion_steps": 1000, "noise_schedule": "linear",
-    "timestep_respacing": "", "use_kl": False, "predict_xstart": False, "rescale_timesteps": False,
-    "rescale_learned_sigmas": False,
-}  # fmt: skip
-# what the scripts write into the code, and flags of image_sample.py
-MORE: Flags = {
-    "num_classes": 1000, "in_channels": 3, "conv_resample": True, "channel_mult": "", "sigma_small": False,
-    "use_ddim": False, "clip_denoised": True,
-}  # fmt: skip
-# of training and of how much is sampled: the network is the same with any. Taken, and recorded where given
-IDLE: Flags = {
-    "lr": 1e-4, "batch_size": 1, "microbatch": -1, "weight_decay": 0.0, "lr_anneal_steps": 0, "ema_rate": "0.9999",
-    "schedule_sampler": "uniform", "fp16_scale_growth": 1e-3, "log_interval": 10, "save_interval": 10000,
-    "num_samples": 10000, "use_fp16": False,
-}  # fmt: skip
 # image_size -> channel_mult
 IMPROVED_MULT = {256: "1,1,2,2,4,4", 64: "1,2,3,4", 32: "1,2,2,2"}
 GUIDED_MULT = {512: "0.5,1,1,2,2,4,4", 256: "1,1,2,2,4,4", 128: "1,1,2,3,4", 64: "1,2,3,4"}
-# of what _facts sees: where the first is another, so may be the others
-FOLLOWS = {"num_res_blocks or channel_mult": ("channel_mult", "attention_resolutions"), "class_cond": ("num_classes",)}
-SUPER_RESOLUTION = ("large_size", "small_size", "base_samples")
-ANCHOR = "time_embed.0.weight"
-YES, NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+MULTS = {"improved-diffusion": IMPROVED_MULT, "guided-diffusion": GUIDED_MULT}
 
 
-def improved(path: str | Path, /, **flags: Any) -> Source:
-    """A network of improved-diffusion, from its state dict at `path`; flags and errors as in `guided`.
+def improved(path: str | Path, /, *, ema: bool | None = None, size: Size | None = None, **flags: Any) -> Source:
+    """A network of improved-diffusion, from its state dict at `path`; options and errors as in `guided`.
 
     Its defaults are its own: rescale_timesteps is on, and channel_mult is known for 32, 64 and 256 pixels.
     """
-    return _load("improved-diffusion", IMPROVED, IMPROVED_MULT, Path(path), flags)
+    return _load("improved-diffusion", Path(path), ema, size, flags)
 
 
-def guided(path: str | Path, /, **flags: Any) -> Source:
+def guided(path: str | Path, /, *, ema: bool | None = None, size: Size | None = None, **flags: Any) -> Source:
     """A network of guided-diffusion, from its state dict at `path` (*.pt, *.pth, *.safetensors).
 
     flags   those of its training, by name, as bool, number or text: image_size=64, class_cond="True". What is left
-            out has the script's default. `flags` takes them as the README prints them, "--image_size 64 --class_cond
-            True"; one that is also given by name has that value.
+            out has the script's default. `flags` takes a command line of the README, or a part of it:
+            "--image_size 64 --class_cond True"; a flag that is also given by name has that value.
             More than the scripts have: num_classes (1000), in_channels (3), conv_resample (True), sigma_small (False)
-            and channel_mult, in both. From the sampling script come use_ddim and clip_denoised; flags of the training
-            alone are recorded and change nothing.
+            and channel_mult, in both. From the sampling script come use_ddim and clip_denoised. Flags of the training
+            alone are recorded and change nothing. Paths, and flags of a classifier to guide by, are left out, and the
+            source's notes say so.
+    size    height and width of the samples, "48,32", where they are not image_size both
+    ema     where a file holds both: the averaged weights (the default), or not
 
-    The file tells nothing of what has no weights: num_heads, num_head_channels, use_new_attention_order,
+    The file tells nothing of what has no weights: image_size, num_heads, num_head_channels, use_new_attention_order,
     diffusion_steps, noise_schedule, rescale_timesteps and predict_xstart. Where one is wrong, the samples are.
 
     The source's sampling is the script's: p_sample_loop, or its DDIM, which derives ε anew from the clipped x0, where
     use_ddim says so or, when it says nothing, timestep_respacing begins with "ddim".
-    Raises InputError for a flag that is unknown or has no such value, for classifier guidance and super-resolution,
-    and BundleError where the file is damaged, not a state dict, or not of the network that the flags describe.
+    Raises InputError for a flag that is unknown, has no such value or contradicts the file, and for classifiers and
+    upsamplers; BundleError where the file is damaged or not a state dict of such a network.
     """
-    return _load("guided-diffusion", GUIDED, GUIDED_MULT, Path(path), flags)
+    return _load("guided-diffusion", Path(path), ema, size, flags)
 
 
-def _load(family: str, defaults: Flags, mults: Mapping[int, str], path: Path, given: Flags) -> Source:
-    flags = _flags(family, defaults, given)
-    config = _network(family, flags, mults)
+def recognise(shapes: Shapes, rest: Mapping[str, Any]) -> Guess | None:
+    """What a file's tensors show of the flags. Both families and torchcfm have the same names."""
+    found = look(shapes)
+    if found is None or isinstance(found, Guess):
+        return found
+    if found.of_a_flow(rest):
+        return None
+    family = "guided-diffusion" if found.resized == "blocks" else "improved-diffusion"
+    mult, sizes, known = _list(found.channel_mult), {**IMPROVED_MULT, **GUIDED_MULT}, {**MORE, **DEFAULTS[family]}
+    image_size = next((size for size, text in sizes.items() if text == mult), None)
+    flags = {"image_size": str(image_size)} if image_size else {}
+    flags |= {name: value for name, value in _visible(found, image_size or 0).items() if value and name in known}
+    missing = {
+        "num_heads": "or num_head_channels; the weights of any number have the same shapes",
+        "diffusion_steps": "no weights depend on it, nor on noise_schedule",
+    }
+    if image_size is None:
+        del flags["attention_resolutions"]
+        missing["image_size"] = "no weights depend on it"
+        missing["attention_resolutions"] = f"image_size divided by {_list(2**level for level in found.attended)}"
+    return Guess(
+        family,
+        {**found.facts, "family": "improved- and guided-diffusion write the same tensors"},
+        {"flags": " ".join(f"--{name} {value}" for name, value in flags.items())},
+        missing,
+    )
+
+
+def _load(family: str, path: Path, ema: bool | None, size: Size | None, given: Flags) -> Source:
+    flags, aside = flags_of(family, given)
+    config = _network(family, flags)
+    height, width = (config.image_size,) * 2 if size is None else height_and_width("size", size)
+    stride = 2 ** (len(config.channel_mult) - 1)
+    if height % stride or width % stride:
+        raise InputError(f"size = {height},{width} does not suit the network, which takes multiples of {stride}")
     schedule, sampling = _diffusion(flags)
-    found = statedict.weights(path, ANCHOR)
+    found = statedict.weights(path, ANCHORS, ema)
+    _agree(path, config, seen(found.shapes, path), flags)
     with torch.device("meta"):
         network = ADMUNet(config)
-    statedict.load_into(network, found, path, _doubts)
-    flags["channel_mult"] = ",".join(f"{mult:g}" for mult in config.channel_mult)
+    statedict.load_into(network, found, path)
+    flags["channel_mult"] = _list(config.channel_mult)
     return Source(
         network,
         schedule,
-        (config.in_channels, config.image_size, config.image_size),
+        (config.in_channels, height, width),
         prediction="x0" if flags["predict_xstart"] else "epsilon",
         clip=1.0 if flags.get("clip_denoised", True) else None,
         classes=config.num_classes,
@@ -113,68 +118,64 @@ def _load(family: str, defaults: Flags, mults: Mapping[int, str], path: Path, gi
         name=path.name,
         sha256=sha256(path),
         config=flags,
-        notes=found.notes,
+        notes=(*found.notes, *_notes(path, aside)),
     )
 
 
-def _flags(family: str, defaults: Flags, given: Flags) -> Flags:
-    """The defaults, and what was given, each of its default's type."""
-    given = dict(given)
-    given = {**_words(given.pop("flags", "")), **given}
-    known = {**IDLE, **MORE, **defaults}
-    flags = dict(defaults)
-    for name, value in given.items():
-        if name.startswith("classifier_"):
-            raise InputError(
-                f"{name} is of classifier guidance, which needs the gradient of a second network in each step: leave "
-                "it out, and the diffusion network is exported alone"
-            )
-        if name in SUPER_RESOLUTION:
-            raise InputError(
-                f"{name} is of super-resolution, whose network takes a second image in each step: no bundle can hold it"
-            )
-        if name not in known:
-            if name in GUIDED:
-                raise InputError(f"{name} is a flag of guided-diffusion, not of {family}: leave it out, or name that")
-            raise InputError(f"{family} has no flag {name!r}: {one_of(name, [*known, 'flags'])}")
-        flags[name] = _typed(name, value, known[name])
-    return flags
+def _notes(path: Path, aside: Mapping[str, str]) -> Iterator[str]:
+    """What was left out of a command line."""
+    model = aside.get("model_path", "")
+    if model and Path(model).name != path.name:
+        yield f"the flags name model_path {model}, and what is read is {path.name}"
+    if judge := [name for name in aside if name.startswith("classifier_")]:
+        yield (
+            f"{', '.join(judge)} {'is' if len(judge) == 1 else 'are'} of a classifier to guide by, which is not in "
+            f"{path.name}: the diffusion network is exported alone, as with classifier_scale 0"
+        )
 
 
-def _words(text: Any) -> Flags:
-    """Flags as they stand on a command line: --name value, or --name=value."""
-    text = typed("flags", text, "")
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise InputError(f"flags = {text!r} cannot be split into words ({error}): mend its quotes") from None
-    found, rest = {}, iter(words)
-    for word in rest:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not equals:
-            value = next(rest, "--")
-        if not word.startswith("--") or (not equals and value.startswith("--")):
-            raise InputError(f'flags go wrong at {word!r}: write them as "--image_size 64 --class_cond True"')
-        found[name] = value
-    return found
+def _agree(path: Path, config: ADMConfig, found: Seen, flags: Flags) -> None:
+    """Raise InputError where the flags describe another network than the file has."""
+    if "in_channels" not in flags and found.in_channels == 2 * config.in_channels:
+        raise conditioned(path, found.in_channels, found.out_channels)
+    says, has = (_visible(each, config.image_size) for each in (Seen.of(config), found))
+    wrong = [name for name, value in has.items() if value and value != says[name]]
+    if not wrong:
+        return
+    if "resblock_updown" in wrong and "resblock_updown" not in flags:
+        raise InputError(f"{path} has resblock_updown {has['resblock_updown']}: say --from guided-diffusion")
+    sized = {"attention_resolutions", "channel_mult"} & set(wrong)
+    raise InputError(
+        f"{path} does not fit its flags: they say {' '.join(f'{name}={says[name]}' for name in wrong)}, and its "
+        f"network has others: give {' '.join(f'{name}={has[name]}' for name in wrong)}"
+        + (f", or the image_size of the training, if that was not {config.image_size}" if sized else "")
+    )
 
 
-def _typed(name: str, value: Any, like: Any) -> Any:
-    if isinstance(like, str):
-        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    if isinstance(like, bool):
-        word = str(value).lower()
-        if word not in (*YES, *NO):
-            raise InputError(f"{name} = {value!r} is not true or false")
-        return word in YES
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):  # typed says what is wrong
-            value = float(value)
-    return typed(name, value, like)
+def _visible(found: Seen, image_size: int) -> dict[str, str]:
+    """The flags that a file shows, as words; "" where it does not."""
+    updown, rows = found.resized == "blocks", found.num_classes
+    return {
+        "in_channels": str(found.in_channels),
+        "num_channels": str(found.num_channels),
+        "channel_mult": _list(found.channel_mult),
+        "num_res_blocks": str(found.num_res_blocks),
+        "attention_resolutions": _list(found.resolutions(image_size)) or "1",  # that no level has
+        "resblock_updown": str(updown) if found.resized else "",
+        "conv_resample": str(found.resized == "convolutions") if found.resized and not updown else "",
+        "use_scale_shift_norm": str(found.use_scale_shift_norm),
+        "class_cond": str(rows > 0),
+        "num_classes": str(rows or ""),
+        "learn_sigma": str(found.learn_sigma),
+    }
 
 
-def _network(family: str, flags: Flags, mults: Mapping[int, str]) -> ADMConfig:
-    size = flags["image_size"]
+def _list(numbers: Iterable[float]) -> str:
+    return ",".join(f"{number:g}" for number in numbers)
+
+
+def _network(family: str, flags: Flags) -> ADMConfig:
+    size, mults = flags["image_size"], MULTS[family]
     mult = flags.get("channel_mult") or mults.get(size)
     if mult is None:
         raise InputError(
@@ -224,40 +225,3 @@ def _diffusion(flags: Flags) -> tuple[Schedule, Sampling]:
     if not flags["learn_sigma"]:
         options["variance"] = "fixed_small" if flags.get("sigma_small") else "fixed_large"
     return schedule, Sampling(method, None if spacing else T, spacing or "trailing", options)  # of no string: all T
-
-
-def _doubts(file: Shapes, network: Shapes) -> str:
-    """Which flags the shapes speak against, as a question."""
-    theirs, ours = _facts(file), _facts(network)
-    if not theirs["num_channels"]:
-        return ""  # of another family
-    if theirs["in_channels"] == 2 * ours["in_channels"]:
-        return "is it a super-resolution network? Those take a second image, and no bundle can hold them"
-    doubted = [flag for flag in ours if ours[flag] != theirs[flag]]
-    for cause, effects in FOLLOWS.items():
-        if cause in doubted:
-            doubted = [flag for flag in doubted if flag not in effects]
-    return f"{'is' if len(doubted) == 1 else 'are'} {', '.join(doubted)} right?" if doubted else ""
-
-
-def _facts(shapes: Shapes) -> dict[str, Any]:
-    """What a state dict shows of each flag: equal where the flags are."""
-
-    def size(name: str, axis: int = 0) -> int:
-        return shapes[name][axis] if len(shapes.get(name, ())) > axis else 0
-
-    base = size("time_embed.0.weight", 1)
-    block, up = "middle_block.0", [name for name in shapes if name.startswith("output_blocks.")]
-    widths = [size(name) for name in up if name.endswith(".0.out_layers.3.bias")]
-    return {
-        "num_channels": base,
-        "channel_mult": [width / max(base, 1) for width in widths],
-        "num_res_blocks or channel_mult": len(widths),
-        "attention_resolutions": sorted(name for name in shapes if name.endswith("qkv.weight")),
-        "resblock_updown": any(name.endswith((".op.weight", ".conv.weight")) for name in shapes),
-        "use_scale_shift_norm": size(f"{block}.emb_layers.1.bias") > size(f"{block}.in_layers.2.bias"),
-        "class_cond": "label_emb.weight" in shapes,
-        "num_classes": size("label_emb.weight"),
-        "in_channels": size("input_blocks.0.0.weight", 1),
-        "learn_sigma": size("out.2.bias") > size("input_blocks.0.0.weight", 1),
-    }
