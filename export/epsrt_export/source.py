@@ -21,6 +21,8 @@ from epsrt.schedule import Schedule
 from epsrt.timesteps import OPTIONS
 from epsrt_export.stepgraph import LARGEST_SIDE, DynamicThreshold
 
+LATENTS = (-4.0, 4.0)  # what an autoencoder's latents span once they are scaled to a deviation of 1
+
 
 @dataclass(frozen=True, eq=False)
 class NoisedClassifier:

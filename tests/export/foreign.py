@@ -20,6 +20,11 @@ def guided_unet() -> type[Any]:
     return _module("torchcfm", "torchcfm.models.unet.unet").UNetModel
 
 
+def torchcfm_wrapper() -> type[Any]:
+    """torchcfm's UNetModelWrapper, forward(t, x, y). Skips the test where torchcfm is not installed."""
+    return _module("torchcfm", "torchcfm.models.unet.unet").UNetModelWrapper
+
+
 def _module(package: str, name: str) -> ModuleType:
     """Import `name` of an installed distribution `package`; the __init__ of no package above it is run."""
     try:

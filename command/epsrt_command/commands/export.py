@@ -23,7 +23,17 @@ epsrt export --from guided-diffusion 64x64_diffusion.pt imagenet.epsrt --set fla
 epsrt export --from denoising-diffusion-pytorch model-70.pt mine.epsrt --set image_size=32
 """
 
-FAMILIES = ("epsrt", "diffusers", "improved-diffusion", "guided-diffusion", "denoising-diffusion-pytorch", "edm")
+FAMILIES = (
+    "epsrt",
+    "diffusers",
+    "improved-diffusion",
+    "guided-diffusion",
+    "denoising-diffusion-pytorch",
+    "edm",
+    "dit",
+    "sit",
+    "torchcfm",
+)
 
 
 def export(

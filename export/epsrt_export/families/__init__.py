@@ -19,8 +19,11 @@ FAMILIES = {
     "diffusers": ("diffusers", "load"),
     "improved-diffusion": ("openai", "improved"),
     "guided-diffusion": ("openai", "guided"),
-    "edm": ("edm", "load"),
     "denoising-diffusion-pytorch": ("lucidrains", "load"),
+    "edm": ("edm", "load"),
+    "dit": ("dit", "dit"),
+    "sit": ("dit", "sit"),
+    "torchcfm": ("torchcfm", "load"),
 }
 
 

@@ -19,14 +19,13 @@ from epsrt_export.families.diffusers_folder import CONFIG, Folder, find, read_js
 from epsrt_export.families.guess import Guess
 from epsrt_export.families.sides import Size, height_and_width
 from epsrt_export.families.statedict import Shapes
-from epsrt_export.source import Source
+from epsrt_export.source import LATENTS, Source
 
 DIT_GUIDANCE = 4.0  # DiTPipeline's guidance_scale, unless told
 MODELS = {"UNet2DModel": diffusers.UNet2DModel, "DiTTransformer2DModel": diffusers.DiTTransformer2DModel}
 ANCHORS = {"UNet2DModel": "conv_in.weight", "DiTTransformer2DModel": "pos_embed.proj.weight"}
 STEPS = {"DDPMScheduler": 1000, "DDIMScheduler": 50}  # of their pipelines' num_inference_steps
 DEEPEST, LARGEST = 256, 1 << 20  # of layers; of any other number in config.json
-LATENTS = (-4.0, 4.0)  # what an autoencoder's latents span once they are scaled to a deviation of 1
 # what EMAModel.save_pretrained writes into config.json beside the model's own
 EMA_KEYS = (
     "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
