@@ -1,5 +1,6 @@
 """denoising-diffusion-pytorch: files as its Trainer saves them, and its own sampling loops as the truth."""
 
+import functools
 import importlib.util
 import json
 import sys
@@ -14,14 +15,22 @@ from epsrt import EpsrtError, Sampler, Schedule, noise, open_engine, solvers, ti
 from epsrt.errors import BundleError
 from epsrt.parity.measure import worst_psnr
 from epsrt_export import export, families
-from epsrt_export.families import lucidrains, lucidrains_unet
+from epsrt_export.families import lucidrains, lucidrains_diffusions, lucidrains_unet
 from epsrt_export.precision import half_copy
 from epsrt_export.redraw import redraw
 
 if importlib.util.find_spec("denoising_diffusion_pytorch") is None:
     pytest.skip("denoising-diffusion-pytorch is not installed", allow_module_level=True)
 
-theirs = lucidrains_unet.theirs()
+theirs, labelled = lucidrains_unet.theirs(), lucidrains_unet.theirs("classifier_free_guidance")
+from denoising_diffusion_pytorch import (  # noqa: E402
+    ContinuousTimeGaussianDiffusion,
+    ElucidatedDiffusion,
+    KarrasUnet,
+    KarrasUnet1D,
+    KarrasUnet3D,
+    Unet1D,
+)
 from denoising_diffusion_pytorch.learned_gaussian_diffusion import LearnedGaussianDiffusion  # noqa: E402
 from ema_pytorch import EMA  # noqa: E402
 
@@ -53,17 +62,19 @@ def diffusion(objective="pred_v", beta_schedule="sigmoid", seed=0, learned=False
     return cls(network, **kind, **more).eval()
 
 
-def trained(model, steps=40):
-    """On digits, for a few seconds: with random weights the rounding of weights to half alone costs 1e-3."""
-    digits = torch.tensor(load_digits().images[:, None] / 16, dtype=torch.float32)
+def trained(make, steps=40):
+    """make(), and on digits, for a few seconds: with random weights their rounding to half alone costs 1e-3."""
+    data = load_digits()
+    digits, classes = torch.tensor(data.images[:, None] / 16, dtype=torch.float32), torch.tensor(data.target)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for name, child in theirs.Unet(8, dim_mults=(1, 2), channels=1).named_parameters():
-            model.model.get_parameter(name).data = child.data
+        model = make()
         optimizer = torch.optim.Adam(model.train().parameters(), 3e-3)
         for _ in range(steps):
             optimizer.zero_grad()
-            model(digits[torch.randint(len(digits), (32,))]).backward()
+            some = torch.randint(len(digits), (32,))
+            told = {"classes": classes[some]} if isinstance(model, labelled.GaussianDiffusion) else {}
+            model(digits[some], **told).backward()
             optimizer.step()
     return model.eval()
 
@@ -95,14 +106,14 @@ def drawn(stream, n):
 
 @pytest.fixture
 def sampled(monkeypatch):
-    """sampled(diffusion): what its own sample() returns, with our noise in place of torch's, as −1 … 1."""
+    """sampled(diffusion, …): what its own sample(…) returns, with our noise in place of torch's, as −1 … 1."""
 
-    def run(model):
+    def run(model, **asked):
         rows = iter(range(10_000))
         with monkeypatch.context() as patched:
             patched.setattr(torch, "randn", lambda shape, device=None: drawn(noise.START, 0))
             patched.setattr(torch, "randn_like", lambda x: drawn(noise.STEP, next(rows)))
-            return 2 * model.sample(batch_size=IMAGES).numpy() - 1
+            return 2 * model.sample(**(asked or {"batch_size": IMAGES})).numpy() - 1
 
     return run
 
@@ -186,7 +197,8 @@ class TestNumbers:
             source = lucidrains.load(path, image_size=SIZE, **option)
             with torch.no_grad():
                 assert torch.equal(source.network(x, t), model.model(x, t))
-            assert source.training == {"weights": "model" if model is online else "ema", "steps": 700}
+            assert source.training == {"steps": 700}
+            assert f"the {'plain' if model is online else 'averaged (EMA)'} weights were taken" in source.notes[0]
 
     @pytest.mark.parametrize("fourier", [False, True])
     def test_half_precision_keeps_the_time_and_the_norms(self, tmp_path, fourier):
@@ -198,6 +210,276 @@ class TestNumbers:
         with torch.no_grad():
             truth, out = network(x, t), half(x.half(), t).float()
         assert (out - truth).norm() / truth.norm() < 2e-3
+
+
+def drawn_by(source, path, **asked):
+    """IMAGES samples of a source's bundle, in FP32."""
+    bundle = export(source, path, max_batch=IMAGES, precisions=("fp32",))
+    with Sampler(open_engine(bundle, "onnxruntime", precision="fp32", threads=1)) as sampler:
+        return sampler.sample(IMAGES, seed=SEED, **asked)
+
+
+class TestTheUnetWithClasses:
+    @pytest.mark.slow
+    def test_samples_are_theirs_with_and_without_guidance(self, tmp_path, sampled):
+        """Guided as their function does it where remove_parallel_component is false; their sample() leaves it true."""
+        how = {"sampling_timesteps": 10, "ddim_sampling_eta": 0.3}
+        model = trained(
+            lambda: labelled.GaussianDiffusion(
+                labelled.Unet(8, 10, dim_mults=(1, 2), channels=1), image_size=SIZE, timesteps=T, **how
+            )
+        )
+        torch.save({"model": model.state_dict()}, tmp_path / "model.pt")
+        source = lucidrains.load(tmp_path / "model.pt", image_size=SIZE, **how)
+        assert (source.classes, source.null_label, source.prediction) == (10, 10, "epsilon")
+        assert source.sampling.options == {"eta": 0.3, "rederive": False}
+        other = lucidrains.load(tmp_path / "model.pt", image_size=SIZE, sampling_timesteps=10)
+        assert other.sampling.options["eta"] == 1.0
+        assert "remove_parallel_component=False" in source.notes[-1]
+        labels = torch.tensor([3, 0, 9])
+        x, t = drawn(noise.START, 0), torch.full((IMAGES,), 7.0)
+        with torch.no_grad():
+            for told, drop in ((labels, 0.0), (torch.full((IMAGES,), 10), 1.0)):
+                assert torch.equal(source.network(x, t, told), model.model(x, t, labels, cond_drop_prob=drop))
+        guided = functools.partial(model.model.forward_with_cond_scale, remove_parallel_component=False)
+        model.model.forward_with_cond_scale = guided
+        truth = sampled(model, classes=labels, cond_scale=3.0, rescaled_phi=0.7)
+        ours = drawn_by(source, tmp_path / "a.epsrt", labels=labels.tolist(), guidance=3.0, guidance_rescale=0.7)
+        assert worst_psnr(ours, truth, (-1.0, 1.0)) > 100
+        assert 0.2 < truth.std() < 0.95
+        model.model.forward_with_cond_scale = lambda *args, **_: 2 * (model.model(*args, cond_drop_prob=0.0),)
+        with Sampler.open(tmp_path / "a.epsrt", "onnxruntime", threads=1) as sampler:
+            plain = sampler.sample(IMAGES, seed=SEED, labels=labels.tolist())
+        assert worst_psnr(plain, sampled(model, classes=labels), (-1.0, 1.0)) > 100
+
+    @pytest.mark.parametrize(
+        ("heads", "options"),
+        [
+            ({}, {}),
+            ({"attn_heads": 2, "attn_dim_head": 8}, {"attn_heads": 2}),
+            ({"attn_heads": 2, "attn_dim_head": 8}, {"attn_dim_head": 8}),
+        ],
+    )
+    def test_its_heads(self, tmp_path, heads, options):
+        network = labelled.Unet(8, 3, dim_mults=(1, 2), channels=1, init_dim=12, **heads)
+        torch.save(network.state_dict(), tmp_path / "unet.pt")
+        source = alone(tmp_path / "unet.pt", **options)
+        x, t, label = drawn(noise.START, 0), torch.full((IMAGES,), 7.0), torch.tensor([0, 1, 2])
+        with torch.no_grad():
+            assert torch.equal(source.network(x, t, label), network(x, t, label, cond_drop_prob=0.0))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({}, "attn_heads × attn_dim_head = 16, and neither of the two: say attn_heads"),
+            ({"attn_heads": 3}, "attn_heads = 3 contradicts .*is 16"),
+            ({"attn_heads": 2, "cond_scale": 6}, "cond_scale is chosen when sampling: epsrt sample --guidance weighs"),
+            ({"attn_heads": 2, "beta_schedule": "sigmoid"}, "'sigmoid' is unknown: use one of linear, cosine"),
+            ({"attn_heads": 2, "num_classes": 4}, "num_classes = 4 contradicts .* num_classes = 3"),
+        ],
+    )
+    def test_refusals(self, tmp_path, options, message):
+        network = labelled.Unet(8, 3, dim_mults=(1, 2), channels=1, attn_heads=2, attn_dim_head=8)
+        torch.save(network.state_dict(), tmp_path / "unet.pt")
+        with pytest.raises(EpsrtError, match=message):
+            alone(tmp_path / "unet.pt", **options)
+
+
+def karras(channels=1, **shape):
+    network = KarrasUnet(
+        image_size=SIZE, dim=8, channels=channels, fourier_dim=4, attn_dim_head=8, num_blocks_per_stage=1, **shape
+    )
+    for name, p in network.eval().named_parameters():
+        p.data.normal_(generator=torch.Generator().manual_seed(len(name)))
+        if name.endswith("gain"):  # zero, they would make it blind
+            p.data.fill_(0.5)
+    return network
+
+
+class TestTheKarrasUnet:
+    @pytest.mark.slow
+    def test_samples_are_theirs(self, tmp_path, sampled):
+        network = karras(dim_max=16, num_downsamples=2, attn_res=(8, 2))
+        how = {"objective": "pred_v", "beta_schedule": "cosine", "timesteps": T, "sampling_timesteps": 10}
+        model = theirs.GaussianDiffusion(network, image_size=SIZE, **how).eval()
+        torch.save({"_orig_mod." + k: v for k, v in model.state_dict().items()}, tmp_path / "model.pt")
+        source = lucidrains.load(tmp_path / "model.pt", image_size=SIZE, sampling_timesteps=10)
+        truth = sampled(model)
+        assert worst_psnr(drawn_by(source, tmp_path / "a.epsrt"), truth, (-1.0, 1.0)) > 100
+        assert 0.2 < truth.std() < 0.99
+
+    @pytest.mark.parametrize(
+        "shape",
+        [
+            {"num_downsamples": 0, "attn_res": (8,)},
+            {"num_downsamples": 1, "attn_res": ()},
+            {"num_downsamples": 2, "attn_res": (16, 4), "dim_max": 24},
+            {"num_downsamples": 1, "attn_res": 8, "num_classes": 3, "mp_cat_t": 0.4, "channels": 2},
+        ],
+        ids=str,
+    )
+    def test_its_arguments_are_read(self, tmp_path, shape):
+        network = karras(**shape)
+        torch.save(network.state_dict(), tmp_path / "unet.pt")
+        x, t, told = torch.randn(2, network.channels, SIZE, SIZE), torch.tensor([3.0, 17.0]), torch.tensor([0, 2])
+        with torch.no_grad():
+            truth = network(x, t, class_labels=told) if "num_classes" in shape else network(x, t)
+            assert truth.std() > 0.1
+            for given in (shape, {name: value for name, value in shape.items() if name == "mp_cat_t"}):
+                source = alone(tmp_path / "unet.pt", **given)
+                assert torch.equal(source.network(x, t, *([told] if source.classes else [])), truth)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"image_size": "8,16"}, "a KarrasUnet takes squares alone"),
+            ({"image_size": 9}, "takes multiples of 2"),
+            ({"attn_res": 8}, "attn_res = .* contradicts"),
+            ({"dim_mults": 3}, "takes no option 'dim_mults' for a KarrasUnet .gaussian."),
+        ],
+    )
+    def test_refusals(self, tmp_path, options, message):
+        torch.save(karras(num_downsamples=1, attn_res=(4,)).state_dict(), tmp_path / "unet.pt")
+        with pytest.raises(EpsrtError, match=message):
+            alone(tmp_path / "unet.pt", **options)
+
+    def test_half_precision(self, tmp_path):
+        torch.save(karras(num_downsamples=1, attn_res=(4,)).state_dict(), tmp_path / "unet.pt")
+        network = alone(tmp_path / "unet.pt").network
+        half, x, t = half_copy(network), drawn(noise.START, 0), torch.tensor([3.0, 500.0, 999.0])
+        with torch.no_grad():
+            truth, out = network(x, t), half(x.half(), t).float()
+        assert (out - truth).norm() / truth.norm() < 5e-3
+
+
+class TestTheElucidatedDiffusion:
+    @pytest.mark.slow
+    def test_samples_are_theirs(self, tmp_path, monkeypatch):
+        """32 steps of Heun with churn: theirs draws noise before each step, and ours in the row before."""
+        unet = functools.partial(theirs.Unet, 8, dim_mults=(1, 2), channels=1, learned_sinusoidal_cond=True)
+        model = trained(lambda: ElucidatedDiffusion(unet(), image_size=SIZE, channels=1))
+        torch.save(EMA(model).state_dict(), tmp_path / "ema.pt")
+        source = lucidrains.load(tmp_path / "ema.pt", image_size=SIZE)
+        assert (source.prediction, source.sampling.method, source.sampling.steps) == ("edm", "heun", 32)
+        plan = plan_of(source)
+        rows = [drawn(noise.START, 0), None, *(drawn(noise.STEP, int(plan["n"][i])) for i in range(1, 63, 2))]
+        calls = iter(rows)
+        with monkeypatch.context() as patched:
+            zeros = torch.zeros(IMAGES, 1, SIZE, SIZE)  # the first step, at σ = 80, is above S_tmax
+            patched.setattr(torch, "randn", lambda shape, device=None: zeros if (row := next(calls)) is None else row)
+            truth = 2 * model.sample(IMAGES).numpy() - 1
+        assert next(calls, None) is None
+        assert np.count_nonzero(plan["d"]) > 20
+        assert worst_psnr(drawn_by(source, tmp_path / "a.epsrt"), truth, (-1.0, 1.0)) > 100
+        assert 0.2 < truth.std() < 0.95
+
+    def test_its_options(self, tmp_path):
+        torch.save(unet(learned_sinusoidal_cond=True).state_dict(), tmp_path / "unet.pt")
+        told = {"sigma_max": 50, "sigma_data": 0.4, "num_sample_steps": 12, "S_churn": 0, "rho": 5}
+        source = lucidrains.load(tmp_path / "unet.pt", image_size=SIZE, diffusion="elucidated", **told)
+        assert (source.schedule.sigma_max, source.sigma_data, source.sampling.steps) == (50, 0.4, 12)
+        assert (source.sampling.options["s_churn"], source.sampling.options["rho"]) == (0, 5)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({}, "learned frequencies alone, .*: say diffusion=elucidated, or objective and beta_schedule"),
+            ({"diffusion": "elucidated", "num_sample_steps": 1}, "num_sample_steps = 1: their levels need at least 2"),
+            ({"diffusion": "elucidated", "sigma_min": 90}, "sigma_min = 90 is not between 0 and sigma_max = 80"),
+            ({"diffusion": "elucidated", "objective": "pred_v"}, "no option 'objective' for a Unet .elucidated."),
+        ],
+        ids=str,
+    )
+    def test_refusals(self, tmp_path, options, message):
+        torch.save(unet(learned_sinusoidal_cond=True).state_dict(), tmp_path / "unet.pt")
+        with pytest.raises(EpsrtError, match=message):
+            lucidrains.load(tmp_path / "unet.pt", image_size=SIZE, **options)
+
+
+class TestWhereFilesHaveIt:
+    @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "net."])
+    @pytest.mark.parametrize("wrapper", [None, "state_dict", "model_state_dict"])
+    def test_prefixes_and_wrappers(self, tmp_path, prefix, wrapper):
+        model = diffusion("pred_v", "cosine")
+        state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+        torch.save(state if wrapper is None else {wrapper: state, "epoch": 3}, tmp_path / "some.pt")
+        source = lucidrains.load(tmp_path / "some.pt", image_size=SIZE)
+        assert source.prediction == "v"
+        assert prefix.split(".")[0] in " ".join(source.notes)
+        x, t = drawn(noise.START, 0), torch.full((IMAGES,), 7.0)
+        with torch.no_grad():
+            assert torch.equal(source.network(x, t), model.model(x, t))
+
+    @pytest.mark.parametrize("whole", [True, False], ids=["diffusion", "unet"])
+    @pytest.mark.parametrize("average", [True, False, None])
+    def test_an_averages_own_file(self, tmp_path, whole, average):
+        online, wanted = diffusion(seed=2), diffusion(seed=1)
+        ema = EMA(online if whole else online.model)
+        ema.ema_model.load_state_dict((wanted if whole else wanted.model).state_dict())
+        torch.save(ema.state_dict(), tmp_path / "ema.pt")
+        given = {} if whole else {"objective": "pred_v", "beta_schedule": "sigmoid", "timesteps": T}
+        source = lucidrains.load(tmp_path / "ema.pt", image_size=SIZE, ema=average, **given)
+        truth = (online if average is False else wanted).model
+        x, t = drawn(noise.START, 0), torch.full((IMAGES,), 7.0)
+        with torch.no_grad():
+            assert torch.equal(source.network(x, t), truth(x, t))
+        assert source.schedule.T == T
+
+
+class TestOtherData:
+    @pytest.mark.parametrize(
+        ("make", "way"),
+        [
+            (lambda: Unet1D(8, dim_mults=(1, 2)), r"1-D .*self.net\(x\[:, :, 0\], t\)\[:, :, None\]"),
+            (lambda: KarrasUnet1D(seq_len=8, dim=8, num_downsamples=1, num_blocks_per_stage=1), "1-D .*height 1"),
+            (
+                lambda: KarrasUnet3D(image_size=8, frames=4, dim=8, num_downsamples=1, num_blocks_per_stage=1),
+                "3-D .*one below another",
+            ),
+        ],
+    )
+    def test_networks_of_sequences_and_volumes(self, tmp_path, make, way):
+        state = make().state_dict()
+        torch.save(state, tmp_path / "net.pt")
+        with pytest.raises(EpsrtError, match=way):
+            alone(tmp_path / "net.pt")
+        guess = lucidrains.recognise({name: tuple(t.shape) for name, t in state.items()}, {})
+        assert guess.family == ""
+        assert "adapter" in guess.facts["refused"]
+
+    def test_continuous_time(self, tmp_path):
+        model = ContinuousTimeGaussianDiffusion(unet(learned_sinusoidal_cond=True), image_size=SIZE, channels=1)
+        torch.save(model.state_dict(), tmp_path / "model.pt")
+        with pytest.raises(EpsrtError, match="continuous time .* told log SNR and not a timestep"):
+            lucidrains.load(tmp_path / "model.pt", image_size=SIZE)
+
+
+class TestRecognise:
+    def guess(self, module, prefix="", **rest):
+        return lucidrains.recognise({prefix + n: tuple(t.shape) for n, t in module.state_dict().items()}, rest)
+
+    def test_networks(self):
+        whole = self.guess(diffusion(), "module.", version="2.3.4")
+        assert whole.family == "denoising-diffusion-pytorch"
+        assert whole.facts == {
+            "network": "Unet of denoising-diffusion-pytorch (denoising_diffusion_pytorch.py)",
+            "channels": "1",
+            "image size": "multiples of 2",
+            "version": "2.3.4",
+            "diffusion": "GaussianDiffusion",
+        }
+        assert set(whole.missing) == {"image_size"}
+        assert set(self.guess(unet()).missing) == {"image_size", "objective", "beta_schedule"}
+        fourier = unet(learned_sinusoidal_cond=True)
+        assert set(self.guess(fourier).missing) == {"image_size", "diffusion"}
+        assert self.guess(fourier, "ema_model.net.").facts["diffusion"] == "ElucidatedDiffusion"
+        assert self.guess(labelled.Unet(8, 5, dim_mults=(1,))).facts["classes"] == "5"
+        assert "KarrasUnet" in self.guess(karras(num_downsamples=1)).facts["network"]
+        assert self.guess(unet(learned_variance=True)).facts["variance"] == "learned"
+
+    def test_others(self):
+        assert self.guess(nn.Linear(2, 2)) is None
+        assert lucidrains.recognise({"init_conv.weight": (8, 1, 7, 7), "final_conv.weight": (1, 8, 1, 1)}, {}) is None
 
 
 def alone(path, **more):
@@ -261,13 +543,13 @@ class TestWhatTheFileSays:
         words = {"dim_mults": "1, 2", "full_attn": "false,true", "attn_heads": 4, "attn_dim_head": "32,32", "dim": 8}
         assert alone(tmp_path / "unet.pt", **words, image_size="8").shape == (1, 8, 8)
 
-    @pytest.mark.parametrize("kind", lucidrains.BETA_SCHEDULES)
+    @pytest.mark.parametrize("kind", lucidrains_diffusions.BETA_SCHEDULES)
     @pytest.mark.parametrize("steps", [50, 1000])
     def test_schedules_are_theirs_in_float64(self, kind, steps):
         model = theirs.GaussianDiffusion(
             theirs.Unet(8, dim_mults=(1,)), image_size=8, timesteps=steps, beta_schedule=kind
         )
-        schedule, found = lucidrains._schedule(theirs, dict(model.named_buffers()), None, kind, "x.pt")
+        schedule, found = lucidrains_diffusions.schedule_of(theirs, dict(model.named_buffers()), None, kind, "x.pt")
         exact = getattr(theirs, f"{kind}_beta_schedule")(steps).numpy()
         assert found == kind
         np.testing.assert_allclose(schedule.beta, exact, rtol=1e-12, atol=1e-15)
@@ -275,12 +557,12 @@ class TestWhatTheFileSays:
 
     def test_schedules_of_other_arguments_are_the_buffer(self):
         model = smallest(timesteps=T, schedule_fn_kwargs={"start": -2})
-        schedule, found = lucidrains._schedule(theirs, dict(model.named_buffers()), None, None, "x.pt")
+        schedule, found = lucidrains_diffusions.schedule_of(theirs, dict(model.named_buffers()), None, None, "x.pt")
         assert found == "given"
         np.testing.assert_array_equal(schedule.beta.astype(np.float32), model.betas.numpy())
 
     @pytest.mark.parametrize("objective", KINDS)
-    @pytest.mark.parametrize("kind", lucidrains.BETA_SCHEDULES)
+    @pytest.mark.parametrize("kind", lucidrains_diffusions.BETA_SCHEDULES)
     @pytest.mark.parametrize(
         "clipped", [{}, {"min_snr_loss_weight": True}, {"min_snr_loss_weight": True, "min_snr_gamma": 1}]
     )
@@ -288,8 +570,8 @@ class TestWhatTheFileSays:
         for steps in (T + 5, 1000):
             model = smallest(timesteps=steps, beta_schedule=kind, objective=objective, **clipped)
             buffers = dict(model.named_buffers())
-            schedule, _ = lucidrains._schedule(theirs, buffers, None, None, "x.pt")
-            assert lucidrains._prediction(buffers, schedule, None, False, "x.pt") == KINDS[objective]
+            schedule, _ = lucidrains_diffusions.schedule_of(theirs, buffers, None, None, "x.pt")
+            assert lucidrains_diffusions.prediction_of(buffers, schedule, None, False, "x.pt") == KINDS[objective]
 
     def test_ddim_timesteps(self):
         """As the docstring has it: theirs where S divides T, else at most one noisier."""
@@ -308,7 +590,8 @@ class TestTheWholeGate:
     @pytest.mark.slow
     def test_passes_in_both_precisions_and_samples_theirs(self, tmp_path, sampled):
         how = {"sampling_timesteps": 10, "ddim_sampling_eta": 0.5}
-        model = trained(diffusion("pred_v", **how))
+        size = {"image_size": SIZE, "timesteps": T}
+        model = trained(lambda: theirs.GaussianDiffusion(theirs.Unet(8, dim_mults=(1, 2), channels=1), **size, **how))
         source = lucidrains.load(saved(tmp_path / "model-7.pt", model), image_size=SIZE, **how)
         bundle = export(source, tmp_path / "some.epsrt", max_batch=IMAGES)
         rungs = {(r.name, r.precision): r for r in bundle.parity()}
@@ -339,7 +622,7 @@ class TestRefusals:
         [
             ({"image_size": None}, "image_size is not in the file: give it"),
             ({"image_size": 9}, "image_size = 9 does not suit the network, which takes multiples of 2"),
-            ({"image_size": "8,8,8"}, "image_size = 8,8,8 does not suit"),
+            ({"image_size": "8,8,8"}, "image_size = 8,8,8 is neither one number"),
             ({"image_size": "big"}, "image_size = 'big' is not a whole number"),
             ({"dim": 64}, "dim = 64 contradicts .*model-7.pt, whose network has dim = 8: leave it out"),
             ({"dim": "small"}, "dim = 'small' is not a whole number"),
@@ -353,7 +636,11 @@ class TestRefusals:
             ({"learned_variance": True}, "learned_variance = True contradicts"),
             ({"random_fourier_features": True}, "learned_sinusoidal_cond = True contradicts"),
             ({"learned_sinusoidal_dim": 16}, "learned_sinusoidal_dim = 16 contradicts"),
-            ({"self_condition": True}, "self_condition takes the last step's x0 .*: train without it"),
+            ({"self_condition": True}, "takes a second image, the x0 of the step before .*: train with"),
+            ({"num_classes": 3}, "takes no option 'num_classes' for a Unet .gaussian."),
+            ({"S_churn": 3}, "takes no option 'S_churn' for a Unet .gaussian."),
+            ({"diffusion": "edm"}, "diffusion 'edm' is unknown: use one of gaussian, elucidated"),
+            ({"diffusion": "elucidated"}, "a Unet with learned frequencies .*, and this is a Unet without"),
             ({"timesteps": 1000}, "timesteps = 1000 contradicts .*, which has 20 betas: leave it out"),
             ({"timesteps": 0}, "timesteps = 0 makes no diffusion"),
             ({"objective": "pred_x0"}, "objective = pred_x0 contradicts .*, whose loss weights are of pred_v"),
@@ -373,15 +660,15 @@ class TestRefusals:
         assert "\n" not in str(caught.value)
 
     def test_unknown_options(self, file):
-        with pytest.raises(EpsrtError, match="takes no option 'image_sise': did you mean image_size"):
+        with pytest.raises(EpsrtError, match="no option 'image_sise' for a Unet .gaussian.: did you mean image_size"):
             families.load("denoising-diffusion-pytorch", file, image_sise=8)
 
     @pytest.mark.parametrize(
         ("options", "message"),
         [
             ({"objective": None}, "does not say what its network predicts: say objective"),
-            ({"beta_schedule": None}, "is a Unet alone: say beta_schedule, one of linear, cosine, sigmoid"),
-            ({"ema": True}, "ema = True is for a Trainer's file"),
+            ({"beta_schedule": None}, "is a network alone: say beta_schedule, one of linear, cosine, sigmoid"),
+            ({"ema": True}, "ema = true, but .* holds the plain weights alone: leave ema out"),
         ],
         ids=str,
     )
@@ -399,12 +686,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda s: {"net." + k: v for k, v in s.items()}, "holds no Unet of denoising-diffusion-pytorch"),
-            (lambda s: {"model." + k: v for k, v in s.items()}, "continuous time .* told log SNR and not a timestep"),
-            (lambda s: {**s, "init_conv.weight": torch.zeros(8, 1, 7)}, "for 1-dimensional data"),
+            (lambda s: {"net" + k: v for k, v in s.items()}, "holds no network of this family"),
+            (lambda s: {**s, "downs.0.2.fn.fn.to_qkv.weight": s["init_conv.weight"]}, "the package's earlier layout"),
             (lambda s: {**s, "init_conv.weight": torch.zeros(8, 2, 7, 7)}, "self_condition"),
             (lambda s: {**s, "final_conv.weight": torch.zeros(4, 8, 1, 1)}, "returns 4 channels for 1"),
-            (lambda s: {k: v for k, v in s.items() if "mem_kv" not in k}, "lacks the tensor downs.0.2.mem_kv .*older"),
+            (lambda s: {k: v for k, v in s.items() if "mem_kv" not in k}, "lacks downs.0.2.mem_kv, .*from Python"),
             (lambda s: {k: v for k, v in s.items() if "mid_attn.norm" not in k}, "lacks the tensor mid_attn.norm.g"),
             (lambda s: {**s, "more": torch.zeros(1)}, "tensor more, .* that the network lacks"),
             (lambda s: {**s, "more": 3}, "entry 'more' is a int, not a tensor"),
@@ -420,8 +706,8 @@ class TestRefusals:
         data = torch.load(file, weights_only=True)
         del data["ema"]
         torch.save(data, tmp_path / "model-8.pt")
-        assert lucidrains.load(tmp_path / "model-8.pt", image_size=SIZE).training["weights"] == "model"
-        with pytest.raises(EpsrtError, match="ema = True, but .* holds only the weights of model"):
+        assert lucidrains.load(tmp_path / "model-8.pt", image_size=SIZE).training == {"steps": 700}
+        with pytest.raises(EpsrtError, match="ema = true, but .* holds the plain weights alone"):
             lucidrains.load(tmp_path / "model-8.pt", image_size=SIZE, ema=True)
 
     def test_pickles_and_damage(self, tmp_path, file):

@@ -145,9 +145,8 @@ def of_family(name: str):
             return ADMUNet(config), (3, 8, 8), "learned_range"
     from epsrt_export.families import lucidrains_unet
 
-    package = lucidrains_unet.theirs()
-    network = package.Unet(dim=8, dim_mults=(1, 2))
-    lucidrains_unet.adapt(network, package)
+    network = lucidrains_unet.theirs().Unet(dim=8, dim_mults=(1, 2))
+    lucidrains_unet.adapt(network)
     return network, (3, 8, 8), None
 
 

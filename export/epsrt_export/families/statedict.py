@@ -31,6 +31,7 @@ class Weights:
     rest     plain values of the file: step, epoch, hyper_parameters
     shadow   averages in the order of parameters(), where an averager kept no names; `load_into` takes them
     notes    sentences: what was chosen, and which prefixes were taken off
+    prefix   what stood before the names, without torch's wrappers: "model." of a diffusion
     """
 
     tensors: dict[str, Tensor]
@@ -38,6 +39,7 @@ class Weights:
     rest: dict[str, Any] = field(default_factory=dict)
     shadow: tuple[Tensor, ...] | None = None
     notes: tuple[str, ...] = ()
+    prefix: str = ""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -115,6 +117,7 @@ def weights_in(found: Any, path: str | Path, anchors: str | Sequence[str], ema: 
         _rest(found),
         shadow if take else None,
         tuple(_notes(place, Path(path).name, take, all(both))),
+        place.prefix,
     )
 
 
