@@ -131,7 +131,9 @@ class TestSources:
         found, want = load("edm", tmp_path / "bare.pt"), load("edm", saved("iddpm"))
         assert found.origin == want.origin == "training.networks.iDDPMPrecond"
         np.testing.assert_allclose(found.schedule.alpha_bar, want.schedule.alpha_bar, rtol=1e-3)
-        assert load("edm", saved("ddpmpp", {"precond": None, "epsilon_t": 1e-4})).origin.endswith("VPPrecond")
+        source = load("edm", saved("ddpmpp", {"precond": None, "epsilon_t": 1e-4}))
+        assert source.origin == "training.networks.VPPrecond"
+        assert not source.network.training
 
     def test_half_precision(self, saved):
         for case in ("ncsnpp", "ddpmpp", "adm"):

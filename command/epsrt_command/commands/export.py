@@ -33,6 +33,7 @@ FAMILIES = (
     "dit",
     "sit",
     "torchcfm",
+    "score-sde",
 )
 
 

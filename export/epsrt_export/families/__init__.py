@@ -21,6 +21,7 @@ FAMILIES = {
     "guided-diffusion": ("openai", "guided"),
     "denoising-diffusion-pytorch": ("lucidrains", "load"),
     "edm": ("edm", "load"),
+    "score-sde": ("score_sde", "load"),
     "dit": ("dit", "dit"),
     "sit": ("dit", "sit"),
     "torchcfm": ("torchcfm", "load"),

@@ -61,8 +61,8 @@ def load(
     owner's default, and the source's notes say so.
 
     The source's sampling is that of the owner's generate.py: 18 steps of Heun on Karras' σ, as far as the network knows
-    σ within 0.002 … 80. Theirs rounds σ to whole timesteps of iDDPMPrecond; here that takes explicit timesteps. Networks
-    of VPPrecond and iDDPMPrecond are given x in units of √(1 + σ²), where x begins as z, theirs as σ·z/√(1 + σ²).
+    σ within 0.002 … 80. Theirs rounds σ to whole timesteps of iDDPMPrecond; here that takes explicit timesteps. VP's
+    and iDDPM's networks are given x in units of √(1 + σ²), where x begins as z, and theirs as σ·z/√(1 + σ²).
 
     Raises InputError for an option that is unknown or contradicts the file, and BundleError for files that are damaged
     or not of these networks.
@@ -88,7 +88,7 @@ def load(
     u = found.beside.get("u")
     schedule, prediction, network = diffusion(kind, settings, unet, None if u is None else u.double().numpy())
     return Source(
-        network,
+        network.eval(),
         schedule,
         (config.channels, config.resolution, config.resolution),
         prediction=prediction,

@@ -55,21 +55,23 @@ class EDMConfig:
 
 
 class Filter(nn.Module):
-    """A separable filter that halves or doubles height and width."""
+    """A separable filter that halves or doubles height and width, or (stride 1) keeps them but for its padding."""
 
     kernel: Tensor
 
-    def __init__(self, channels: int, taps: tuple[float, ...], up: bool = False, pad: bool = True) -> None:
+    def __init__(
+        self, channels: int, taps: tuple[float, ...], up: bool = False, padding: int | None = None, stride: int = 2
+    ) -> None:
         super().__init__()
         row = torch.tensor(taps, dtype=torch.float32, device="cpu")  # real on the meta device too
         kernel = torch.outer(row, row) / row.sum() ** 2 * (4 if up else 1)
         self.register_buffer("kernel", kernel.repeat(channels, 1, 1, 1), persistent=False)
-        self.up, self.padding = up, (len(taps) - 1) // 2 if pad else 0
+        self.up, self.padding, self.stride = up, (len(taps) - 1) // 2 if padding is None else padding, stride
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H/2, W/2], or with `up` [B, C, 2H, 2W]."""
-        convolve = F.conv_transpose2d if self.up else F.conv2d
-        return convolve(x, self.kernel.to(x.dtype), stride=2, padding=self.padding, groups=len(self.kernel))
+        convolve, groups = F.conv_transpose2d if self.up else F.conv2d, len(self.kernel)
+        return convolve(x, self.kernel.to(x.dtype), stride=self.stride, padding=self.padding, groups=groups)
 
 
 def resized(channels: int, taps: tuple[float, ...], how: str) -> nn.Module:
@@ -98,7 +100,7 @@ class Shrink(nn.Conv2d):
 
     def __init__(self, into: int, out: int, taps: tuple[float, ...]) -> None:
         super().__init__(into, out, 3, padding=1 + (len(taps) - 1) // 2)
-        self.filter = Filter(out, taps, pad=False)
+        self.filter = Filter(out, taps, padding=0)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, into, H, W] -> [B, out, H/2, W/2]."""
