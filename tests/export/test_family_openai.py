@@ -18,11 +18,13 @@ from epsrt.timesteps import spaced
 from epsrt_export import export, export_network
 from epsrt_export.families import load, openai
 from epsrt_export.families.adm import ADMConfig, ADMUNet
-from epsrt_export.families.adm_shapes import Seen
+from epsrt_export.families.adm_shapes import Seen, seen
 from epsrt_export.families.openai import guided, improved, recognise
 from epsrt_export.families.openai_flags import command_line, flags_of
 from epsrt_export.precision import half_copy
 from epsrt_export.redraw import redraw
+from epsrt_export.source import Source
+from epsrt_export.stepgraph import check_network
 
 SMALL = ADMConfig(
     image_size=16, num_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(8,), num_heads=4
@@ -170,6 +172,7 @@ class TestNetwork:
         reference.load_state_dict(state, strict=True)
         network.load_state_dict(state, strict=True)
         assert list(network.state_dict()) == list(state)
+        assert seen({name: tuple(tensor.shape) for name, tensor in state.items()}, "it") == Seen.of(config)
         x, t, *label = inputs(config)
         with torch.no_grad():
             out, want = network(x, t, *label), reference(t, x, *label)
@@ -448,6 +451,11 @@ class TestCommandLines:
         assert judged.startswith("classifier_scale, classifier_path are of a classifier to guide by, which is not in")
         assert not any("classifier" in name or name == "model_path" for name in source.config)
 
+    def test_plain_weights_of_a_training(self, saved):
+        (note,) = guided(saved(name="model200000.pt"), **FLAGS).notes
+        assert "in ema_RATE_200000.pt" in note
+        assert guided(saved(name="ema_0.9999_200000.pt"), **FLAGS).notes == ()
+
     def test_classifiers_are_guideds(self, saved):
         with pytest.raises(EpsrtError, match="classifier_scale is a flag of guided-diffusion, not of improved"):
             improved(saved(), **FLAGS, classifier_scale=1.0)
@@ -678,6 +686,20 @@ class TestFilesThatAreRefused:
         with pytest.raises(EpsrtError, match=message):
             guided(saved(change=upsampler), **FLAGS)
 
+    def test_upsamplers_way_out(self):
+        class Adapter(nn.Module):
+            def __init__(self, net, image):
+                super().__init__()
+                self.net = net
+                self.register_buffer("image", image)
+
+            def forward(self, x, t):
+                return self.net(t, torch.cat([x, self.image.expand(x.shape[0], -1, -1, -1)], 1))
+
+        theirs = guided_unet()(16, 6, 32, 3, 1, (2,), channel_mult=(1, 2), num_heads=2).eval()
+        source = Source(Adapter(theirs, torch.randn(1, 3, 16, 16)).eval(), Schedule("cosine", 40), (3, 16, 16))
+        check_network(source.network, source.shape, False, torch.float32)
+
     def test_classifiers(self, saved):
         path = saved(change=lambda state: {k: v for k, v in state.items() if not k.startswith("output_blocks.")})
         with pytest.raises(EpsrtError, match="is of a classifier of noised images .*: give the file of a diffusion"):
@@ -692,6 +714,22 @@ class TestFilesThatAreRefused:
         path = saved(change=lambda state: {k: v for k, v in state.items() if not k.startswith("output_blocks.3.")})
         with pytest.raises(BundleError, match="has 3 output_blocks on 2 levels, which no network of OpenAI's has"):
             guided(path, **FLAGS)
+
+    def test_three_dimensions_and_their_way_out(self, tmp_path):
+        theirs = guided_unet()(8, 2, 32, 2, 1, (2,), channel_mult=(1, 2), dims=3, num_heads=2).eval()
+        torch.save(theirs.state_dict(), tmp_path / "video.pt")
+        with pytest.raises(EpsrtError, match=r"\(dims=3\), .* takes \[B, C, D·H, W\] for \[B, C, D, H, W\]$"):
+            guided(tmp_path / "video.pt", **FLAGS)
+
+        class Adapter(nn.Module):
+            def __init__(self, net):
+                super().__init__()
+                self.net = net
+
+            def forward(self, x, t):
+                return self.net(t, x.reshape(-1, 2, 4, 8, 8)).reshape(-1, 2, 32, 8)
+
+        check_network(Adapter(theirs), (2, 32, 8), False, torch.float32)
 
     def test_one_dimension_and_its_way_out(self, tmp_path):
         theirs = guided_unet()(16, 2, 32, 2, 1, (2,), channel_mult=(1, 2), dims=1, num_heads=2).eval()

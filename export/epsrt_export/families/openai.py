@@ -5,6 +5,7 @@ Their files are bare state dicts; what the network and its diffusion are, the fl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,12 @@ def _load(family: str, path: Path, ema: bool | None, size: Size | None, given: F
 
 
 def _notes(path: Path, aside: Mapping[str, str]) -> Iterator[str]:
-    """What was left out of a command line."""
+    """What was left out of a command line, and whether better weights lie beside."""
+    if trained := re.fullmatch(r"model(\d+)\.pt", path.name):
+        yield (
+            f"{path.name} has the plain weights; their training saves the averaged ones, which draw better, in "
+            f"ema_RATE_{trained[1]}.pt"
+        )
     model = aside.get("model_path", "")
     if model and Path(model).name != path.name:
         yield f"the flags name model_path {model}, and what is read is {path.name}"
