@@ -1,23 +1,43 @@
-"""epsrt inspect: what a bundle holds, as a person wants to read it."""
+"""epsrt inspect: what a bundle holds, as a person wants to read it; and what a file that is none looks like."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
 
 import msgspec
+import typer
 
+from epsrt.errors import InputError
 from epsrt_command import show
+from epsrt_command.foreign import needs
 
 EXAMPLES = """\
 epsrt inspect out/digits.epsrt
 epsrt inspect out/digits.epsrt --json | jq .manifest.schedule
+epsrt inspect somebodys-model.pt
+epsrt inspect path/to/diffusers-folder
 """
 
 
-def inspect(bundle: show.BundleArgument, as_json: show.JsonOption = False) -> None:
-    """Show what a bundle holds, where it came from and how well it was proven. Verifies every file first."""
-    from epsrt.bundle import Bundle
+PathArgument = Annotated[
+    Path, typer.Argument(metavar="PATH", help="A bundle; or a file of weights or a folder, to be told what it is.")
+]
 
+
+def inspect(path: PathArgument, as_json: show.JsonOption = False) -> None:
+    """Show what a bundle holds, where it came from and how well it was proven. Verifies every file first.
+
+    Of anything else it says what it looks like, from the names and shapes of its tensors, and the command to export it.
+    """
+    from epsrt.bundle import Bundle
+    from epsrt.manifest import MANIFEST
+
+    if path.exists() and path.suffix != ".epsrt" and not (path / MANIFEST).is_file():
+        _look(path, as_json)
+        return
+    bundle = path
     opened = Bundle.open(bundle)
     m, rungs = opened.manifest, opened.parity()
     if as_json:
@@ -82,6 +102,27 @@ def inspect(bundle: show.BundleArgument, as_json: show.JsonOption = False) -> No
         files.add_row(name, show.size(entry.size), entry.sha256[:16] + "…")
     console.print(files, "")
     console.print(show.rung_table(rungs))
+
+
+def _look(path: Path, as_json: bool) -> None:
+    """Raises InputError, after all that is known, where no command would export it."""
+    with needs(f"{path} is no bundle, and a look at it", "export,cpu"):
+        from epsrt_export.families.look import look
+    seen = look(path)
+    if as_json:
+        show.print_json(dataclasses.asdict(seen) | {"path": str(path)})
+    else:
+        typer.echo(f"{path} is no bundle. It looks like this:")
+        facts = show.table("", "", "")
+        for what, how in seen.facts:
+            facts.add_row(what, how)
+        show.out().print(facts, "")
+    if seen.problem:
+        raise InputError(f"{path}: {seen.problem}")
+    if not as_json:
+        typer.echo(seen.command)
+        for name, why in seen.missing:
+            typer.echo(f"  {name}: {why}")
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -12,13 +12,11 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from epsrt.errors import BundleError, InputError, one_line, one_of, typed
+from epsrt.errors import BundleError, EpsrtError, InputError, one_line, one_of, typed
 from epsrt.manifest import Sampling
 from epsrt_export.families import diffusers_scheduler, statedict
-from epsrt_export.families.diffusers_folder import CONFIG, Folder, find, read_json
-from epsrt_export.families.guess import Guess
+from epsrt_export.families.diffusers_folder import ADAPTER, CONFIG, OTHERS, Folder, find, read_json
 from epsrt_export.families.sides import Size, height_and_width
-from epsrt_export.families.statedict import Shapes
 from epsrt_export.source import LATENTS, Source
 
 DIT_GUIDANCE = 4.0  # DiTPipeline's guidance_scale, unless told
@@ -30,16 +28,6 @@ DEEPEST, LARGEST = 256, 1 << 20  # of layers; of any other number in config.json
 EMA_KEYS = (
     "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
 )  # fmt: skip
-ADAPTER = "export it from Python, with export_network and an adapter that fixes it"
-# other models of theirs: what a bundle lacks for them
-OTHERS = {
-    "UNet1DModel": "its samples are sequences [C, L]: export it from Python, with an adapter for images [C, 1, L]",
-    "UNet3DConditionModel": "its samples are videos [C, D, H, W], and bundles hold images",
-    "UNet2DConditionModel": f"it takes a context beside the image, such as a text's embedding: {ADAPTER}",
-    "Transformer2DModel": "an early DiT was saved so: load it as DiTTransformer2DModel and save it again",
-    "AutoencoderKL": "it is an autoencoder, which denoises nothing: give the folder of the pipeline",
-    "VQModel": "it is an autoencoder, which denoises nothing: give the folder of the pipeline",
-}
 _EARLY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # names of diffusers before 0.17
 _EARLY_NAME = re.compile(r"(.*attentions?(?:\.\d+)?)\.(query|key|value|proj_attn)\.(weight|bias)")
 
@@ -124,18 +112,29 @@ class Denoiser(nn.Module):
         return torch.cat([out[:, : self.channels], log.to(out.dtype)], 1)
 
 
-def recognise(shapes: Shapes, rest: Mapping[str, Any]) -> Guess | None:
-    """A UNet2DModel's or DiT's state dict without its folder, whose config.json alone says how it is built."""
-    first = shapes.get("conv_in.weight", ())
-    if "time_embedding.linear_1.weight" not in shapes or len(first) < 3:
-        return None
-    kind = {3: "UNet1DModel", 4: "UNet2DModel", 5: "UNet3DConditionModel"}.get(len(first), "a U-Net")
-    if any(".attn2." in name for name in shapes):
-        kind = "UNet2DConditionModel"
-    facts = {"network": f"diffusers' {kind}", "channels": f"{first[1]}", "missing": f"its {CONFIG}, and a scheduler's"}
-    if kind in OTHERS:
-        return Guess("", {**facts, "not yet": OTHERS[kind]})
-    return Guess("diffusers", facts, {}, {"": "give the folder that has them, not the file"})
+def seen(path: Path) -> tuple[list[tuple[str, str]], str]:
+    """What a folder holds, for people, and why `load` would refuse it, or "". Reads no weights."""
+    facts: list[tuple[str, str]] = []
+    try:
+        folder = find(path, None, None)
+        facts += [("weights", folder.name), *(("", note) for note in folder.notes)]
+        config, notes = _config(folder.model)
+        facts.append(("network", _facts(config)))
+        channels, returned = _channels(folder.model, config)
+        scheduler = diffusers_scheduler.read(folder.scheduler)
+        dit = config["_class_name"] == "DiTTransformer2DModel"
+        by = diffusers_scheduler.options(folder.scheduler, scheduler, returned == 2 * channels, dit)
+        noise = f"{scheduler['_class_name']}, {by.schedule.kind}, T = {by.schedule.T}, predicts {by.prediction}"
+        facts += [("noise", noise), *(("", note) for note in (*notes, *by.notes))]
+    except EpsrtError as error:
+        return facts, str(error)
+    return facts, ""
+
+
+def _facts(config: Mapping[str, Any]) -> str:
+    names = ("in_channels", "out_channels", "sample_size", "num_class_embeds", "num_embeds_ada_norm")
+    said = [f"{name} = {config[name]}" for name in names if config.get(name) is not None]
+    return ", ".join([config["_class_name"], *said])
 
 
 def _config(model: Path) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256 as hasher
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from epsrt.errors import BundleError, InputError
 from epsrt.files import sha256
+from epsrt_export.families.guess import Guess
 from epsrt_export.families.tensorfile import load
 
 CONFIG, SCHEDULER, PIPELINE = "config.json", "scheduler_config.json", "model_index.json"
@@ -22,6 +24,16 @@ STEM = "diffusion_pytorch_model"
 STEMS = (STEM, "model")  # accelerate's name, and transformers'
 SAVED = "give a folder that diffusers' save_pretrained wrote"
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
+# other models of theirs: what a bundle lacks for them
+ADAPTER = "export it from Python, with export_network and an adapter that fixes it"
+OTHERS = {
+    "UNet1DModel": "its samples are sequences [C, L]: export it from Python, with an adapter for images [C, 1, L]",
+    "UNet3DConditionModel": "its samples are videos [C, D, H, W], and bundles hold images",
+    "UNet2DConditionModel": f"it takes a context beside the image, such as a text's embedding: {ADAPTER}",
+    "Transformer2DModel": "an early DiT was saved so: load it as DiTTransformer2DModel and save it again",
+    "AutoencoderKL": "it is an autoencoder, which denoises nothing: give the folder of the pipeline",
+    "VQModel": "it is an autoencoder, which denoises nothing: give the folder of the pipeline",
+}
 _VARIANT = re.compile(rf"{STEM}\.(?:(\w+)(?:-\d{{5}}-of-\d{{5}})?\.safetensors|safetensors\.index\.(\w+)\.json)")
 _PARENT = re.compile(r"(?:unet|transformer)(?:_ema)?|checkpoint-\d+")  # of these the owner keeps the rest a folder up
 
@@ -85,6 +97,27 @@ def find(path: str | Path, ema: bool | None, variant: str | None) -> Folder:
     if beside:
         notes.append(f"the network draws latents of the autoencoder in {beside[0]}, which no bundle holds yet")
     return Folder(root, model, scheduler, files, listing, bool(beside), (*notes, *said))
+
+
+def is_folder(path: Path) -> bool:
+    """Whether diffusers or a training with it wrote this folder."""
+    names = (CONFIG, PIPELINE, *MODELS, *AVERAGED)
+    return any((path / name).exists() for name in names) or any(path.glob("checkpoint-*"))
+
+
+def recognise(shapes: Mapping[str, tuple[int, ...]], rest: Mapping[str, Any]) -> Guess | None:
+    """The state dict of a U-Net of theirs without its folder, whose config.json alone says how it is built."""
+    first = shapes.get("conv_in.weight", ())
+    if "time_embedding.linear_1.weight" not in shapes or len(first) < 3:
+        return None
+    kind = {3: "UNet1DModel", 4: "UNet2DModel"}.get(len(first), "UNet3DConditionModel")
+    if kind == "UNet2DModel" and any(".attn2." in name for name in shapes):
+        kind = "UNet2DConditionModel"
+    facts = {"network": f"diffusers' {kind}", "channels": str(first[1])}
+    if kind in OTHERS:
+        return Guess("", {**facts, "not yet": OTHERS[kind]})
+    lacks = f"it lacks {CONFIG} and {SCHEDULER}, which say how it is built and trained: give the folder that has them"
+    return Guess("", {**facts, "lacks": lacks})
 
 
 def read_json(path: Path, whose: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 class Guess:
     """What a family's `recognise` says of a file.
 
-    family   for --from; "" where no family reads it, and `facts` say what does
+    family   for --from; "" where no family reads it, and the last of `facts` says why and what to do
     facts    for people: what is seen, by a word for it (network, channels, classes, conditions, …)
     options  what --set must say, and the file shows
     missing  what --set must say, and no file shows: option -> why, in a few words

@@ -114,7 +114,7 @@ def weights_in(found: Any, path: str | Path, anchors: str | Sequence[str], ema: 
     return Weights(
         _tensors(place, path),
         _beside(place),
-        _rest(found),
+        rest_of(found),
         shadow if take else None,
         tuple(_notes(place, Path(path).name, take, all(both))),
         place.prefix,
@@ -224,7 +224,8 @@ def _beside(place: Place) -> dict[str, Tensor]:
     }
 
 
-def _rest(found: Mapping[Any, Any]) -> dict[str, Any]:
+def rest_of(found: Mapping[Any, Any]) -> dict[str, Any]:
+    """The plain values of a file."""
     return {str(name): value for name, value in found.items() if not _holds_tensors(value)}
 
 

@@ -6,12 +6,14 @@ import argparse
 import re
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from epsrt.errors import BundleError
@@ -28,6 +30,11 @@ _LIGHTNING = (
     "lightning_fabric.utilities.data",
     "pytorch_lightning.utilities.parsing",
 )
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 _SCALAR = np.float64(0).__reduce__()[0]
 _PLAIN: list[Any] = [
     argparse.Namespace,
@@ -44,17 +51,38 @@ def load(path: str | Path) -> Any:
     Raises BundleError for a path that is no file, and for a file that is damaged or holds more than tensors and plain
     values: no code of the file is ever run.
     """
+    with _reading(path):
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        # what torch saved before its version 1.6 is no zip, and cannot be mapped
+        with torch.serialization.safe_globals(_PLAIN):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def outline(path: str | Path) -> tuple[Any, dict[str, str]]:
+    """What `load` would return, and the metadata of *.safetensors, whose tensors are without values: its header alone
+    is read.
+    """
+    if Path(path).suffix != ".safetensors":
+        return load(path), {}
+    with _reading(path), safe_open(path, "pt") as file:
+        found = {}
+        for name in file.keys():  # noqa: SIM118 (it is no dict)
+            part = file.get_slice(name)
+            found[name] = torch.empty(part.get_shape(), dtype=_DTYPES.get(part.get_dtype()), device="meta")
+        return found, dict(file.metadata() or {})
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    """Around whatever reads a file: its errors as sentences."""
     path = Path(path)
     if path.is_dir():
         raise BundleError(f"{path} is a directory: give the file of weights in it")
     if not path.is_file():
         raise BundleError(f"{path} does not exist: check the path")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # what torch saved before its version 1.6 is no zip, and cannot be mapped
-        with torch.serialization.safe_globals(_PLAIN):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        yield
     except SafetensorError as error:
         raise BundleError(f"{path} is not a whole safetensors file ({error}): copy it again") from None
     except Exception as error:  # of a damaged file torch raises whatever the bytes lead to, KeyError and EOFError too
