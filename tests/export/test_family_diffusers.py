@@ -13,6 +13,7 @@ from epsrt import BundleError, EpsrtError, Sampler, Schedule, noise
 from epsrt.files import sha256
 from epsrt.manifest import Sampling
 from epsrt.parity.measure import worst_psnr
+from epsrt.timesteps import spaced
 from epsrt_export import export, families
 from epsrt_export.families.diffusers import Denoiser
 from epsrt_export.families.diffusers_folder import STEM
@@ -326,8 +327,16 @@ class TestRefusals:
         with pytest.raises(EpsrtError, match="family 'difusers' is unknown: did you mean diffusers"):
             families.load("difusers", folder)
 
-    def test_an_offset_beyond_the_schedule_is_found_before_a_bundle_is_written(self, folder, tmp_path):
-        edit(folder / SCHEDULER, steps_offset=7)
-        with pytest.raises(EpsrtError, match="steps_offset = 7 moves the timesteps to"):
+    def test_an_offset_beyond_the_schedule_takes_fewer_steps_or_is_found_before_a_bundle_is_written(
+        self, folder, tmp_path
+    ):
+        for offset, steps in ((0, 40), (1, 20), (7, 5)):
+            edit(folder / SCHEDULER, steps_offset=offset)
+            source = families.load("diffusers", folder)
+            assert source.sampling.steps == steps
+            assert max(spaced(source.schedule, steps, "leading", steps_offset=offset)) < 40
+            assert bool([note for note in source.notes if "steps are the default" in note]) == (offset > 0)
+        edit(folder / SCHEDULER, steps_offset=40)
+        with pytest.raises(EpsrtError, match="steps_offset = 40 moves the timesteps to"):
             export(families.load("diffusers", folder), tmp_path / "some.epsrt", precisions=("fp32",))
         assert not (tmp_path / "some.epsrt").exists()

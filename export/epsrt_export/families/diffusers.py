@@ -66,7 +66,8 @@ def load(
     dit = isinstance(network, diffusers.DiTTransformer2DModel)
     by = diffusers_scheduler.options(folder.scheduler, scheduler, returned == 2 * channels, dit)
     classes, null_label = _classes(network, null_label)
-    own, T = scheduler["_class_name"], by.schedule.T
+    own = scheduler["_class_name"]
+    steps, said = _steps(min(by.schedule.T, STEPS[own]), by)
     return Source(
         Denoiser(network, channels, by.variance == "learned").eval(),
         by.schedule,
@@ -81,7 +82,7 @@ def load(
         latents=dit or folder.latents,
         sampling=Sampling(
             "ddpm" if own == "DDPMScheduler" else "ddim",
-            min(T, STEPS[own]),
+            steps,
             by.spacing,
             by.sampling,
             guidance=DIT_GUIDANCE if dit else 1.0,
@@ -92,7 +93,7 @@ def load(
         sha256=folder.sha256,
         origin=f"diffusers.{type(network).__name__}",
         config={"network": config, "scheduler": scheduler},
-        notes=(*folder.notes, *notes, *found.notes, *by.notes),
+        notes=(*folder.notes, *notes, *found.notes, *by.notes, *said),
     )
 
 
@@ -110,6 +111,18 @@ class Denoiser(nn.Module):
         # their scheduler takes the second half for σ² itself
         log = out[:, self.channels :].float().clamp_min(torch.finfo(torch.float32).tiny).log()
         return torch.cat([out[:, : self.channels], log.to(out.dtype)], 1)
+
+
+def _steps(steps: int, by: diffusers_scheduler.Options) -> tuple[int, tuple[str, ...]]:
+    """How many the pipeline takes, or as many as a steps_offset leaves: `leading` ends at (S − 1)·⌊T/S⌋ + offset."""
+    T, offset = by.schedule.T, int(by.sampling.get("steps_offset") or 0)
+    if by.spacing != "leading" or (steps - 1) * (T // steps) + offset < T:
+        return steps, ()
+    fewer = next((n for n in range(min(steps, T // (offset + 1)), 0, -1) if (n - 1) * (T // n) + offset < T), steps)
+    return fewer, (
+        f"steps_offset = {offset} moves some of {steps} timesteps beyond {T - 1}, where diffusers fails: {fewer} steps "
+        "are the default",
+    )
 
 
 def seen(path: Path) -> tuple[list[tuple[str, str]], str]:
