@@ -240,6 +240,9 @@ class TestWhatIsRefused:
         more = {**state_of(), "blocks.0.attn.q_norm.weight": torch.ones(16)}
         with pytest.raises(BundleError, match=r"does not fit: it has a tensor blocks.0.attn.q_norm.weight"):
             families.load("dit", saved(more), num_heads=2)
+        linear = {**state_of(), "x_embedder.proj.weight": torch.zeros(32, 16)}
+        with pytest.raises(BundleError, match=r"x_embedder.proj.weight has shape \[32, 16\], and 4 axes in DiT"):
+            families.load("dit", saved(linear), num_heads=2)
         odd = {
             **state_of(),
             "final_layer.linear.weight": torch.zeros(48, 32),
@@ -271,3 +274,4 @@ class TestRecognised:
 
     def test_others(self):
         assert recognise({"conv_in.weight": (32, 3, 3, 3)}, {}) is None
+        assert recognise({**self.shapes(), "pos_embed": (16, 32)}, {}) is None

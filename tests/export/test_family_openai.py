@@ -710,6 +710,12 @@ class TestFilesThatAreRefused:
         with pytest.raises(EpsrtError, match="takes a context in each step, such as text"):
             guided(saved(change=lambda state: {**state, name: torch.zeros(8, 768)}), **FLAGS)
 
+    @pytest.mark.parametrize("shape", [(), (32,), (128, 0)])
+    def test_shapes_that_are_none(self, saved, shape):
+        path = saved(change=lambda state: {**state, "time_embed.0.weight": torch.zeros(shape)})
+        with pytest.raises(BundleError, match="it is damaged, or of code that was changed"):
+            guided(path, **FLAGS)
+
     def test_blocks_that_are_missing(self, saved):
         path = saved(change=lambda state: {k: v for k, v in state.items() if not k.startswith("output_blocks.3.")})
         with pytest.raises(BundleError, match="has 3 output_blocks on 2 levels, which no network of OpenAI's has"):

@@ -89,6 +89,10 @@ def seen(shapes: Shapes, path: str | Path) -> Seen:
     Raises InputError for what no bundle holds: classifiers, networks that take a second image, data of one or three
     dimensions; BundleError where tensors are missing.
     """
+
+    def size(name: str, axis: int = 0) -> int:
+        return shapes[name][axis] if len(shapes.get(name, ())) > axis else 0
+
     first, up = shapes["input_blocks.0.0.weight"], _parts(shapes, "output_blocks.")
     if len(first) != 4:
         dimensions = len(first) - 2
@@ -114,17 +118,16 @@ def seen(shapes: Shapes, path: str | Path) -> Seen:
     resized = by_block or by_conv
     levels = 1 + (len(resized) or max(down) + 1 - len(down))  # pooling has no weights: its numbers are missing
     each, left = divmod(len(up), levels)
-    base, returned = shapes["time_embed.0.weight"][1], shapes.get("out.2.bias", (0,))[0]
+    base, returned = size("time_embed.0.weight", 1), size("out.2.bias")
     starts = [level * each for level in range(levels)][::-1]  # of each level, from the image down
-    widths = [shapes.get(f"output_blocks.{start}.0.out_layers.3.bias", (0,))[0] for start in starts]
-    if left or not all(widths) or not returned:
+    widths = [size(f"output_blocks.{start}.0.out_layers.3.bias") for start in starts]
+    if left or not all(widths) or not base or not returned:
         raise BundleError(
             f"{path} has {len(up)} output_blocks on {levels} levels, which no network of OpenAI's has: it is damaged, "
             "or of code that was changed; export it from Python, with export_network"
         )
     if returned not in (first[1], 2 * first[1]):
         raise conditioned(path, first[1], returned)
-    rows, half = (shapes.get(f"middle_block.0.{n}.bias", (0,))[0] for n in ("emb_layers.1", "in_layers.2"))
     return Seen(
         first[1],
         base,
@@ -132,8 +135,8 @@ def seen(shapes: Shapes, path: str | Path) -> Seen:
         each - 1,
         tuple(level for level, start in enumerate(starts) if f"output_blocks.{start}.1.qkv.weight" in shapes),
         "" if levels == 1 else "blocks" if by_block else "convolutions" if by_conv else "pooling",
-        rows > half,
-        shapes.get("label_emb.weight", (0,))[0],
+        size("middle_block.0.emb_layers.1.bias") > size("middle_block.0.in_layers.2.bias"),
+        size("label_emb.weight"),
         returned,
     )
 

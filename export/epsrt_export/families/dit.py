@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from epsrt.errors import InputError, one_of, typed
+from epsrt.errors import BundleError, InputError, one_of, typed
 from epsrt.files import sha256
 from epsrt.manifest import Sampling
 from epsrt.schedule import Schedule
@@ -25,15 +25,15 @@ from epsrt_export.families.sides import Size, height_and_width
 from epsrt_export.families.statedict import Shapes, Weights
 from epsrt_export.source import LATENTS, Source
 
-# tensors whose shapes say what the network is
-ANCHORS = (
-    "x_embedder.proj.weight",
-    "t_embedder.mlp.0.weight",
-    "y_embedder.embedding_table.weight",
-    "pos_embed",
-    "blocks.0.mlp.fc1.weight",
-    "final_layer.linear.weight",
-)
+# tensors whose shapes say what the network is, and how many axes they have
+ANCHORS = {
+    "x_embedder.proj.weight": 4,
+    "t_embedder.mlp.0.weight": 2,
+    "y_embedder.embedding_table.weight": 2,
+    "pos_embed": 3,
+    "blocks.0.mlp.fc1.weight": 2,
+    "final_layer.linear.weight": 2,
+}
 # (hidden_size, depth) of the papers' models -> name, num_heads
 PUBLISHED = {(384, 12): ("S", 6), (768, 12): ("B", 12), (1024, 24): ("L", 16), (1152, 28): ("XL", 16)}
 GUIDANCE = 4.0  # cfg_scale of their sample.py
@@ -65,7 +65,7 @@ def dit(
     Raises InputError for an option that is missing or contradicts the file, BundleError for a file that is damaged or
     of another network.
     """
-    found = statedict.weights(path, ANCHORS, ema)
+    found = statedict.weights(path, tuple(ANCHORS), ema)
     shape = _shape(found, Path(path), num_heads, size)
     network = _loaded(found, shape, path)
     return Source(
@@ -101,7 +101,7 @@ def sit(
     data (dopri5), ours is Heun's method in 50 steps. The second half of the channels, which learn_sigma leaves and
     nobody trains, is dropped.
     """
-    found = statedict.weights(path, ANCHORS, ema)
+    found = statedict.weights(path, tuple(ANCHORS), ema)
     said = _arguments(found.rest)
     for name, given, known in (("path_type", path_type, PATHS), ("prediction", prediction, PREDICTIONS)):
         word = typed(name, given or said.get(name) or known[0], "")
@@ -127,7 +127,7 @@ def sit(
 
 def recognise(shapes: Shapes, rest: Mapping[str, Any]) -> Guess | None:
     """What a file's tensors show: a DiT, or by its training's arguments a SiT, whose tensors have the same names."""
-    if any(name not in shapes for name in ANCHORS):
+    if any(name not in shapes for name in ANCHORS) or _odd(shapes):
         return None
     said, facts = _arguments(rest), _facts(shapes)
     depth, hidden, patch, tokens = (facts[name] for name in ("depth", "hidden_size", "patch_size", "tokens"))
@@ -152,6 +152,11 @@ def recognise(shapes: Shapes, rest: Mapping[str, Any]) -> Guess | None:
     )
 
 
+def _odd(shapes: Shapes) -> str:
+    """The first of ANCHORS whose shape no DiT has, or ""."""
+    return next((name for name, axes in ANCHORS.items() if len(shapes[name]) != axes or 0 in shapes[name]), "")
+
+
 def _facts(shapes: Shapes) -> dict[str, int]:
     """What the shapes say of the network."""
     hidden, channels, patch = shapes["x_embedder.proj.weight"][:3]
@@ -170,6 +175,11 @@ def _facts(shapes: Shapes) -> dict[str, int]:
 
 
 def _shape(found: Weights, path: Path, num_heads: int | None, size: Size | None) -> DiTShape:
+    if odd := _odd(found.shapes):
+        raise BundleError(
+            f"{path}: {odd} has shape {list(found.shapes[odd])}, and {ANCHORS[odd]} axes in DiT: it is of another "
+            "network, which is exported from Python, with export_network"
+        )
     facts = _facts(found.shapes)
     tokens, returned = facts.pop("tokens"), facts.pop("out_channels")
     patch, channels = facts["patch_size"], facts["in_channels"]
