@@ -5,10 +5,15 @@ import math
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from epsrt.noise_levels import visit
+from epsrt_export.source import Source
 
 FOLDER = Path(__file__).parents[1] / "data" / "foreign"
 
@@ -36,3 +41,15 @@ def recorded(name: str) -> dict[str, np.ndarray]:
     """The arrays of tests/data/foreign/NAME.npz."""
     with np.load(FOLDER / f"{name}.npz") as file:
         return dict(file)
+
+
+def denoised(source: Source, x: NDArray[np.float32], sigma: float, label: int) -> NDArray[Any]:
+    """D(x, σ) of one image [1, C, H, W], x = x0 + σ·ε, as a plan's row reads the network."""
+    t = float(source.schedule.t_at(-np.log(np.float64(sigma))))
+    levels = visit(source.schedule, [t], prediction=source.prediction, sigma_data=source.sigma_data, clip=None)
+    row = {name: float(column[0]) for name, column in levels.exploding("heun").columns().items()}
+    told = torch.tensor([row["t"]], dtype=torch.float32)
+    with torch.no_grad():
+        given = torch.from_numpy(row["in_scale"] * x).float()
+        out = source.network(given, told, *([torch.tensor([label])] if source.classes else []))
+    return row["p"] * x + row["q"] * out.numpy()

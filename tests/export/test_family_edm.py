@@ -11,11 +11,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from recorded import recorded, state_for
+from recorded import denoised, recorded, state_for
 
 from epsrt import BundleError, EpsrtError, Sampler, Schedule, noise
 from epsrt.manifest import Sampling
-from epsrt.noise_levels import visit
 from epsrt.parity.measure import relative_l2, worst_psnr
 from epsrt_export import export
 from epsrt_export.families import edm, load
@@ -52,22 +51,11 @@ def saved(tmp_path):
     return save
 
 
-def denoised(source, x, sigma, label):
-    """D(x, σ) of one image at α = 1, as a plan's row reads the network."""
-    t = float(source.schedule.t_at(-np.log(np.float64(sigma))))
-    told = {"prediction": source.prediction, "sigma_data": source.sigma_data, "clip": None}
-    row = {k: float(v[0]) for k, v in visit(source.schedule, [t], **told).exploding("heun").columns().items()}
-    labels = [torch.tensor([label])] if source.classes else []
-    with torch.no_grad():
-        out = source.network(row["in_scale"] * x, torch.tensor([row["t"]], dtype=torch.float32), *labels)
-    return (row["p"] * x + row["q"] * out).numpy()
-
-
 @pytest.mark.parametrize("case", ["ncsnpp", "ddpmpp", "explode", "skip", "adm", "iddpm"])
 def test_networks_are_the_owners(saved, case):
     source = load("edm", saved(case))
     for i, label in enumerate(LABELS):
-        out = denoised(source, torch.from_numpy(RECORD[f"{case}.x"][i : i + 1]), RECORD[f"{case}.sigma"][i], label)
+        out = denoised(source, RECORD[f"{case}.x"][i : i + 1], RECORD[f"{case}.sigma"][i], label)
         assert relative_l2(out, RECORD[f"{case}.D"][i : i + 1]) < 1e-5
 
 
@@ -134,6 +122,11 @@ class TestSources:
         source = load("edm", saved("ddpmpp", {"precond": None, "epsilon_t": 1e-4}))
         assert source.origin == "training.networks.VPPrecond"
         assert not source.network.training
+
+    def test_sides(self, saved):
+        assert load("edm", saved(), size="8,16").shape == (3, 8, 16)
+        with pytest.raises(EpsrtError, match="size = 9 does not suit the network, which takes multiples of 2"):
+            load("edm", saved(), size=9)
 
     def test_half_precision(self, saved):
         for case in ("ncsnpp", "ddpmpp", "adm"):

@@ -203,7 +203,7 @@ class TestWhatIsRefused:
             ("vp/cifar10_ddpmpp", {"config": "ve/cifar10_ncsnpp"}, r"is of ncsn\+\+, and .* holds ddpm\+\+"),
             ("vp/cifar10_ddpmpp", {"config": "vp/cifar10_ddpmpp"}, "attends at other levels than .* 32 pixels"),
             ("vp/cifar10_ddpmpp", {"config": "vp/cifar10_ddpmpp", "image_size": 9}, "image_size = 9 does not suit"),
-            ("vp/cifar10_ddpmpp", {"config": "vp/cifar10_ddpmpp", "image_size": "8x8"}, "or height and width as 32,48"),
+            ("vp/cifar10_ddpmpp", {"config": "vp/cifar10_ddpmpp", "image_size": "8,8,8"}, "neither one number nor"),
             ("vp/cifar10_ddpmpp", {"config": "subvp/cifar10_ddpmpp_continuous"}, "of the sub-VP SDE, .*of_alpha_bar"),
         ],
     )

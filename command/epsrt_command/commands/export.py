@@ -30,6 +30,7 @@ FAMILIES = (
     "guided-diffusion",
     "denoising-diffusion-pytorch",
     "edm",
+    "edm2",
     "dit",
     "sit",
     "torchcfm",

@@ -21,6 +21,7 @@ FAMILIES = {
     "guided-diffusion": ("openai", "guided"),
     "denoising-diffusion-pytorch": ("lucidrains", "load"),
     "edm": ("edm", "load"),
+    "edm2": ("edm2", "load"),
     "score-sde": ("score_sde", "load"),
     "dit": ("dit", "dit"),
     "sit": ("dit", "sit"),

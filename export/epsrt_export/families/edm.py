@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,20 @@ from epsrt_export.families import statedict
 from epsrt_export.families.edm_precond import diffusion, heun, precond_of, settings_of
 from epsrt_export.families.edm_unet import EDMConfig, EDMUNet
 from epsrt_export.families.guess import Guess
-from epsrt_export.families.statedict import Shapes, Weights
+from epsrt_export.families.nvlabs import agree, blocks, image, levels, read, shape_in
+from epsrt_export.families.sides import Size
+from epsrt_export.families.statedict import Shapes
 from epsrt_export.source import Source
 
 ANCHORS = ("map_layer0.weight", "map_layer1.weight")
-COMMAND = (
-    "python -c \"import pickle, torch; net = pickle.load(open('{path}', 'rb'))['ema']; init = {{'precond': "
-    "type(net).__name__, **net.init_kwargs}}; torch.save({{'init': init, 'weights': net.state_dict()}}, '{owner}.pt')\""
-)
 FILTER = ".resample_filter"
-_LEVEL = re.compile(r"enc\.([0-9]{1,5})x\1_")
 
 
 def load(
     path: str | Path,
     *,
     ema: bool | None = None,
+    size: Size | None = None,
     precond: str | None = None,
     label_dropout: float | None = None,
     sigma_data: float | None = None,
@@ -52,6 +49,7 @@ def load(
     beside the state dict. The refusal of an official pickle has the command that makes one.
 
     ema            the averaged weights or the plain ones, where the file has both
+    size           height and width that are drawn, "32,48"; by default the network's
     precond        the preconditioner's class: EDMPrecond, VPPrecond, VEPrecond or iDDPMPrecond
     label_dropout  of the training: above 0 the network knows "none", a class label of zeros
     sigma_data, sigma_min, sigma_max, beta_d, beta_min, epsilon_t, M, C_1, C_2   of the preconditioner, for those that
@@ -70,7 +68,7 @@ def load(
     path = Path(path)
     found, init = read(path, ANCHORS, ema, "edm")
     config = dataclasses.replace(_config(found.shapes, path), taps=_taps(found.tensors))
-    _agree(init or {}, config, path)
+    agree(_arguments(config), init, path)
     notes = list(found.notes)
     kind = precond_of(precond, init, config.returned == 2 * config.channels, notes)
     options = {
@@ -90,7 +88,7 @@ def load(
     return Source(
         network.eval(),
         schedule,
-        (config.channels, config.resolution, config.resolution),
+        image(size, config.channels, config.resolution, len(config.widths)),
         prediction=prediction,
         clip=None,
         classes=config.classes,
@@ -111,26 +109,9 @@ def load(
     )
 
 
-def read(path: Path, anchors: Sequence[str], ema: bool | None, owner: str) -> tuple[Weights, Mapping[str, Any] | None]:
-    """The weights, and the arguments beside them. Raises BundleError for NVlabs' pickles, with the way to get both."""
-    try:
-        found = statedict.weights(path, anchors, ema)
-    except BundleError as error:
-        if path.suffix != ".pkl" and "persist" not in str(error):
-            raise
-        raise BundleError(
-            f"{path} is a pickle that carries the source of its classes, and loading it would run that: where you "
-            f"trust it, take the weights out in a checkout of NVlabs/{owner}: {COMMAND.format(path=path, owner=owner)}"
-        ) from None
-    init = found.rest.get("init")
-    if init is not None and not isinstance(init, Mapping):
-        raise BundleError(f"{path}: its init is a {type(init).__name__}, not a dict of arguments: save net.init_kwargs")
-    return found, init
-
-
 def recognise(shapes: Shapes, rest: Mapping[str, Any]) -> Guess | None:
     """What a file looks like from its tensors: None where they are not of EDM."""
-    if not all(name in shapes for name in ANCHORS) or not any(map(_LEVEL.match, shapes)):
+    if not all(name in shapes for name in ANCHORS) or not levels(shapes):
         return None
     try:
         config = _config(shapes, "the file")
@@ -153,28 +134,22 @@ def recognise(shapes: Shapes, rest: Mapping[str, Any]) -> Guess | None:
 def _config(shapes: Shapes, path: str | Path) -> EDMConfig:
     """The network's shape, all but the filter, as its tensors show it."""
 
-    def shape(name: str, dimensions: int = 4) -> tuple[int, ...]:
-        if len(shapes.get(name, ())) != dimensions:
-            what = f"has shape {list(shapes[name])} in it" if name in shapes else "is missing in it"
-            raise BundleError(f"{path} is no whole network of EDM: {name} {what}: save net.state_dict() again")
-        return shapes[name]
-
-    sizes = sorted({int(m[1]) for name in shapes if (m := _LEVEL.match(name))}, reverse=True)
+    sizes = levels(shapes)
     top = f"{sizes[0] if sizes else 0}x{sizes[0] if sizes else 0}"
-    first, adm = shape(f"enc.{top}_conv.weight"), "out_conv.weight" in shapes
-    embedding, noise = shape("map_layer0.weight", 2)
+    first, adm = shape_in(shapes, f"enc.{top}_conv.weight", 4, path), "out_conv.weight" in shapes
+    embedding, noise = shape_in(shapes, "map_layer0.weight", 2, path)
     encoders = [kind for kind in ("skip", "residual") if any(n.endswith(f"_aux_{kind}.weight") for n in shapes)]
     return EDMConfig(
         adm=adm,
         resolution=sizes[0],
         channels=first[1],
-        returned=shape("out_conv.weight" if adm else f"dec.{top}_aux_conv.weight")[0],
-        classes=shape("map_label.weight", 2)[1] if "map_label.weight" in shapes else 0,
+        returned=shape_in(shapes, "out_conv.weight" if adm else f"dec.{top}_aux_conv.weight", 4, path)[0],
+        classes=shape_in(shapes, "map_label.weight", 2, path)[1] if "map_label.weight" in shapes else 0,
         width=first[0],
-        widths=tuple(shape(f"enc.{s}x{s}_block0.conv0.weight")[0] for s in sizes),
+        widths=tuple(shape_in(shapes, f"enc.{s}x{s}_block0.conv0.weight", 4, path)[0] for s in sizes),
         noise=noise,
         embedding=embedding,
-        blocks=len([name for name in shapes if re.fullmatch(rf"enc\.{top}_block[0-9]+\.norm0\.weight", name)]),
+        blocks=blocks(shapes, sizes[0]),
         attended=tuple(s for s in sizes if f"enc.{s}x{s}_block0.qkv.weight" in shapes),
         fourier="map_noise.freqs" in shapes,
         encoder=encoders[0] if encoders else "standard",
@@ -191,9 +166,9 @@ def _taps(tensors: Mapping[str, Tensor]) -> tuple[float, ...]:
     return tuple(round(float(tap), 4) for tap in row / row[0])
 
 
-def _agree(init: Mapping[str, Any], config: EDMConfig, path: Path) -> None:
-    """Refuse arguments that are not of the tensors beside them."""
-    shown = {
+def _arguments(config: EDMConfig) -> dict[str, Any]:
+    """What an `init` says of the network, where it says it."""
+    return {
         "img_resolution": config.resolution,
         "img_channels": config.channels,
         "label_dim": config.classes,
@@ -202,12 +177,6 @@ def _agree(init: Mapping[str, Any], config: EDMConfig, path: Path) -> None:
         "resample_filter": list(map(int, config.taps)),
         "encoder_type": config.encoder,
     }
-    for name, value in shown.items():
-        if name in init and init[name] != value:
-            raise BundleError(
-                f"{path}: its init says {name} = {init[name]}, and its tensors are of a network with {value}: save "
-                "both of one network"
-            )
 
 
 def _inferring(tensors: Mapping[str, Tensor], config: EDMConfig, notes: list[str], path: Path) -> dict[str, Tensor]:

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from epsrt.errors import InputError, one_of, typed
+from epsrt.errors import InputError, one_of
 from epsrt.manifest import Sampling
 from epsrt.schedule import Schedule
 from epsrt.types import Float64
-
-Settings = dict[str, float]
+from epsrt_export.families.nvlabs import Settings, settled
 
 # what each is told, with its owner's defaults
 PRECONDS: dict[str, Settings] = {
@@ -99,23 +98,11 @@ def settings_of(
 ) -> Settings:
     """The numbers of a preconditioner, and label_dropout, from options, the file's `init` and the owner's defaults."""
     defaults = {**PRECONDS[kind], "label_dropout": 0.0}
-    found, taken = dict(defaults), []
     for name, value in options.items():
-        if name not in defaults:
-            if value is not None:
-                takers = " and ".join(k for k in PRECONDS if name in PRECONDS[k])
-                raise InputError(f"{name} is of {takers}, and this network has {kind}: leave it out")
-            continue
-        values = [typed(name, v, 0.0) for v in (value, (init or {}).get(name)) if v is not None]
-        if len(set(values)) == 2:
-            raise InputError(f"{name} = {values[0]:g} contradicts the file, whose init has {values[1]:g}: leave it out")
-        if values:
-            found[name] = values[0]
-        elif init is None:
-            taken.append(f"{name}={defaults[name]:g}")
-    if taken:
-        notes.append(f"the file has no init beside its weights: {kind}'s defaults were taken, {', '.join(taken)}")
-    return found
+        if value is not None and name not in defaults:
+            takers = " and ".join(other for other in PRECONDS if name in PRECONDS[other])
+            raise InputError(f"{name} is of {takers}, and this network has {kind}: leave it out")
+    return settled(kind, defaults, options, init, notes)
 
 
 def heun(schedule: Schedule) -> Sampling:

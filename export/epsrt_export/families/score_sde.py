@@ -21,6 +21,7 @@ from epsrt_export.families import statedict
 from epsrt_export.families.guess import Guess
 from epsrt_export.families.score_sde_configs import CONFIGS, Training
 from epsrt_export.families.score_sde_unet import ScoreConfig, ScoreUNet, settle
+from epsrt_export.families.sides import Size, height_and_width
 from epsrt_export.families.statedict import Shapes
 from epsrt_export.source import Source
 
@@ -61,7 +62,7 @@ class VE(nn.Module):
 
 
 def load(
-    path: str | Path, *, ema: bool | None = None, config: str | None = None, image_size: int | str | None = None
+    path: str | Path, *, ema: bool | None = None, config: str | None = None, image_size: Size | None = None
 ) -> Source:
     """A network of score_sde_pytorch, from a checkpoint of its training, or the state dict in it.
 
@@ -260,22 +261,18 @@ def _training(
     raise InputError(f"{path} does not say what its network was trained for: say config, one of {', '.join(known)}")
 
 
-def _size(given: int | str | None, training: Training, shown: ScoreConfig, path: Path) -> tuple[int, int]:
+def _size(given: Size | None, training: Training, shown: ScoreConfig, path: Path) -> tuple[int, int]:
     if given is None:
         if _attended(training) != shown.attended:
             raise InputError(
                 f"{path}: its network attends at other levels than one for {training.size} pixels: say image_size"
             )
         return training.size, training.size
+    height, width = height_and_width("image_size", given)
     multiple = 2 ** (len(shown.widths) - 1)
-    words = str(given).replace(" ", "").split(",")
-    sizes = [int(word) if word.isdecimal() else 0 for word in words] * (2 if len(words) == 1 else 1)
-    if len(sizes) != 2 or not all(n and n % multiple == 0 for n in sizes):
-        raise InputError(
-            f"image_size = {given} does not suit the network: give one number, or height and width as 32,48, each a "
-            f"multiple of {multiple}"
-        )
-    return sizes[0], sizes[1]
+    if height % multiple or width % multiple:
+        raise InputError(f"image_size = {given} does not suit the network, which takes multiples of {multiple}")
+    return height, width
 
 
 def _schedule(training: Training, sigmas: Tensor | None) -> Schedule:
