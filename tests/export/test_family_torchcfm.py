@@ -149,7 +149,7 @@ class TestRecognised:
     def test_their_defaults(self):
         guess = recognise(self.shapes(class_cond=True, num_classes=10), {})
         assert (guess.family, guess.options, list(guess.missing)) == ("torchcfm", {}, ["image_size", "num_heads"])
-        assert guess.facts["network"] == "OpenAI's U-Net: 32 channels times 1, 2, 2; 1 blocks each"
+        assert guess.facts["network"] == "OpenAI's U-Net: 32 channels times 1, 2, 2"
         assert guess.facts["classes"] == "10"
 
     def test_by_their_training(self):

@@ -31,10 +31,10 @@ FAMILIES = (
     "denoising-diffusion-pytorch",
     "edm",
     "edm2",
+    "score-sde",
     "dit",
     "sit",
     "torchcfm",
-    "score-sde",
 )
 
 

@@ -63,7 +63,8 @@ class Seen:
         """For people, as a Guess has them."""
         mult = ", ".join(f"{each:g}" for each in self.channel_mult)
         return {
-            "network": f"OpenAI's U-Net: {self.num_channels} channels times {mult}; {self.num_res_blocks} blocks each",
+            "network": f"OpenAI's U-Net: {self.num_channels} channels times {mult}",
+            "blocks": f"{self.num_res_blocks} a level",
             "channels": f"{self.in_channels}{', and a learned variance' if self.learn_sigma else ''}",
             "classes": str(self.num_classes) if self.num_classes else "none: unconditional",
         }

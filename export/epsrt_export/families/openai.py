@@ -75,6 +75,9 @@ def recognise(shapes: Shapes, rest: Mapping[str, Any]) -> Guess | None:
     mult, sizes, known = _list(found.channel_mult), {**IMPROVED_MULT, **GUIDED_MULT}, {**MORE, **DEFAULTS[family]}
     image_size = next((size for size, text in sizes.items() if text == mult), None)
     flags = {"image_size": str(image_size)} if image_size else {}
+    sized = (
+        {"image_size": f"{image_size}, as their scripts choose channel_mult: no weights show it"} if image_size else {}
+    )
     flags |= {name: value for name, value in _visible(found, image_size or 0).items() if value and name in known}
     missing = {
         "num_heads": "or num_head_channels; the weights of any number have the same shapes",
@@ -86,7 +89,7 @@ def recognise(shapes: Shapes, rest: Mapping[str, Any]) -> Guess | None:
         missing["attention_resolutions"] = f"image_size divided by {_list(2**level for level in found.attended)}"
     return Guess(
         family,
-        {**found.facts, "family": "improved- and guided-diffusion write the same tensors"},
+        {**found.facts, **sized, "family": "improved- and guided-diffusion write the same tensors"},
         {"flags": " ".join(f"--{name} {value}" for name, value in flags.items())},
         missing,
     )
