@@ -138,7 +138,7 @@ def recognise(shapes: Shapes, rest: Mapping[str, Any]) -> Guess | None:
         return None
     facts = {
         "network": _kind(shown) or "NCSN++, in no published configuration",
-        "size": f"{shown.channels} channels",
+        "images": f"{shown.channels} channels",
         "channels of each level": ", ".join(map(str, shown.widths)),
     }
     fit = _fitting(shown, None)
