@@ -125,7 +125,9 @@ def recognise(shapes: Shapes, rest: Mapping[str, Any]) -> Guess | None:
         "channels of each level": ", ".join(map(str, config.widths)),
         "classes": str(config.classes or "none"),
     }
-    missing = {} if known or config.returned != config.channels else {"precond": "EDMPrecond, VPPrecond or VEPrecond, as in its training"}
+    missing = {}
+    if not known and config.returned == config.channels:
+        missing["precond"] = "EDMPrecond, VPPrecond or VEPrecond, as in its training"
     if config.classes and not known:
         missing["label_dropout"] = "of the training: above 0 the network knows the label for none"
     return Guess("edm", facts, missing=missing)
