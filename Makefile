@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := cpu,openvino,export,train,cli,charts,debug,tensorrt-rtx,dev,docs
 # Their own requirements hold a torchvision that no CPU torch loads, and a hundred packages that no test needs.
-FOREIGN := denoising-diffusion-pytorch torchcfm
+FOREIGN := denoising-diffusion-pytorch torchcfm monai
 
 .PHONY: demo samplers gallery test test-runtime lint mutants docs bench gpu clean
 

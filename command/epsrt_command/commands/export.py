@@ -29,6 +29,7 @@ FAMILIES = (
     "improved-diffusion",
     "guided-diffusion",
     "denoising-diffusion-pytorch",
+    "monai",
     "edm",
     "edm2",
     "score-sde",

@@ -20,6 +20,7 @@ FAMILIES = {
     "improved-diffusion": ("openai", "improved"),
     "guided-diffusion": ("openai", "guided"),
     "denoising-diffusion-pytorch": ("lucidrains", "load"),
+    "monai": ("monai", "load"),
     "edm": ("edm", "load"),
     "edm2": ("edm2", "load"),
     "score-sde": ("score_sde", "load"),

@@ -24,7 +24,7 @@ from epsrt_export.families.statedict import WRAPPERS, Place, dicts_of, rest_of, 
 from epsrt_export.families.tensorfile import outline
 
 # whose `recognise` is asked, in this order: the first that knows the names
-RECOGNISERS = ("diffusers_folder", "dit", "edm", "edm2", "score_sde", "torchcfm", "openai", "lucidrains")
+RECOGNISERS = ("diffusers_folder", "dit", "edm", "edm2", "score_sde", "torchcfm", "openai", "lucidrains", "monai")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _COVER = re.compile(r"(?:module|\w*(?<![^_])ema|ema_model|online_model|swa_model|averaged_model)\.")
 DEEPEST = 5  # parts of a prefix

@@ -5,7 +5,7 @@ The network is that package's own class, built from what the file says; nothing 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from epsrt_export.families import lucidrains_networks as networks
 from epsrt_export.families import statedict
 from epsrt_export.families.guess import Guess
 from epsrt_export.families.lucidrains_labels import KarrasLabelled, Labelled
-from epsrt_export.families.lucidrains_networks import Described, Shapes
+from epsrt_export.families.lucidrains_networks import Described
 from epsrt_export.families.lucidrains_unet import PACKAGE, adapt, theirs
-from epsrt_export.families.statedict import Weights
+from epsrt_export.families.sides import Size, height_and_width
+from epsrt_export.families.statedict import Shapes, Weights
 from epsrt_export.families.tensorfile import load as load_file
 from epsrt_export.source import Source
 
@@ -32,8 +33,6 @@ GUIDANCE = (
     "epsrt sample --guidance weighs a label as cond_scale does with remove_parallel_component=False; their sample() "
     "takes away the part along the output too, which no bundle does"
 )
-
-Size = int | str | Sequence[int]
 
 
 def load(
@@ -181,15 +180,12 @@ def weights(path: Path, ema: bool | None) -> Weights:
 def _image_size(value: Size | None, network: Described) -> tuple[int, int]:
     if value is None:
         raise InputError("image_size is not in the file: give it, such as image_size=32, or 32,48 for height and width")
-    size = networks.listed("image_size", value, 0)
-    size = size * 2 if len(size) == 1 else size
-    if len(size) != 2 or min(size) < 1:
-        raise InputError(f"image_size = {value} is neither one number of pixels nor a height and a width")
+    size = height_and_width("image_size", value)
     if any(n % network.stride for n in size):
         raise InputError(f"image_size = {value} does not suit the network, which takes multiples of {network.stride}")
     if network.attended and size[0] != size[1]:
         raise InputError(f"image_size = {value}: a KarrasUnet takes squares alone: give one number")
-    return size[0], size[1]
+    return size
 
 
 def _kind(found: Weights, network: Described, diffusion: str | None, given: dict[str, Any], path: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from epsrt.errors import BundleError, EpsrtError, InputError, typed
+from epsrt_export.families.statedict import Shapes
 
 # what networks of other data are called, and how an adapter makes images of their samples
 FOLDED = {
@@ -18,8 +19,6 @@ FOLDED = {
     ),
 }
 MODULE, GUIDED_MODULE = "denoising_diffusion_pytorch", "classifier_free_guidance"
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +89,8 @@ def describe(shapes: Shapes, path: str | Path) -> Described:
 
 def self_conditioned(path: str | Path) -> EpsrtError:
     return EpsrtError(
-        f"{path}: this network takes a second image, the x0 of the step before (self_condition = True), and a bundle "
-        "hands none on: train with self_condition = False"
+        f"{path} is of a network that takes a second image, the x0 of the step before (self_condition = True), and a "
+        "bundle hands none on: train with self_condition = False"
     )
 
 
@@ -183,8 +182,8 @@ def _labelled(shapes: Shapes, path: str | Path) -> Described:
     }
     if fourier or last[0] != first[1]:
         raise InputError(
-            f"{path}: no GaussianDiffusion of the package runs its Unet, which has classes and "
-            f"{'learned frequencies' if fourier else 'a variance'}: export it from Python, with export_network"
+            f"{path} is of a Unet with classes and {'learned frequencies' if fourier else 'a variance'}, which no "
+            "GaussianDiffusion of the package runs: export it from Python, with export_network"
         )
     return Described(
         "Unet",
@@ -238,8 +237,8 @@ def _ends(shapes: Shapes, path: str | Path) -> tuple[int, tuple[int, ...], tuple
         raise self_conditioned(path)
     if last[0] not in (first[1], 2 * first[1]):
         raise InputError(
-            f"{path}: its network returns {last[0]} channels for {first[1]}: ε, x0 or v has as many, with a learned "
-            "variance twice as many; others are exported from Python, with export_network and an adapter"
+            f"{path} is of a network that returns {last[0]} channels for {first[1]}: ε, x0 or v has as many, with a "
+            "learned variance twice as many; others are exported from Python, with export_network and an adapter"
         )
     return _shape(shapes, "time_mlp.3.weight", path)[0] // 4, first, last
 

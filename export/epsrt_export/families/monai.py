@@ -1,0 +1,254 @@
+"""Networks trained with MONAI: its DiffusionModelUNet in two dimensions, under its DDPMScheduler or DDIMScheduler.
+
+The network is that package's own class, built from what the file says; nothing of it is imported before `load`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epsrt.errors import BundleError, InputError, typed
+from epsrt.files import sha256
+from epsrt_export.families import statedict
+from epsrt_export.families.guess import Guess
+from epsrt_export.families.monai_scheduler import scheduled
+from epsrt_export.families.sides import Size, height_and_width
+from epsrt_export.families.statedict import Shapes
+from epsrt_export.source import Source
+
+ANCHORS = ("conv_in.conv.weight", "time_embed.0.weight", "out.2.conv.weight")
+UNTOLD = "the weights of any number have the same shapes"
+
+Numbers = int | str | Sequence[int]
+
+
+def load(
+    path: str | Path,
+    *,
+    image_size: Size | None = None,
+    num_head_channels: Numbers | None = None,
+    schedule: str | None = None,
+    ema: bool | None = None,
+    norm_num_groups: int = 32,
+    norm_eps: float = 1e-6,
+    null_label: int | None = None,
+    value_range: str | Sequence[float] = "0,1",
+    scheduler: str = "ddpm",
+    num_inference_steps: int | None = None,
+    **options: Any,
+) -> Source:
+    """A DiffusionModelUNet of MONAI from its state dict, or from what a training saved around it.
+
+    image_size          pixels, one number or height and width: in no file
+    num_head_channels   of the network: one number, or one a level, "0,0,32": in no file
+    norm_num_groups, norm_eps   of the network, in no file either
+    null_label          the last class, where the training took it for none
+    value_range         of the images in the training: "0,1", as most of MONAI's transforms leave them, or "-1,1"
+    ema                 true: the averaged weights; false: the plain ones; None: the averaged where there are some
+
+    scheduler           "ddpm" or "ddim", which sample; num_inference_steps: of DDIM
+    schedule            of the scheduler: linear_beta, scaled_linear_beta, sigmoid_beta or cosine. It must be said, for
+                        no file has it
+    options             others of the scheduler and its schedule, with the package's defaults: num_train_timesteps,
+                        prediction_type, beta_start, beta_end, sig_range, s, clip_sample, clip_sample_min,
+                        clip_sample_max; variance_type of DDPM; set_alpha_to_one, steps_offset and eta of DDIM
+
+    The network's other arguments are read from the file. Samples are those of the installed package's schedulers, which
+    chose DDIM's timesteps otherwise before its version 1.6.
+
+    Raises InputError where the package is missing, for options that are missing or contradict the file, for networks
+    that take a context or a second image, and for those of volumes; BundleError for files that are damaged or of
+    another network.
+    """
+    path = Path(path)
+    found = statedict.weights(path, ANCHORS[:2], ema)
+    arguments = describe(found.shapes, path)
+    channels, levels = arguments["in_channels"], arguments["channels"]
+    stride = 2 ** (len(levels) - 1)
+    if image_size is None:
+        raise InputError("image_size is not in the file: give it, such as image_size=64, or 64,48 for height and width")
+    size = height_and_width("image_size", image_size)
+    if any(n % stride for n in size):
+        raise InputError(f"image_size = {image_size} does not suit the network, which takes multiples of {stride}")
+    arguments["num_head_channels"] = _heads(num_head_channels, arguments, path)
+    arguments |= {"norm_num_groups": _groups(norm_num_groups, levels), "norm_eps": typed("norm_eps", norm_eps, 0.0)}
+    told = scheduled(theirs("monai.networks.schedulers"), scheduler, schedule, num_inference_steps, options)
+    low, high = _range(value_range)
+    network = theirs("monai.networks.nets.diffusion_model_unet").DiffusionModelUNet
+    with torch.device("meta"):
+        module = network(**arguments)
+    statedict.load_into(module, found, path)
+    classes = arguments["num_class_embeds"] or 0
+    if null_label is not None and (not classes or null_label != classes - 1):
+        raise InputError(f"null_label = {null_label} is not the last of the network's {classes} classes")
+    return Source(
+        Denoiser(module).eval(),
+        told.schedule,
+        (channels, *size),
+        prediction=told.prediction,
+        value_range=(low, high),
+        clip=told.clip,
+        classes=classes if null_label is None else classes - 1,
+        null_label=null_label,
+        sampling=told.sampling,
+        family="monai",
+        name=path.name,
+        sha256=sha256(path),
+        origin=f"{network.__module__}.{network.__qualname__}",
+        config={"network": arguments, "scheduler": told.config},
+        training={"epoch": found.rest["epoch"]} if isinstance(found.rest.get("epoch"), int) else {},
+        notes=(*found.notes, *told.notes),
+    )
+
+
+class Denoiser(nn.Module):
+    """forward(x, t[, label]) of their network, which takes labels by name."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        out: Tensor = self.network(x, t, class_labels=label)
+        return out
+
+
+def recognise(shapes: Shapes, rest: Mapping[str, Any]) -> Guess | None:
+    """What the tensors of a network show, by its own names; None where they are not MONAI's."""
+    if not all(name in shapes for name in ANCHORS):
+        return None
+    try:
+        arguments = describe(shapes, "it")
+    except BundleError:
+        return None
+    except InputError as error:
+        return Guess("", {"network": "DiffusionModelUNet of MONAI", "refused": str(error)})
+    facts = {
+        "network": "DiffusionModelUNet of MONAI",
+        "channels": str(arguments["in_channels"]),
+        "channels of each level": ", ".join(map(str, arguments["channels"])),
+        "image size": f"multiples of {2 ** (len(arguments['channels']) - 1)}",
+        "classes": str(arguments["num_class_embeds"] or "none"),
+    }
+    missing = {
+        "image_size": "no weights depend on it",
+        "num_head_channels": UNTOLD,
+        "schedule": "of the scheduler, which is in no file: linear_beta, unless it was given",
+    }
+    return Guess("monai", facts, {}, missing)
+
+
+def theirs(module: str) -> Any:
+    """A module of theirs. Raises InputError where the package is missing."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"--from monai needs the package that the network was trained with ({error}): pip install monai"
+        ) from None
+
+
+def describe(shapes: Shapes, path: str | Path) -> dict[str, Any]:
+    """The arguments of the class that the tensors show. Raises InputError for networks that no bundle can hold."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in shapes:
+            raise BundleError(f"{path} is no whole DiffusionModelUNet: it lacks {name}: save its state_dict() again")
+        return shapes[name]
+
+    first = shape("conv_in.conv.weight")
+    if len(first) != 4:
+        rank = len(first) - 2
+        way = {
+            1: "takes them as images of height 1: self.net(x[:, :, 0], t)[:, :, None]",
+            3: "takes their slices one below another: self.net(x.unflatten(2, (depth, -1)), t).flatten(2, 3)",
+        }.get(rank, "folds them into images")
+        raise InputError(
+            f"{path} is of a network with spatial_dims = {rank}, whose samples are no images: export it from Python, "
+            f"with export_network and an adapter that {way}"
+        )
+    if any(".transformer_blocks." in name for name in shapes):
+        raise InputError(
+            f"{path} is of a network that takes a context (with_conditioning = True), which no bundle hands on: where "
+            "one context will do, export it from Python, with export_network and an adapter that has it in a buffer"
+        )
+    if "middle_block.attention.to_q.weight" in shapes:
+        raise InputError(
+            f"{path} has the names of MONAI Generative: in MONAI, net.load_old_state_dict(torch.load(path)) takes them "
+            "into a DiffusionModelUNet; torch.save(net.state_dict(), …) saves what is read here"
+        )
+    into, returned = first[1], shape("out.2.conv.weight")[0]
+    if returned != into:
+        takes = f"{path} is of a network that takes {into} channels and returns {returned}"
+        if into > returned:
+            raise InputError(
+                f"{takes}: it takes a second image of {into - returned} channels, which no bundle hands on: where one "
+                "will do, export it from Python, with export_network and an adapter that has it in a buffer"
+            )
+        raise InputError(
+            f"{takes}: MONAI takes a variance between its bounds without a logarithm, which no plan does: export the "
+            "first half from Python, with export_network and an adapter"
+        )
+    levels = range(_count(shapes, "down_blocks."))
+    return {
+        "spatial_dims": 2,
+        "in_channels": into,
+        "out_channels": returned,
+        "channels": [shape(f"down_blocks.{i}.resnets.0.conv1.conv.weight")[0] for i in levels],
+        "num_res_blocks": [_count(shapes, f"down_blocks.{i}.resnets.") for i in levels],
+        "attention_levels": [any(n.startswith(f"down_blocks.{i}.attentions.") for n in shapes) for i in levels],
+        "num_class_embeds": shape("class_embedding.weight")[0] if "class_embedding.weight" in shapes else None,
+        "resblock_updown": any(".downsampler.conv1." in name for name in shapes),
+        "include_fc": "middle_block.attention.attn.out_proj.weight" in shapes,
+        "use_combined_linear": "middle_block.attention.attn.qkv.weight" in shapes,
+    }
+
+
+def _count(shapes: Shapes, prefix: str) -> int:
+    """How many modules a ModuleList has."""
+    return 1 + max((int(n[len(prefix) :].split(".")[0]) for n in shapes if n.startswith(prefix)), default=-1)
+
+
+def _heads(given: Numbers | None, arguments: dict[str, Any], path: Path) -> list[int]:
+    """Channels of a head at each level. What levels without attention are told is not looked at, as in theirs."""
+    levels, attends = arguments["channels"], [*arguments["attention_levels"][:-1], True]  # the middle is of the last
+    if given is None:
+        raise InputError(
+            f"{path} does not say num_head_channels, for {UNTOLD}: give it as the network had it (8, if it was made "
+            "without)"
+        )
+    words = given.split(",") if isinstance(given, str) else given if isinstance(given, (list, tuple)) else [given]
+    each = [typed("num_head_channels", int(w) if isinstance(w, str) and w.strip().isdecimal() else w, 0) for w in words]
+    each = each * len(levels) if len(each) == 1 else each
+    if len(each) != len(levels):
+        raise InputError(
+            f"num_head_channels = {given} has {len(each)} numbers: give one, or {len(levels)}, one a level"
+        )
+    for head, width, here in zip(each, levels, attends, strict=True):
+        if here and (head < 1 or width % head):
+            raise InputError(f"num_head_channels = {given}: a level has {width} channels, no multiple of {head}")
+    return each
+
+
+def _groups(given: int, levels: list[int]) -> int:
+    groups: int = typed("norm_num_groups", given, 0)
+    if groups < 1 or any(width % groups for width in levels):
+        raise InputError(
+            f"norm_num_groups = {given} does not divide the network's channels, {', '.join(map(str, levels))}: give it "
+            "as the network had it"
+        )
+    return groups
+
+
+def _range(given: str | Sequence[float]) -> tuple[float, float]:
+    try:
+        low, high = (float(v) for v in (given.split(",") if isinstance(given, str) else given))
+    except (TypeError, ValueError):
+        raise InputError(f"value_range = {given!r} is not two numbers: give 0,1 or -1,1") from None
+    return low, high
