@@ -18,6 +18,7 @@ from epsrt.manifest import Sampling
 from epsrt.parity.measure import relative_l2, worst_psnr
 from epsrt_export import export
 from epsrt_export.families import edm, load
+from epsrt_export.families.look import look
 from epsrt_export.precision import half_copy
 
 RECORD = recorded("edm")
@@ -168,6 +169,8 @@ class TestFilesThatAreRefused:
             load("edm", tmp_path / "edm-adm.pkl")
         assert "\n" not in str(error.value)
         (code,) = re.findall(r'python -c "(.*)"$', str(error.value))
+        with pytest.raises(BundleError, match="epsrt export --from edm .*edm-adm.pkl edm.epsrt prints the command"):
+            look(tmp_path / "edm-adm.pkl")
         exec(code, {})
         assert load("edm", "edm.pt").origin == "training.networks.EDMPrecond"
 

@@ -78,7 +78,7 @@ def load(path: str | Path, *, ema: bool | None = None, size: Size | None = None,
         raise BundleError(f"{path} does not fit: it lacks the tensor {lost[0]}: save net.state_dict() again")
     with torch.device("meta"):
         network = EDM2UNet(config)
-    statedict.load_into(network, plain(found.tensors), path)
+    statedict.load_into(network, plain(found.tensors, config), path)
     latents = config.channels == 4
     if latents:
         notes.append(f"{path.name}: samples are latents, which its owner's StabilityVAEEncoder decodes")

@@ -55,10 +55,11 @@ def gain_of(name: str) -> str:
     return name.replace("out_conv.weight", "out_gain").replace("emb_linear.weight", "emb_gain")
 
 
-def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that inference has: each row divided by its norm and √fan-in, times the gain that belongs to it.
+def plain(tensors: Mapping[str, Tensor], config: EDM2Config) -> dict[str, Tensor]:
+    """The weights of EDM2UNet: each row divided by its norm and √fan-in, times the scales before and after it.
 
-    Those of labels become rows of a table, with a last one for none, and √classes in them.
+    Those are its gain, what keeps SiLU at a deviation of 1, and the share of a branch in a sum. The weights of labels
+    become rows of a table, with a last one for none, and √classes in them.
     """
     made = {}
     for name, tensor in tensors.items():
@@ -68,23 +69,20 @@ def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         w = tensor.float()
         fan_in = math.sqrt(w[0].numel())
         norm = w.flatten(1).norm(dim=1).reshape(-1, *[1] * (w.ndim - 1))
-        gain = gain_of(name)
-        made[name] = w / (EPSILON + norm / fan_in) / fan_in * (1.0 if gain == name else tensors[gain].float())
+        gain, layer = gain_of(name), name.split(".")[-2]
+        scale = _share(config.residual) if layer == "conv_res1" else 1.0
+        scale *= _share(config.attention) if layer == "attn_proj" else 1.0
+        scale /= SILU if layer in ("conv_res0", "conv_res1", "emb_linear") else 1.0
+        made[name] = w / (EPSILON + norm / fan_in) * (scale / fan_in) * (1.0 if gain == name else tensors[gain].float())
     if "emb_label.weight" in made:
         rows = made["emb_label.weight"].T * math.sqrt(made["emb_label.weight"].shape[1])
         made["emb_label.weight"] = torch.cat([rows, torch.zeros_like(rows[:1])])
     return {name: tensor for name, tensor in made.items() if not name.endswith("_gain")}
 
 
-def silu(x: Tensor) -> Tensor:
-    """SiLU that keeps a deviation of 1."""
-    return F.silu(x) / SILU
-
-
-def blend(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """a + t·(b − a), at a deviation of 1."""
-    scale = 1 / math.hypot(1 - t, t)
-    return a * ((1 - t) * scale) + b * (t * scale)
+def _share(t: float) -> float:
+    """Of b in a + t·(b − a) at a deviation of 1 (equation 88); that of a is _share(1 − t)."""
+    return t / math.hypot(1 - t, t)
 
 
 class PixelNorm(nn.RMSNorm):
@@ -142,11 +140,11 @@ class Block(nn.Module):
         x = self.resize(x)
         if not self.decoder:
             x = self.norm(self.conv_skip(x))
-        h = self.conv_res0(silu(x)) * (self.emb_linear(condition)[:, :, None, None] + 1)
-        h = self.conv_res1(silu(h))
-        x = blend(self.conv_skip(x) if self.decoder else x, h, self.config.residual)
+        h = self.conv_res0(F.silu(x)) * (self.emb_linear(condition)[:, :, None, None] + 1)
+        h = self.conv_res1(F.silu(h))
+        x = (self.conv_skip(x) if self.decoder else x) * _share(1 - self.config.residual) + h
         if self.heads:
-            x = blend(x, self._attended(x), self.config.attention)
+            x = x * _share(1 - self.config.attention) + self._attended(x)
         return x.clamp(-self.config.clip, self.config.clip)
 
     def _attended(self, x: Tensor) -> Tensor:
@@ -205,8 +203,10 @@ class EDM2UNet(nn.Module):
         """
         condition = self.emb_noise(self.emb_fourier(level))
         if self.emb_label is not None:
-            condition = blend(condition, self.emb_label(label), self.config.label)
-        condition, skips = silu(condition), []
+            t = self.config.label
+            condition = condition * _share(1 - t) + self.emb_label(label) * _share(t)
+        condition = F.silu(condition)
+        skips: list[Tensor] = []
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         for layer in self.enc.values():
             x = layer(x, condition) if isinstance(layer, Block) else layer(x)

@@ -61,7 +61,14 @@ def _file(path: Path) -> Look:
     if path.suffix.lower() not in SUFFIXES:
         known = ", ".join(SUFFIXES[:-1])
         raise BundleError(f"{path} is no file of weights, which end in {known}: give one, or a folder")
-    found, metadata = outline(path)
+    try:
+        found, metadata = outline(path)
+    except BundleError as error:
+        if path.suffix != ".pkl":
+            raise
+        raise BundleError(
+            f"{error}; for one of NVlabs/edm, epsrt export --from edm {path} edm.epsrt prints the command"
+        ) from None
     if "epsrt" in metadata:
         return Look(path, (("family", "a checkpoint of epsrt train"),), _command("", path))
     facts: list[tuple[str, str]] = []
