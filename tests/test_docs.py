@@ -240,7 +240,13 @@ def test_the_editing_pages_options_exist():
 
 
 NETWORKS = "docs/how-to/your-network.md"
-BUNDLES = {"any": "epsilon", "sized": "epsilon", "edm": "edm", "ncsn": "score", "sde": "score", "flow": "velocity"}
+BUNDLES = {
+    **dict.fromkeys(("any", "sized", "labml", "unit-2", "sequence", "volume"), "epsilon"),
+    **dict.fromkeys(("ncsn", "sde"), "score"),
+    "edm": "edm",
+    "flow": "velocity",
+    "unit-1": "x0",
+}
 
 
 def test_every_kind_of_network_is_exported(ran):
@@ -249,6 +255,8 @@ def test_every_kind_of_network_is_exported(ran):
     assert names["images"].shape == (4, 8, 8, 3)
     assert names["x"].shape == (4, 3, 8, 8)
     assert names["wide"].shape == (4, 3, 16, 24)
+    assert names["sequences"].shape == (4, 3, 64)
+    assert names["volumes"].shape == (4, 3, 4, 8, 8)
 
 
 @pytest.mark.parametrize("name", BUNDLES)
@@ -265,7 +273,10 @@ def test_none_of_their_gates_is_blind(ran, name):
 
 @pytest.mark.parametrize(
     ("name", "method", "steps"),
-    [("ncsn", "dpmpp-2m", 50), ("sde", "dpmpp-2m", 50), ("flow", "flow-heun", 30), ("flow", "ddim", 50)],
+    [
+        *(("ncsn", "dpmpp-2m", 50), ("sde", "dpmpp-2m", 50), ("flow", "flow-heun", 30), ("flow", "ddim", 50)),
+        *(("labml", "dpmpp-2m", 50), ("sequence", "dpmpp-2m", 50), ("volume", "dpmpp-2m", 50)),
+    ],
 )
 def test_the_adapters_give_the_data(ran, name, method, steps):
     """The networks know nearly N(0, ½²): a sign, a direction or a level that is wrong would not end there."""
