@@ -184,6 +184,10 @@ class TestFilesThatAreRefused:
             ("adm", {"precond": "EDMPrecond"}, {"precond": "VEPrecond"}, "contradicts the file, .* has EDMPrecond"),
             ("adm", {"sigma_data": 0.5}, {"sigma_data": 0.6}, "sigma_data = 0.6 contradicts .* has 0.5: leave it out"),
             ("adm", {}, {"beta_d": 3.0}, "beta_d is of VPPrecond, and this network has EDMPrecond: leave it out"),
+            ("ddpmpp", {"beta_min": 0.0}, {}, "beta_min = 0 makes no VPPrecond: its default is 0.1"),
+            ("ddpmpp", {"epsilon_t": 2.0}, {}, "is not below the one before it"),
+            ("explode", {}, {"sigma_max": 0.01}, "a ve schedule needs 0 < sigma_min < sigma_max"),
+            ("iddpm", {"M": 0}, {}, "M = 0 makes no iDDPMPrecond"),
             ("ddpmpp", {}, {"label_dropout": 0.1}, "label_dropout = 0.1 is for networks with classes"),
             ("iddpm", {"precond": "VPPrecond"}, {}, "VPPrecond is of networks without a learned variance"),
         ],
@@ -208,6 +212,11 @@ class TestFilesThatAreRefused:
         state = {name: value for name, value in {**state_of("adm"), **change}.items() if value is not None}
         torch.save(state, tmp_path / "x.pt")
         with pytest.raises(BundleError, match=message):
+            load("edm", tmp_path / "x.pt")
+
+    def test_levels_that_are_none(self, tmp_path):
+        torch.save({**state_of("iddpm"), "u": torch.ones(1)}, tmp_path / "x.pt")
+        with pytest.raises(BundleError, match=r"its noise levels u have shape \[1\]"):
             load("edm", tmp_path / "x.pt")
 
     def test_an_init_that_is_none(self, tmp_path):

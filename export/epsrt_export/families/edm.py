@@ -84,6 +84,8 @@ def load(
         unet = EDMUNet(dataclasses.replace(config, returned=config.channels))
     statedict.load_into(unet, tensors, path)
     u = found.beside.get("u")
+    if u is not None and (u.ndim != 1 or len(u) < 3):
+        raise BundleError(f"{path}: its noise levels u have shape {list(u.shape)}: save net.state_dict() again")
     schedule, prediction, network = diffusion(kind, settings, unet, None if u is None else u.double().numpy())
     return Source(
         network.eval(),
@@ -135,7 +137,6 @@ def recognise(shapes: Shapes, rest: Mapping[str, Any]) -> Guess | None:
 
 def _config(shapes: Shapes, path: str | Path) -> EDMConfig:
     """The network's shape, all but the filter, as its tensors show it."""
-
     sizes = levels(shapes)
     top = f"{sizes[0] if sizes else 0}x{sizes[0] if sizes else 0}"
     first, adm = shape_in(shapes, f"enc.{top}_conv.weight", 4, path), "out_conv.weight" in shapes

@@ -24,6 +24,7 @@ PRECONDS: dict[str, Settings] = {
     "iDDPMPrecond": {"C_1": 0.001, "C_2": 0.008, "M": 1000},
 }
 LOW, HIGH = 0.002, 80.0  # σ of the owner's sampler
+MOST = 1_000_000  # timesteps of iDDPM
 T = 1000  # of schedules whose networks know no whole timesteps
 
 
@@ -102,7 +103,11 @@ def settings_of(
         if value is not None and name not in defaults:
             takers = " and ".join(other for other in PRECONDS if name in PRECONDS[other])
             raise InputError(f"{name} is of {takers}, and this network has {kind}: leave it out")
-    return settled(kind, defaults, options, init, notes)
+    found = settled(kind, defaults, options, init, notes)
+    for name in defaults.keys() - {"sigma_min", "label_dropout"}:
+        if not found[name] > 0 or (name == "M" and found[name] > MOST):
+            raise InputError(f"{name} = {found[name]:g} makes no {kind}: its default is {defaults[name]:g}")
+    return found
 
 
 def heun(schedule: Schedule) -> Sampling:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -55,7 +56,8 @@ def load(path: str | Path) -> Any:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
         # what torch saved before its version 1.6 is no zip, and cannot be mapped
-        with torch.serialization.safe_globals(_PLAIN):
+        with torch.serialization.safe_globals(_PLAIN), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a plain pickle's protocol, which the error says better
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
