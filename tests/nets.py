@@ -91,6 +91,20 @@ class Learned(Tiny):
         return torch.cat([0.2 * self.head(h) + 0.8 * x, 0.5 * self.spread(h) + self.centre], 1)
 
 
+class Restless(Tiny):
+    """Tiny that magnifies roundings along DDIM's trajectories, and the more the larger `gain` is.
+
+    With 20 timesteps PyTorch's own FP32 ends 90.9 dB from its float64 at 1.2, and 15 dB at 3: it is chaotic.
+    """
+
+    def __init__(self, gain: float, **more: Any) -> None:
+        super().__init__(**more)
+        self.gain = gain
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.head(torch.sin(self.gain * self.features(x, t, label)))
+
+
 class Trainable(Tiny):
     """Tiny with smoother activations: trained, its FP16 trajectories keep clear of the gate (Tiny's miss it)."""
 
@@ -126,6 +140,10 @@ def judge(seed: int = 0, **more: Any) -> nn.Module:
 
 def tiny(seed: int = 0, **more: Any) -> nn.Module:
     return redraw(Tiny(**more), seed)
+
+
+def restless(gain: float = 1.2, **more: Any) -> nn.Module:
+    return redraw(Restless(gain, **more), seed=3)
 
 
 def learned(seed: int = 0, **more: Any) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,18 +17,18 @@ from torch import nn
 
 from epsrt.bundle import Bundle
 from epsrt.engines import open_engine
-from epsrt.errors import InputError, one_of
+from epsrt.errors import EpsrtError, InputError, one_of
 from epsrt.files import sha256, whole_directory
 from epsrt.manifest import GOLDEN, MANIFEST, PARITY, FileEntry, Manifest, Rung, Sizes, StepGraph, digest, render
 from epsrt.parity.golden import Golden
 from epsrt.schedule import Schedule
 from epsrt.types import OnProgress, Shape
 from epsrt.verify import verify_all
-from epsrt_export import golden, parity
+from epsrt_export import golden, misses, parity
 from epsrt_export.arguments import check_choices, classifier_for, largest_batch, ready, sizes_of, source_of
 from epsrt_export.dialect_proof import dialect_rungs
 from epsrt_export.gradient import log_prob_gradient
-from epsrt_export.graphs import Recipe, variants_of, write_graphs
+from epsrt_export.graphs import FP32_ALONE, Recipe, variants_of, write_graphs
 from epsrt_export.int8 import write_int8
 from epsrt_export.manifest import manifest_of
 from epsrt_export.source import NoisedClassifier, Source
@@ -43,7 +44,7 @@ def export(
     sizes: tuple[int, int] | None = None,
     masked: bool = False,
     classifier: NoisedClassifier | str | Path | None = None,
-    precisions: Sequence[str] = ("fp32", "fp16"),
+    precisions: Sequence[str] | None = None,
     max_batch: int | None = None,
     opset: int = 21,
     on_stage: OnProgress | None = None,
@@ -57,8 +58,9 @@ def export(
     classifier    also writes step graphs that a classifier of noised images guides. It is a NoisedClassifier, or the
                   path of epsrt's own checkpoint. Step graphs of classifier-free guidance are written without being
                   asked for, where the network has a null label
-    precisions    fp32, and fp16 unless it is left out. int8 must be asked for: it has convolutions in 8 bits, for CPUs.
-                  Parity is proven in each precision; int8 has limits of its own
+    precisions    of fp32, fp16 and int8, those that the bundle must have. None: fp32, and fp16 where the network passes
+                  the gate in it; where it does not, the manifest lists no graph of it, and a LeftOutWarning says why.
+                  int8 has convolutions in 8 bits, for CPUs. Parity is proven in each; int8 has limits of its own
     max_batch     the largest batch of the step graphs: 64 unless given, fewer where images may exceed 64 × 64 pixels
     opset         the ONNX opset, 21 or 22
     on_stage      called as on_stage(what, fraction)
@@ -70,7 +72,8 @@ def export(
     tell, out = on_stage or (lambda what, fraction: None), Path(out)
     source, others = source_of(source, thresholding), sizes_of(sizes)
     max_batch = largest_batch(max_batch, source, others)
-    check_choices(source, precisions, others, classifier is not None)
+    wanted, spare = (("fp32", "fp16"), ("fp16",)) if precisions is None else (precisions, ())
+    check_choices(source, wanted, others, classifier is not None)
     if out.exists() and not (out / MANIFEST).is_file():
         raise InputError(f"{out} exists and is not a bundle: choose another name, or remove it")
     source = dataclasses.replace(source, network=ready(source.network), sha256=source.weights_sha256)
@@ -83,18 +86,31 @@ def export(
     rungs = parity.numpy_rungs(source)
     parity.require(rungs)
     with whole_directory(out) as beside:
-        graphs: list[StepGraph] = []
-        for precision in (p for p in precisions if p != "int8"):
+        graphs, lost = list[StepGraph](), dict[str, EpsrtError]()
+        for precision in (p for p in wanted if p != "int8"):
             tell(f"graphs {precision}", 0.0)
-            graphs += write_graphs(recipe, precision, beside, partial(tell, f"graphs {precision}"))
+            try:
+                graphs += write_graphs(recipe, precision, beside, partial(tell, f"graphs {precision}"))
+            except InputError as error:
+                if precision not in spare:
+                    raise
+                lost[precision] = error
         manifest = manifest_of(source, max_batch, graphs, others, judge)
         _write_golden(beside, golden.record(source.network, manifest, tell, None if judge is None else judge.network))
-        if "int8" in precisions:
+        if "int8" in wanted:
             tell("graphs int8", 0.0)
             graphs += write_int8(Bundle(beside, manifest), partial(tell, "graphs int8"))
             manifest = msgspec.structs.replace(manifest, graphs=tuple(graphs))
-        for precision in precisions:
-            rungs += _measured(Bundle(beside, manifest), precision, tell)
+        for precision in (p for p in wanted if p not in lost):
+            try:
+                rungs += _measured(Bundle(beside, manifest), precision, source.network, tell)
+            except parity.ParityError as error:
+                if precision not in spare:
+                    raise
+                lost[precision] = error
+        for precision, reason in lost.items():
+            manifest = _without(beside, manifest, precision)
+            warnings.warn(_left_out(out, precision, reason), parity.LeftOutWarning, stacklevel=2)
         _seal(beside, manifest, rungs)
         Bundle.open(beside)  # what was written is what can be read
     return Bundle.open(out)
@@ -109,7 +125,7 @@ def export_network(
     sizes: tuple[int, int] | None = None,
     masked: bool = False,
     classifier: NoisedClassifier | str | Path | None = None,
-    precisions: Sequence[str] = ("fp32", "fp16"),
+    precisions: Sequence[str] | None = None,
     max_batch: int | None = None,
     opset: int = 21,
     on_stage: OnProgress | None = None,
@@ -157,13 +173,28 @@ def _write_golden(folder: Path, recorded: Golden) -> None:
     (folder / GOLDEN).write_bytes(safetensors.numpy.save(arrays))
 
 
-def _measured(bundle: Bundle, precision: str, tell: OnProgress) -> list[Rung]:
+def _without(folder: Path, manifest: Manifest, precision: str) -> Manifest:
+    """Remove the files of a precision, and its step graphs from the manifest."""
+    for file in folder.glob(f"*-{precision}.*"):
+        file.unlink()
+    return msgspec.structs.replace(manifest, graphs=tuple(g for g in manifest.graphs if g.precision != precision))
+
+
+def _left_out(out: Path, precision: str, reason: EpsrtError) -> str:
+    without = f"{out.name} is written without {precision}"
+    if isinstance(reason, parity.ParityError):
+        return f"{without}: {reason.missed}; to leave it out from the start, give {FP32_ALONE}"
+    return f"{without}: {reason}"
+
+
+def _measured(bundle: Bundle, precision: str, network: nn.Module, tell: OnProgress) -> list[Rung]:
     """The rungs of all step graphs of a precision. Raises ParityError where one is missed."""
     with open_engine(bundle, "onnxruntime", precision=precision) as engine:
         rungs = verify_all(engine, lambda name, fraction: tell(f"parity {precision} {name}", fraction))
-    rungs += dialect_rungs(bundle, precision, lambda name, fraction: tell(f"parity {precision} {name}", fraction))
-    parity.require(rungs)
-    return rungs
+        parity.require(rungs, partial(misses.why, network, engine))
+    dialects = dialect_rungs(bundle, precision, lambda name, fraction: tell(f"parity {precision} {name}", fraction))
+    parity.require(dialects)
+    return [*rungs, *dialects]
 
 
 def _seal(folder: Path, manifest: Manifest, rungs: Sequence[Rung]) -> None:

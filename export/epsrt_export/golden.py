@@ -5,8 +5,7 @@ Plain loops from the papers (epsrt_trainer.sample) compute the steps and the tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,25 +15,24 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from epsrt import noise, solvers
+from epsrt import noise
 from epsrt.manifest import Manifest, Sizes, step_columns
 from epsrt.parity.golden import Classifier, Golden, Guidance, Network, Step, Threshold, Trajectory
-from epsrt.plan import STEP_COLUMNS, Plan
+from epsrt.plan import STEP_COLUMNS
 from epsrt.schedule import Schedule
-from epsrt.timesteps import spaced
 from epsrt.types import Float32, Int64, OnProgress, Shape
+from epsrt_export.double import Call, NoDoubleError, in_double
+from epsrt_export.trajectories import SEED, Runs, rounding
 from epsrt_trainer.sample import ddim_loop, ddpm_loop, network_input, threshold
-
-Call = Callable[..., torch.Tensor]
 
 IMAGES = 4
 STATES = 25
 SKIPPED = 6  # of other sizes, each of those states is one in so many
-SEED = 2020
 DEAR = 10**9 // IMAGES  # FLOPs of an image's step, some 3 ms on two cores: above it, fewer images and rows must do
 DEAREST = 10**11  # a second
-CUT = (2, 100), (1, 20)  # images, and last rows of DDPM, of dear networks and of the dearest
-WEIGHT = 2.0  # of the guided trajectory
+# images, last rows of DDPM, and images in float64, of dear networks and of the dearest
+CUT = (2, 100, 1), (1, 20, 0)
+NEAR = 1e-4  # relative L2 of a network's outputs in float64 from those in float32
 
 
 def record(network: nn.Module, manifest: Manifest, tell: OnProgress, classifier: nn.Module | None = None) -> Golden:
@@ -43,32 +41,26 @@ def record(network: nn.Module, manifest: Manifest, tell: OnProgress, classifier:
     `classifier` is that of the manifest, if it has one.
     """
     m, schedule, shape = manifest, manifest.schedule, manifest.shape
-    call = network if m.classes else _without_label(network)
-    images, last_rows = _effort(call, shape)
+    call = _labelled(network, m)
+    images, last_rows, doubles = _effort(call, shape)
     labels = _labels(m)
-    runs = _Runs(m, np.resize(labels, images), tell)
-
-    ts = spaced(schedule, min(50, schedule.T), "trailing")
-    plan, name = solvers.ddim(schedule, ts, **runs.bounds), f"ddim-{len(ts)}"
-    ddim = runs(name, ddim_loop, call, ts, plan)
-    trajectories = {name: ddim}
-    if m.null_label is not None:
-        guided, name = _guided(call, m.null_label, WEIGHT, shape[0]), f"guided-{name}"
-        trajectories[name] = runs(name, ddim_loop, guided, ts, plan, w=np.array([WEIGHT], np.float32))
+    runs = Runs(m, call, np.resize(labels, images), np.arange(images), last_rows)
 
     low, high = schedule.span
-    every: list[float] = list(range(high, low - 1, -1))
-    whole = solvers.ddpm(schedule, every, **runs.bounds, **runs.learned)
-    plan, name, init = whole, f"ddpm-{schedule.T}", None
-    if last_rows is not None and last_rows < schedule.T:
-        every, name, init = every[-last_rows:], f"{name}-last-{last_rows}", ddim.x
-        alpha, sigma = map(float, schedule.at(every[0]))
-        plan = plan.cut(len(plan) - last_rows, start=(alpha, sigma))
-    trajectories[name] = runs(name, ddpm_loop, call, every, plan, init, **runs.learned)
-
     across = np.unique(np.linspace(low, high, STATES).round().astype(np.int64))
     label, told = np.resize(labels, len(across)), _told(schedule, across, **runs.kind)
     states = _network(call, told, shape, label)
+    exact = _exact(network, states, runs.of(slice(doubles))) if doubles else None
+
+    trajectories: dict[str, Trajectory] = {}
+    init: Float32 | None = None
+    for course in runs.courses():
+        run = runs.recorded(course, init, tell)
+        if course.loop is ddim_loop and exact is not None:  # DDPM forgets roundings: each step brings its own noise
+            run = replace(run, rounding=rounding(exact, course, run.x, tell))
+        trajectories[course.name] = run
+        init = run.x if init is None else init
+
     guidance = gradient = bounded = None
     if m.null_label is not None:
         null = _network(call, told, shape, np.full_like(label, m.null_label))
@@ -78,9 +70,11 @@ def record(network: nn.Module, manifest: Manifest, tell: OnProgress, classifier:
     if m.thresholding is not None:
         bounded = _threshold(shape, m.thresholding.ratio, m.thresholding.maximum, m.bound)
     loop = partial(ddpm_loop, call, schedule, thresholding=runs.thresholding, **runs.bounds, **runs.learned)
+    rows = runs.ddpm.rows(step_columns(m.variance))[high - across]
+    assert init is not None
     return Golden(
         network=states,
-        step=_step(loop, schedule, across, whole.rows(step_columns(m.variance))[high - across], ddim.x, label),
+        step=_step(loop, schedule, across, rows, init, label),
         trajectories=trajectories,
         guidance=guidance,
         classifier=gradient,
@@ -92,66 +86,33 @@ def record(network: nn.Module, manifest: Manifest, tell: OnProgress, classifier:
     )
 
 
-@dataclass(frozen=True)
-class _Runs:
-    """Whole trajectories by the papers' loops, all with the same labels and noise, as a manifest has it."""
+def again(network: nn.Module, manifest: Manifest, name: str, run: Trajectory, image: int) -> list[Float32]:
+    """x [C, H, W] after each row of a recorded trajectory, of one of its images."""
+    one, states = slice(image, image + 1), list[Float32]()
+    last_rows = len(run.rows) if run.init is not None else None
+    runs = Runs(manifest, _labelled(network, manifest), run.label, run.index, last_rows).of(one)
+    course = next(course for course in runs.courses() if course.name == name)
+    init = None if run.init is None else run.init[one]
+    runs(course, init, lambda i, x, x0: states.append(x[0].numpy()))
+    return states
 
-    manifest: Manifest
-    label: Int64  # one an image
-    tell: OnProgress
 
-    @property
-    def kind(self) -> dict[str, Any]:
-        return {"prediction": self.manifest.prediction, "sigma_data": self.manifest.sigma_data}
+def _labelled(network: nn.Module, manifest: Manifest) -> Call:
+    return network if manifest.classes else _without_label(network)
 
-    @property
-    def bounds(self) -> dict[str, Any]:
-        return {**self.kind, "clip": self.manifest.clip}
 
-    @property
-    def learned(self) -> dict[str, Any]:
-        return {} if self.manifest.variance is None else {"variance": self.manifest.variance}
-
-    @property
-    def thresholding(self) -> tuple[float, float] | None:
-        limits = self.manifest.thresholding
-        return None if limits is None else (limits.ratio, limits.maximum)
-
-    def __call__(
-        self,
-        name: str,
-        loop: Call,
-        call: Call,
-        ts: Sequence[float],
-        plan: Plan,
-        init: Float32 | None = None,
-        w: Float32 | None = None,
-        **more: Any,
-    ) -> Trajectory:
-        """Run a loop over timesteps; `plan` has their rows, where x begins, and which noise each step draws."""
-        m, images = self.manifest, len(self.label)
-        index, size, (signal, scale) = np.arange(images), int(np.prod(m.shape)), plan.start
-        z = noise.normals(SEED, index, noise.START, 0, size).reshape(images, *m.shape)
-        x = np.float32(scale) * z + (0 if init is None else np.float32(signal) * init)
-        first = int(plan["n"][0])
-
-        def draw(i: int) -> torch.Tensor:
-            return torch.from_numpy(noise.normals(SEED, index, noise.STEP, first + i, size).reshape(x.shape))
-
-        last = loop(
-            call,
-            m.schedule,
-            torch.from_numpy(x.astype(np.float32)),
-            ts,
-            draw,
-            thresholding=self.thresholding,
-            label=torch.from_numpy(self.label) if m.classes else None,
-            on_step=lambda i, x, x0: self.tell(name, (i + 1) / len(ts)),
-            **self.bounds,
-            **more,
-        )
-        rows, seed = plan.rows(step_columns(m.variance)), np.full(images, SEED, np.uint64)
-        return Trajectory(rows, np.array(plan.start), seed, index, self.label, last.numpy(), init, w)
+def _exact(network: nn.Module, states: Network, runs: Runs) -> Runs | None:
+    """Runs in float64; None where the network does not compute in it, or is another one there."""
+    some = slice(None, None, SKIPPED)
+    try:
+        call = in_double(network, lambda copied: _labelled(copied, runs.manifest))
+        with torch.inference_mode():
+            x, t, label = (torch.from_numpy(values[some]) for values in (states.x, states.t, states.label))
+            out = call(x.double(), t, label).numpy()
+    except NoDoubleError:
+        return None
+    near = np.linalg.norm(out - states.out[some]) < NEAR * np.linalg.norm(out)
+    return replace(runs, call=call, dtype=torch.float64) if near else None
 
 
 def _labels(m: Manifest) -> Int64:
@@ -198,16 +159,6 @@ def _network(network: Call, ts: Float32, shape: Shape, label: Int64) -> Network:
     with torch.inference_mode():
         outs = [network(*_batch_of_one(i, x, ts, label)) for i in range(len(ts))]
     return Network(x, ts, label, torch.cat(outs).numpy())
-
-
-def _guided(network: Call, null_label: int, w: float, channels: int) -> Call:
-    """Classifier-free guidance, two calls: u + w·(c − u) (arXiv 2207.12598, eq. 6); a learned variance is c's."""
-
-    def call(x: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        c, u = network(x, t, label), network(x, t, torch.full_like(label, null_label))
-        return torch.cat([u[:, :channels] + w * (c - u)[:, :channels], c[:, channels:]], 1)
-
-    return call
 
 
 def _gradient(classifier: nn.Module, states: Network, target: Int64) -> Classifier:
@@ -267,12 +218,12 @@ def _without_label(network: nn.Module) -> Call:
     return lambda x, t, label: network(x, t)
 
 
-def _effort(call: Call, shape: Shape) -> tuple[int, int | None]:
-    """How many images, and how many of DDPM's last rows (None: all).
+def _effort(call: Call, shape: Shape) -> tuple[int, int | None, int]:
+    """How many images, how many of DDPM's last rows (None: all), and how many images in float64.
 
     FLOPs are counted, not seconds: the same network must give the same bundle on a busy machine.
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call(torch.zeros(1, *shape), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
     flops = int(counter.get_total_flops())
-    return (IMAGES, None) if flops <= DEAR else CUT[flops > DEAREST]
+    return (IMAGES, None, IMAGES) if flops <= DEAR else CUT[flops > DEAREST]

@@ -20,6 +20,7 @@ from epsrt_export.onnx_passes import masked
 from epsrt_export.precision import half_copy
 from epsrt_export.stepgraph import DynamicThreshold, StepModule, check_network
 
+FP32_ALONE = '--precision fp32 (precisions=["fp32"])'
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -98,5 +99,5 @@ def _half(recipe: Recipe) -> nn.Module:
     try:
         check_network(network, recipe.shape, recipe.labelled, torch.float16, recipe.variance is not None)
     except EpsrtError as error:
-        raise InputError(f'in half precision, {error}; export with precisions=["fp32"] alone') from error
+        raise InputError(f"in half precision, {error}; give {FP32_ALONE}") from error
     return network

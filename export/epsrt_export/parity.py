@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,20 +21,32 @@ from epsrt_trainer.sample import ddim_loop, ddpm_loop
 
 
 class ParityError(EpsrtError):
-    """An export missed a rung; no bundle was written."""
+    """An export missed a rung; no bundle was written. `missed` is the rung, its figure and where, in words."""
+
+    def __init__(self, missed: str, precision: str):
+        way = ": export fp32 alone" if precision in ("fp16", "int8") else ""
+        super().__init__(f"parity missed: {missed}; no bundle was written{way}")
+        self.missed = missed
 
 
-def require(rungs: Sequence[Rung]) -> None:
-    """Raise ParityError naming the first rung that was missed, its figure and where."""
+class LeftOutWarning(UserWarning):
+    """A bundle was written without FP16, which was not asked for by name and misses a rung."""
+
+
+def require(rungs: Sequence[Rung], why: Callable[[Rung], str] = lambda rung: "") -> None:
+    """Raise ParityError naming the first rung that was missed, its figure and where, and `why` where it knows."""
     for r in rungs:
         if not r.passed:
-            figure = "not finite" if r.figure is None else f"{r.figure:.3g} {r.unit}"
-            limit = f"at {'least' if r.at_least else 'most'} {r.limit:g}"
-            rung = f"{r.name} of the {r.graph} graph" if r.graph else r.name
-            raise ParityError(
-                f"parity missed: {rung} in {r.precision} on {r.engine} is {figure} ({limit} allowed) at {r.where}; "
-                "no bundle was written"
-            )
+            raise ParityError("; ".join(filter(None, (_missed(r), why(r)))), r.precision)
+
+
+def _missed(r: Rung) -> str:
+    rung = f"{r.name} of the {r.graph} graph" if r.graph else r.name
+    rung += f" in {r.precision} on {r.engine}"
+    if r.figure is None:
+        return f"{rung} has no figure, for {r.where}"
+    limit = f"at {'least' if r.at_least else 'most'} {r.limit:g}"
+    return f"{rung} is {r.figure:.3g} {r.unit} ({limit} allowed) at {r.where}"
 
 
 def numpy_rungs(source: Source) -> list[Rung]:

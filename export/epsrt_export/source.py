@@ -20,6 +20,7 @@ from epsrt.plan import CLIP_OFF
 from epsrt.schedule import Schedule
 from epsrt.timesteps import OPTIONS
 from epsrt_export.stepgraph import LARGEST_SIDE, DynamicThreshold
+from epsrt_export.unfit import FLAT
 
 LATENTS = (-4.0, 4.0)  # what an autoencoder's latents span once they are scaled to a deviation of 1
 
@@ -130,7 +131,7 @@ class Source:
                 raise InputError(f"{field_name} is a {type(value).__name__}, not a {kind.__name__}: give one")
         shape = _each("shape", self.shape, 1, "three whole numbers, C, H, W")
         if len(shape) != 3 or not all(0 < n <= LARGEST_SIDE for n in shape):
-            raise InputError(f"shape = {list(shape)} is not C, H, W, each 1 … {LARGEST_SIDE}")
+            raise InputError(f"shape = {list(shape)} is not C, H, W, each 1 … {LARGEST_SIDE}{_of_signals(shape)}")
         try:
             low_high = tuple(float(v) for v in self.value_range)
         except (TypeError, ValueError, OverflowError):
@@ -236,6 +237,13 @@ def _weights_sha256(network: nn.Module) -> str:
         hasher.update(name.encode())
         hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # of any dtype
     return hasher.hexdigest()
+
+
+def _of_signals(shape: Sequence[int]) -> str:
+    if len(shape) != 2:
+        return ""
+    c, length = shape
+    return f": for signals of {c} channels and length {length} give ({c}, 1, {length}) and an adapter, {FLAT}"
 
 
 def _each(name: str, values: Any, like: Any, wanted: str) -> tuple[Any, ...]:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from epsrt.errors import EpsrtError, InputError, one_line
+from epsrt.errors import EpsrtError, InputError
 from epsrt.manifest import Sizes
+from epsrt_export import unfit
 
 Network = Callable[..., Tensor]
 OUTPUTS = ("x_next", "m_next", "x0")
@@ -163,9 +164,7 @@ def check_network(
         with torch.inference_mode():
             out, again = network(*copies), network(*[value.clone() for value in given])
     except Exception as error:  # somebody else's code: assertions and missing attributes are as likely as a TypeError
-        reason = one_line(error)
-        wants = "forward(x, t, label)" if labelled else "forward(x, t)"
-        raise InputError(f"{name} cannot run {wants} on x {[2, *shape]}, t [2] float32: {reason}") from error
+        raise InputError(unfit.why(network, shape, labelled, error)) from error
     if not isinstance(out, Tensor):
         raise InputError(f"{name} returns a {type(out).__name__}, not one tensor: wrap it so that it returns ε alone")
     if out.dtype not in (dtype, torch.float32):

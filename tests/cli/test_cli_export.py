@@ -147,3 +147,24 @@ def test_inspect_shows_the_owners_guidance(bundle_path: Path, copy_of: Callable[
     np.savez(tmp_path / "init.npz", samples=np.zeros((1, 1, 8, 8), np.float32))
     ask = ("invert", path, "--init", tmp_path / "init.npz", "--labels", 1, "--out", tmp_path / "a.npz")
     assert "--steps 50 --guidance 1" in run(*ask).stdout  # to draw them as they were inverted
+
+
+def test_fp16_that_misses_the_gate(tmp_path: Path) -> None:
+    """It is left out with a sentence, and refused where it was asked for; FP32 alone is exported without a word."""
+    from epsrt import Schedule
+    from epsrt_trainer.checkpoint import save_checkpoint
+
+    network = unet(channel_multipliers=(1,), attention_resolutions=())
+    schedule = Schedule(T=20, beta_end=0.2)
+    checkpoint = save_checkpoint(tmp_path / "some.safetensors", network, network.config, schedule)
+    options = (checkpoint, tmp_path / "some.epsrt", "--max-batch", 2)
+    said = [line for line in run("export", *options).stderr.splitlines() if not line.endswith("…")]
+    (sentence,) = said
+    assert sentence.startswith("some.epsrt is written without fp16: network in fp16 on onnxruntime is 0.00")
+    assert sentence.endswith('; to leave it out from the start, give --precision fp32 (precisions=["fp32"])')
+    assert {graph.precision for graph in Bundle.open(tmp_path / "some.epsrt").manifest.graphs} == {"fp32"}
+    refused = run("export", checkpoint, tmp_path / "other.epsrt", "--max-batch", 2, "--precision", "fp16", code=1)
+    assert "epsrt: parity missed: network in fp16 on onnxruntime is 0.00" in refused.stderr
+    assert not (tmp_path / "other.epsrt").exists()
+    told = run("export", *options, "--precision", "fp32").stderr
+    assert all(line.endswith("…") for line in told.splitlines())

@@ -204,7 +204,7 @@ class TestTheWholeGate:
     @pytest.mark.parametrize("kind", ["edm-ve", "velocity-flow", "v-zero"])
     def test_dear_networks_start_from_noised_images(self, tmp_path, monkeypatch, kind):
         monkeypatch.setattr(golden, "DEAR", 0)
-        monkeypatch.setattr(golden, "CUT", ((2, 15), (1, 5)))
+        monkeypatch.setattr(golden, "CUT", ((2, 15, 1), (1, 5, 0)))
         kept, schedule = put(tmp_path / "dear.epsrt", kind).golden(), KINDS[kind][1]
         run = kept.trajectories["ddpm-40-last-15"]
         assert run.rows.shape[0] == 15

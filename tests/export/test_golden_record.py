@@ -10,10 +10,13 @@ import torch
 from epsrt import Schedule, noise
 from epsrt.manifest import Sizes
 from epsrt.plan import STEP_COLUMNS
+from epsrt.timesteps import spaced
 from epsrt_export import NoisedClassifier, Source, golden
 from epsrt_export.golden import _other_sizes
 from epsrt_export.manifest import manifest_of
-from nets import judge, learned, tiny
+from epsrt_export.trajectories import guided
+from epsrt_trainer.sample import ddim_loop
+from nets import Tiny, judge, learned, redraw, restless, tiny
 
 SCHEDULE = Schedule(T=100, beta_start=1e-3, beta_end=0.2)
 SHAPE = (1, 8, 8)
@@ -115,7 +118,7 @@ def test_the_guided_run_is_another_with_its_weight(network):
 
 
 def test_guidance_leaves_the_variance_to_the_label():
-    call = golden._guided(lambda x, t, label: torch.cat([label * x, 10 * label * x], 1), 3, 2.0, 1)
+    call = guided(lambda x, t, label: torch.cat([label * x, 10 * label * x], 1), 3, 2.0, 1)
     x, label = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), 5.0)
     assert call(x, None, label).flatten().tolist() == [3 + 2 * (5 - 3), 50]
 
@@ -128,6 +131,66 @@ def test_other_sizes_are_of_every_sixth_state(kept):
     np.testing.assert_array_equal(states.label, kept.network.label[::6])
 
 
+def test_roundings_are_the_distance_from_float64():
+    """Of DDIM alone, of the worst image, by a loop of its own on the network in float64."""
+    network = restless(classes=11)
+    kept = recorded(network, classes=10, null_label=10)
+    exact, ts = copy.deepcopy(network).double(), spaced(SCHEDULE, 50)
+    x = torch.from_numpy(noise.normals(golden.SEED, np.arange(4), noise.START, 0, 64).reshape(4, *SHAPE)).double()
+    for name, w in (("ddim-50", None), ("guided-ddim-50", 2.0)):
+        run = kept.trajectories[name]
+        call = exact if w is None else guided(exact, 10, w, 1)
+        last = ddim_loop(call, SCHEDULE, x, ts, label=torch.from_numpy(run.label)).numpy()
+        rms = np.sqrt(np.square(run.x - last).mean((1, 2, 3)))
+        assert run.rounding == pytest.approx(rms.max(), rel=1e-3)
+        assert rms.max() > 2 * rms.min()  # so that it matters which image it is
+    assert kept.trajectories["ddpm-100"].rounding is None
+
+
+def test_a_network_that_is_another_one_in_float64_has_no_roundings():
+    class Wider(Tiny):
+        def forward(self, x, t):
+            return super().forward(x, t) * (1.0 if x.dtype == torch.float32 else 1.001)
+
+    class Refuses(Tiny):
+        def forward(self, x, t):
+            assert x.dtype == torch.float32
+            return super().forward(x, t)
+
+    class RefusesLater(Tiny):
+        def forward(self, x, t):
+            assert x.dtype == torch.float32 or t[0] != 51
+            return super().forward(x, t)
+
+    for kind in (Wider, Refuses, RefusesLater):
+        assert recorded(redraw(kind(), 3)).trajectories["ddim-50"].rounding is None
+    assert recorded(tiny(seed=3)).trajectories["ddim-50"].rounding is not None
+
+
+def test_a_caller_that_stops_in_float64_is_heard():
+    """An error of its progress is no refusal of the network's."""
+
+    def stop(name, share):
+        if name == "ddim-50 in float64":
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        recorded(tiny(seed=3), tell=stop)
+
+
+@pytest.mark.parametrize(("name", "image"), [("ddim-50", 2), ("guided-ddim-50", 1), ("ddpm-100-last-15", 1)])
+def test_a_trajectory_is_run_again(monkeypatch, name, image):
+    if "last" in name:
+        monkeypatch.setattr(golden, "DEAR", 0)
+        monkeypatch.setattr(golden, "CUT", ((2, 15, 1), (1, 5, 0)))
+    network = tiny(seed=3, classes=11)
+    manifest = manifest_of(Source(network, SCHEDULE, SHAPE, classes=10, null_label=10), 4, ())
+    run = golden.record(network, manifest, lambda name, share: None).trajectories[name]
+    states = golden.again(network, manifest, name, run, image)
+    assert len(states) == len(run.rows)
+    np.testing.assert_allclose(states[-1], run.x[image], atol=1e-5)
+
+
 def test_thresholded_images_lie_below_between_and_above():
     facts = {"thresholding": (0.9, 3.0), "value_range": (-2.0, 2.0), "variance": "learned_range", "shape": (2, 8, 8)}
     images = recorded(learned(5, channels=2), **facts).threshold
@@ -138,17 +201,21 @@ def test_thresholded_images_lie_below_between_and_above():
 
 
 @pytest.mark.parametrize(
-    ("dear", "dearest", "images", "rows"),
-    [(0, 0, 4, 100), (-1, 0, 2, 15), (-1, -1, 1, 5)],
+    ("dear", "dearest", "images", "rows", "doubles"),
+    [(0, 0, 4, 100, 4), (-1, 0, 2, 15, 1), (-1, -1, 1, 5, 0)],
     ids=["cheap", "dear", "dearest"],
 )
-def test_effort_falls_above_each_limit_of_flops(monkeypatch, dear, dearest, images, rows):
+def test_effort_falls_above_each_limit_of_flops(monkeypatch, dear, dearest, images, rows, doubles):
     network = tiny(seed=3)
     flops = 2 * 64 * 9 * (16 + 16 * 16 + 16)  # of three convolutions
     monkeypatch.setattr(golden, "DEAR", flops + dear)
     monkeypatch.setattr(golden, "DEAREST", flops + dearest)
-    monkeypatch.setattr(golden, "CUT", ((2, 15), (1, 5)))
+    monkeypatch.setattr(golden, "CUT", ((2, 15, 1), (1, 5, 0)))
+    exact, measured = golden.rounding, []
+    monkeypatch.setattr(golden, "rounding", lambda runs, *more: measured.append(len(runs.index)) or exact(runs, *more))
     kept = recorded(network)
+    assert measured == [doubles] * (doubles > 0)
+    assert (kept.trajectories["ddim-50"].rounding is None) == (doubles == 0)
     (name,) = [name for name in kept.trajectories if name.startswith("ddpm")]
     run = kept.trajectories[name]
     assert (len(run.x), len(run.rows)) == (images, rows)
@@ -163,7 +230,7 @@ def test_effort_falls_above_each_limit_of_flops(monkeypatch, dear, dearest, imag
 def test_a_cut_run_keeps_its_rows_noise(monkeypatch):
     """Its images are what its rows make of x = α·init + σ·z, with z of each row's own n."""
     monkeypatch.setattr(golden, "DEAR", 0)
-    monkeypatch.setattr(golden, "CUT", ((2, 15), (1, 5)))
+    monkeypatch.setattr(golden, "CUT", ((2, 15, 1), (1, 5, 0)))
     network = tiny(seed=3)
     run, index = recorded(network).trajectories["ddpm-100-last-15"], np.arange(2)
     x = run.start[0] * run.init + run.start[1] * noise.normals(golden.SEED, index, noise.START, 0, 64).reshape(
@@ -182,7 +249,7 @@ def test_progress_ends_at_one():
     told = []
     recorded(tiny(seed=3), tell=lambda name, share: told.append((name, share)))
     assert told[:2] == [("ddim-50", 1 / 50), ("ddim-50", 2 / 50)]
-    assert dict(told) == {"ddim-50": 1.0, "ddpm-100": 1.0}
+    assert dict(told) == {"ddim-50": 1.0, "ddim-50 in float64": 1.0, "ddpm-100": 1.0}
 
 
 @pytest.mark.parametrize(

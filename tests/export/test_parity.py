@@ -44,8 +44,9 @@ class TestRequire:
             require([rung(), missed, rung(name="batch", figure=None)])
 
     def test_other_words(self):
-        with pytest.raises(ParityError, match=r"network in fp32 on onnxruntime is not finite \(at most 2 allowed\)"):
-            require([rung(figure=None)])
+        message = "parity missed: network in fp32 on onnxruntime has no figure, for lane 0 is not finite; no bundle"
+        with pytest.raises(ParityError, match=message):
+            require([rung(figure=None, where="lane 0 is not finite")])
         with pytest.raises(ParityError, match=r"is 1 dB \(at least 2 allowed\)"):
             require([rung(unit="dB", at_least=True)])
 

@@ -106,7 +106,6 @@ class TestExport:
         [
             ({"max_batch": "2"}, "max_batch = '2' is not a whole number"),
             ({"max_batch": True}, "max_batch = True is not a whole number"),
-            ({"precisions": None}, "precisions = .None.: choose from fp32, fp16"),
             ({"precisions": [["fp32"]]}, "choose from fp32, fp16"),
             ({"sizes": 8}, "sizes = 8 is not .multiple, largest."),
             ({"sizes": (8,)}, "sizes = .8,. is not .multiple, largest."),

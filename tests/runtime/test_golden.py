@@ -88,6 +88,17 @@ def test_optional_arrays_are_checked_where_they_are(small_bundle_path):
     bundle, arrays = changed(small_bundle_path, lambda arrays: arrays.update({"trajectory.ddim-50.w": np.ones(2)}))
     with pytest.raises(BundleError, match=r"trajectory.ddim-50.w is float64 \[2\], not float32 \[1\]"):
         read(bundle, arrays)
+    for wrong in (np.ones(4), np.ones(1, np.float32)):
+        bundle, arrays = changed(small_bundle_path, lambda a, w=wrong: a.update({"trajectory.ddim-50.rounding": w}))
+        with pytest.raises(BundleError, match=r"trajectory.ddim-50.rounding is float\d+ \[\d\], not float64 \[1\]"):
+            read(bundle, arrays)
+
+
+def test_roundings_are_read_where_they_are(small_bundle_path):
+    """Bundles of before have none."""
+    bundle, arrays = changed(small_bundle_path, lambda a: a.update({"trajectory.ddim-50.rounding": np.full(1, 1e-6)}))
+    runs = read(bundle, arrays).trajectories
+    assert (runs["ddim-50"].rounding.tolist(), runs["ddpm-100"].rounding) == ([1e-6], None)
 
 
 def test_a_plain_trajectory_is_asked_for(small_bundle_path):

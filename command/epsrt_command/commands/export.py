@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -69,7 +70,9 @@ def export(
     ] = None,
     precision: Annotated[
         list[str] | None,
-        typer.Option(metavar="PRECISION", help="fp32, fp16 or int8; may be repeated. By default the first two."),
+        typer.Option(
+            metavar="PRECISION", help="fp32, fp16 or int8; may be repeated. By default fp32, and fp16 if it passes."
+        ),
     ] = None,
     max_batch: Annotated[
         int | None, typer.Option(help="Largest batch of the step graphs; by default 64, fewer above 64 × 64 pixels.")
@@ -101,13 +104,14 @@ def export(
     if (threshold_ratio is None) != (threshold_max is None):
         raise InputError("dynamic thresholding has two numbers: give both --threshold-ratio and --threshold-max")
     with needs("epsrt export", "export,cpu"):
+        from epsrt_export import LeftOutWarning, families
         from epsrt_export import export as run
-        from epsrt_export import families
     given = planning.settings(options) | ({} if ema is None else {"ema": ema})
     source = families.load(family, checkpoint, **given)
     for sentence in source.notes:
         show.note(sentence)
-    with show.progress() as tell:
+    with show.progress() as tell, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", LeftOutWarning)
         made = run(
             source,
             bundle,
@@ -115,11 +119,13 @@ def export(
             sizes=None if sizes is None else _sizes(sizes),
             masked=masked,
             classifier=classifier,
-            precisions=precision or ("fp32", "fp16"),
+            precisions=precision,
             max_batch=max_batch,
             opset=opset,
             on_stage=tell,
         )
+    for sentence in (str(warning.message) for warning in told if warning.category is LeftOutWarning):
+        show.note(sentence)
     m = made.manifest
     if as_json:
         show.print_json({"bundle": str(bundle), "digest": m.digest, "bytes": sum(f.size for f in m.files.values())})

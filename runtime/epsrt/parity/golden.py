@@ -56,9 +56,11 @@ class Step:
 class Trajectory:
     """A whole run: its rows, and the images x that it ends with.
 
-    start   x begins as start[0]·init + start[1]·z
-    init    None: zeros
-    w       the weight of guidance; None: the run is not guided
+    start     x begins as start[0]·init + start[1]·z
+    init      None: zeros
+    w         the weight of guidance; None: the run is not guided
+    rounding  how far PyTorch's float32 ends from its own float64, by the same rows and noise: the RMS of x − x64 in the
+              image where that is largest. None: it was not measured
     """
 
     rows: Annotated[Float32, "s K"]
@@ -69,6 +71,7 @@ class Trajectory:
     x: Annotated[Float32, "n C H W"]
     init: Annotated[Float32, "n C H W"] | None = None
     w: Annotated[Float32, "1"] | None = None
+    rounding: Annotated[Float64, "1"] | None = None
 
 
 @dataclass(frozen=True, eq=False)

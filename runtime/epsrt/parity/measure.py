@@ -21,6 +21,9 @@ LIMITS = {
     ("cpu", "int8"): (0.25, 25.0),
     ("cuda", "fp32"): (1e-5, 90.0), ("cuda", "fp16"): (3e-3, 45.0),
 }  # fmt: skip
+STEP_ROUNDING = 2e-7  # relative L2 of a step in float32 from one in float64
+# dB that a trajectory's limit may fall by, where it magnifies roundings; below that it says nothing of an engine
+ROOM = {"fp32": 30.0, "fp16": 10.0}
 PSNR_CEILING = 300.0  # identical images; infinity has no JSON
 BATCH = 8  # of states that are measured, where the engine allows it
 
@@ -51,6 +54,8 @@ class Check:
         except NotFiniteError as error:
             found = Found(None, str(error))
         finite = found.figure is not None and np.isfinite(found.figure)
+        if found.figure is not None and not finite:
+            found = replace(found, where=f"{found.where} is not finite")
         return Rung(
             name=self.name,
             engine=engine.name,
@@ -74,6 +79,11 @@ def relative_l2(value: NDArray[Any], truth: NDArray[Any]) -> float:
 def worst_psnr(images: Float32, truth: Float32, value_range: tuple[float, float]) -> float:
     """PSNR in dB of the worst of [n, C, H, W], peak = the width of the value range; at most PSNR_CEILING."""
     error = np.square(images.astype(np.float64) - truth).reshape(len(images), -1).mean(axis=1).max()
+    return psnr(float(error), value_range)
+
+
+def psnr(error: float, value_range: tuple[float, float]) -> float:
+    """PSNR in dB of a mean square error, peak = the width of the value range; at most PSNR_CEILING."""
     peak = value_range[1] - value_range[0]
     return float(min(20 * np.log10(peak) - 10 * np.log10(max(error, 1e-300)), PSNR_CEILING))
 

@@ -8,14 +8,18 @@ import numpy as np
 
 from epsrt.engine import Engine, Sample
 from epsrt.errors import NotFiniteError
+from epsrt.manifest import Manifest
 from epsrt.parity.golden import Network, Step, Threshold, Trajectory
 from epsrt.parity.measure import (
     BATCH,
+    ROOM,
+    STEP_ROUNDING,
     Found,
     by_timestep,
     limits,
     network_outputs,
     one_step,
+    psnr,
     relative_l2,
     rows_for,
     worst,
@@ -79,7 +83,29 @@ def step(engine: Engine, states: Step) -> Found:
 
 
 def psnr_limit(engine: Engine, run: Trajectory) -> float:
-    """The least PSNR of a trajectory in dB. A guided one is allowed what its guidance magnifies."""
+    """The least PSNR of a trajectory in dB.
+
+    A guided one is allowed what its guidance magnifies. One that magnifies roundings is allowed what PyTorch's own come
+    to, times how much more a step of the engine may differ than a step in float32 does from one in float64.
+    """
+    plain, room = _plain_limit(engine, run), ROOM.get(engine.precision)
+    if run.rounding is None or room is None:
+        return plain
+    return round(max(plain - room, min(plain, allowed(engine, run))), 1)
+
+
+def own_psnr(manifest: Manifest, run: Trajectory) -> float | None:
+    """PSNR in dB of PyTorch's float32 against its float64 in the worst image; None where it was not measured."""
+    return None if run.rounding is None else psnr(float(run.rounding[0]) ** 2, value_range(manifest, run.x))
+
+
+def allowed(engine: Engine, run: Trajectory) -> float:
+    """The least PSNR in dB that PyTorch's own roundings speak for, whatever limits there are besides."""
+    own = own_psnr(engine.bundle.manifest, run)
+    return math.inf if own is None else own - 20 * math.log10(limits(engine)[0] / STEP_ROUNDING)
+
+
+def _plain_limit(engine: Engine, run: Trajectory) -> float:
     limit = limits(engine)[1]
     if run.w is None:
         return limit
@@ -87,13 +113,19 @@ def psnr_limit(engine: Engine, run: Trajectory) -> float:
     return round(limit - 20 * math.log10(abs(w) + abs(1 - w)), 1)  # u + w·(c − u) magnifies errors by that at most
 
 
+def value_range(manifest: Manifest, images: Float32) -> tuple[float, float]:
+    """The images' range; where nothing holds them in it, what they span if that is more."""
+    low, high = manifest.value_range
+    if manifest.clip is not None:
+        return low, high
+    return min(low, float(images.min())), max(high, float(images.max()))
+
+
 def trajectory(engine: Engine, run: Trajectory, on_step: OnStep) -> Found:
     """PSNR in dB of the worst image, free-running. `on_step` is told of the steps of all images together."""
     images, truth = _ran(engine, run, on_step), run.x
-    low, high = engine.bundle.manifest.value_range
-    if engine.bundle.manifest.clip is None:  # nothing holds images in the range
-        low, high = min(low, float(truth.min())), max(high, float(truth.max()))
-    each = [worst_psnr(images[i : i + 1], truth[i : i + 1], (low, high)) for i in range(len(truth))]
+    peaks = value_range(engine.bundle.manifest, truth)
+    each = [worst_psnr(images[i : i + 1], truth[i : i + 1], peaks) for i in range(len(truth))]
     i = int(np.argmin(each))
     return Found(each[i], f"image {i}, relative L2 {relative_l2(images, truth):.1e}")
 

@@ -1,0 +1,164 @@
+"""Whole trajectories of a network by the papers' plain loops, all with the same noise, as a manifest has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from epsrt import noise, solvers
+from epsrt.manifest import Manifest, step_columns
+from epsrt.parity.golden import Trajectory
+from epsrt.plan import Plan
+from epsrt.timesteps import spaced
+from epsrt.types import Float32, Float64, Int64
+from epsrt_export.double import Call, NoDoubleError
+from epsrt_trainer.sample import OnStep, ddim_loop, ddpm_loop
+
+SEED = 2020
+WEIGHT = 2.0  # of the guided trajectory
+
+
+@dataclass(frozen=True)
+class Course:
+    """A trajectory before it is run: the loop, its timesteps, and the plan with their rows.
+
+    w     the weight of guidance; None: it is not guided
+    more  what the loop is told besides
+    """
+
+    name: str
+    loop: Call
+    ts: Sequence[float]
+    plan: Plan
+    w: float | None
+    more: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The trajectories of some images.
+
+    call       the network; it takes a label
+    label      one an image
+    index      of each image's noise
+    last_rows  how many of DDPM's rows are run, the last ones; None: all
+    dtype      that `call` computes in
+    """
+
+    manifest: Manifest
+    call: Call
+    label: Int64
+    index: Int64
+    last_rows: int | None = None
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        return {"prediction": self.manifest.prediction, "sigma_data": self.manifest.sigma_data}
+
+    @property
+    def bounds(self) -> dict[str, Any]:
+        return {**self.kind, "clip": self.manifest.clip}
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        return {} if self.manifest.variance is None else {"variance": self.manifest.variance}
+
+    @property
+    def thresholding(self) -> tuple[float, float] | None:
+        limits = self.manifest.thresholding
+        return None if limits is None else (limits.ratio, limits.maximum)
+
+    @property
+    def ddpm(self) -> Plan:
+        """All of DDPM's rows."""
+        low, high = self.manifest.schedule.span
+        every: list[float] = list(range(high, low - 1, -1))
+        return solvers.ddpm(self.manifest.schedule, every, **self.bounds, **self.learned)
+
+    def courses(self) -> Iterator[Course]:
+        """DDIM, guided DDIM where there is a null label, and DDPM. A part of DDPM begins from DDIM's images."""
+        schedule = self.manifest.schedule
+        ts = spaced(schedule, min(50, schedule.T), "trailing")
+        plan, name = solvers.ddim(schedule, ts, **self.bounds), f"ddim-{len(ts)}"
+        yield Course(name, ddim_loop, ts, plan, None, {})
+        if self.manifest.null_label is not None:
+            yield Course(f"guided-{name}", ddim_loop, ts, plan, WEIGHT, {})
+        low, high = schedule.span
+        every: list[float] = list(range(high, low - 1, -1))
+        plan, name = self.ddpm, f"ddpm-{schedule.T}"
+        if self.last_rows is not None and self.last_rows < schedule.T:
+            every, name = every[-self.last_rows :], f"{name}-last-{self.last_rows}"
+            alpha, sigma = map(float, schedule.at(every[0]))
+            plan = plan.cut(len(plan) - self.last_rows, start=(alpha, sigma))
+        yield Course(name, ddpm_loop, every, plan, None, self.learned)
+
+    def __call__(self, course: Course, init: Float32 | None = None, on_step: OnStep | None = None) -> torch.Tensor:
+        """The images [n, C, H, W] that a course ends with; `init` is what it begins from."""
+        m, images, (signal, scale) = self.manifest, len(self.label), course.plan.start
+        size, first = int(np.prod(m.shape)), int(course.plan["n"][0])
+        z = noise.normals(SEED, self.index, noise.START, 0, size).reshape(images, *m.shape)
+        x = np.float32(scale) * z + (0 if init is None else np.float32(signal) * init)
+
+        def draw(i: int) -> torch.Tensor:
+            drawn = noise.normals(SEED, self.index, noise.STEP, first + i, size)
+            return torch.from_numpy(drawn.reshape(x.shape)).to(self.dtype)
+
+        call = self.call
+        if course.w is not None:
+            assert m.null_label is not None
+            call = guided(call, m.null_label, course.w, m.shape[0])
+        made: torch.Tensor = course.loop(
+            call,
+            m.schedule,
+            torch.from_numpy(x.astype(np.float32)).to(self.dtype),
+            course.ts,
+            draw,
+            thresholding=self.thresholding,
+            label=torch.from_numpy(self.label) if m.classes else None,
+            on_step=on_step,
+            **self.bounds,
+            **course.more,
+        )
+        return made
+
+    def recorded(self, course: Course, init: Float32 | None, tell: Callable[[str, float], object]) -> Trajectory:
+        """A course, as the golden file has it."""
+        if not course.plan.start[0]:
+            init = None
+        last = self(course, init, lambda i, x, x0: tell(course.name, (i + 1) / len(course.ts)))
+        rows, seed = course.plan.rows(step_columns(self.manifest.variance)), np.full(len(self.label), SEED, np.uint64)
+        w = None if course.w is None else np.array([course.w], np.float32)
+        return Trajectory(rows, np.array(course.plan.start), seed, self.index, self.label, last.numpy(), init, w)
+
+    def of(self, images: slice) -> Runs:
+        """Those of some images alone."""
+        return replace(self, label=self.label[images], index=self.index[images])
+
+
+def rounding(exact: Runs, course: Course, images: Float32, tell: Callable[[str, float], object]) -> Float64 | None:
+    """Trajectory.rounding of the images that a course ended with; `exact` runs it in float64, for as many as it has.
+
+    None where the network does not compute in float64.
+    """
+    name = f"{course.name} in float64"
+    try:
+        last = exact(course, on_step=lambda i, x, x0: tell(name, (i + 1) / len(course.ts))).numpy()
+    except NoDoubleError:
+        return None
+    error = np.square(images[: len(last)] - last).reshape(len(last), -1).mean(axis=1).max()
+    return np.sqrt([error]) if np.isfinite(error) else None
+
+
+def guided(network: Call, null_label: int, w: float, channels: int) -> Call:
+    """Classifier-free guidance, two calls: u + w·(c − u) (arXiv 2207.12598, eq. 6); a learned variance is c's."""
+
+    def call(x: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        c, u = network(x, t, label), network(x, t, torch.full_like(label, null_label))
+        return torch.cat([u[:, :channels] + w * (c - u)[:, :channels], c[:, channels:]], 1)
+
+    return call
