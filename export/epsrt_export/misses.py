@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
 from torch import nn
 
 from epsrt.engine import Engine, Sample
+from epsrt.errors import NotFiniteError
 from epsrt.manifest import Rung
 from epsrt.parity.golden import Trajectory
 from epsrt.parity.measure import relative_l2, rows_for
@@ -20,6 +22,7 @@ CHAOS = (
     "it weights by epsrt_export.redraw.redraw; where they are images, correct schedule and prediction)"
 )
 MAGNIFIED = "so it magnifies roundings, and those of half precision are 8,192 times larger"
+MEANS = {"fp32": CHAOS, "fp16": MAGNIFIED}
 
 
 def why(network: nn.Module, engine: Engine, rung: Rung) -> str:
@@ -34,11 +37,11 @@ def why(network: nn.Module, engine: Engine, rung: Rung) -> str:
     graph = next(g for g in engine.bundle.manifest.graphs if (g.precision, g.stem) == (rung.precision, rung.graph))
     running = engine if graph == engine.graph else engine.on(graph)
     try:
-        clauses = [_worst_step(network, running, rung, run, int(found[1])), _chaos(running, rung, run)]
+        worst = _worst_step(network, running, rung, run, int(found[1]))
     finally:
         if running is not engine:
             running.close()
-    return "; ".join(filter(None, clauses))
+    return "; ".join(filter(None, (worst, _chaos(engine, rung, run))))
 
 
 def _worst_step(network: nn.Module, engine: Engine, rung: Rung, run: Trajectory, image: int) -> str:
@@ -53,7 +56,10 @@ def _worst_step(network: nn.Module, engine: Engine, rung: Rung, run: Trajectory,
         for row, after in zip(rows, golden.again(network, m, rung.name, run, image), strict=True):
             lanes.write(0, Sample(seed, index, start, init, label))
             lanes.advance(row[None, None])
-            errors.append(relative_l2(lanes.read(0), after))
+            try:
+                errors.append(relative_l2(lanes.read(0), after))
+            except NotFiniteError:
+                errors.append(math.inf)
             start, init = (1.0, 0.0), after
     i = int(np.argmax(errors))
     t = float(np.round(m.timesteps(run.rows[i : i + 1, 0]))[0])
@@ -62,7 +68,6 @@ def _worst_step(network: nn.Module, engine: Engine, rung: Rung, run: Trajectory,
 
 def _chaos(engine: Engine, rung: Rung, run: Trajectory) -> str:
     own = own_psnr(engine.bundle.manifest, run)
-    if own is None or allowed(engine, run) >= rung.limit:
+    if own is None or rung.precision not in MEANS or allowed(engine, run) >= rung.limit:
         return ""
-    means = CHAOS if rung.precision == "fp32" else MAGNIFIED
-    return f"PyTorch's own float32 is {own:.3g} dB from its float64 on this trajectory, {means}"
+    return f"PyTorch's own float32 is {own:.3g} dB from its float64 on this trajectory, {MEANS[rung.precision]}"

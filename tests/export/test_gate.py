@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -77,8 +78,8 @@ class TestALimitOfItsOwn:
     def test_another_schedule_is_found(self, engine):
         run = engine.bundle.golden().trajectories["ddim-20"]
         other = dataclasses.replace(engine.bundle.manifest.schedule, beta_end=0.301)
-        manifest = engine.bundle.manifest
-        plan = Bundle(engine.bundle.path, type(manifest)(**{**vars_of(manifest), "schedule": other})).plan("ddim", 20)
+        manifest = msgspec.structs.replace(engine.bundle.manifest, schedule=other)
+        plan = Bundle(engine.bundle.path, manifest).plan("ddim", 20)
         missed(engine, run, plan.rows(STEP_COLUMNS))
 
     def test_a_dropped_bias_is_found_in_every_rung(self, copy_of, magnifying):
@@ -93,10 +94,6 @@ class TestALimitOfItsOwn:
 def without_bias(model):
     (bias,) = [tensor for tensor in model.graph.initializer if tensor.name.endswith("middle.bias")]
     bias.raw_data = bytes(len(bias.raw_data))
-
-
-def vars_of(manifest):
-    return {name: getattr(manifest, name) for name in manifest.__struct_fields__}
 
 
 def missed(engine, run, rows):
@@ -139,6 +136,35 @@ class TestChaos:
         assert "float64" not in str(caught.value)
 
 
+class Mirror(nn.Module):
+    """numpy_engine's network in PyTorch."""
+
+    network = staticmethod(numpy_engine.network)
+
+    def forward(self, x, t, label):
+        return torch.from_numpy(self.network(x.numpy(), t.numpy(), label.numpy())).to(x.dtype)
+
+
+@pytest.fixture
+def mirrored(monkeypatch):
+    """An engine in NumPy whose network is wrong at t = 51, and its golden file."""
+    engine = NumpyEngine(numpy_engine.bundle(features=("guidance",)))
+    kept = golden.record(Mirror(), engine.bundle.manifest, lambda name, share: None)
+    monkeypatch.setattr(Bundle, "golden", lambda bundle: kept)
+
+    def wrong(x, t, label):
+        return Mirror.network(x, t, label) * np.where(np.asarray(t) == 51, 1.01, 1.0).reshape(-1, 1, 1, 1)
+
+    monkeypatch.setattr(numpy_engine, "network", wrong)
+    return engine, kept
+
+
+def missed_rung(engine, name):
+    (rung,) = [rung for rung in verify_all(engine) if rung.name == name]
+    assert not rung.passed
+    return rung
+
+
 class TestTheWorstStep:
     @pytest.mark.parametrize("t", [99, 51, 1])
     def test_a_damaged_timestep_is_named(self, copy_of, small_bundle_path, t):
@@ -152,29 +178,37 @@ class TestTheWorstStep:
             clause = rf"taken alone, its worst step is that at t = {t}, relative L2 \d\.\de-0[1-4]"
             assert re.fullmatch(clause, misses.why(tiny(seed=3), broken, rung))
 
-    def test_of_a_guided_trajectory(self, monkeypatch):
-        """On the graph that it was of, closed afterwards; at a weight that leaves the plain network far behind."""
-        right = numpy_engine.network
-
-        class Mirror(nn.Module):
-            def forward(self, x, t, label):
-                return torch.from_numpy(right(x.numpy(), t.numpy(), label.numpy())).to(x.dtype)
-
-        def wrong(x, t, label):
-            return right(x, t, label) * np.where(np.asarray(t) == 51, 1.01, 1.0).reshape(-1, 1, 1, 1)
-
-        engine = NumpyEngine(numpy_engine.bundle(features=("guidance",)))
-        kept = golden.record(Mirror(), engine.bundle.manifest, lambda name, share: None)
-        monkeypatch.setattr(Bundle, "golden", lambda bundle: kept)
-        monkeypatch.setattr(numpy_engine, "network", wrong)
-        rung = next(rung for rung in verify_all(engine) if rung.name == "guided-ddim-50")
+    def test_of_a_guided_trajectory(self, mirrored):
+        """On the graph that it was of, closed afterwards."""
+        engine, _ = mirrored
+        rung = missed_rung(engine, "guided-ddim-50")
         engine.opened.clear()
-        assert re.match(
-            r"taken alone, its worst step is that at t = 51, relative L2 \d\.\de-03$",
-            misses.why(Mirror(), engine, rung),
-        )
+        clause = r"taken alone, its worst step is that at t = 51, relative L2 \d\.\de-03"
+        assert re.fullmatch(clause, misses.why(Mirror(), engine, rung))
         (guided,) = engine.opened
         assert (guided.graph.stem, guided.closed, engine.closed) == ("guidance", 1, 0)
+
+    def test_a_step_that_is_not_finite_is_the_worst(self, mirrored, monkeypatch):
+        engine, _ = mirrored
+        rung, right = missed_rung(engine, "ddim-50"), numpy_engine.network
+        monkeypatch.setattr(numpy_engine, "network", lambda x, t, y: right(x, t, y) * (np.nan if 33 in t else 1.0))
+        with np.errstate(invalid="ignore"):
+            clause = misses.why(Mirror(), engine, rung)
+        assert clause == "taken alone, its worst step is that at t = 33, relative L2 inf"
+
+    @pytest.mark.parametrize(
+        ("precision", "means"),
+        [("fp32", "so no engine could agree"), ("fp16", "so it magnifies roundings"), ("int8", None)],
+    )
+    def test_what_a_figure_of_pytorchs_own_means(self, mirrored, precision, means):
+        """Nothing of int8, whose limit does not follow it."""
+        engine, kept = mirrored
+        rung = msgspec.structs.replace(missed_rung(engine, "ddim-50"), precision=precision)
+        run = dataclasses.replace(kept.trajectories["ddim-50"], rounding=np.array([1e-2]))
+        engine.precision = precision
+        clause = misses._chaos(engine, rung, run)
+        wanted = "" if means is None else f"PyTorch's own float32 is 46 dB from its float64 on this trajectory, {means}"
+        assert clause[: len(wanted) or None] == wanted
 
     def test_other_rungs_say_it_themselves(self, magnifying, engine):
         network = magnifying[0].parity()[3]
