@@ -167,6 +167,8 @@ class TestWhatIsTold:
         assert (source.sampling.method, source.sampling.steps, source.family) == ("ddpm", T, "monai")
         assert source.kind == "monai.networks.nets.diffusion_model_unet.DiffusionModelUNet"
         assert source.config["network"]["num_head_channels"] == [0, 8]
+        assert source.notes == (monai.VALUES,)
+        assert load(file, value_range="-1,1").notes == ()
         json.dumps(source.config)
 
     @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from epsrt_export.source import Source
 
 ANCHORS = ("conv_in.conv.weight", "time_embed.0.weight", "out.2.conv.weight")
 UNTOLD = "the weights of any number have the same shapes"
+VALUES = "images are taken to lie in 0 … 1, as most of MONAI's transforms leave them: else say value_range=-1,1"
 
 Numbers = int | str | Sequence[int]
 
@@ -38,7 +39,7 @@ def load(
     norm_num_groups: int = 32,
     norm_eps: float = 1e-6,
     null_label: int | None = None,
-    value_range: str | Sequence[float] = "0,1",
+    value_range: str | Sequence[float] | None = None,
     scheduler: str = "ddpm",
     num_inference_steps: int | None = None,
     **options: Any,
@@ -49,7 +50,8 @@ def load(
     num_head_channels   of the network: one number, or one a level, "0,0,32": in no file
     norm_num_groups, norm_eps   of the network, in no file either
     null_label          the last class, where the training took it for none
-    value_range         of the images in the training: "0,1", as most of MONAI's transforms leave them, or "-1,1"
+    value_range         of the images in the training: "-1,1", or "0,1", as most of MONAI's transforms leave them, which
+                        is taken where nothing is said
     ema                 true: the averaged weights; false: the plain ones; None: the averaged where there are some
 
     scheduler           "ddpm" or "ddim", which sample; num_inference_steps: of DDIM
@@ -79,7 +81,7 @@ def load(
     arguments["num_head_channels"] = _heads(num_head_channels, arguments, path)
     arguments |= {"norm_num_groups": _groups(norm_num_groups, levels), "norm_eps": typed("norm_eps", norm_eps, 0.0)}
     told = scheduled(theirs("monai.networks.schedulers"), scheduler, schedule, num_inference_steps, options)
-    low, high = _range(value_range)
+    low, high = _range(value_range or "0,1")
     network = theirs("monai.networks.nets.diffusion_model_unet").DiffusionModelUNet
     with torch.device("meta"):
         module = network(**arguments)
@@ -103,7 +105,7 @@ def load(
         origin=f"{network.__module__}.{network.__qualname__}",
         config={"network": arguments, "scheduler": told.config},
         training={"epoch": found.rest["epoch"]} if isinstance(found.rest.get("epoch"), int) else {},
-        notes=(*found.notes, *told.notes),
+        notes=(*found.notes, *told.notes, *(() if value_range else (VALUES,))),
     )
 
 
