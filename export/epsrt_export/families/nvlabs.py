@@ -29,9 +29,10 @@ def read(path: Path, anchors: Sequence[str], ema: bool | None, owner: str) -> tu
     except BundleError as error:
         if path.suffix != ".pkl" and "persist" not in str(error):
             raise
+        command = COMMAND.format(path=path.resolve(), owner=owner)
         raise BundleError(
             f"{path} is a pickle that carries the source of its classes, and loading it would run that: where you "
-            f"trust it, take the weights out in a checkout of NVlabs/{owner}: {COMMAND.format(path=path, owner=owner)}"
+            f"trust it, take the weights out in a checkout of NVlabs/{owner}: {command}"
         ) from None
     init = found.rest.get("init")
     if init is not None and not isinstance(init, Mapping):
