@@ -244,8 +244,13 @@ class TestSchedulers:
             assert source.sampling.options.get("set_alpha_to_one") == (False if kind is DDIMScheduler else None)
         solver = scheduler_of("DPMSolverMultistepScheduler", use_karras_sigmas=True, solver_order=3)
         DDPMScheduler.from_config(solver.config).save_pretrained(folder / "scheduler")
-        assert "DDPMScheduler ignores" in said(load(folder))
-        assert "solver_order" in said(load(folder))
+        solver.save_pretrained(folder / "theirs")
+        read = type(solver).from_pretrained(folder / "theirs")  # so its variance_type, null, goes with it
+        for config in (solver.config, read.config):
+            DDPMScheduler.from_config(config).save_pretrained(folder / "scheduler")
+            assert "DDPMScheduler ignores" in said(load(folder))
+            assert "solver_order" in said(load(folder))
+            assert load(folder).sampling.options["variance"] == "fixed_small"
 
     @pytest.mark.parametrize("name", KINDS)
     def test_of_other_noise_there_is_no_such_advice(self, folder, name):

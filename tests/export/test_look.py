@@ -119,10 +119,40 @@ class TestFiles:
         with pytest.raises(BundleError, match="holds torch.nn.modules.linear.Linear, which loading would run"):
             look(tmp_path / "module.pt")
         (tmp_path / "x.txt").write_text("hello")
-        with pytest.raises(BundleError, match="x.txt is no file of weights, which end in .safetensors, .pt"):
+        with pytest.raises(BundleError, match="x.txt is no file of weights, of torch.save or safetensors: give one"):
             look(tmp_path / "x.txt")
         with pytest.raises(BundleError, match="none does not exist"):
             look(tmp_path / "none")
+
+    def test_averages_without_names_are_seen(self, tmp_path):
+        shadow = list(adm().parameters())
+        torch.save({"model": under("", adm()), "ema": {"shadow_params": shadow}}, tmp_path / "x.pt")
+        assert facts(look(tmp_path / "x.pt"))["weights"] == "averaged (EMA), and plain ones: --ema or --no-ema"
+
+    def test_latent_diffusion_is_told_as_the_export_tells_it(self, tmp_path):
+        names = {**under("ldm.model.diffusion_model.", adm()), "ldm.first_stage_model.x": torch.zeros(1)}
+        torch.save({"state_dict": names}, tmp_path / "x.ckpt")
+        assert "is a checkpoint of latent diffusion" in look(tmp_path / "x.ckpt").problem
+
+    @pytest.mark.parametrize("anchor", ["init_conv.weight", "conv_in.weight", "input_blocks.0.0.weight", "pos_embed"])
+    def test_odd_tensors_make_no_guess_and_no_traceback(self, tmp_path, anchor):
+        others = (
+            "final_conv.weight",
+            "time_mlp.3.weight",
+            "output_blocks.0",
+            "down_blocks.x.y",
+            "out.2",
+            "downs.e.weight",
+        )
+        odd = {anchor: torch.zeros(3, 3, 3, 3), "time_embed.0.weight": torch.zeros(()), "\ud800": torch.zeros(1)}
+        torch.save({**odd, **{name: torch.zeros(()) for name in others}, 0: torch.zeros(1)}, tmp_path / "x.pt")
+        seen = look(tmp_path / "x.pt")
+        assert seen.problem
+        str(seen).encode()
+
+    def test_many_names_take_no_time(self, tmp_path):
+        torch.save({f"a{i}.b{i}.w": torch.zeros(()) for i in range(3000)}, tmp_path / "x.pt")
+        assert "no family" in look(tmp_path / "x.pt").problem
 
     def test_every_family_has_a_recogniser(self):
         modules = {module for module, _ in families.FAMILIES.values()} - {"checkpoint", "diffusers"}

@@ -11,7 +11,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from epsrt import BundleError, InputError
-from epsrt_export.families import statedict, tensorfile
+from epsrt_export.families import tensorfile
+from epsrt_export.families.places import dicts_of
 from epsrt_export.families.statedict import load_into, weights
 
 ANCHOR = "first.weight"
@@ -91,6 +92,12 @@ def swa():
     return average.state_dict()
 
 
+def litema():
+    """As CompVis' LitEma names averages of the attribute `model`."""
+    averages = under("model_ema.", {f"unet.{name}".replace(".", ""): tensor for name, tensor in AVERAGES.items()})
+    return {name: tensor for name, tensor in averages.items() if "table" not in name and "frozen" not in name}
+
+
 SHADOW = [p.detach() for p in AVERAGED.parameters() if p.requires_grad]
 BOTH = {
     "a trainer of ema_pytorch": lambda: {"step": 5, "model": STATE, "ema": ema_pytorch()},
@@ -101,6 +108,11 @@ BOTH = {
     "Lightning": lambda: {
         "pytorch-lightning_version": "2.4", "state_dict": {**under("net."), **under("net_ema.", AVERAGES)},
     },
+    "WeightAveraging": lambda: {"state_dict": under("net.", AVERAGES), "current_model_state": under("net.")},
+    "AveragedModel in Lightning": lambda: {"state_dict": {**under("net."), **under("avg_model.", swa())}},
+    "LitEma": lambda: {"state_dict": {**under("model.unet."), **litema()}},
+    "EMAState": lambda: {"state_dict": STATE, "EMAState": AVERAGES},
+    "non_ema": lambda: {"model_non_ema": STATE, "model": {"ema": AVERAGES}},
     "score_sde": lambda: {"model": under("module."), "ema": {"decay": 0.9, "num_updates": 3, "shadow_params": SHADOW}},
 }  # fmt: skip
 
@@ -111,7 +123,7 @@ def test_averaged_and_plain_weights(file, kind):
     for ema, wanted, said in ((None, 2, "the averaged"), (True, 2, "--no-ema takes the others"), (False, 1, "--ema")):
         found = weights(path, ANCHOR, ema)
         assert value(found) == wanted
-        assert said in found.notes[0]
+        assert said in " ".join(found.notes)
 
 
 def test_one_kind_of_weights_alone(file):
@@ -150,16 +162,26 @@ def test_what_stands_beside(file):
 
 
 def test_several_networks_and_none(file):
-    with pytest.raises(InputError, match="holds 2 networks of this kind, a and b: save the one that is wanted alone"):
-        weights(file({"a": STATE, "b": STATE}), ANCHOR)
+    for content, names in (
+        ({"a": STATE, "b": STATE}, "a and b"),
+        (
+            {"state_dict": {**under("teacher."), **under("student.net.")}},
+            "state_dict.teacher and state_dict.student.net",
+        ),
+    ):
+        with pytest.raises(InputError, match=f"holds 2 networks of this kind, {names}: save the state dict of the one"):
+            weights(file(content), ANCHOR)
+    with pytest.raises(BundleError, match="holds _orig_mod.first.weight and first.weight, one tensor of the network"):
+        weights(file({**STATE, "_orig_mod.first.weight": STATE["first.weight"]}), ANCHOR)
     path = file({"other.weight": torch.zeros(2)})
     with pytest.raises(BundleError, match=r"which has a tensor first.weight; its first is other.weight: epsrt inspect"):
         weights(path, ANCHOR)
     with pytest.raises(BundleError, match="no network of this family"):
         weights(file(STATE), (ANCHOR, "label_emb.weight"))
     latent = {**under("model.diffusion_model."), "first_stage_model.x": torch.zeros(1)}
-    with pytest.raises(InputError, match="latent diffusion.*convert_ldm_original_checkpoint_to_diffusers.py"):
-        weights(file({"state_dict": latent}), ANCHOR)
+    for prefix in ("", "ldm."):
+        with pytest.raises(InputError, match="is a checkpoint of latent diffusion, .* latents=True"):
+            weights(file({"state_dict": {prefix + name: tensor for name, tensor in latent.items()}}), ANCHOR)
 
 
 def test_lightnings_dict_is_plain_data(tmp_path, monkeypatch):
@@ -183,7 +205,8 @@ def test_lightnings_dict_is_plain_data(tmp_path, monkeypatch):
         ([1, 2], "holds a list, not a dict of tensors"),
         ({}, "holds a dict, not a dict of tensors"),
         ({"step": 3, "model": {}}, "holds no tensors under names"),
-        ({ANCHOR: torch.zeros(1), "step": 3}, "its entry 'step' is a int, not a tensor"),
+        ({ANCHOR: torch.zeros(1), "x": [torch.zeros(1)]}, "its entry 'x' is a list, not a tensor"),
+        ({ANCHOR: torch.zeros(1, device="meta")}, "its entry 'first.weight' is without values, on the meta device"),
         ({ANCHOR: torch.zeros(1), "x": torch.eye(2).to_sparse()}, "its entry 'x' is torch.sparse_coo, not a tensor"),
         (nn.Linear(2, 2), "holds torch.nn.modules.linear.Linear, which loading would run"),
     ],
@@ -213,8 +236,25 @@ def test_what_does_not_fit(change, message):
         load_into(Net(), {}, "x.pt", lambda file, network: "is dim right?")
 
 
+def test_plain_values_among_the_tensors_and_circles(file):
+    assert value(weights(file({**STATE, "epoch": 3, "best": {"loss": 1.0}}), ANCHOR)) == 1
+    round_and_round = {"x": 1}
+    round_and_round["self"] = round_and_round
+    assert value(weights(file({"model": STATE, "more": round_and_round}), ANCHOR)) == 1
+    with pytest.raises(BundleError, match="its first is none"):
+        weights(file({0: torch.zeros(1)}), ANCHOR)
+
+
+@pytest.mark.parametrize("name", ["x.SAFETENSORS", "x.pt", "x"])
+def test_a_file_is_what_its_bytes_say(tmp_path, name):
+    save_file(STATE, tmp_path / name)
+    assert value(weights(tmp_path / name, ANCHOR)) == 1
+    torch.save(STATE, tmp_path / "y.safetensors")
+    assert value(weights(tmp_path / "y.safetensors", ANCHOR)) == 1
+
+
 def test_files_are_mapped_and_dicts_found_outermost_first(file):
-    found = list(statedict.dicts_of({"a": {"b": {"w": torch.zeros(1)}}, "c": {"w": torch.zeros(1)}}, "x"))
+    found = list(dicts_of({"a": {"b": {"w": torch.zeros(1)}}, "c": {"w": torch.zeros(1)}}, "x"))
     assert [keys for keys, _ in found] == [("c",), ("a", "b")]
     with pytest.raises(BundleError, match="is a directory: give the file of weights"):
         tensorfile.load(file(STATE).parent)

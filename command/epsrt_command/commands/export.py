@@ -106,8 +106,10 @@ def export(
     with needs("epsrt export", "export,cpu"):
         from epsrt_export import LeftOutWarning, families
         from epsrt_export import export as run
-    given = planning.settings(options) | ({} if ema is None else {"ema": ema})
-    source = families.load(family, checkpoint, **given)
+    given = planning.settings(options)
+    if ema is not None and "ema" in given:
+        raise InputError(f"--{'ema' if ema else 'no-ema'} and --set ema={given['ema']} were both given: leave one out")
+    source = families.load(family, checkpoint, **given, **({} if ema is None else {"ema": ema}))
     for sentence in source.notes:
         show.note(sentence)
     with show.progress() as tell, warnings.catch_warnings(record=True) as told:

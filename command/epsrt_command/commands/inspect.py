@@ -34,17 +34,18 @@ def inspect(path: PathArgument, as_json: show.JsonOption = False) -> None:
     from epsrt.bundle import Bundle
     from epsrt.manifest import MANIFEST
 
-    if path.exists() and path.suffix != ".epsrt" and not (path / MANIFEST).is_file():
+    if path.suffix != ".epsrt" and not (path / MANIFEST).is_file():
+        if not path.exists():
+            raise InputError(f"{path} does not exist: give a bundle, a file of weights or a folder")
         _look(path, as_json)
         return
-    bundle = path
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(path)
     m, rungs = opened.manifest, opened.parity()
     if as_json:
         show.print_json({"manifest": msgspec.to_builtins(m), "parity": msgspec.to_builtins(rungs)})
         return
     console, p, s = show.out(), m.provenance, m.schedule
-    facts = show.table(f"{bundle}", "", "")
+    facts = show.table(f"{path}", "", "")
     alpha, sigma = s.at(s.span)
     span = f", β {s.beta_start:g} … {s.beta_end:g}" if s.kind in ("linear", "scaled-linear", "sigmoid") else ""
     classes = f"{m.classes}{_some(m.class_names)}" if m.classes else "none: unconditional"

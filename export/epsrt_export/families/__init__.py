@@ -50,6 +50,7 @@ def load(family: str, path: str | Path, /, **options: Any) -> Source:
     for name in options if all(p.kind is not p.VAR_KEYWORD for p in taken) else ():
         if name not in names:
             what = f"{one_of(name, names)}" if names else "it takes none"
+            what = "its files hold one set of weights, leave it out" if name == "ema" else what
             raise InputError(f"{family} takes no option {name!r}: {what}")
     source: Source = loader(path, **options)
     return source

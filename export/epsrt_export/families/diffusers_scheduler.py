@@ -118,6 +118,8 @@ def options(file: Path, config: dict[str, Any], twice: bool, dit: bool) -> Optio
     _refuse_traces(file, config)
     notes = _ignored(file, config, known)
     given = {key: config.get(key, default) for key, default in known.items()}
+    if "variance_type" in known and given["variance_type"] is None:  # of a solver's config, whose own default it is
+        given["variance_type"] = "fixed_small"  # as their step goes on where no other kind is named
     for key, default in known.items():  # a string "false" is true to Python
         if isinstance(default, (bool, int, float, str)):
             given[key] = typed(f"{file}: {name}'s {key}", given[key], default)

@@ -1,6 +1,7 @@
 """A look at files that are no bundle: what they seem to be, and the command that would export them.
 
-Tensors' names, shapes and dtypes are read, and plain values. Nothing of a file is run, and no weights are loaded.
+Tensors' names, shapes and dtypes are read, and plain values. Nothing of a file is run. Weights are mapped, those of
+torch.save before its version 1.6 aside, which are read.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,10 +20,20 @@ from typing import Any
 from torch import Tensor
 
 from epsrt.errors import BundleError
-from epsrt_export.families.diffusers_folder import CONFIG, is_folder
+from epsrt_export.families.diffusers_folder import CONFIG, is_folder, read_json
 from epsrt_export.families.guess import Guess
-from epsrt_export.families.statedict import WRAPPERS, Place, dicts_of, rest_of, unwrapped
-from epsrt_export.families.tensorfile import outline
+from epsrt_export.families.places import (
+    LATENT_DIFFUSION,
+    WRAPPERS,
+    Place,
+    dicts_of,
+    latent_diffusion,
+    rest_of,
+    shadows,
+    unwrapped,
+)
+from epsrt_export.families.statedict import Shapes
+from epsrt_export.families.tensorfile import kind_of, outline
 
 # whose `recognise` is asked, in this order: the first that knows the names
 RECOGNISERS = ("diffusers_folder", "dit", "edm", "edm2", "score_sde", "torchcfm", "openai", "lucidrains", "monai")
@@ -58,9 +70,10 @@ def look(path: str | Path) -> Look:
 
 
 def _file(path: Path) -> Look:
-    if path.suffix.lower() not in SUFFIXES:
-        known = ", ".join(SUFFIXES[:-1])
-        raise BundleError(f"{path} is no file of weights, which end in {known}: give one, or a folder")
+    if _of_diffusers(path.parent):
+        return _folder(path.parent)
+    if not kind_of(path):
+        raise BundleError(f"{path} is no file of weights, of torch.save or safetensors: give one, or a folder")
     try:
         found, metadata = outline(path)
     except BundleError as error:
@@ -75,14 +88,16 @@ def _file(path: Path) -> Look:
     dicts = list(dicts_of(found, path))
     rest = rest_of(found)
     for keys, named in dicts:
-        where = "".join(f"[{key!r}]" for key in keys) or "the file"
+        where = "".join(f"[{_short(key)!r}]" for key in keys) or "the file"
         facts.append((where, _tensors(named)))
     if plain := {name: value for name, value in rest.items() if not isinstance(value, (list, tuple))}:
         facts.append(("beside them", _shortly(plain)))
+    if any(latent_diffusion(named) for _, named in dicts):
+        return Look(path, tuple(facts), problem=f"it {LATENT_DIFFUSION}")
     guesses = [pair for keys, named in dicts for pair in _guesses(keys, named, rest)]
     if not guesses:
         names = next((list(named) for _, named in dicts), [])
-        first = f"; its first tensors are {', '.join(names[:4])}" if names else ""
+        first = f"; its first tensors are {', '.join(map(_short, names[:4]))}" if names else ""
         return Look(
             path,
             tuple(facts),
@@ -90,9 +105,8 @@ def _file(path: Path) -> Look:
         )
     averages = [pair for pair in guesses if pair[0].averaged]
     place, guess = (averages or guesses)[0]
-    if (path.parent / CONFIG).is_file() and not guess.family:
-        return _folder(path.parent)
-    facts += _where(place, bool(averages), len(guesses) > len(averages))
+    unnamed = not averages and next(shadows(found), None) is not None
+    facts += _where(place, bool(averages) or unnamed, unnamed or len(guesses) > len(averages))
     facts += list(guess.facts.items())
     if not guess.family:
         return Look(path, tuple(facts[:-1]), problem=facts[-1][1])
@@ -103,21 +117,31 @@ def _guesses(keys: tuple[str, ...], named: Mapping[str, Any], rest: Mapping[str,
     """Under which prefixes of one dict a family knows the names; of nested ones the outermost."""
     own = {unwrapped(name): value for name, value in named.items() if isinstance(value, Tensor)}
     wrapped = tuple(wrapper for wrapper in WRAPPERS if any(wrapper in name for name in named))
+    names = sorted(own)
     parts = [name.split(".") for name in own]
-    prefixes = {".".join([*some[:n], ""]) for some in parts for n in range(min(len(some), DEEPEST + 1))}
+    prefixes = {".".join([*some[:n], ""]) if n else "" for some in parts for n in range(min(len(some), DEEPEST + 1))}
     taken: list[str] = []
     for prefix in sorted(prefixes, key=lambda p: (p.count("."), p)):
         if any(prefix.startswith(outer) for outer in taken):
             continue
-        if any(_COVER.match(name.removeprefix(prefix)) for name in own if name.startswith(prefix)):
+        under = names[bisect_left(names, prefix) : bisect_left(names, f"{prefix}\U0010ffff")]
+        shapes = {name.removeprefix(prefix): tuple(own[name].shape) for name in under}
+        if any(map(_COVER.match, shapes)):
             continue  # what lies deeper is what the network's owner named
-        shapes = {n.removeprefix(prefix): tuple(t.shape) for n, t in own.items() if n.startswith(prefix)}
-        for module in RECOGNISERS:
+        if (guess := _guess(shapes, rest)) is not None:
+            taken.append(prefix)
+            yield Place(keys, prefix, own, wrapped), guess
+
+
+def _guess(shapes: Shapes, rest: Mapping[str, Any]) -> Guess | None:
+    for module in RECOGNISERS:
+        try:
             guess: Guess | None = import_module(f"epsrt_export.families.{module}").recognise(shapes, rest)
-            if guess is not None:
-                taken.append(prefix)
-                yield Place(keys, prefix, own, wrapped), guess
-                break
+        except Exception:  # tensors of that family's names in shapes that its networks never have
+            continue
+        if guess is not None:
+            return guess
+    return None
 
 
 def _where(place: Place, averaged: bool, plain: bool) -> list[tuple[str, str]]:
@@ -140,12 +164,13 @@ def _tensors(named: Mapping[str, Any]) -> str:
 
 
 def _shortly(values: Mapping[str, Any]) -> str:
-    shown = [f"{name} = {_short(value)}" for name, value in list(values.items())[:SHOWN]]
+    shown = [f"{_short(name)} = {_short(value)}" for name, value in list(values.items())[:SHOWN]]
     return ", ".join(shown) + (", …" if len(values) > SHOWN else "")
 
 
 def _short(value: Any) -> str:
     text = str(vars(value) if hasattr(value, "__dict__") and not isinstance(value, type) else value)
+    text = text.encode("utf-8", "backslashreplace").decode()  # half a surrogate cannot be printed
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
@@ -164,6 +189,14 @@ def _folder(path: Path) -> Look:
     more, problem = theirs.seen(path)
     facts += more
     return Look(path, tuple(facts), "" if problem else _command("diffusers", path), problem=problem)
+
+
+def _of_diffusers(folder: Path) -> bool:
+    """Whether a model's configuration of theirs lies in it: it says more than a file of weights."""
+    try:
+        return "_class_name" in read_json(folder / CONFIG, "the model's")
+    except BundleError:
+        return False
 
 
 def _listed(path: Path) -> str:

@@ -20,6 +20,7 @@ from epsrt_export.families.guess import Guess
 from epsrt_export.families.lucidrains_labels import KarrasLabelled, Labelled
 from epsrt_export.families.lucidrains_networks import Described
 from epsrt_export.families.lucidrains_unet import PACKAGE, adapt, theirs
+from epsrt_export.families.places import dicts_of
 from epsrt_export.families.sides import Size, height_and_width
 from epsrt_export.families.statedict import Shapes, Weights
 from epsrt_export.families.tensorfile import load as load_file
@@ -172,7 +173,7 @@ def recognise(shapes: Shapes, rest: Mapping[str, Any]) -> Guess | None:
 
 def weights(path: Path, ema: bool | None) -> Weights:
     """The tensors of one of their networks, wherever the file has them."""
-    names = {name for _, named in statedict.dicts_of(load_file(path), path) for name in named}
+    names = {name for _, named in dicts_of(load_file(path), path) for name in named}
     anchor = next((a for a in ANCHORS if any(name.endswith(a) for name in names)), ANCHORS[0])
     return statedict.weights(path, anchor, ema)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,15 +10,21 @@ from typing import Any
 from torch import Tensor, nn, strided
 
 from epsrt.errors import BundleError, InputError, typed
+from epsrt_export.families.places import (
+    LATENT_DIFFUSION,
+    SHADOW,
+    Place,
+    dicts_of,
+    holds_tensors,
+    latent_diffusion,
+    places_of,
+    rest_of,
+    shadows,
+)
 from epsrt_export.families.tensorfile import SAVE_TENSORS, load
 
 Shapes = Mapping[str, tuple[int, ...]]
 Hint = Callable[[Shapes, Shapes], str]  # (the file's, the network's) -> what to do, or ""
-
-DEEPEST = 4  # dicts within dicts
-WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # of torch, anywhere in a name
-_AVERAGED = re.compile(r"(?:^|_)(?:ema|swa|averaged)(?:$|_)", re.IGNORECASE)
-_SHADOW = "shadow_params"  # of diffusers' EMAModel, torch_ema and score_sde: averages without names
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,35 +51,6 @@ class Weights:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
 
-@dataclass(frozen=True, eq=False)
-class Place:
-    """Where a file has tensors under names: a dict of it, by its keys, and the prefix that they all have there."""
-
-    keys: tuple[str, ...]
-    prefix: str
-    named: Mapping[str, Any]
-    wrapped: tuple[str, ...] = ()  # of WRAPPERS: what was taken out of its names
-
-    @property
-    def words(self) -> list[str]:
-        return [*self.keys, *filter(None, self.prefix.split("."))]
-
-    @property
-    def averaged(self) -> bool:
-        """ema_pytorch, timm and Lightning say so in a name; torch's AveragedModel counts beside its weights."""
-        if "n_averaged" in self.named and self.prefix.startswith("module."):
-            return True
-        return any(map(_AVERAGED.search, self.words)) and not self.online
-
-    @property
-    def online(self) -> bool:
-        """ema_pytorch keeps the model in training beside its average: once more what a trainer saves as `model`."""
-        return any(word.startswith("online") for word in self.words)
-
-    def __str__(self) -> str:
-        return ".".join(self.words)
-
-
 def weights(path: str | Path, anchors: str | Sequence[str], ema: bool | None = None) -> Weights:
     """The state dict in a file of torch.save or *.safetensors, wherever a training has put it.
 
@@ -94,17 +70,13 @@ def weights_in(found: Any, path: str | Path, anchors: str | Sequence[str], ema: 
     if ema is not None:
         typed("ema", ema, False)
     wanted = (anchors,) if isinstance(anchors, str) else tuple(anchors)
-    places = [place for keys, named in dicts_of(found, path) for place in _places(keys, named, wanted)]
+    places = places_of(found, wanted, path)
     if not places:
         raise BundleError(_foreign(path, found, wanted))
-    if any(name.startswith("first_stage_model.") for place in places for name in place.named):
-        raise InputError(
-            f"{path} is a checkpoint of latent diffusion, whose network draws latents of its first_stage_model: "
-            "convert it with diffusers' scripts/convert_ldm_original_checkpoint_to_diffusers.py, and export that "
-            "folder with --from diffusers"
-        )
+    if any(latent_diffusion(place.named) for place in places):
+        raise InputError(f"{path} {LATENT_DIFFUSION}")
     plain, averaged = [p for p in places if not p.averaged], [p for p in places if p.averaged]
-    shadow = None if averaged else next(_shadows(found), None)
+    shadow = None if averaged else next(shadows(found), None)
     both = bool(averaged) or shadow is not None, bool(plain)
     take = both[0] if ema is None else ema
     if not both[0 if take else 1]:
@@ -151,52 +123,14 @@ def load_into(
     module.eval().requires_grad_(False)
 
 
-def dicts_of(found: Any, path: str | Path) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """Every dict in a file that holds tensors under names, with the keys that lead there, outermost first.
-
-    Raises BundleError for a file that is no dict.
-    """
-    if not isinstance(found, Mapping) or not found:
-        raise BundleError(f"{path} holds a {type(found).__name__}, not a dict of tensors: {SAVE_TENSORS}")
-    level: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), found)]
-    for _ in range(DEEPEST):
-        for keys, part in level:
-            if any(isinstance(value, Tensor) for value in part.values()):
-                yield keys, {name: value for name, value in part.items() if isinstance(name, str)}
-        level = [
-            ((*keys, str(key)), value)
-            for keys, part in level
-            for key, value in part.items()
-            if isinstance(value, Mapping) and key not in ("optimizer", "opt", "optim", "optimizer_states")
-        ]
-
-
-def _places(keys: tuple[str, ...], named: Mapping[str, Any], anchors: Sequence[str]) -> Iterator[Place]:
-    """Where in one dict all the anchors are under one prefix."""
-    wrapped = tuple(wrapper for wrapper in WRAPPERS if any(wrapper in name for name in named))
-    own = {unwrapped(name): value for name, value in named.items()}
-    for name in own:
-        prefix = name.removesuffix(anchors[0])
-        if (name == anchors[0] or name.endswith(f".{anchors[0]}")) and all(prefix + a in own for a in anchors):
-            yield Place(keys, prefix, own, wrapped)
-
-
-def unwrapped(name: str) -> str:
-    """A tensor's name as the network has it, without what torch.compile and data parallelism put in its middle."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
-
-
 def _one(places: Sequence[Place], path: str | Path) -> Place:
-    """The place that is nearest to the top; a copy in training gives way to any other."""
-    ranked = sorted(places, key=lambda p: (p.online, len(p.words)))
-    best = [p for p in ranked if (p.online, len(p.words)) == (ranked[0].online, len(ranked[0].words))]
+    """The only place; a copy in training gives way to any other."""
+    best = [p for p in places if not p.online] or list(places)
     if len(best) > 1:
         names = " and ".join(map(str, best[:2]))
         raise InputError(
-            f"{path} holds {len(best)} networks of this kind, {names}: save the one that is wanted alone, "
-            "torch.save(part, path)"
+            f"{path} holds {len(best)} networks of this kind, {names}: save the state dict of the one that is wanted "
+            "alone, torch.save(model.state_dict(), path)"
         )
     return best[0]
 
@@ -206,8 +140,12 @@ def _tensors(place: Place, path: str | Path) -> dict[str, Tensor]:
     for name, value in place.named.items():
         if not name.startswith(place.prefix):
             continue
-        if not isinstance(value, Tensor) or value.layout is not strided:
-            what = str(value.layout) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        if not isinstance(value, Tensor) and not holds_tensors(value):
+            continue  # an epoch or a version beside the tensors
+        if not isinstance(value, Tensor) or value.layout is not strided or value.is_meta:
+            what = f"a {type(value).__name__}"
+            if isinstance(value, Tensor):
+                what = "without values, on the meta device" if value.is_meta else str(value.layout)
             raise BundleError(f"{path} is no state dict: its entry {name!r} is {what}, not a tensor; {SAVE_TENSORS}")
         found[name.removeprefix(place.prefix)] = value
     return found
@@ -224,29 +162,6 @@ def _beside(place: Place) -> dict[str, Tensor]:
     }
 
 
-def rest_of(found: Mapping[Any, Any]) -> dict[str, Any]:
-    """The plain values of a file."""
-    return {str(name): value for name, value in found.items() if not _holds_tensors(value)}
-
-
-def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(_holds_tensors(v) for v in value.values())
-    if isinstance(value, (list, tuple)):
-        return any(_holds_tensors(v) for v in value)
-    return isinstance(value, Tensor)
-
-
-def _shadows(found: Any, depth: int = 0) -> Iterator[tuple[Tensor, ...]]:
-    if not isinstance(found, Mapping) or depth > DEEPEST:
-        return
-    shadow = found.get(_SHADOW)
-    if isinstance(shadow, (list, tuple)) and shadow and all(isinstance(t, Tensor) for t in shadow):
-        yield tuple(shadow)
-    for value in found.values():
-        yield from _shadows(value, depth + 1)
-
-
 def _averages(module: nn.Module, found: Weights, path: str | Path) -> Mapping[str, Tensor]:
     """The tensors with the averages in place of the parameters, which lie in the order of the file's own names."""
     if found.shadow is None:
@@ -258,7 +173,7 @@ def _averages(module: nn.Module, found: Weights, path: str | Path) -> Mapping[st
     )
     if not fit:
         raise BundleError(
-            f"{path}: its {_SHADOW} are {len(found.shadow)} tensors without names, which are not the network's "
+            f"{path}: its {SHADOW} are {len(found.shadow)} tensors without names, which are not the network's "
             f"{len(names)} parameters: take the plain weights with ema=false, or copy the averages into the model and "
             "save its state_dict()"
         )
@@ -278,9 +193,9 @@ def _notes(place: Place, file: str, averaged: bool, both: bool) -> Iterator[str]
 
 
 def _foreign(path: str | Path, found: Any, anchors: Sequence[str]) -> str:
-    if next(_shadows(found), None) is not None:
+    if next(shadows(found), None) is not None:
         return (
-            f"{path} holds averages without names ({_SHADOW}), and no network beside them: copy them into the model "
+            f"{path} holds averages without names ({SHADOW}), and no network beside them: copy them into the model "
             "(ema.copy_to(model.parameters())) and save its state_dict()"
         )
     lists = next(iter(dicts_of(found, path)), None)
@@ -288,5 +203,5 @@ def _foreign(path: str | Path, found: Any, anchors: Sequence[str]) -> str:
         return f"{path} holds no tensors under names: {SAVE_TENSORS}"
     return (
         f"{path} holds no network of this family, which has a tensor {anchors[0]}; its first is "
-        f"{next(iter(lists[1]))}: epsrt inspect {path} says what it looks like"
+        f"{next(iter(lists[1]), 'none')}: epsrt inspect {path} says what it looks like"
     )

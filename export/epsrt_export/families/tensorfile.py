@@ -53,19 +53,36 @@ def load(path: str | Path) -> Any:
     values: no code of the file is ever run.
     """
     with _reading(path):
-        if Path(path).suffix == ".safetensors":
+        if kind_of(path) == "safetensors":
             return load_file(path)
-        # what torch saved before its version 1.6 is no zip, and cannot be mapped
         with torch.serialization.safe_globals(_PLAIN), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a plain pickle's protocol, which the error says better
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            # what torch saved before its version 1.6 is no zip, and cannot be mapped; by another's name, it is not read
+            if zipfile.is_zipfile(path) and Path(path).suffix != ".safetensors":
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with Path(path).open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def kind_of(path: str | Path) -> str:
+    """safetensors, torch or "", by a file's first bytes, whatever its name; by its name where it is too short."""
+    path = Path(path)
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        head = file.read(9)
+    if len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size:
+        return "safetensors"
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        return "torch"
+    return "safetensors" if path.suffix == ".safetensors" else ""
 
 
 def outline(path: str | Path) -> tuple[Any, dict[str, str]]:
     """What `load` would return, and the metadata of *.safetensors, whose tensors are without values: its header alone
     is read.
     """
-    if Path(path).suffix != ".safetensors":
+    if Path(path).is_dir() or kind_of(path) != "safetensors":
         return load(path), {}
     with _reading(path), safe_open(path, "pt") as file:
         found = {}

@@ -1,0 +1,143 @@
+"""Files as people have them, and what `epsrt` says of each: docs/evidence/files.md.
+
+python tests/make_files.py make FOLDER             small networks in the files of their owners
+python tests/make_files.py run FOLDER now          each case's command, by this Python's epsrt; what it says is kept
+python tests/make_files.py page                    the page, from docs/evidence/files.json
+
+`run FOLDER before` was run once, with PYTHONPATH on version 0.1 as it was before these files were read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "docs" / "evidence" / "files.json"
+PAGE = KEPT.with_suffix(".md")
+HEAD = """\
+# Files as people have them
+
+Small networks were written into files as their owners, their training scripts and other people leave them. Each was
+exported with the command shown (and `--precision fp32 --max-batch 2`), by version 0.1 and by this one. The table has
+what was said on stderr, progress aside. Where a file loads and its owner has a sampler, tests hold the images to the
+owner's, in FP32: at 100 dB or more, where guidance calls the network twice at 85 dB (`tests/export/test_family_*.py`).
+
+    python tests/make_files.py make FOLDER
+    python tests/make_files.py run FOLDER now
+    python tests/make_files.py page
+"""
+WIDTH = 330  # of a sentence in the table
+QUICK = ("--precision", "fp32", "--max-batch", "2")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A file of somebody's, as `put(folder) -> its path` writes it, and the command that is tried on it."""
+
+    words: str
+    put: Callable[[Path], Path]
+    family: str
+    options: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()  # a command on the bundle, if there is one
+
+
+def cases() -> list[Case]:
+    """All, in the order of the page. The networks are made only here, by the packages of their owners."""
+    sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "export")]
+    import people
+
+    return [Case(**case) for case in people.CASES]
+
+
+def make(folder: Path) -> None:
+    """Write every case's files into a folder of its own, and cases.json."""
+    listed = []
+    for i, case in enumerate(cases()):
+        at = folder / f"{i:02}"
+        at.mkdir(parents=True)
+        path = case.put(at)
+        listed.append({"words": case.words, "path": str(path), "family": case.family, "options": case.options})
+        listed[-1]["after"] = case.after
+    (folder / "cases.json").write_text(json.dumps(listed, indent=1))
+
+
+def run(folder: Path, column: str) -> None:
+    """Try each case's command and keep, by its words, what was said."""
+    kept: dict[str, Any] = json.loads(KEPT.read_bytes()) if KEPT.exists() else {}
+    for case in json.loads((folder / "cases.json").read_bytes()):
+        with tempfile.TemporaryDirectory() as out:
+            said = _try(case, Path(out))
+        shown = shlex.join(["--from", case["family"], Path(case["path"]).name, *case["options"]])
+        row = kept.setdefault(case["words"], {})
+        row |= {"command": shown, column: said}
+        print(f"{case['words']}: {said}", flush=True)
+        KEPT.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+
+
+def _try(case: dict[str, Any], out: Path) -> str:
+    bundle = out / "out.epsrt"
+    done = _epsrt("export", "--from", case["family"], case["path"], str(bundle), *QUICK, *case["options"])
+    said = _short(done.stderr, case, out)
+    if done.returncode:
+        return f"refused: {said}"
+    if not case["after"]:
+        return f"a bundle{f': {said}' if said else ''}"
+    done = _epsrt(*[word.format(bundle=bundle, out=out) for word in case["after"]])
+    return f"a bundle, and then {'refused: ' if done.returncode else ''}{_short(done.stderr or done.stdout, case, out)}"
+
+
+def _epsrt(*words: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; sys.argv[0] = 'epsrt'; from epsrt_command import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+
+
+def _short(text: str, case: dict[str, Any], out: Path) -> str:
+    """What is not progress, without folders, in one line."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.rstrip().endswith(" …")]
+    line = " ".join(lines).replace(f"{out}/", "").removeprefix("epsrt: ")
+    at = str(Path(case["path"]).parent)
+    line = re.sub(r"\s+", " ", line.replace(f"{at}/", "").replace(at, "."))
+    return line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…"
+
+
+def page() -> str:
+    kept = json.loads(KEPT.read_bytes())
+    rows = [
+        f"| {words} | `{row['command'].replace('|', '/')}` | {_cell(row['before'])} | {_cell(row['now'])} |"
+        for words, row in kept.items()
+    ]
+    head, rule = "| file | `epsrt export …` | version 0.1 said | now |", "|---|---|---|---|"
+    return "\n".join([HEAD, head, rule, *rows]) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_").replace("[", "\\[")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("make", "run", "page"))
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("column", choices=("before", "now"), nargs="?")
+    asked = parser.parse_args()
+    match asked.what:
+        case "make":
+            make(asked.folder)
+        case "run":
+            run(asked.folder, asked.column)
+        case _:
+            PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()
