@@ -8,6 +8,7 @@ from typing import Any
 from epsrt.errors import InputError, typed
 
 Size = int | str | Sequence[int]
+LARGEST = 1 << 20  # pixels of a side
 
 
 def height_and_width(name: str, given: Any) -> tuple[int, int]:
@@ -15,11 +16,24 @@ def height_and_width(name: str, given: Any) -> tuple[int, int]:
     sides: Any = given
     if isinstance(sides, str):
         words = sides.lower().replace("x", ",").replace(" ", "").split(",")
-        sides = [int(word) if word.isdecimal() else word for word in words * 2][: max(2, len(words))]
+        # Python turns no text of thousands of digits into a number, and eight are too many already
+        sides = [int(word[:8]) if word.isdecimal() else word[:24] for word in words * 2][: max(2, len(words))]
     sides = list(sides) if isinstance(sides, (list, tuple)) else [sides, sides]
     if len(sides) != 2:
-        raise InputError(f"{name} = {given} is neither one number nor a height and a width, such as 32,48")
+        raise InputError(f"{name} = {str(given)[:40]} is neither one number nor a height and a width, such as 32,48")
     height, width = (typed(name, side, 1) for side in sides)
+    if max(height, width) > LARGEST:
+        raise InputError(f"{name} is more than {LARGEST:,} pixels: give the size that the network was trained on")
     if min(height, width) < 1:
-        raise InputError(f"{name} = {given} makes no image: give at least 1 pixel")
+        raise InputError(f"{name} = {str(given)[:40]} makes no image: give at least 1 pixel")
     return height, width
+
+
+def suited(name: str, size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """`size` (height, width), both multiples of what the network halves or cuts into patches, or InputError."""
+    if all(side % multiple == 0 for side in size):
+        return size
+    near = ",".join(str(max(1, round(side / multiple)) * multiple) for side in size)
+    raise InputError(
+        f"{name} = {size[0]},{size[1]} does not suit the network, which takes multiples of {multiple}, such as {near}"
+    )
