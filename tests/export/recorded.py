@@ -2,12 +2,15 @@
 gave once, kept in tests/data/foreign/NAME.npz, for weights that anyone can draw again."""
 
 import math
+import shlex
+import sys
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -53,3 +56,12 @@ def denoised(source: Source, x: NDArray[np.float32], sigma: float, label: int) -
         given = torch.from_numpy(row["in_scale"] * x).float()
         out = source.network(given, told, *([torch.tensor([label])] if source.classes else []))
     return row["p"] * x + row["q"] * out.numpy()
+
+
+def taken_out(sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the command that a sentence ends with, as a shell would hand it to Python, in this process."""
+    python, flag, code, *arguments = shlex.split("python " + sentence.split(": python ")[1])
+    assert (python, flag) == ("python", "-c")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["-c", *arguments])
+        exec(code, {})

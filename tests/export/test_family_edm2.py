@@ -6,11 +6,10 @@ recorded.py, and images of its edm_sampler from epsrt's noise of seed 7, with it
 
 import json
 import pickle
-import re
 
 import pytest
 import torch
-from recorded import denoised, recorded, weights_for
+from recorded import denoised, recorded, taken_out, weights_for
 
 from epsrt import BundleError, EpsrtError, Sampler, Schedule
 from epsrt.manifest import Sampling
@@ -98,6 +97,30 @@ class TestSources:
         assert torch.equal(bare.network(x, t, label), load("edm2", saved()).network(x, t, label))
         assert any("res_balance=0.3" in note and "channels_per_head" not in note for note in bare.notes)
 
+    @pytest.mark.parametrize("whole", [True, False])
+    def test_averages_without_names(self, tmp_path, whole):
+        """They stand for the parameters, in their order: of the Precond with those of its uncertainty, or the UNet."""
+        state = state_of("latents")
+        buffers = ("freqs", "phases")
+        shadow = [
+            2 * tensor
+            for name, tensor in state.items()
+            if not name.endswith(buffers) and (whole or name.startswith("unet."))
+        ]
+        doubled = {name: tensor if name.endswith(buffers) else 2 * tensor for name, tensor in state.items()}
+        torch.save({"net": state, "ema": {"shadow_params": shadow}}, tmp_path / "x.pt")
+        torch.save(doubled, tmp_path / "doubled.pt")
+        torch.save({"net": state, "ema": {"shadow_params": shadow[2:]}}, tmp_path / "less.pt")
+        x, t, label = torch.ones(1, 4, 8, 8), torch.ones(1), torch.tensor([2])
+        found, want, plain = (
+            load("edm2", tmp_path / name, ema=ema, channels_per_head=16).network(x, t, label)
+            for name, ema in (("x.pt", None), ("doubled.pt", None), ("x.pt", False))
+        )
+        assert torch.equal(found, want)
+        assert not torch.allclose(found, plain)
+        with pytest.raises(BundleError, match=r"its averages without names are \d+ tensors"):
+            load("edm2", tmp_path / "less.pt", channels_per_head=16)
+
     def test_half_precision(self, saved):
         network = load("edm2", saved()).network
         x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.25, 0.5])
@@ -131,9 +154,8 @@ class TestFilesThatAreRefused:
         (tmp_path / "edm2-img64-s.pkl").write_bytes(pickle.dumps({"ema": Precond()}))
         with pytest.raises(BundleError, match="take the weights out in a checkout of NVlabs/edm2") as error:
             load("edm2", tmp_path / "edm2-img64-s.pkl")
-        (code,) = re.findall(r'python -c "(.*)"$', str(error.value))
-        exec(code, {})
-        assert load("edm2", "edm2.pt").classes == 0
+        taken_out(str(error.value), monkeypatch)
+        assert load("edm2", "edm2-img64-s.pt").classes == 0
 
     @pytest.mark.parametrize(
         ("init", "state", "options", "message"),
@@ -141,6 +163,7 @@ class TestFilesThatAreRefused:
             ({"label_dim": 0}, {}, {}, "its init says label_dim = 0, and its tensors are of a network with 5"),
             ({}, {}, {"res_balance": 0.4, "sigma": 1}, "edm2 takes no option 'sigma'"),
             ({"sigma_data": 1.0}, {}, {"sigma_data": 0.5}, "sigma_data = 0.5 contradicts the file, whose init has 1"),
+            ({}, {}, {"path": "x"}, "edm2 takes no option 'path'"),
             ({"channels_per_head": 0}, {}, {}, "channels_per_head = 0 makes no head"),
             ({"resample_filter": "box"}, {}, {}, "resample_filter = 'box', which is no list of numbers"),
             ({}, {"unet.out_gain": None}, {}, "lacks the tensor out_gain: save"),

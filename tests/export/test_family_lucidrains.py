@@ -621,7 +621,7 @@ class TestRefusals:
         ("options", "message"),
         [
             ({"image_size": None}, "image_size is not in the file: give it"),
-            ({"image_size": 9}, "image_size = 9 does not suit the network, which takes multiples of 2"),
+            ({"image_size": 9}, "image_size = 9,9 does not suit the network, which takes multiples of 2"),
             ({"image_size": "8,8,8"}, "image_size = 8,8,8 is neither one number"),
             ({"image_size": "big"}, "image_size = 'big' is not a whole number"),
             ({"dim": 64}, "dim = 64 contradicts .*model-7.pt, whose network has dim = 8: leave it out"),
@@ -690,10 +690,13 @@ class TestRefusals:
             (lambda s: {**s, "downs.0.2.fn.fn.to_qkv.weight": s["init_conv.weight"]}, "the package's earlier layout"),
             (lambda s: {**s, "init_conv.weight": torch.zeros(8, 2, 7, 7)}, "self_condition"),
             (lambda s: {**s, "final_conv.weight": torch.zeros(4, 8, 1, 1)}, "returns 4 channels for 1"),
-            (lambda s: {k: v for k, v in s.items() if "mem_kv" not in k}, "lacks downs.0.2.mem_kv, .*from Python"),
+            (
+                lambda s: {k: v for k, v in s.items() if "mem_kv" not in k},
+                "downs.0.2.mem_kv is missing in it: .*from Python",
+            ),
             (lambda s: {k: v for k, v in s.items() if "mid_attn.norm" not in k}, "lacks the tensor mid_attn.norm.g"),
             (lambda s: {**s, "more": torch.zeros(1)}, "tensor more, .* that the network lacks"),
-            (lambda s: {**s, "more": 3}, "entry 'more' is a int, not a tensor"),
+            (lambda s: {**s, "more": [torch.zeros(1)]}, "entry 'more' is a list, not a tensor"),
             (lambda s: [1], "holds a list, not a dict of tensors"),
         ],
     )
@@ -701,6 +704,56 @@ class TestRefusals:
         torch.save(change(unet().state_dict()), tmp_path / "unet.pt")
         with pytest.raises(EpsrtError, match=message):
             alone(tmp_path / "unet.pt")
+
+    @pytest.mark.parametrize(
+        "odd",
+        [
+            {"final_conv.weight": ()},
+            {"time_mlp.3.weight": ()},
+            {"time_mlp.3.weight": (2, 32)},
+            {"init_conv.weight": ()},
+            {"downs.0.2.mem_kv": (2, 4)},
+            {"downs.0.3.1.weight": (7, 8, 1, 1)},
+        ],
+        ids=str,
+    )
+    def test_odd_tensors(self, tmp_path, odd):
+        state = unet().state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        assert lucidrains.recognise({**shapes, **odd}, {}) is None
+        torch.save({**state, **{name: torch.ones(shape) for name, shape in odd.items()}}, tmp_path / "unet.pt")
+        with pytest.raises(BundleError, match="(has shape .* in it|a stage of 7 channels).*: save its state_dict"):
+            alone(tmp_path / "unet.pt")
+
+    def test_names_that_are_no_modules(self, tmp_path):
+        state = unet().state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        for name in ("downs.enc.weight", "downs.900000000.weight"):
+            assert lucidrains.recognise({**shapes, name: (1,)}, {}) == lucidrains.recognise(shapes, {})
+        torch.save({**state, "downs.enc.weight": torch.ones(1)}, tmp_path / "unet.pt")
+        with pytest.raises(BundleError, match="it has a tensor downs.enc.weight"):
+            alone(tmp_path / "unet.pt")
+        assert lucidrains.recognise({n: s for n, s in shapes.items() if not n.startswith("downs.")}, {}) is None
+
+    def test_odd_karras(self):
+        from denoising_diffusion_pytorch.karras_unet import KarrasUnet
+
+        made = KarrasUnet(image_size=8, dim=8, dim_max=16, num_downsamples=1, num_blocks_per_stage=1, attn_dim_head=8)
+        shapes = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
+        want = lucidrains.recognise(shapes, {})
+        assert want is not None
+        assert lucidrains.recognise({**shapes, "downs.900000000.weight": (1,)}, {}) is not None
+        for name in ("output_block.0.weight", "input_block.weight", "to_time_emb.0.weights"):
+            assert lucidrains.recognise({**shapes, name: ()}, {}) is None
+
+    def test_latents(self, tmp_path):
+        torch.save(theirs.Unet(8, dim_mults=(1, 2), channels=4).state_dict(), tmp_path / "unet.pt")
+        source = alone(tmp_path / "unet.pt")
+        assert source.latents
+        assert any("taken for an autoencoder's latents" in note for note in source.notes)
+        assert not alone(tmp_path / "unet.pt", latents=False).latents
+        with pytest.raises(EpsrtError, match="takes no option 'path'"):
+            families.load("denoising-diffusion-pytorch", tmp_path / "unet.pt", path="x", image_size=8)
 
     def test_a_trainers_file_without_an_average(self, tmp_path, file):
         data = torch.load(file, weights_only=True)

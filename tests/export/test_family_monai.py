@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from epsrt import EpsrtError, Sampler, Schedule, noise, open_engine, timesteps
+from epsrt import BundleError, EpsrtError, Sampler, Schedule, noise, open_engine, timesteps
 from epsrt.parity.measure import worst_psnr
 from epsrt_export import export, families
 from epsrt_export.families import monai
@@ -171,11 +171,20 @@ class TestWhatIsTold:
         assert load(file, value_range="-1,1").notes == ()
         json.dumps(source.config)
 
+    def test_latents(self, tmp_path):
+        torch.save(network(4).state_dict(), tmp_path / "net.pt")
+        source = load(tmp_path / "net.pt")
+        assert (source.latents, source.value_range) == (True, (-4.0, 4.0))
+        assert any("taken for an autoencoder's latents" in note for note in source.notes)
+        assert load(tmp_path / "net.pt", value_range="-2,2").value_range == (-2.0, 2.0)
+        source = load(tmp_path / "net.pt", latents=False)
+        assert (source.latents, source.value_range) == (False, (0.0, 1.0))
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
             ({"image_size": None}, "image_size is not in the file: give it"),
-            ({"image_size": 9}, "image_size = 9 does not suit the network, which takes multiples of 2"),
+            ({"image_size": 9}, "image_size = 9,9 does not suit the network, which takes multiples of 2"),
             ({"num_head_channels": None}, "does not say num_head_channels, .*: give it as the network had it"),
             ({"num_head_channels": 5}, "num_head_channels = 5: a level has 16 channels, no multiple of 5"),
             ({"num_head_channels": "4,4,4"}, "has 3 numbers: give one, or 2, one a level"),
@@ -256,7 +265,7 @@ class TestOtherNetworks:
         state = network().state_dict()
         del state["down_blocks.1.resnets.0.conv1.conv.weight"]
         torch.save(state, tmp_path / "net.pt")
-        with pytest.raises(EpsrtError, match="it lacks down_blocks.1.resnets.0.conv1.conv.weight"):
+        with pytest.raises(EpsrtError, match="down_blocks.1.resnets.0.conv1.conv.weight is missing in it"):
             load(tmp_path / "net.pt")
         torch.save(nn.Linear(1, 1).state_dict(), tmp_path / "other.pt")
         with pytest.raises(EpsrtError, match="no network of this family, which has a tensor conv_in.conv.weight"):
@@ -276,4 +285,34 @@ def test_recognise():
     assert (guess.family, guess.facts["classes"], guess.facts["channels of each level"]) == ("monai", "3", "8, 16")
     assert set(guess.missing) == {"image_size", "num_head_channels", "schedule"}
     assert monai.recognise({"conv_in.weight": (8, 1, 3, 3)}, {}) is None
-    assert monai.recognise({name: shapes[name] for name in monai.ANCHORS}, {}) is not None
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"out.2.conv.weight": ()},
+        {"conv_in.conv.weight": ()},
+        {"down_blocks.0.resnets.0.conv1.conv.weight": (8,)},
+        {"class_embedding.weight": (3,)},
+    ],
+    ids=str,
+)
+def test_odd_tensors(tmp_path, odd):
+    state = network(num_class_embeds=3).state_dict()
+    shapes = {name: tuple(t.shape) for name, t in state.items()}
+    assert monai.recognise({**shapes, **odd}, {}) is None
+    torch.save({**state, **{name: torch.ones(shape) for name, shape in odd.items()}}, tmp_path / "net.pt")
+    with pytest.raises(BundleError, match=f"{next(iter(odd))} has shape .* in it: save its state_dict"):
+        load(tmp_path / "net.pt")
+
+
+def test_names_that_are_no_modules(tmp_path):
+    state = network().state_dict()
+    shapes = {name: tuple(t.shape) for name, t in state.items()}
+    want = monai.recognise(shapes, {})
+    for name in ("down_blocks.x.y", "down_blocks.900000000.resnets.0.conv1.conv.weight"):
+        assert monai.recognise({**shapes, name: (1,)}, {}) == want
+    torch.save({**state, "down_blocks.x.y": torch.ones(1)}, tmp_path / "net.pt")
+    with pytest.raises(EpsrtError, match="it has a tensor down_blocks.x.y"):
+        load(tmp_path / "net.pt")
+    assert monai.recognise({name: shapes[name] for name in monai.ANCHORS}, {}) is None

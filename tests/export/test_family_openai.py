@@ -493,6 +493,22 @@ class TestRecognised:
         assert guess.family == ""
         assert guess.facts["network"].startswith("it takes a second image in each step")
 
+    def test_odd_names(self):
+        """None of them makes a network, nor takes long to look at."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in ADMUNet(SMALL).state_dict().items()}
+        names = (
+            "output_blocks.0",
+            "input_blocks.x.y",
+            "input_blocks.900000000.0.weight",
+            f"input_blocks.{'9' * 5000}.0",
+        )
+        for name in names:
+            assert recognise({**shapes, name: (1,)}, {}) == recognise(shapes, {})
+        few = {name: shape for name, shape in shapes.items() if not name.startswith(("output_blocks.", "out."))}
+        for odd in (few, {**few, "input_blocks.99999.0.weight": (1,)}):
+            assert recognise(odd, {}) is None
+        assert recognise({**shapes, "time_embed.0.weight": ()}, {}) is None
+
     def test_others(self):
         assert recognise({"conv_in.weight": (32, 3, 3, 3)}, {}) is None
 
@@ -558,6 +574,16 @@ class TestSources:
             source = guided(path, **FLAGS, ema=ema)
             assert torch.equal(source.network.state_dict()["out.2.bias"], scale * want)
         assert any("plain" in note for note in source.notes)
+
+    def test_latents(self, saved):
+        """What is not bounded to −1 … 1 is not clipped, unless somebody says so."""
+        path = saved(small(in_channels=4))
+        source = guided(path, **FLAGS, in_channels=4)
+        assert (source.latents, source.value_range, source.clip) == (True, (-4.0, 4.0), None)
+        assert any("taken for an autoencoder's latents" in note for note in source.notes)
+        assert guided(path, **FLAGS, in_channels=4, clip_denoised=True).clip == 1.0
+        source = guided(path, **FLAGS, in_channels=4, latents=False)
+        assert (source.latents, source.value_range, source.clip) == (False, (-1.0, 1.0), 1.0)
 
     def test_clip_denoised(self, saved):
         assert guided(saved(), **FLAGS).clip == 1.0

@@ -164,6 +164,11 @@ class TestSources:
         with pytest.raises(BundleError, match="its shadow_params are 3 tensors without names"):
             load("score-sde", saved(case, shadow=trained[:3]), config=case, image_size=8)
 
+    def test_latents(self, saved):
+        case = "ve/church_ncsnpp_continuous"
+        source = load("score-sde", saved(case), config=case, image_size=8, latents=True)
+        assert (source.latents, source.value_range) == (True, (-4.0, 4.0))
+
     @pytest.mark.parametrize("case", ["vp/ddpm/cifar10", "ve/church_ncsnpp_continuous"])
     def test_half_precision(self, saved, case):
         network = load("score-sde", saved(case), config=case, image_size=8).network
@@ -202,7 +207,7 @@ class TestWhatIsRefused:
             ("vp/cifar10_ddpmpp", {"config": "vp/cifar10_ddpmp"}, "'vp/cifar10_ddpmp' is unknown: did you mean"),
             ("vp/cifar10_ddpmpp", {"config": "ve/cifar10_ncsnpp"}, r"is of ncsn\+\+, and .* holds ddpm\+\+"),
             ("vp/cifar10_ddpmpp", {"config": "vp/cifar10_ddpmpp"}, "attends at other levels than .* 32 pixels"),
-            ("vp/cifar10_ddpmpp", {"config": "vp/cifar10_ddpmpp", "image_size": 9}, "image_size = 9 does not suit"),
+            ("vp/cifar10_ddpmpp", {"config": "vp/cifar10_ddpmpp", "image_size": 9}, "image_size = 9,9 does not suit"),
             ("vp/cifar10_ddpmpp", {"config": "vp/cifar10_ddpmpp", "image_size": "8,8,8"}, "neither one number nor"),
             ("vp/cifar10_ddpmpp", {"config": "subvp/cifar10_ddpmpp_continuous"}, "of the sub-VP SDE, .*of_alpha_bar"),
         ],
@@ -234,6 +239,12 @@ class TestWhatIsRefused:
         path = saved("vp/cifar10_ddpmpp", changes)
         with pytest.raises(BundleError, match=message):
             load("score-sde", path, config="vp/cifar10_ddpmpp", image_size=8, ema=False)
+
+    @pytest.mark.parametrize("levels", [torch.ones(0), torch.tensor(1.0), torch.zeros(5), torch.ones(2, 2)])
+    def test_noise_levels_that_are_none(self, tmp_path, levels):
+        torch.save({**state_of("ve/church_ncsnpp_continuous"), "sigmas": levels}, tmp_path / "x.pth")
+        with pytest.raises(BundleError, match=r"its sigmas, of shape \[.*\], are no noise levels"):
+            load("score-sde", tmp_path / "x.pth", config="ve/church_ncsnpp_continuous", image_size=8)
 
     def test_a_pickle(self, tmp_path):
         torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "x.pth")

@@ -112,16 +112,21 @@ class TestSources:
         assert source.training == {"steps": 400000}
         assert any("plain" in note for note in source.notes)
 
+    def test_latents(self, saved):
+        path = saved(theirs(dim=(4, 28, 28)).state_dict())
+        source = families.load("torchcfm", path, image_size=28, num_heads=1)
+        assert (source.latents, source.value_range) == (True, (-4.0, 4.0))
+        assert any("taken for an autoencoder's latents" in note for note in source.notes)
+        assert not families.load("torchcfm", path, image_size=28, num_heads=1, latents=False).latents
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
             (HEADS, "does not say image_size: give the last two of the wrapper's dim, such as image_size=32"),
             ({"image_size": 28}, "does not say num_heads: give num_heads or num_head_channels as the wrapper had them"),
-            ({"image_size": 30, **HEADS}, "image_size = 30 cannot be halved 2 times"),
-            (
-                {"image_size": "30,28", **HEADS},
-                "image_size = 30,28 does not suit the network, which takes multiples of 4",
-            ),
+            ({"image_size": 30, **HEADS}, "image_size = 30,30 does not suit the network, which takes multiples of 4"),
+            ({"image_size": "30,28", **HEADS}, "image_size = 30,28 does not suit the network, which takes"),
+            ({"image_size": "28,30", **HEADS}, "image_size = 28,30 does not suit the network, which takes"),
             ({"image_size": 28, "num_heads": 3}, "num_heads = 3 does not divide the 32 channels"),
             ({"image_size": 28, "num_heads": "many"}, "num_heads = 'many' is not a whole number"),
         ],

@@ -10,6 +10,7 @@ from typing import Any
 from epsrt.errors import BundleError, InputError
 from epsrt_export.families.adm import ADMConfig
 from epsrt_export.families.guess import Guess
+from epsrt_export.families.shapes import numbered
 from epsrt_export.families.statedict import Shapes
 
 ANCHORS = ("time_embed.0.weight", "input_blocks.0.0.weight")
@@ -80,6 +81,8 @@ def look(shapes: Shapes) -> Seen | Guess | None:
         return None
     try:
         return seen(shapes, "it")
+    except BundleError:
+        return None
     except InputError as error:
         return Guess("", {"network": str(error)})
 
@@ -94,7 +97,7 @@ def seen(shapes: Shapes, path: str | Path) -> Seen:
     def size(name: str, axis: int = 0) -> int:
         return shapes[name][axis] if len(shapes.get(name, ())) > axis else 0
 
-    first, up = shapes["input_blocks.0.0.weight"], _parts(shapes, "output_blocks.")
+    first, up = shapes["input_blocks.0.0.weight"], numbered(shapes, "output_blocks.")
     if len(first) != 4:
         dimensions = len(first) - 2
         raise InputError(
@@ -115,14 +118,14 @@ def seen(shapes: Shapes, path: str | Path) -> Seen:
     ends = {number: [n for n in names if n.split(".")[2] != "0"] for number, names in up.items()}
     by_block = [number for number, names in ends.items() if any(n.endswith(".in_layers.2.weight") for n in names)]
     by_conv = [number for number, names in ends.items() if any(n.endswith(".conv.weight") for n in names)]
-    down = _parts(shapes, "input_blocks.")
+    down = numbered(shapes, "input_blocks.")
     resized = by_block or by_conv
     levels = 1 + (len(resized) or max(down) + 1 - len(down))  # pooling has no weights: its numbers are missing
     each, left = divmod(len(up), levels)
     base, returned = size("time_embed.0.weight", 1), size("out.2.bias")
-    starts = [level * each for level in range(levels)][::-1]  # of each level, from the image down
+    starts = range(0, len(up), each)[::-1] if each else range(0)  # of each level, from the image down
     widths = [size(f"output_blocks.{start}.0.out_layers.3.bias") for start in starts]
-    if left or not all(widths) or not base or not returned:
+    if left or not widths or not all(widths) or not base or not returned:
         raise BundleError(
             f"{path} has {len(up)} output_blocks on {levels} levels, which no network of OpenAI's has: it is damaged, "
             "or of code that was changed; export it from Python, with export_network"
@@ -149,13 +152,3 @@ def conditioned(path: str | Path, channels: int, returned: int) -> InputError:
         f"together and returns {returned}; bundles cannot hold a second image yet: from Python, an adapter can fix one "
         "(export_network)"
     )
-
-
-def _parts(shapes: Shapes, prefix: str) -> dict[int, list[str]]:
-    """The names below each number after `prefix`, in order."""
-    found: dict[int, list[str]] = {}
-    for name in shapes:
-        number = name.removeprefix(prefix).split(".")[0]
-        if name.startswith(prefix) and number.isdecimal():
-            found.setdefault(int(number), []).append(name)
-    return dict(sorted(found.items()))

@@ -21,6 +21,7 @@ from epsrt_export.families import statedict
 from epsrt_export.families.dit_network import DiTNetwork, DiTShape
 from epsrt_export.families.flow import FLOW, Turned
 from epsrt_export.families.guess import Guess
+from epsrt_export.families.latents import draws_latents
 from epsrt_export.families.sides import Size, height_and_width
 from epsrt_export.families.statedict import Shapes, Weights
 from epsrt_export.source import LATENTS, Source
@@ -233,11 +234,10 @@ def _labels(shape: DiTShape, num_classes: int | None) -> dict[str, Any]:
     return {"classes": classes, "null_label": classes if classes < rows else None}
 
 
-def _common(family: str, found: Weights, shape: DiTShape, path: Path, latents: bool | None) -> dict[str, Any]:
+def _common(family: str, found: Weights, shape: DiTShape, path: Path, told: bool | None) -> dict[str, Any]:
     """What both families' sources have."""
-    if latents is None:
-        latents = shape.in_channels not in (1, 3)
-    typed("latents", latents, False)
+    notes = list(found.notes)
+    latents = draws_latents(told, shape.in_channels, path.name, notes)
     return {
         "shape": (shape.in_channels, *shape.size),
         "value_range": LATENTS if latents else (-1.0, 1.0),
@@ -248,7 +248,7 @@ def _common(family: str, found: Weights, shape: DiTShape, path: Path, latents: b
         "sha256": sha256(path),
         "config": dataclasses.asdict(shape),
         "training": _arguments(found.rest),
-        "notes": found.notes,
+        "notes": notes,
     }
 
 

@@ -17,10 +17,12 @@ from epsrt_export.families import statedict
 from epsrt_export.families.edm_precond import diffusion, heun, precond_of, settings_of
 from epsrt_export.families.edm_unet import EDMConfig, EDMUNet
 from epsrt_export.families.guess import Guess
-from epsrt_export.families.nvlabs import agree, blocks, image, levels, read, shape_in
+from epsrt_export.families.latents import draws_latents
+from epsrt_export.families.nvlabs import agree, averaged, blocks, image, levels, read
+from epsrt_export.families.shapes import SAVE_AGAIN, shape_in
 from epsrt_export.families.sides import Size
 from epsrt_export.families.statedict import Shapes
-from epsrt_export.source import Source
+from epsrt_export.source import LATENTS, Source
 
 ANCHORS = ("map_layer0.weight", "map_layer1.weight")
 FILTER = ".resample_filter"
@@ -28,9 +30,11 @@ FILTER = ".resample_filter"
 
 def load(
     path: str | Path,
+    /,
     *,
     ema: bool | None = None,
     size: Size | None = None,
+    latents: bool | None = None,
     precond: str | None = None,
     label_dropout: float | None = None,
     sigma_data: float | None = None,
@@ -50,6 +54,7 @@ def load(
 
     ema            the averaged weights or the plain ones, where the file has both
     size           height and width that are drawn, "32,48"; by default the network's
+    latents        whether samples are an autoencoder's latents: by default unless they have 1 or 3 channels
     precond        the preconditioner's class: EDMPrecond, VPPrecond, VEPrecond or iDDPMPrecond
     label_dropout  of the training: above 0 the network knows "none", a class label of zeros
     sigma_data, sigma_min, sigma_max, beta_d, beta_min, epsilon_t, M, C_1, C_2   of the preconditioner, for those that
@@ -67,7 +72,7 @@ def load(
     """
     path = Path(path)
     found, init = read(path, ANCHORS, ema, "edm")
-    config = dataclasses.replace(_config(found.shapes, path), taps=_taps(found.tensors))
+    config = dataclasses.replace(_config(found.shapes, path), taps=_taps(found.tensors, path))
     agree(_arguments(config), init, path)
     notes = list(found.notes)
     kind = precond_of(precond, init, config.returned == 2 * config.channels, notes)
@@ -79,19 +84,22 @@ def load(
     dropout = settings.pop("label_dropout")
     if dropout and not config.classes:
         raise InputError(f"label_dropout = {dropout:g} is for networks with classes, and {path} has none: leave it out")
-    tensors = _inferring(found.tensors, config, notes, path)
+    tensors = _inferring(averaged(found, path), config, notes, path)
     with torch.device("meta"):
         unet = EDMUNet(dataclasses.replace(config, returned=config.channels))
     statedict.load_into(unet, tensors, path)
     u = found.beside.get("u")
     if u is not None and (u.ndim != 1 or len(u) < 3):
         raise BundleError(f"{path}: its noise levels u have shape {list(u.shape)}: save net.state_dict() again")
+    latents = draws_latents(latents, config.channels, path.name, notes)
     schedule, prediction, network = diffusion(kind, settings, unet, None if u is None else u.double().numpy())
     return Source(
         network.eval(),
         schedule,
         image(size, config.channels, config.resolution, len(config.widths)),
         prediction=prediction,
+        value_range=LATENTS if latents else (-1.0, 1.0),
+        latents=latents,
         clip=None,
         classes=config.classes,
         null_label=config.classes if dropout else None,
@@ -160,12 +168,15 @@ def _config(shapes: Shapes, path: str | Path) -> EDMConfig:
     )
 
 
-def _taps(tensors: Mapping[str, Tensor]) -> tuple[float, ...]:
+def _taps(tensors: Mapping[str, Tensor], path: Path) -> tuple[float, ...]:
     """The resampling filter, whose outer product the file holds; its first tap is 1."""
-    kernel = next((t for name, t in tensors.items() if name.endswith(FILTER)), None)
-    if kernel is None:
+    name = next((name for name in tensors if name.endswith(FILTER)), None)
+    if name is None:
         return (1.0, 1.0)
-    row = kernel.double()[0, 0].sum(0)
+    shape_in({name: tuple(tensors[name].shape)}, name, 4, path)
+    row = tensors[name].double()[0, 0].sum(0)
+    if not (row / row[0]).isfinite().all():
+        raise BundleError(f"{path}: {name} begins with {float(row[0]):g}, which is no filter: save it again")
     return tuple(round(float(tap), 4) for tap in row / row[0])
 
 
@@ -198,6 +209,11 @@ def _inferring(tensors: Mapping[str, Tensor], config: EDMConfig, notes: list[str
         )
     if config.classes:
         rows = kept["map_label.weight"].float().T
+        if "map_label.bias" in kept and kept["map_label.bias"].shape != rows.shape[1:]:
+            raise BundleError(
+                f"{path} is no whole network of its kind: map_label.bias has shape "
+                f"{list(kept['map_label.bias'].shape)} in it: {SAVE_AGAIN}"
+            )
         if not config.adm:
             rows = rows * math.sqrt(config.classes)
         bias = kept.pop("map_label.bias", torch.zeros(rows.shape[1])).float()

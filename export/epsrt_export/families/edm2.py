@@ -18,7 +18,9 @@ from epsrt_export.families import statedict
 from epsrt_export.families.edm2_unet import EDM2Config, EDM2UNet, gain_of, plain
 from epsrt_export.families.edm_precond import HIGH, LOW, T
 from epsrt_export.families.guess import Guess
-from epsrt_export.families.nvlabs import agree, blocks, image, levels, read, settled, shape_in
+from epsrt_export.families.latents import draws_latents
+from epsrt_export.families.nvlabs import agree, averaged, blocks, image, levels, read, settled
+from epsrt_export.families.shapes import shape_in
 from epsrt_export.families.sides import Size
 from epsrt_export.families.statedict import Shapes
 from epsrt_export.source import LATENTS, Source
@@ -31,7 +33,15 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def load(path: str | Path, *, ema: bool | None = None, size: Size | None = None, **settings: float) -> Source:
+def load(
+    path: str | Path,
+    /,
+    *,
+    ema: bool | None = None,
+    size: Size | None = None,
+    latents: bool | None = None,
+    **settings: float,
+) -> Source:
     """A network of EDM2, from the state dict of its Precond, or of the UNet in it.
 
     A file may also hold {"init": …, "weights": …}: the arguments of the Precond, beside its state dict. The refusal of
@@ -39,14 +49,15 @@ def load(path: str | Path, *, ema: bool | None = None, size: Size | None = None,
 
     ema       the averaged weights or the plain ones, where the file has both
     size      height and width that are drawn, "32,48"; by default the network's
+    latents   whether samples are latents, which its owner's StabilityVAEEncoder decodes: by default unless they have
+              1 or 3 channels
     settings  sigma_data, channels_per_head, label_balance, concat_balance, res_balance, attn_balance and clip_act, as
               its owner names them, which no tensor shows
 
     Options and `init` must agree. What neither says has the owner's default, and the source's notes say so. Weights are
     normalised here, once. The owner's guidance takes a second network, and no bundle holds one.
 
-    The source's sampling is that of the owner's generate_images.py: 32 steps of Heun on Karras' σ, 0.002 … 80. Networks
-    of 4 channels draw the latents of its StabilityVAEEncoder.
+    The source's sampling is that of the owner's generate_images.py: 32 steps of Heun on Karras' σ, 0.002 … 80.
 
     Raises InputError for an option that is unknown or contradicts the file, and BundleError for files that are damaged
     or not of these networks.
@@ -54,7 +65,7 @@ def load(path: str | Path, *, ema: bool | None = None, size: Size | None = None,
     path = Path(path)
     for name in settings:
         if name not in DEFAULTS:
-            raise InputError(f"edm2 takes no option {name!r}: {one_of(name, [*DEFAULTS, 'size', 'ema'])}")
+            raise InputError(f"edm2 takes no option {name!r}: {one_of(name, [*DEFAULTS, 'size', 'ema', 'latents'])}")
     found, init = read(path, ANCHORS, ema, "edm2")
     config, notes = _config(found.shapes, path), list(found.notes)
     shown = {"img_resolution": config.resolution, "img_channels": config.channels, "label_dim": config.classes}
@@ -78,10 +89,10 @@ def load(path: str | Path, *, ema: bool | None = None, size: Size | None = None,
         raise BundleError(f"{path} does not fit: it lacks the tensor {lost[0]}: save net.state_dict() again")
     with torch.device("meta"):
         network = EDM2UNet(config)
-    statedict.load_into(network, plain(found.tensors, config), path)
-    latents = config.channels == 4
+    statedict.load_into(network, plain(averaged(found, path), config), path)
+    latents = draws_latents(latents, config.channels, path.name, notes)
     if latents:
-        notes.append(f"{path.name}: samples are latents, which its owner's StabilityVAEEncoder decodes")
+        notes.append(f"{path.name}: its owner's StabilityVAEEncoder decodes latents")
     if config.classes:
         notes.append(f"{path.name}: its owner guides by a second network, which no bundle holds")
     return Source(

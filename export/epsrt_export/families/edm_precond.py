@@ -76,7 +76,7 @@ def precond_of(given: str | None, init: Mapping[str, Any] | None, learned: bool,
     """The class of the preconditioner, as an option or the file has it. What is taken for granted goes to `notes`."""
     said = (init or {}).get("precond")
     for value in (given, said):
-        if value is not None and value not in PRECONDS:
+        if value is not None and (not isinstance(value, str) or value not in PRECONDS):
             raise InputError(f"precond {value!r} is unknown: {one_of(str(value), PRECONDS)}")
     if given is not None and said not in (None, given):
         raise InputError(f"precond = {given} contradicts the file, whose network has {said}: leave it out")
@@ -105,7 +105,7 @@ def settings_of(
             raise InputError(f"{name} is of {takers}, and this network has {kind}: leave it out")
     found = settled(kind, defaults, options, init, notes)
     for name in defaults.keys() - {"sigma_min", "label_dropout"}:
-        if not found[name] > 0 or (name == "M" and found[name] > MOST):
+        if not found[name] > 0 or (name == "M" and not (float(found[name]).is_integer() and found[name] <= MOST)):
             raise InputError(f"{name} = {found[name]:g} makes no {kind}: its default is {defaults[name]:g}")
     return found
 

@@ -17,11 +17,12 @@ from epsrt_export.families import lucidrains_diffusions as diffusions
 from epsrt_export.families import lucidrains_networks as networks
 from epsrt_export.families import statedict
 from epsrt_export.families.guess import Guess
+from epsrt_export.families.latents import draws_latents
 from epsrt_export.families.lucidrains_labels import KarrasLabelled, Labelled
 from epsrt_export.families.lucidrains_networks import Described
 from epsrt_export.families.lucidrains_unet import PACKAGE, adapt, theirs
 from epsrt_export.families.places import dicts_of
-from epsrt_export.families.sides import Size, height_and_width
+from epsrt_export.families.sides import Size, height_and_width, suited
 from epsrt_export.families.statedict import Shapes, Weights
 from epsrt_export.families.tensorfile import load as load_file
 from epsrt_export.source import Source
@@ -38,10 +39,12 @@ GUIDANCE = (
 
 def load(
     path: str | Path,
+    /,
     *,
     image_size: Size | None = None,
     ema: bool | None = None,
     diffusion: str | None = None,
+    latents: bool | None = None,
     **options: Any,
 ) -> Source:
     """A network of denoising-diffusion-pytorch, from what its Trainer or an EMA saved, or from the state_dict() of a
@@ -51,6 +54,7 @@ def load(
                   2^(stages − 1). A KarrasUnet has one, and its attention depends on it
     ema           true: the averaged weights; false: the plain ones; None: the averaged where there are some
     diffusion     "gaussian" or "elucidated", where the file is of a Unet with learned frequencies alone
+    latents       whether samples are an autoencoder's latents: by default unless they have 1 or 3 channels
 
     Options of a gaussian diffusion:
 
@@ -110,6 +114,8 @@ def load(
     adapt(module)
     if network.classes:
         module = (Labelled if network.guided else KarrasLabelled)(module)
+    notes = [*found.notes, *((GUIDANCE,) if network.guided else ())]
+    latents = draws_latents(latents, network.channels, path.name, notes)
     step = found.rest.get("step")
     return Source(
         module.eval(),
@@ -117,6 +123,7 @@ def load(
         (network.channels, *size),
         prediction=told.prediction,
         value_range=told.value_range,
+        latents=latents,
         clip=1.0,
         classes=network.classes,
         null_label=network.classes if network.guided else None,
@@ -134,7 +141,7 @@ def load(
             **told.config,
         },
         training={"steps": step} if isinstance(step, int) else {},
-        notes=(*found.notes, *((GUIDANCE,) if network.guided else ())),
+        notes=notes,
     )
 
 
@@ -173,17 +180,16 @@ def recognise(shapes: Shapes, rest: Mapping[str, Any]) -> Guess | None:
 
 def weights(path: Path, ema: bool | None) -> Weights:
     """The tensors of one of their networks, wherever the file has them."""
-    names = {name for _, named in dicts_of(load_file(path), path) for name in named}
+    found = load_file(path)
+    names = {name for _, named in dicts_of(found, path) for name in named}
     anchor = next((a for a in ANCHORS if any(name.endswith(a) for name in names)), ANCHORS[0])
-    return statedict.weights(path, anchor, ema)
+    return statedict.weights_in(found, path, anchor, ema)
 
 
 def _image_size(value: Size | None, network: Described) -> tuple[int, int]:
     if value is None:
         raise InputError("image_size is not in the file: give it, such as image_size=32, or 32,48 for height and width")
-    size = height_and_width("image_size", value)
-    if any(n % network.stride for n in size):
-        raise InputError(f"image_size = {value} does not suit the network, which takes multiples of {network.stride}")
+    size = suited("image_size", height_and_width("image_size", value), network.stride)
     if network.attended and size[0] != size[1]:
         raise InputError(f"image_size = {value}: a KarrasUnet takes squares alone: give one number")
     return size
@@ -225,7 +231,7 @@ def _sorted(given: dict[str, Any], network: Described, kind: str) -> tuple[dict[
     of_network = {**network.shown, **network.silent, **IDLE}
     if network.fourier or "learned_sinusoidal_cond" in network.shown:
         of_network["random_fourier_features"] = False
-    known = ["image_size", "ema", "diffusion", *table, *of_network]
+    known = ["image_size", "ema", "diffusion", "latents", *table, *of_network]
     for name in given:
         if name in ("cond_scale", "rescaled_phi") and network.guided:
             raise InputError(f"{name} is chosen when sampling: {GUIDANCE}")

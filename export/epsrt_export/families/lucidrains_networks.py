@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from epsrt.errors import BundleError, EpsrtError, InputError, typed
+from epsrt_export.families.shapes import numbered, shape_in
 from epsrt_export.families.statedict import Shapes
 
 # what networks of other data are called, and how an adapter makes images of their samples
@@ -18,6 +19,10 @@ FOLDED = {
         "takes their frames one below another: self.net(x.unflatten(2, (frames, -1)), t).flatten(2, 3)",
     ),
 }
+OTHER_VERSION = (
+    "save its state_dict() again, or where it is of another version of the package, export it from Python, with "
+    "export_network and the class that it was trained with"
+)
 MODULE, GUIDED_MODULE = "denoising_diffusion_pytorch", "classifier_free_guidance"
 
 
@@ -137,19 +142,19 @@ def heads(network: Described, given: Mapping[str, Any], path: str | Path) -> dic
 
 def _unet(shapes: Shapes, path: str | Path) -> Described:
     dim, first, last = _ends(shapes, path)
-    stages = _count(shapes, "downs")
-    widths = [_shape(shapes, f"downs.{i}.3{'' if i == stages - 1 else '.1'}.weight", path)[0] for i in range(stages)]
-    memory = [_shape(shapes, f"downs.{i}.2.mem_kv", path) for i in range(stages)]  # [2, heads, …], the rest turned
+    stages = max(1, len(numbered(shapes, "downs.")))
+    widths = [_shape(shapes, f"downs.{i}.3{'' if i == stages - 1 else '.1'}.weight", 4, path)[0] for i in range(stages)]
+    memory = [_shape(shapes, f"downs.{i}.2.mem_kv", 4, path) for i in range(stages)]  # [2, heads, …], the rest turned
     full = tuple(f"downs.{i}.2.to_out.weight" in shapes for i in range(stages))  # in full attention
     fourier = "time_mlp.0.weights" in shapes
     arguments = {
         "dim": dim,
         "init_dim": first[0],
         "out_dim": last[0],
-        "dim_mults": tuple(w // dim for w in widths),
+        "dim_mults": _mults(widths, dim, path),
         "channels": first[1],
         "learned_sinusoidal_cond": fourier,
-        "learned_sinusoidal_dim": 2 * _shape(shapes, "time_mlp.0.weights", path)[0] if fourier else None,
+        "learned_sinusoidal_dim": 2 * _shape(shapes, "time_mlp.0.weights", 1, path)[0] if fourier else None,
         "attn_dim_head": tuple(m[3 if here else 2] for m, here in zip(memory, full, strict=True)),
         "attn_heads": tuple(m[1] for m in memory),
         "full_attn": full,
@@ -168,15 +173,15 @@ def _unet(shapes: Shapes, path: str | Path) -> Described:
 
 def _labelled(shapes: Shapes, path: str | Path) -> Described:
     dim, first, last = _ends(shapes, path)
-    stages = _count(shapes, "downs")
-    widths = [_shape(shapes, f"downs.{i}.3.weight", path)[0] for i in range(stages)]
+    stages = max(1, len(numbered(shapes, "downs.")))
+    widths = [_shape(shapes, f"downs.{i}.3.weight", 4, path)[0] for i in range(stages)]
     fourier = "time_mlp.0.weights" in shapes
     arguments: dict[str, Any] = {
         "dim": dim,
-        "num_classes": _shape(shapes, "classes_emb.weight", path)[0],
+        "num_classes": _shape(shapes, "classes_emb.weight", 2, path)[0],
         "init_dim": first[0],
         "out_dim": last[0],
-        "dim_mults": tuple(w // dim for w in widths),
+        "dim_mults": _mults(widths, dim, path),
         "channels": first[1],
         "learned_sinusoidal_cond": fourier,
     }
@@ -193,30 +198,34 @@ def _labelled(shapes: Shapes, path: str | Path) -> Described:
         arguments,
         {"attn_heads": 4, "attn_dim_head": 32},
         classes=arguments["num_classes"],
-        hidden=_shape(shapes, "mid_attn.fn.fn.to_qkv.weight", path)[0] // 3,
+        hidden=_shape(shapes, "mid_attn.fn.fn.to_qkv.weight", 4, path)[0] // 3,
     )
 
 
 def _karras(shapes: Shapes, path: str | Path) -> Described:
     _two_dimensional(shapes, "input_block.weight", path)
-    dim, taken = _shape(shapes, "input_block.weight", path)[:2]
-    channels = _shape(shapes, "output_block.0.weight", path)[0]
+    dim, taken = _shape(shapes, "input_block.weight", 4, path)[:2]
+    channels = _shape(shapes, "output_block.0.weight", 4, path)[0]
     if taken == 2 * channels + 1:
         raise self_conditioned(path)
-    downs = [i for i in range(_count(shapes, "downs")) if f"downs.{i}.downsample_conv.weight" in shapes]
-    blocks = downs[0] if downs else _count(shapes, "downs")
+    downs = [i for i in range(len(numbered(shapes, "downs."))) if f"downs.{i}.downsample_conv.weight" in shapes]
+    blocks = downs[0] if downs else len(numbered(shapes, "downs."))
     heads = [name for name in shapes if name.endswith("attn.mem_kv")]
-    top = f"ups.{_count(shapes, 'ups') - blocks - 2}" if downs else "mids.0"  # attends at the images' own size, if any
+    top = (
+        f"ups.{len(numbered(shapes, 'ups.')) - blocks - 2}" if downs else "mids.0"
+    )  # attends at the images' own size, if any
     attended = tuple(f"{block}.attn.mem_kv" in shapes for block in (top, *(f"downs.{i}" for i in downs)))
     arguments: dict[str, Any] = {
         "dim": dim,
-        "dim_max": max(_shape(shapes, f"downs.{i}.downsample_conv.weight", path)[0] for i in downs) if downs else dim,
+        "dim_max": max(_shape(shapes, f"downs.{i}.downsample_conv.weight", 4, path)[0] for i in downs)
+        if downs
+        else dim,
         "channels": channels,
-        "num_classes": _shape(shapes, "to_class_emb.weight", path)[1] if "to_class_emb.weight" in shapes else None,
+        "num_classes": _shape(shapes, "to_class_emb.weight", 2, path)[1] if "to_class_emb.weight" in shapes else None,
         "num_downsamples": len(downs),
         "num_blocks_per_stage": blocks,
-        "fourier_dim": 2 * _shape(shapes, "to_time_emb.0.weights", path)[0],
-        "attn_dim_head": _shape(shapes, heads[0], path)[3] if heads else 64,
+        "fourier_dim": 2 * _shape(shapes, "to_time_emb.0.weights", 1, path)[0],
+        "attn_dim_head": _shape(shapes, heads[0], 4, path)[3] if heads else 64,
     }
     return Described(
         "KarrasUnet",
@@ -232,7 +241,7 @@ def _karras(shapes: Shapes, path: str | Path) -> Described:
 
 def _ends(shapes: Shapes, path: str | Path) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     """dim, and the shapes of the first and the last convolution, which must return ε, x0 or v."""
-    first, last = _shape(shapes, "init_conv.weight", path), _shape(shapes, "final_conv.weight", path)
+    first, last = _shape(shapes, "init_conv.weight", 4, path), _shape(shapes, "final_conv.weight", 4, path)
     if first[1] == 2 * last[0]:
         raise self_conditioned(path)
     if last[0] not in (first[1], 2 * first[1]):
@@ -240,32 +249,28 @@ def _ends(shapes: Shapes, path: str | Path) -> tuple[int, tuple[int, ...], tuple
             f"{path} is of a network that returns {last[0]} channels for {first[1]}: ε, x0 or v has as many, with a "
             "learned variance twice as many; others are exported from Python, with export_network and an adapter"
         )
-    return _shape(shapes, "time_mlp.3.weight", path)[0] // 4, first, last
+    return _shape(shapes, "time_mlp.3.weight", 2, path, least=4)[0] // 4, first, last
 
 
 def _two_dimensional(shapes: Shapes, name: str, path: str | Path) -> None:
-    rank = len(_shape(shapes, name, path)) - 2
-    if rank != 2:
-        whose, way = FOLDED.get(rank, (f"{rank}-D", "folds them into images"))
+    rank = len(shapes.get(name, ())) - 2
+    if rank in FOLDED:
+        whose, way = FOLDED[rank]
         raise InputError(
             f"{path} is of a {whose} network, whose samples are no images: export it from Python, with export_network "
             f"and an adapter that {way}"
         )
 
 
-def _shape(shapes: Shapes, name: str, path: str | Path) -> tuple[int, ...]:
-    if name not in shapes:
-        raise BundleError(
-            f"{path} lacks {name}, which every such network of the installed package has: export it from Python, with "
-            "export_network and the class that it was trained with"
-        )
-    return shapes[name]
+def _shape(shapes: Shapes, name: str, dimensions: int, path: str | Path, least: int = 1) -> tuple[int, ...]:
+    return shape_in(shapes, name, dimensions, path, OTHER_VERSION, least)
+
+
+def _mults(widths: list[int], dim: int, path: str | Path) -> tuple[int, ...]:
+    if odd := [w for w in widths if w % dim]:
+        raise BundleError(f"{path} has a stage of {odd[0]} channels, no multiple of its dim, {dim}: {OTHER_VERSION}")
+    return tuple(w // dim for w in widths)
 
 
 def _first(names: Iterable[str], part: str) -> str:
     return next(name for name in names if part in name)
-
-
-def _count(names: Iterable[str], part: str) -> int:
-    """How many modules a ModuleList has."""
-    return 1 + max((int(n.split(".")[1]) for n in names if n.startswith(f"{part}.")), default=-1)

@@ -17,10 +17,12 @@ from epsrt.errors import BundleError, InputError, typed
 from epsrt.files import sha256
 from epsrt_export.families import statedict
 from epsrt_export.families.guess import Guess
+from epsrt_export.families.latents import draws_latents
 from epsrt_export.families.monai_scheduler import scheduled
-from epsrt_export.families.sides import Size, height_and_width
+from epsrt_export.families.shapes import numbered, shape_in
+from epsrt_export.families.sides import Size, height_and_width, suited
 from epsrt_export.families.statedict import Shapes
-from epsrt_export.source import Source
+from epsrt_export.source import LATENTS, Source
 
 ANCHORS = ("conv_in.conv.weight", "time_embed.0.weight", "out.2.conv.weight")
 UNTOLD = "the weights of any number have the same shapes"
@@ -31,6 +33,7 @@ Numbers = int | str | Sequence[int]
 
 def load(
     path: str | Path,
+    /,
     *,
     image_size: Size | None = None,
     num_head_channels: Numbers | None = None,
@@ -40,6 +43,7 @@ def load(
     norm_eps: float = 1e-6,
     null_label: int | None = None,
     value_range: str | Sequence[float] | None = None,
+    latents: bool | None = None,
     scheduler: str = "ddpm",
     num_inference_steps: int | None = None,
     **options: Any,
@@ -52,6 +56,7 @@ def load(
     null_label          the last class, where the training took it for none
     value_range         of the images in the training: "-1,1", or "0,1", as most of MONAI's transforms leave them, which
                         is taken where nothing is said
+    latents             whether samples are an autoencoder's latents: by default unless they have 1 or 3 channels
     ema                 true: the averaged weights; false: the plain ones; None: the averaged where there are some
 
     scheduler           "ddpm" or "ddim", which sample; num_inference_steps: of DDIM
@@ -72,16 +77,17 @@ def load(
     found = statedict.weights(path, ANCHORS[:2], ema)
     arguments = describe(found.shapes, path)
     channels, levels = arguments["in_channels"], arguments["channels"]
-    stride = 2 ** (len(levels) - 1)
     if image_size is None:
         raise InputError("image_size is not in the file: give it, such as image_size=64, or 64,48 for height and width")
-    size = height_and_width("image_size", image_size)
-    if any(n % stride for n in size):
-        raise InputError(f"image_size = {image_size} does not suit the network, which takes multiples of {stride}")
+    size = suited("image_size", height_and_width("image_size", image_size), 2 ** (len(levels) - 1))
     arguments["num_head_channels"] = _heads(num_head_channels, arguments, path)
     arguments |= {"norm_num_groups": _groups(norm_num_groups, levels), "norm_eps": typed("norm_eps", norm_eps, 0.0)}
     told = scheduled(theirs("monai.networks.schedulers"), scheduler, schedule, num_inference_steps, options)
-    low, high = _range(value_range or "0,1")
+    notes = [*found.notes, *told.notes]
+    latents = draws_latents(latents, channels, path.name, notes)
+    if not value_range and not latents:
+        notes.append(VALUES)
+    low, high = _range(value_range or (LATENTS if latents else "0,1"))
     network = theirs("monai.networks.nets.diffusion_model_unet").DiffusionModelUNet
     with torch.device("meta"):
         module = network(**arguments)
@@ -95,6 +101,7 @@ def load(
         (channels, *size),
         prediction=told.prediction,
         value_range=(low, high),
+        latents=latents,
         clip=told.clip,
         classes=classes if null_label is None else classes - 1,
         null_label=null_label,
@@ -105,7 +112,7 @@ def load(
         origin=f"{network.__module__}.{network.__qualname__}",
         config={"network": arguments, "scheduler": told.config},
         training={"epoch": found.rest["epoch"]} if isinstance(found.rest.get("epoch"), int) else {},
-        notes=(*found.notes, *told.notes, *(() if value_range else (VALUES,))),
+        notes=notes,
     )
 
 
@@ -159,18 +166,12 @@ def theirs(module: str) -> Any:
 def describe(shapes: Shapes, path: str | Path) -> dict[str, Any]:
     """The arguments of the class that the tensors show. Raises InputError for networks that no bundle can hold."""
 
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in shapes:
-            raise BundleError(f"{path} is no whole DiffusionModelUNet: it lacks {name}: save its state_dict() again")
-        return shapes[name]
-
-    first = shape("conv_in.conv.weight")
-    if len(first) != 4:
-        rank = len(first) - 2
+    rank = len(shapes.get("conv_in.conv.weight", ())) - 2
+    if rank in (1, 3):
         way = {
             1: "takes them as images of height 1: self.net(x[:, :, 0], t)[:, :, None]",
             3: "takes their slices one below another: self.net(x.unflatten(2, (depth, -1)), t).flatten(2, 3)",
-        }.get(rank, "folds them into images")
+        }[rank]
         raise InputError(
             f"{path} is of a network with spatial_dims = {rank}, whose samples are no images: export it from Python, "
             f"with export_network and an adapter that {way}"
@@ -185,7 +186,7 @@ def describe(shapes: Shapes, path: str | Path) -> dict[str, Any]:
             f"{path} has the names of MONAI Generative: in MONAI, net.load_old_state_dict(torch.load(path)) takes them "
             "into a DiffusionModelUNet; torch.save(net.state_dict(), …) saves what is read here"
         )
-    into, returned = first[1], shape("out.2.conv.weight")[0]
+    into, returned = (shape_in(shapes, f"{n}.conv.weight", 4, path)[a] for n, a in (("conv_in", 1), ("out.2", 0)))
     if returned != into:
         takes = f"{path} is of a network that takes {into} channels and returns {returned}"
         if into > returned:
@@ -197,24 +198,21 @@ def describe(shapes: Shapes, path: str | Path) -> dict[str, Any]:
             f"{takes}: MONAI takes a variance between its bounds without a logarithm, which no plan does: export the "
             "first half from Python, with export_network and an adapter"
         )
-    levels = range(_count(shapes, "down_blocks."))
+    levels = range(max(1, len(numbered(shapes, "down_blocks."))))
     return {
         "spatial_dims": 2,
         "in_channels": into,
         "out_channels": returned,
-        "channels": [shape(f"down_blocks.{i}.resnets.0.conv1.conv.weight")[0] for i in levels],
-        "num_res_blocks": [_count(shapes, f"down_blocks.{i}.resnets.") for i in levels],
+        "channels": [shape_in(shapes, f"down_blocks.{i}.resnets.0.conv1.conv.weight", 4, path)[0] for i in levels],
+        "num_res_blocks": [len(numbered(shapes, f"down_blocks.{i}.resnets.")) for i in levels],
         "attention_levels": [any(n.startswith(f"down_blocks.{i}.attentions.") for n in shapes) for i in levels],
-        "num_class_embeds": shape("class_embedding.weight")[0] if "class_embedding.weight" in shapes else None,
+        "num_class_embeds": shape_in(shapes, "class_embedding.weight", 2, path)[0]
+        if "class_embedding.weight" in shapes
+        else None,
         "resblock_updown": any(".downsampler.conv1." in name for name in shapes),
         "include_fc": "middle_block.attention.attn.out_proj.weight" in shapes,
         "use_combined_linear": "middle_block.attention.attn.qkv.weight" in shapes,
     }
-
-
-def _count(shapes: Shapes, prefix: str) -> int:
-    """How many modules a ModuleList has."""
-    return 1 + max((int(n[len(prefix) :].split(".")[0]) for n in shapes if n.startswith(prefix)), default=-1)
 
 
 def _heads(given: Numbers | None, arguments: dict[str, Any], path: Path) -> list[int]:

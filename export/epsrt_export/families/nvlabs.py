@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from epsrt.errors import BundleError, InputError, typed
 from epsrt_export.families import statedict
-from epsrt_export.families.sides import Size, height_and_width
+from epsrt_export.families.sides import Size, height_and_width, suited
 from epsrt_export.families.statedict import Shapes, Weights
 
 Settings = dict[str, float]
 Init = Mapping[str, Any]
 
-COMMAND = (
-    "python -c \"import pickle, torch; net = pickle.load(open('{path}', 'rb'))['ema']; init = {{'precond': "
-    "type(net).__name__, **net.init_kwargs}}; torch.save({{'init': init, 'weights': net.state_dict()}}, '{owner}.pt')\""
+CODE = (
+    'import pickle, sys, torch; net = pickle.load(open(sys.argv[1], "rb"))["ema"]; init = {"precond": '
+    'type(net).__name__, **net.init_kwargs}; torch.save({"init": init, "weights": net.state_dict()}, sys.argv[2])'
 )
+PICKLE = re.compile(rb"\x80[\x02-\x05]")
+TORCHS = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before it wrote archives
+HEAD = 1 << 20  # bytes, within which a pickle of theirs has the source of its classes
+BUFFERS = ("resample_filter", "freqs", "phases")  # that lie among the weights and are no parameters
 _LEVEL = re.compile(r"enc\.([0-9]{1,5})x\1_")
 
 
@@ -26,26 +33,71 @@ def read(path: Path, anchors: Sequence[str], ema: bool | None, owner: str) -> tu
     """The weights, and the arguments beside them. Raises BundleError for NVlabs' pickles, with the way to get both."""
     try:
         found = statedict.weights(path, anchors, ema)
-    except BundleError as error:
-        if path.suffix != ".pkl" and "persist" not in str(error):
+    except BundleError:
+        if not is_pickle(path):
             raise
-        command = COMMAND.format(path=path.resolve(), owner=owner)
-        raise BundleError(
-            f"{path} is a pickle that carries the source of its classes, and loading it would run that: where you "
-            f"trust it, take the weights out in a checkout of NVlabs/{owner}: {command}"
-        ) from None
+        raise BundleError(how(path, owner)) from None
     init = found.rest.get("init")
     if init is not None and not isinstance(init, Mapping):
         raise BundleError(f"{path}: its init is a {type(init).__name__}, not a dict of arguments: save net.init_kwargs")
     return found, init
 
 
+def is_pickle(path: Path) -> bool:
+    """Whether a file is a bare pickle, as their networks are, and not of torch.save."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(len(TORCHS))
+    return PICKLE.match(head) is not None and head != TORCHS
+
+
+def how(path: str | Path, owner: str | None = None) -> str:
+    """How to take the weights out of a pickle of theirs: a sentence that ends with the command.
+
+    owner  whose checkout it needs, edm or edm2; None: as the pickle's own source shows
+    """
+    path = Path(path)
+    if owner is None:
+        with path.open("rb") as file:
+            owner = "edm2" if b"MPFourier" in file.read(HEAD) else "edm"
+    whole = path.resolve()
+    command = shlex.join(["python", "-c", CODE, str(whole), str(whole.with_suffix(".pt"))])
+    return (
+        f"{path} is a pickle that carries the source of its classes, and loading it would run that: where you trust "
+        f"it, take the weights out in a checkout of NVlabs/{owner}, and export what this writes: {command}"
+    )
+
+
+def averaged(found: Weights, path: Path) -> dict[str, Tensor]:
+    """The network's tensors, with the averages that have no names in place of its parameters.
+
+    They are in the order of the file. Where they are of the preconditioner, EDM2's end with those of its uncertainty.
+    Raises BundleError where they are not of this network.
+    """
+    if found.shadow is None:
+        return found.tensors
+    own, beside = ([n for n in part if n.split(".")[-1] not in BUFFERS] for part in (found.tensors, found.beside))
+    outer = [name for name in beside if name.startswith("logvar_")]
+    fit = len(found.shadow) in (len(own), len(own) + len(outer)) and all(
+        found.tensors[name].shape == tensor.shape for name, tensor in zip(own, found.shadow, strict=False)
+    )
+    if not fit:
+        raise BundleError(
+            f"{path}: its averages without names are {len(found.shadow)} tensors, which are not the network's "
+            f"{len(own)} parameters: take the plain weights with ema=false, or copy the averages into the model and "
+            "save its state_dict()"
+        )
+    return {**found.tensors, **dict(zip(own, found.shadow, strict=False))}
+
+
 def agree(shown: Mapping[str, Any], init: Init | None, path: Path) -> None:
     """Refuse arguments that are not of the tensors beside them."""
     for name, value in shown.items():
-        if init and name in init and init[name] != value:
+        said = (init or {}).get(name, value)
+        if (list(said) if isinstance(said, tuple) else said) != value:
             raise BundleError(
-                f"{path}: its init says {name} = {init[name]}, and its tensors are of a network with {value}: save "
+                f"{path}: its init says {name} = {said}, and its tensors are of a network with {value}: save "
                 "both of one network"
             )
 
@@ -82,20 +134,8 @@ def blocks(shapes: Shapes, size: int) -> int:
     return len({match[0] for name in shapes if (match := block.match(name))})
 
 
-def shape_in(shapes: Shapes, name: str, dimensions: int, path: str | Path) -> tuple[int, ...]:
-    """The shape of a tensor that every network has. Raises BundleError where it is missing or of another kind."""
-    if len(shapes.get(name, ())) != dimensions:
-        what = f"has shape {list(shapes[name])} in it" if name in shapes else "is missing in it"
-        raise BundleError(f"{path} is no whole network of its kind: {name} {what}: save net.state_dict() again")
-    return shapes[name]
-
-
 def image(size: Size | None, channels: int, resolution: int, levels: int) -> tuple[int, int, int]:
     """C, H, W of what is drawn. Raises InputError for a size that the levels cannot halve."""
     if size is None:
         return channels, resolution, resolution
-    height, width = height_and_width("size", size)
-    multiple = 2 ** (levels - 1)
-    if height % multiple or width % multiple:
-        raise InputError(f"size = {size} does not suit the network, which takes multiples of {multiple}")
-    return channels, height, width
+    return channels, *suited("size", height_and_width("size", size), 2 ** (levels - 1))

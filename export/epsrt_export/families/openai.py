@@ -21,10 +21,11 @@ from epsrt_export.families import statedict
 from epsrt_export.families.adm import ADMConfig, ADMUNet
 from epsrt_export.families.adm_shapes import ANCHORS, Seen, conditioned, look, seen
 from epsrt_export.families.guess import Guess
+from epsrt_export.families.latents import draws_latents
 from epsrt_export.families.openai_flags import DEFAULTS, MORE, Flags, flags_of
-from epsrt_export.families.sides import Size, height_and_width
+from epsrt_export.families.sides import Size, height_and_width, suited
 from epsrt_export.families.statedict import Shapes
-from epsrt_export.source import Source
+from epsrt_export.source import LATENTS, Source
 
 # image_size -> channel_mult
 IMPROVED_MULT = {256: "1,1,2,2,4,4", 64: "1,2,3,4", 32: "1,2,2,2"}
@@ -32,15 +33,19 @@ GUIDED_MULT = {512: "0.5,1,1,2,2,4,4", 256: "1,1,2,2,4,4", 128: "1,1,2,3,4", 64:
 MULTS = {"improved-diffusion": IMPROVED_MULT, "guided-diffusion": GUIDED_MULT}
 
 
-def improved(path: str | Path, /, *, ema: bool | None = None, size: Size | None = None, **flags: Any) -> Source:
+def improved(
+    path: str | Path, /, *, ema: bool | None = None, size: Size | None = None, latents: bool | None = None, **flags: Any
+) -> Source:
     """A network of improved-diffusion, from its state dict at `path`; options and errors as in `guided`.
 
     Its defaults are its own: rescale_timesteps is on, and channel_mult is known for 32, 64 and 256 pixels.
     """
-    return _load("improved-diffusion", Path(path), ema, size, flags)
+    return _load("improved-diffusion", Path(path), ema, size, latents, flags)
 
 
-def guided(path: str | Path, /, *, ema: bool | None = None, size: Size | None = None, **flags: Any) -> Source:
+def guided(
+    path: str | Path, /, *, ema: bool | None = None, size: Size | None = None, latents: bool | None = None, **flags: Any
+) -> Source:
     """A network of guided-diffusion, from its state dict at `path` (*.pt, *.pth, *.safetensors).
 
     flags   those of its training, by name, as bool, number or text: image_size=64, class_cond="True". What is left
@@ -51,6 +56,8 @@ def guided(path: str | Path, /, *, ema: bool | None = None, size: Size | None = 
             alone are recorded and change nothing. Paths, and flags of a classifier to guide by, are left out, and the
             source's notes say so.
     size    height and width of the samples, "48,32", where they are not image_size both
+    latents whether samples are an autoencoder's latents: by default unless they have 1 or 3 channels. Then x0 is not
+            bounded, unless clip_denoised says so
     ema     where a file holds both: the averaged weights (the default), or not
 
     The file tells nothing of what has no weights: image_size, num_heads, num_head_channels, use_new_attention_order,
@@ -61,7 +68,7 @@ def guided(path: str | Path, /, *, ema: bool | None = None, size: Size | None = 
     Raises InputError for a flag that is unknown, has no such value or contradicts the file, and for classifiers and
     upsamplers; BundleError where the file is damaged or not a state dict of such a network.
     """
-    return _load("guided-diffusion", Path(path), ema, size, flags)
+    return _load("guided-diffusion", Path(path), ema, size, latents, flags)
 
 
 def recognise(shapes: Shapes, rest: Mapping[str, Any]) -> Guess | None:
@@ -95,13 +102,11 @@ def recognise(shapes: Shapes, rest: Mapping[str, Any]) -> Guess | None:
     )
 
 
-def _load(family: str, path: Path, ema: bool | None, size: Size | None, given: Flags) -> Source:
+def _load(family: str, path: Path, ema: bool | None, size: Size | None, told: bool | None, given: Flags) -> Source:
     flags, aside = flags_of(family, given)
     config = _network(family, flags)
-    height, width = (config.image_size,) * 2 if size is None else height_and_width("size", size)
-    stride = 2 ** (len(config.channel_mult) - 1)
-    if height % stride or width % stride:
-        raise InputError(f"size = {height},{width} does not suit the network, which takes multiples of {stride}")
+    sides = (config.image_size,) * 2 if size is None else height_and_width("size", size)
+    height, width = suited("size", sides, 2 ** (len(config.channel_mult) - 1))
     schedule, sampling = _diffusion(flags)
     found = statedict.weights(path, ANCHORS, ema)
     _agree(path, config, seen(found.shapes, path), flags)
@@ -109,12 +114,16 @@ def _load(family: str, path: Path, ema: bool | None, size: Size | None, given: F
         network = ADMUNet(config)
     statedict.load_into(network, found, path)
     flags["channel_mult"] = _list(config.channel_mult)
+    notes = [*found.notes, *_notes(path, aside)]
+    latents = draws_latents(told, config.in_channels, path.name, notes)
     return Source(
         network,
         schedule,
         (config.in_channels, height, width),
         prediction="x0" if flags["predict_xstart"] else "epsilon",
-        clip=1.0 if flags.get("clip_denoised", True) else None,
+        value_range=LATENTS if latents else (-1.0, 1.0),
+        latents=latents,
+        clip=1.0 if flags.get("clip_denoised", not latents) else None,
         classes=config.num_classes,
         variance="learned_range" if config.learn_sigma else None,
         sampling=sampling,
@@ -122,7 +131,7 @@ def _load(family: str, path: Path, ema: bool | None, size: Size | None, given: F
         name=path.name,
         sha256=sha256(path),
         config=flags,
-        notes=(*found.notes, *_notes(path, aside)),
+        notes=notes,
     )
 
 

@@ -63,8 +63,8 @@ def flags_of(family: str, given: Flags) -> tuple[Flags, dict[str, str]]:
             raise _upsampler(f"{name} is a flag")
         if name in CLASSIFIER_TRAINING:
             raise _classifier(f"{name} is a flag")
-        guided_only = family != "guided-diffusion" and name not in known
-        if guided_only and (name in GUIDED or name.startswith("classifier_")):
+        unknown_here = family != "guided-diffusion" and name not in known
+        if unknown_here and (name in GUIDED or name.startswith("classifier_")):
             raise InputError(
                 f"{name} is a flag of guided-diffusion, not of {family}: leave it out, or say --from guided-diffusion"
             )
@@ -73,7 +73,9 @@ def flags_of(family: str, given: Flags) -> tuple[Flags, dict[str, str]]:
         elif name in known:
             flags[name] = _typed(name, value, known[name])
         else:
-            raise InputError(f"{family} has no flag {name!r}: {one_of(name, [*known, *PATHS, 'flags', 'size'])}")
+            raise InputError(
+                f"{family} has no flag {name!r}: {one_of(name, [*known, *PATHS, 'flags', 'size', 'latents'])}"
+            )
     return flags, aside
 
 

@@ -19,11 +19,13 @@ from epsrt.manifest import Sampling
 from epsrt.schedule import Schedule
 from epsrt_export.families import statedict
 from epsrt_export.families.guess import Guess
+from epsrt_export.families.latents import draws_latents
 from epsrt_export.families.score_sde_configs import CONFIGS, Training
 from epsrt_export.families.score_sde_unet import ScoreConfig, ScoreUNet, settle
-from epsrt_export.families.sides import Size, height_and_width
+from epsrt_export.families.shapes import SAVE_AGAIN
+from epsrt_export.families.sides import Size, height_and_width, suited
 from epsrt_export.families.statedict import Shapes
-from epsrt_export.source import Source
+from epsrt_export.source import LATENTS, Source
 
 ANCHORS = ("all_modules.1.bias", "all_modules.2.bias")
 BETAS = 0.1, 20.0  # of VP's SDE, at t = 0 and 1
@@ -62,7 +64,13 @@ class VE(nn.Module):
 
 
 def load(
-    path: str | Path, *, ema: bool | None = None, config: str | None = None, image_size: Size | None = None
+    path: str | Path,
+    /,
+    *,
+    ema: bool | None = None,
+    config: str | None = None,
+    image_size: Size | None = None,
+    latents: bool | None = None,
 ) -> Source:
     """A network of score_sde_pytorch, from a checkpoint of its training, or the state dict in it.
 
@@ -70,6 +78,7 @@ def load(
     config      the configuration of the training, such as vp/cifar10_ddpmpp_continuous: a file under their configs/. It
                 may be left out where the tensors show it
     image_size  pixels, one number or height and width; by default the configuration's
+    latents     whether samples are an autoencoder's latents: by default unless they have 1 or 3 channels
 
     The network's own sizes are the file's; so are VE's noise levels, where it has them. The configuration says what no
     tensor shows: the SDE, whether its time is continuous, how images are filtered, and the range of the images, 0 … 1
@@ -85,7 +94,8 @@ def load(
     path = Path(path)
     found = statedict.weights(path, ANCHORS, ema)
     shown, notes = _shown(found.shapes, path), list(found.notes)
-    sigmas = found.tensors.get("sigmas")
+    sigmas = _sigmas(found.tensors, path)
+    latents = draws_latents(latents, shown.channels, path.name, notes)
     name, training = _training(config, shown, sigmas, path, notes)
     if training.sde == "subvp":
         raise InputError(
@@ -113,7 +123,8 @@ def load(
         network.eval(),
         schedule,
         (shown.channels, *size),
-        value_range=(-1.0, 1.0) if training.centered else (0.0, 1.0),
+        value_range=LATENTS if latents else (-1.0, 1.0) if training.centered else (0.0, 1.0),
+        latents=latents,
         clip=None,
         sampling=Sampling("ddpm", schedule.T, options={"variance": "fixed_large"})
         if ancestral
@@ -261,6 +272,14 @@ def _training(
     raise InputError(f"{path} does not say what its network was trained for: say config, one of {', '.join(known)}")
 
 
+def _sigmas(tensors: Mapping[str, Tensor], path: Path) -> Tensor | None:
+    """VE's noise levels, where the file has them."""
+    sigmas = tensors.get("sigmas")
+    if sigmas is not None and (sigmas.ndim != 1 or len(sigmas) < 2 or not float(sigmas.min()) > 0):
+        raise BundleError(f"{path}: its sigmas, of shape {list(sigmas.shape)}, are no noise levels: {SAVE_AGAIN}")
+    return sigmas
+
+
 def _size(given: Size | None, training: Training, shown: ScoreConfig, path: Path) -> tuple[int, int]:
     if given is None:
         if _attended(training) != shown.attended:
@@ -268,11 +287,7 @@ def _size(given: Size | None, training: Training, shown: ScoreConfig, path: Path
                 f"{path}: its network attends at other levels than one for {training.size} pixels: say image_size"
             )
         return training.size, training.size
-    height, width = height_and_width("image_size", given)
-    multiple = 2 ** (len(shown.widths) - 1)
-    if height % multiple or width % multiple:
-        raise InputError(f"image_size = {given} does not suit the network, which takes multiples of {multiple}")
-    return height, width
+    return suited("image_size", height_and_width("image_size", given), 2 ** (len(shown.widths) - 1))
 
 
 def _schedule(training: Training, sigmas: Tensor | None) -> Schedule:

@@ -17,19 +17,22 @@ from epsrt_export.families.adm import ADMConfig, ADMUNet
 from epsrt_export.families.adm_shapes import ANCHORS, look, seen
 from epsrt_export.families.flow import FLOW, Turned
 from epsrt_export.families.guess import Guess
-from epsrt_export.families.sides import Size, height_and_width
+from epsrt_export.families.latents import draws_latents
+from epsrt_export.families.sides import Size, height_and_width, suited
 from epsrt_export.families.statedict import Shapes
-from epsrt_export.source import Source
+from epsrt_export.source import LATENTS, Source
 
 
 def load(
     path: str | Path,
+    /,
     *,
     image_size: Size | None = None,
     num_heads: int | None = None,
     num_head_channels: int | None = None,
     num_heads_upsample: int = -1,
     use_new_attention_order: bool = False,
+    latents: bool | None = None,
     ema: bool | None = None,
 ) -> Source:
     """A network of torchcfm, from the state dict of its UNetModelWrapper, or from what its CIFAR-10 training saves.
@@ -37,6 +40,7 @@ def load(
     image_size   pixels, one number or height and width, the last two of the wrapper's `dim`: in no file
     num_heads, num_head_channels, num_heads_upsample, use_new_attention_order   of the wrapper, in no file either: one
                  of the first two must be told
+    latents      whether samples are an autoencoder's latents: by default unless they have 1 or 3 channels
     ema          of a training's file: the averaged weights (the default) or the plain ones
 
     The wrapper's other arguments are read from the file. Theirs integrates from noise at t = 0 to data at t = 1 with
@@ -57,7 +61,8 @@ def load(
             f"{path} does not say num_heads: give num_heads or num_head_channels as the wrapper had them, or "
             "num_heads=1 if it had neither"
         )
-    height, width = height_and_width("image_size", image_size)
+    size = height_and_width("image_size", image_size)
+    height, width = suited("image_size", size, 2 ** (len(shown.channel_mult) - 1))
     config = ADMConfig(
         image_size=width,
         in_channels=shown.in_channels,
@@ -75,18 +80,18 @@ def load(
         conv_resample=shown.resized != "pooling",
         use_new_attention_order=typed("use_new_attention_order", use_new_attention_order, False),
     )
-    stride = 2 ** (len(shown.channel_mult) - 1)
-    if height % stride:
-        raise InputError(f"image_size = {height},{width} does not suit the network, which takes multiples of {stride}")
     with torch.device("meta"):
         network = ADMUNet(config)
     statedict.load_into(network, found, path)
-    step = found.rest.get("step")
+    step, notes = found.rest.get("step"), list(found.notes)
+    latents = draws_latents(latents, config.in_channels, path.name, notes)
     return Source(
         Turned(network, config.in_channels).eval(),
         FLOW,
         (config.in_channels, height, width),
         prediction="velocity",
+        value_range=LATENTS if latents else (-1.0, 1.0),
+        latents=latents,
         clip=None,
         classes=config.num_classes,
         sampling=Sampling("flow-heun", 50),
@@ -96,7 +101,7 @@ def load(
         origin=f"{ADMUNet.__module__}.{ADMUNet.__qualname__}",
         config=dataclasses.asdict(config),
         training={"steps": step} if isinstance(step, int) else {},
-        notes=found.notes,
+        notes=notes,
     )
 
 
