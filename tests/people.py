@@ -96,6 +96,12 @@ for _name, _what in (
         return through(at, DDIMScheduler, getattr(diffusers, name)())
 
 
+@case("A consistency model's scheduler of 40 timesteps, made DDIM by from_config before it was saved", "diffusers")
+def _(at: Path) -> Path:
+    theirs = diffusers.CMStochasticIterativeScheduler(num_train_timesteps=40)
+    return pipeline(at, DDIMScheduler.from_config(theirs.config))
+
+
 def averages(network: nn.Module) -> EMAModel:
     ema = EMAModel(network.parameters(), use_ema_warmup=True, model_cls=UNet2DModel, model_config=network.config)
     ema.step(network.parameters())
