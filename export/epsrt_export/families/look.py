@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from epsrt.errors import BundleError
+from epsrt_export.families import nvlabs
 from epsrt_export.families.diffusers_folder import CONFIG, is_folder, read_json
 from epsrt_export.families.guess import Guess
 from epsrt_export.families.places import (
@@ -76,12 +77,10 @@ def _file(path: Path) -> Look:
         raise BundleError(f"{path} is no file of weights, of torch.save or safetensors: give one, or a folder")
     try:
         found, metadata = outline(path)
-    except BundleError as error:
-        if path.suffix != ".pkl":
+    except BundleError:
+        if path.suffix != ".pkl" or not nvlabs.is_pickle(path):
             raise
-        raise BundleError(
-            f"{error}; for one of NVlabs/edm, epsrt export --from edm {path} edm.epsrt prints the command"
-        ) from None
+        raise BundleError(nvlabs.how(path)) from None
     if "epsrt" in metadata:
         return Look(path, (("family", "a checkpoint of epsrt train"),), _command("", path))
     facts: list[tuple[str, str]] = []
