@@ -1,6 +1,8 @@
 """diffusers' folders as trainings, accelerate and other people leave them: found, chosen and said, or refused."""
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 
@@ -11,10 +13,12 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel, V
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
-from epsrt import BundleError, EpsrtError, InputError, Schedule
+from epsrt import BundleError, InputError, Schedule
 from epsrt_export import families
-from epsrt_export.families.diffusers_folder import SCHEDULER, STEM
+from epsrt_export.families.diffusers_folder import CONFIG, PIPELINE, SCHEDULER, is_folder
 from epsrt_export.families.diffusers_scheduler import OTHERS, SAME_NOISE
+from epsrt_export.families.diffusers_weights import STEM
+from epsrt_export.source import LATENTS
 from nets import diffusers_unet
 
 SMALL = {
@@ -22,6 +26,7 @@ SMALL = {
     "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",),
 }  # fmt: skip
 WHOLE = f"{STEM}.safetensors"
+HOSTILE = "a b'c\"d$HOME`touch e`"
 
 
 def load(path, **options):
@@ -34,6 +39,13 @@ def said(source):
 
 def edit(file, **values):
     file.write_text(json.dumps({**json.loads(file.read_bytes()), **values}))
+
+
+def run_advice(error, cwd):
+    """The command that ends a refusal, as a shell runs it. `python` is that of the tests."""
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    command = str(error.value)[str(error.value).index("python -c ") :]
+    subprocess.run(["sh", "-c", command], check=True, capture_output=True, cwd=cwd, env={**os.environ, "PATH": path})
 
 
 def first_weight(source):
@@ -102,6 +114,18 @@ class TestAverages:
         with pytest.raises(InputError, match="ema = false, and .*unet_ema holds averaged weights: give the plain"):
             load(training / "checkpoint-40" / "unet_ema", ema=False)
 
+    def test_a_folder_is_known_from_within(self, training, unet, monkeypatch):
+        monkeypatch.chdir(training / "checkpoint-40" / "unet_ema")
+        for ema in (None, True):
+            source = load(".", ema=ema)
+            torch.testing.assert_close(first_weight(source), unet.conv_in.weight + 1)
+            assert source.name == f"unet_ema/{WHOLE}"
+        with pytest.raises(InputError, match="ema = false, and .*checkpoint-40/unet_ema holds averaged weights"):
+            load(".", ema=False)
+        monkeypatch.chdir(training / "checkpoint-40" / "unet")
+        with pytest.raises(InputError, match="ema = true, but .*checkpoint-40/unet has no unet_ema: leave ema out"):
+            load(".", ema=True)
+
     def test_loaded_and_saved_again_it_keeps_the_keys(self, training):
         again = training / "again"
         UNet2DModel.from_pretrained(training / "checkpoint-40" / "unet_ema").save_pretrained(again)
@@ -114,6 +138,10 @@ class TestAverages:
         torch.testing.assert_close(first_weight(load(folder, ema=True)), unet.conv_in.weight + 1)
 
     def test_what_is_not_there(self, training, folder):
+        with pytest.raises(BundleError, match="holds checkpoints of a training and no model: give one, such as .*-40"):
+            load(training)
+        (training / "checkpoint-100.pt").touch()
+        (training / "checkpoint-last").mkdir()
         with pytest.raises(BundleError, match="holds checkpoints of a training and no model: give one, such as .*-40"):
             load(training)
         for ema in (True, False):
@@ -139,6 +167,13 @@ class TestWeights:
         assert load(tmp_path / "a", variant="other").name.endswith("other.safetensors")
         with pytest.raises(InputError, match="variant = 'bf16', but .*unet holds config.json, "):
             load(tmp_path / "a", variant="bf16")
+
+    @pytest.mark.parametrize("variant", [None, "fp16"])
+    def test_shards_without_their_index(self, unet, tmp_path, variant):
+        DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path, max_shard_size="100KB", variant=variant)
+        next((tmp_path / "unet").glob("*index*.json")).unlink()
+        with pytest.raises(BundleError, match="holds a shard of the weights, .*-00001-of-.* and no index of the shard"):
+            load(tmp_path)
 
     @pytest.mark.parametrize("variant", [None, "fp16"])
     def test_shards(self, unet, tmp_path, variant):
@@ -195,13 +230,13 @@ class TestWeights:
         assert all(torch.equal(tensor, unet.state_dict()[name]) for name, tensor in network.state_dict().items())
 
     def test_pickles_are_not_read_and_the_command_converts_them(self, folder):
+        folder = folder.rename(folder.parent / HOSTILE)
         unet = folder / "unet"
         torch.save(load_file(unet / WHOLE), unet / f"{STEM}.bin")
         (unet / WHOLE).unlink()
         with pytest.raises(BundleError, match=r"only in pickle form \(diffusion_pytorch_model.bin\)") as error:
             load(folder)
-        code = str(error.value).partition('python -c "')[2].rpartition('"')[0]
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        run_advice(error, folder)
         load(folder)
 
 
@@ -223,15 +258,52 @@ KINDS = {
 
 class TestSchedulers:
     @pytest.mark.parametrize("name", BUILT)
-    def test_of_the_same_noise_the_advice_works(self, folder, name):
+    def test_of_the_same_noise_the_advice_works(self, folder, name, tmp_path, monkeypatch):
         options = {"beta_start": 1e-3, "beta_end": 0.03, "beta_schedule": "scaled_linear"}
         scheduler_of(name, **options).save_pretrained(folder / "scheduler")
+        before = (folder / "scheduler" / SCHEDULER).read_bytes()
         with pytest.raises(InputError, match=f"{name} is not among .* adds the same noise: make one") as error:
             load(folder)
-        code = str(error.value).partition('python -c "')[2].rpartition('"')[0]
-        exec(code)  # in a process of its own it takes seconds a scheduler
-        source = load(folder)
+        monkeypatch.chdir(tmp_path)
+        _, *argv, file = shlex.split(str(error.value)[str(error.value).index("python -c ") :])
+        monkeypatch.setattr(sys, "argv", [argv[0], file])
+        exec(argv[1])  # in a process of its own it takes seconds a scheduler
+        assert (folder / "scheduler" / SCHEDULER).read_bytes() == before
+        source = load(folder, scheduler="ddim")
         assert (source.schedule, source.prediction) == (Schedule("scaled-linear", 1000, 1e-3, 0.03), "epsilon")
+        assert source.clip == (1.0 if json.loads(before).get("clip_sample") else None)
+        assert "clip_sample" in json.loads((tmp_path / "ddim" / SCHEDULER).read_bytes())
+
+    def test_the_advice_is_one_command_of_a_shell(self, folder):
+        folder = folder.rename(folder.parent / HOSTILE)
+        scheduler_of("PNDMScheduler").save_pretrained(folder / "scheduler")
+        with pytest.raises(InputError, match="PNDMScheduler is not among") as error:
+            load(folder)
+        run_advice(error, folder)
+        assert sorted(file.name for file in folder.iterdir()) == ["ddim", PIPELINE, "scheduler", "unet"]
+        for path in ("ddim", f"ddim/{SCHEDULER}"):
+            source = load(folder, scheduler=folder / path)
+            assert source.clip is None
+            assert source.sampling.options["set_alpha_to_one"] is False
+
+    def test_another_scheduler(self, folder, tmp_path):
+        DDIMScheduler(num_train_timesteps=70).save_pretrained(tmp_path / "a" / "scheduler")
+        source = load(folder / "unet", scheduler=tmp_path / "a")
+        assert source.schedule.T == 70
+        assert f"{tmp_path / 'a' / 'scheduler' / SCHEDULER} says which noise" in said(source)
+        (folder / "scheduler" / SCHEDULER).unlink()
+        assert load(folder, scheduler=str(tmp_path / "a" / "scheduler")).schedule.T == 70
+        with pytest.raises(BundleError, match="scheduler = 3 has no scheduler_config.json: give a folder that its"):
+            load(folder, scheduler=3)
+
+    @pytest.mark.parametrize("name", ["UNet2DModel; import os", "PNDMScheduler; import os", "$(touch a)", "x" * 5000])
+    def test_no_code_of_a_file_is_printed_as_a_command(self, folder, name):
+        for file, what in ((folder / "scheduler" / SCHEDULER, "scheduler"), (folder / "unet" / CONFIG, "model")):
+            edit(file, _class_name=name)
+            with pytest.raises(InputError, match=f"{what} class '.*is not among") as error:
+                load(folder)
+            assert "python" not in str(error.value)
+            assert len(str(error.value).removeprefix(str(folder))) < 250
 
     def test_keys_of_siblings_are_named_and_ignored(self, folder):
         theirs = scheduler_of("PNDMScheduler", skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
@@ -290,16 +362,45 @@ class TestSchedulers:
 
 
 class TestNetworks:
-    def test_of_latents(self, folder):
+    def test_of_latents(self, folder, monkeypatch):
         assert not load(folder).latents
         kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
         VQModel(**kinds, block_out_channels=(8, 8), norm_num_groups=4, num_vq_embeddings=4).save_pretrained(
             folder / "vqvae"
         )
-        for path in (folder, folder / "unet"):
+        for path in (folder, folder / "unet", "."):
+            monkeypatch.chdir(folder / "unet")
             source = load(path)
             assert source.latents
-            assert "draws latents of the autoencoder in vqvae" in said(source)
+            assert source.value_range == LATENTS
+            assert "draws latents of the autoencoder vqvae, which no bundle holds yet" in said(source)
+        source = load(folder, latents=False)
+        assert (source.latents, source.value_range) == (False, (-1.0, 1.0))
+        assert "latents" not in said(source)
+
+    def test_of_latents_in_a_training(self, training):
+        (training / "vae").mkdir()
+        (training / "vae" / CONFIG).write_text("{}")
+        for path in ("checkpoint-5", "checkpoint-5/unet_ema", "checkpoint-5/unet"):
+            assert "the autoencoder vae" in said(load(training / path))
+
+    def test_of_an_autoencoder_that_was_not_downloaded(self, folder):
+        edit(folder / PIPELINE, vqvae=[None, None])
+        assert not load(folder).latents
+        edit(folder / PIPELINE, movq=["diffusers", "VQModel"])
+        for path in (folder, folder / "unet"):
+            assert "the autoencoder movq" in said(load(path))
+
+    def test_of_channels_that_no_image_has(self, tmp_path):
+        UNet2DModel(in_channels=4, out_channels=4, **SMALL).save_pretrained(tmp_path)
+        DDPMScheduler().save_pretrained(tmp_path)
+        source = load(tmp_path)
+        assert (source.latents, source.value_range) == (True, LATENTS)
+        assert "its samples of 4 channels were taken for an autoencoder's latents: --set latents=false" in said(source)
+        source = load(tmp_path, latents=False)
+        assert (source.latents, source.value_range) == (False, (-1.0, 1.0))
+        with pytest.raises(InputError, match="latents = 'no' is not true or false"):
+            load(tmp_path, latents="no")
 
     @pytest.mark.parametrize("extra", [1, 3, 5])
     def test_of_a_second_image(self, tmp_path, extra):
@@ -326,7 +427,34 @@ class TestNetworks:
             ("VQModel", "it is an autoencoder, which denoises nothing: give the folder of the pipeline"),
         ],
     )
-    def test_of_other_classes(self, folder, name, message):
-        edit(folder / "unet" / "config.json", _class_name=name)
-        with pytest.raises(EpsrtError, match=message):
-            load(folder)
+    def test_of_other_classes_is_said_before_a_scheduler_or_weights_are_missed(self, tmp_path, name, message):
+        (tmp_path / CONFIG).write_text(json.dumps({"_class_name": name}))
+        (tmp_path / f"{STEM}.bin").touch()
+        with pytest.raises(InputError, match=message):
+            load(tmp_path)
+
+    def test_there_is_none(self, tmp_path):
+        (tmp_path / CONFIG).write_text("[]")
+        with pytest.raises(BundleError, match=f"{CONFIG} is not the model's configuration but a list: save it again"):
+            load(tmp_path)
+        (tmp_path / CONFIG).unlink()
+        (tmp_path / PIPELINE).write_text(json.dumps({"unet": ["diffusers", "UNet2DModel"]}))
+        with pytest.raises(BundleError, match=f"lacks unet, which its {PIPELINE} names: download the folder again, wh"):
+            load(tmp_path)
+        (tmp_path / PIPELINE).write_text(json.dumps({"prior": ["diffusers", "PriorTransformer"]}))
+        with pytest.raises(InputError, match=f"{PIPELINE} names neither unet nor transformer, so no network is read"):
+            load(tmp_path)
+
+    def test_other_peoples_checkpoints(self, tmp_path):
+        (tmp_path / "checkpoint-100.pt").touch()
+        (tmp_path / "checkpoint-7").touch()
+        for name in ("checkpoint-abc", "checkpoint-", "checkpoint-5.old"):
+            (tmp_path / name).mkdir()
+        assert not is_folder(tmp_path)
+        with pytest.raises(BundleError, match=f"{CONFIG} is missing"):
+            load(tmp_path)
+        (tmp_path / "checkpoint-9").mkdir()
+        (tmp_path / "checkpoint-10").mkdir()
+        assert is_folder(tmp_path)
+        with pytest.raises(BundleError, match="no model: give one, such as .*checkpoint-10$"):
+            load(tmp_path)

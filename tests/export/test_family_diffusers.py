@@ -16,7 +16,7 @@ from epsrt.parity.measure import worst_psnr
 from epsrt.timesteps import spaced
 from epsrt_export import export, families
 from epsrt_export.families.diffusers import Denoiser
-from epsrt_export.families.diffusers_folder import STEM
+from epsrt_export.families.diffusers_weights import STEM
 from epsrt_export.redraw import redraw
 from nets import diffusers_unet
 
@@ -148,6 +148,12 @@ class TestThroughTheGate:
         assert 0.2 < theirs.std() < 3
         assert worst_psnr(ours, theirs, (-1.0, 1.0)) > 85
 
+    def test_a_dits_pipeline_takes_50_steps_of_any_scheduler(self, tmp_path):
+        put_dit(tmp_path)
+        DDPMScheduler(variance_type="learned_range", **MILD).save_pretrained(tmp_path / "scheduler")
+        sampling = families.load("diffusers", tmp_path).sampling
+        assert (sampling.method, sampling.steps) == ("ddpm", 50)
+
     @pytest.mark.parametrize("variance", ["learned", "learned_range"])
     def test_a_variance_of_the_networks_own(self, tmp_path, variance):
         DDPMPipeline(diffusers_unet(out_channels=6), DDPMScheduler(**DDPM, variance_type=variance)).save_pretrained(
@@ -212,6 +218,9 @@ class TestRefusals:
             ({"clip_sample_range": -1.0}, "clip = -1.0 is not a positive bound"),
             ({"num_train_timesteps": 0}, "a schedule has 1 to 1,000,000 steps, not T = 0"),
             ({"beta_end": 2.0}, "is outside .0, 1.: check the schedule's range"),
+            ({"steps_offset": -5}, "steps_offset = -5 leaves the 40 timesteps of the training: write 0 or 1"),
+            ({"steps_offset": 10**9}, "steps_offset = 1000000000 leaves the 40 timesteps"),
+            ({"steps_offset": 40}, "steps_offset = 40 leaves the 40 timesteps"),
             ({"steps_offset": 0.5}, "DDPMScheduler's steps_offset = 0.5 is not a whole number"),
             ({"beta_start": 10**400}, "beta_start is a number of 401 digits: give one that a float holds"),
             ({"thresholding": True, "sample_max_value": 0.5}, "thresholding maximum = 0.5 is below 1"),
@@ -243,7 +252,14 @@ class TestRefusals:
             ({"block_out_channels": [16]}, "diffusers cannot build UNet2DModel of config.json .Must provide the same"),
             ({"base_channels": 16}, "UNet2DModel has no option 'base_channels'"),
             ({"layers_per_block": 10**400}, "layers_per_block = 1000.* is more than any network's 256"),
-            ({"norm_num_groups": float("inf")}, "norm_num_groups = inf is more than any network's"),
+            (
+                {"norm_num_groups": float("inf")},
+                "norm_num_groups = inf is not finite: write the number of the training",
+            ),
+            ({"norm_eps": float("nan")}, "norm_eps = nan is not finite"),
+            ({"block_out_channels": [16, 10**9]}, "block_out_channels = .16, 1000000000. is more than any network's"),
+            ({"sample_size": [8, 9]}, "unet: sample_size = 8,9 does not suit the network, which takes multiples of 2"),
+            ({"sample_size": "9" * 5000}, "sample_size = '9{24}' is not a whole number"),
             ({"sample_size": None}, "does not say its sample_size: give size"),
             ({"sample_size": "8"}, "sample_size = '8' is not a whole number"),
             ({"sample_size": [8]}, "sample_size = .8. is neither one number nor a height and a width"),
@@ -317,9 +333,19 @@ class TestRefusals:
         with pytest.raises(EpsrtError, match="null_label = 3: a DiT's is 5, leave it out"):
             families.load("diffusers", put_dit(tmp_path / "dit"), null_label=3)
 
-    def test_sizes_and_options(self, folder):
+    def test_sizes_and_options(self, folder, tmp_path):
         with pytest.raises(EpsrtError, match="size = 16 was given, and .* says its sample_size itself, 8"):
             families.load("diffusers", folder, size=16)
+        edit(folder / UNET, sample_size=None)
+        with pytest.raises(
+            EpsrtError, match="size = 33,33 does not suit the network, which takes multiples of 2, such"
+        ):
+            families.load("diffusers", folder, size=33)
+        with pytest.raises(EpsrtError, match="size is more than 1,048,576 pixels"):
+            families.load("diffusers", folder, size="9" * 5000)
+        edit(put_dit(tmp_path) / "transformer" / "config.json", sample_size=9)
+        with pytest.raises(EpsrtError, match="sample_size = 9,9 does not suit the network, which takes multiples of 2"):
+            families.load("diffusers", tmp_path)
         with pytest.raises(EpsrtError, match="diffusers takes no option 'sizes': did you mean size"):
             families.load("diffusers", folder, sizes=16)
         with pytest.raises(EpsrtError, match="diffusers takes no option 'path'"):
@@ -327,16 +353,10 @@ class TestRefusals:
         with pytest.raises(EpsrtError, match="family 'difusers' is unknown: did you mean diffusers"):
             families.load("difusers", folder)
 
-    def test_an_offset_beyond_the_schedule_takes_fewer_steps_or_is_found_before_a_bundle_is_written(
-        self, folder, tmp_path
-    ):
-        for offset, steps in ((0, 40), (1, 20), (7, 5)):
+    def test_an_offset_beyond_the_schedule_takes_fewer_steps(self, folder):
+        for offset, steps in ((0, 40), (1, 20), (7, 5), (39, 1)):
             edit(folder / SCHEDULER, steps_offset=offset)
             source = families.load("diffusers", folder)
             assert source.sampling.steps == steps
             assert max(spaced(source.schedule, steps, "leading", steps_offset=offset)) < 40
             assert bool([note for note in source.notes if "steps are the default" in note]) == (offset > 0)
-        edit(folder / SCHEDULER, steps_offset=40)
-        with pytest.raises(EpsrtError, match="steps_offset = 40 moves the timesteps to"):
-            export(families.load("diffusers", folder), tmp_path / "some.epsrt", precisions=("fp32",))
-        assert not (tmp_path / "some.epsrt").exists()

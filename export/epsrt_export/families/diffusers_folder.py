@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,16 +13,15 @@ from torch import Tensor
 
 from epsrt.errors import BundleError, InputError
 from epsrt.files import sha256
+from epsrt_export.families.diffusers_json import SAVED, read_json
+from epsrt_export.families.diffusers_weights import weights
 from epsrt_export.families.guess import Guess
 from epsrt_export.families.tensorfile import load
 
 CONFIG, SCHEDULER, PIPELINE = "config.json", "scheduler_config.json", "model_index.json"
+CLASSES = ("UNet2DModel", "DiTTransformer2DModel")
 MODELS, AVERAGED = ("unet", "transformer"), ("unet_ema", "transformer_ema")
 AUTOENCODERS = ("vae", "vqvae", "movq")
-STEM = "diffusion_pytorch_model"
-STEMS = (STEM, "model")  # accelerate's name, and transformers'
-SAVED = "give a folder that diffusers' save_pretrained wrote"
-_SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
 # other models of theirs: what a bundle lacks for them
 ADAPTER = "export it from Python, with export_network and an adapter that fixes it"
 OTHERS = {
@@ -34,29 +32,32 @@ OTHERS = {
     "AutoencoderKL": "it is an autoencoder, which denoises nothing: give the folder of the pipeline",
     "VQModel": "it is an autoencoder, which denoises nothing: give the folder of the pipeline",
 }
-_VARIANT = re.compile(rf"{STEM}\.(?:(\w+)(?:-\d{{5}}-of-\d{{5}})?\.safetensors|safetensors\.index\.(\w+)\.json)")
-_PARENT = re.compile(r"(?:unet|transformer)(?:_ema)?|checkpoint-\d+")  # of these the owner keeps the rest a folder up
+_STEP = re.compile(r"checkpoint-(\d+)")
+# of these the owner keeps the rest a folder up
+_PARENT = re.compile(rf"(?:unet|transformer)(?:_ema)?|{_STEP.pattern}")
 
 
 @dataclass(frozen=True)
 class Folder:
     """What a path leads to.
 
-    root       the folder that was given
-    model      the folder with config.json and the weights
-    scheduler  the scheduler_config.json
-    files      the weights, one file or its shards
-    listing    the index of the shards, or the file
-    latents    there is an autoencoder beside the model: it draws latents
-    notes      sentences: what was chosen and what was left aside
+    root         the folder that was given
+    model        the folder with config.json and the weights
+    config       what config.json says, of one of CLASSES
+    scheduler    the scheduler_config.json
+    files        the weights, one file or its shards
+    listing      the index of the shards, or the file
+    autoencoder  the name of the one whose latents the model draws, or ""
+    notes        sentences: what was chosen and what was left aside
     """
 
     root: Path
     model: Path
+    config: dict[str, Any]
     scheduler: Path
     files: tuple[Path, ...]
     listing: Path
-    latents: bool
+    autoencoder: str
     notes: tuple[str, ...]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -72,37 +73,41 @@ class Folder:
     @property
     def name(self) -> str:
         """Of the weights, from the folder on."""
-        return f"{self.root.resolve().name}/{self.listing.relative_to(self.root)}"
+        return f"{self.root.name}/{self.listing.relative_to(self.root)}"
 
 
-def find(path: str | Path, ema: bool | None, variant: str | None) -> Folder:
+def find(
+    path: str | Path, ema: bool | None = None, variant: str | None = None, scheduler: str | Path | None = None
+) -> Folder:
     """Look into a pipeline's folder, a model's, a training's checkpoint-N, or an unet_ema.
 
-    ema      true: the averaged weights, `unet_ema`. false: the plain ones. None: in a pipeline's folder the plain ones,
-             which the pipeline itself reads; elsewhere the averaged where there are some
-    variant  which of several, "fp16" for diffusion_pytorch_model.fp16.safetensors
+    ema        true: the averaged weights, `unet_ema`. false: the plain ones. None: in a pipeline's folder the plain
+               ones, which the pipeline itself reads; elsewhere the averaged where there are some
+    variant    which of several, "fp16" for diffusion_pytorch_model.fp16.safetensors
+    scheduler  a scheduler_config.json, or its folder, that is taken for the one beside the model
 
-    Raises BundleError where something is missing, InputError where the options ask for what is not there.
+    Raises BundleError where something is missing, InputError for a model of another class, and where the options ask
+    for what is not there.
     """
-    root = Path(path)
+    root = Path(path).resolve()  # "." has no name and no parent
     if not root.is_dir():
         what = f"is a file, and {SAVED}" if root.exists() else f"is not a folder: {SAVED}"
         raise BundleError(f"{root} {what}")
     model, notes = _model(root, ema)
-    scheduler = _scheduler(root, model)
-    if scheduler.parent.parent not in (root, model) and scheduler.parent != model:
-        notes.append(f"{scheduler} says which noise the network was trained on")
-    files, listing, said = _weights(model, variant)
-    beside = [name for name in AUTOENCODERS if any((near / name / CONFIG).is_file() for near in (root, model.parent))]
-    if beside:
-        notes.append(f"the network draws latents of the autoencoder in {beside[0]}, which no bundle holds yet")
-    return Folder(root, model, scheduler, files, listing, bool(beside), (*notes, *said))
+    config = _judged(root, model)
+    places = _places(root, model)
+    noise = _scheduler(places, model) if scheduler is None else _given(scheduler)
+    if not {root, model} & {noise.parent, noise.parent.parent}:
+        notes.append(f"{noise} says which noise the network was trained on")
+    files, listing, said = weights(model, variant, config["_class_name"])
+    return Folder(root, model, config, noise, files, listing, _autoencoder(places), (*notes, *said))
 
 
 def is_folder(path: Path) -> bool:
     """Whether diffusers or a training with it wrote this folder."""
-    names = (CONFIG, PIPELINE, *MODELS, *AVERAGED)
-    return any((path / name).exists() for name in names) or any(path.glob("checkpoint-*"))
+    files, folders = (CONFIG, PIPELINE), (*MODELS, *AVERAGED)
+    found = any((path / name).is_file() for name in files) or any((path / name).is_dir() for name in folders)
+    return found or bool(_checkpoints(path))
 
 
 def recognise(shapes: Mapping[str, tuple[int, ...]], rest: Mapping[str, Any]) -> Guess | None:
@@ -120,19 +125,6 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], rest: Mapping[str, Any]) ->
     return Guess("", {**facts, "lacks": lacks})
 
 
-def read_json(path: Path, whose: str) -> dict[str, Any]:
-    """A dict in a JSON file. Raises BundleError for anything else."""
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise BundleError(f"{path} is missing: {SAVED}") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise BundleError(f"{path} is not {whose} configuration in JSON ({error}): save it again") from None
-    if not isinstance(found, dict):
-        raise BundleError(f"{path} is not {whose} configuration but a {type(found).__name__}: save it again")
-    return found
-
-
 def _model(root: Path, ema: bool | None) -> tuple[Path, list[str]]:
     plain = next((root / name for name in MODELS if (root / name).is_dir()), None)
     averaged = next((root / name for name in AVERAGED if (root / name).is_dir()), None)
@@ -143,7 +135,7 @@ def _model(root: Path, ema: bool | None) -> tuple[Path, list[str]]:
             return root, [f"{root.name}: its weights are averaged (EMA) ones"]
         if ema:
             raise InputError(f"ema = true, but {root} has no {AVERAGED[0]}: leave ema out")
-        if not (root / CONFIG).is_file() and (steps := sorted(root.glob("checkpoint-*"), key=_step)):
+        if not (root / CONFIG).is_file() and (steps := _checkpoints(root)):
             raise BundleError(f"{root} holds checkpoints of a training and no model: give one, such as {steps[-1]}")
         return root, []
     if ema is not None and (averaged if ema else plain) is None:
@@ -159,85 +151,66 @@ def _model(root: Path, ema: bool | None) -> tuple[Path, list[str]]:
     return chosen, [f"the {which} weights in {chosen.name} were taken; {way} takes those in {other.name}"]
 
 
-def _step(folder: Path) -> int:
-    number = folder.name.rpartition("-")[2]
-    return int(number) if number.isdecimal() else -1
+def _checkpoints(root: Path) -> list[Path]:
+    """The folders checkpoint-N of a training, in the order of N."""
+    steps = {int(match[1]): each for each in root.iterdir() if each.is_dir() and (match := _STEP.fullmatch(each.name))}
+    return [steps[step] for step in sorted(steps)]
 
 
-def _scheduler(root: Path, model: Path) -> Path:
-    above, place = [], root
-    for _ in range(2):
-        if _PARENT.fullmatch(place.resolve().name):
-            place = place.resolve().parent
-            above.append(place)
-    places = [near / part / SCHEDULER for near in (root, model, *above) for part in ("scheduler", "")]
-    found = next((place for place in places if place.is_file()), None)
+def _judged(root: Path, model: Path) -> dict[str, Any]:
+    """A model's config.json, if it is of one of CLASSES."""
+    if model == root and not (root / CONFIG).is_file() and (root / PIPELINE).is_file():
+        index = read_json(root / PIPELINE, "the pipeline's")
+        part = next((name for name in MODELS if index.get(name)), None)
+        if part is None:
+            raise InputError(
+                f"{root}: its {PIPELINE} names neither {' nor '.join(MODELS)}, so no network is read of it"
+            )
+        raise BundleError(f"{root} lacks {part}, which its {PIPELINE} names: download the folder again, whole")
+    config = read_json(model / CONFIG, "the model's")
+    name = config.get("_class_name")
+    if isinstance(name, str) and name in OTHERS:
+        raise InputError(f"{model}: {name} is not read: {OTHERS[name]}")
+    if name not in CLASSES:
+        raise InputError(
+            f"{model}: model class {repr(name)[:60]} is not among {', '.join(CLASSES)}: export it from Python"
+        )
+    return config
+
+
+def _places(root: Path, model: Path) -> list[Path]:
+    """Where the owner keeps what belongs to a model."""
+    places = [root]
+    while _PARENT.fullmatch(places[-1].name):
+        places.append(places[-1].parent)
+    return [root, model, *places[1:]]
+
+
+def _scheduler(places: list[Path], model: Path) -> Path:
+    files = [near / part / SCHEDULER for near in places for part in ("scheduler", "")]
+    found = next((file for file in files if file.is_file()), None)
     if found is None:
         raise BundleError(
-            f"{root} has no {SCHEDULER}, so nothing says which noise its network was trained on: save the pipeline, or "
-            f"put the scheduler's beside {CONFIG} (scheduler.save_pretrained('{model}'))"
+            f"{places[0]} has no {SCHEDULER}, so nothing says which noise its network was trained on: save the "
+            f"pipeline, put the scheduler's beside {CONFIG} (scheduler.save_pretrained({str(model)!r})), or say where "
+            "one lies, scheduler=FOLDER"
         )
     return found
 
 
-def _weights(model: Path, variant: str | None) -> tuple[tuple[Path, ...], Path, list[str]]:
-    """The files, the one that names them, and what is to be said of them."""
-    for stem in STEMS:
-        infix = "" if variant is None else f".{variant}"
-        whole = model / f"{stem}{infix}.safetensors"
-        index = model / f"{stem}.safetensors.index{infix}.json"
-        said = [f"{whole.name} holds the weights"] if stem != STEM or variant else []
-        if index.is_file():
-            shards = _shards(index)
-            lost = [shard.name for shard in shards if not shard.is_file()]
-            if not lost:
-                said = [f"{index.name} lists {len(shards)} files of weights"]
-                return shards, index, [*said, f"{whole.name} was left aside"] if whole.is_file() else said
-            if not whole.is_file():
-                raise BundleError(
-                    f"{index} lists {len(shards)} files, and {lost[0]} is missing: download the folder again, whole"
-                )
-            said.append(f"{index.name} was left aside: the files that it lists are gone, and {whole.name} is whole")
-        if whole.is_file():
-            return (whole,), whole, said
-    if variant is not None:
-        raise InputError(f"variant = {variant!r}, but {model} holds {_some(model)}")
-    return _another(model)
+def _given(scheduler: str | Path) -> Path:
+    place = Path(str(scheduler)).resolve()  # a folder may be named 3
+    for file in (place, place / SCHEDULER, place / "scheduler" / SCHEDULER):
+        if file.is_file():
+            return file
+    raise BundleError(f"scheduler = {scheduler} has no {SCHEDULER}: give a folder that its save_pretrained wrote")
 
 
-def _another(model: Path) -> tuple[tuple[Path, ...], Path, list[str]]:
-    """Weights under a name of their own: of one variant, or one file."""
-    matches = [_VARIANT.fullmatch(file.name) for file in model.iterdir()]
-    variants = sorted({found[1] or found[2] for found in matches if found})
-    if len(variants) == 1:
-        return _weights(model, variants[0])
-    if variants:
-        raise InputError(f"{model} holds the variants {', '.join(variants)}: say which, variant={variants[0]}")
-    singles = [file for file in sorted(model.glob("*.safetensors")) if not _SHARD.fullmatch(file.name)]
-    if len(singles) == 1:
-        return (singles[0],), singles[0], [f"{singles[0].name} holds the weights"]
-    if pickles := sorted(model.glob("*.bin")):
-        kind = read_json(model / CONFIG, "the model's").get("_class_name", "UNet2DModel")
-        raise BundleError(
-            f"{model} has its weights only in pickle form ({pickles[0].name}), which is not read: convert them once "
-            f'with python -c "from diffusers import {kind}; {kind}.from_pretrained({str(model)!r}).save_pretrained('
-            f'{str(model)!r})"'
-        )
-    raise BundleError(f"{model} holds {_some(model)}, and no {STEM}.safetensors: save the model with save_pretrained")
-
-
-def _some(model: Path) -> str:
-    names = sorted(file.name for file in model.iterdir() if file.is_file())
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "") if names else "no file"
-
-
-def _shards(index: Path) -> tuple[Path, ...]:
-    listed = read_json(index, "the shards'").get("weight_map")
-    names = sorted(set(listed.values())) if isinstance(listed, dict) and all(map(_plain, listed.values())) else []
-    if not names:
-        raise BundleError(f"{index} lists no files of weights in its weight_map: download it again")
-    return tuple(index.parent / name for name in names)
-
-
-def _plain(name: Any) -> bool:
-    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
+def _autoencoder(places: list[Path]) -> str:
+    """The name of the first that is there, or that a pipeline names though it was not downloaded."""
+    for near in places:
+        index = read_json(near / PIPELINE, "the pipeline's") if (near / PIPELINE).is_file() else {}
+        for name in AUTOENCODERS:
+            if (near / name / CONFIG).is_file() or index.get(name) not in (None, [None, None]):
+                return name
+    return ""

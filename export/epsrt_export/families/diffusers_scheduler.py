@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from epsrt.errors import InputError, one_of, typed
 from epsrt.manifest import LearnedVariance
 from epsrt.schedule import Schedule
-from epsrt_export.families.diffusers_folder import read_json
+from epsrt_export.families.diffusers_json import read_json
 
 SCHEDULERS = {"DDPMScheduler": diffusers.DDPMScheduler, "DDIMScheduler": diffusers.DDIMScheduler}
 # these add DDPM's noise: with their betas and prediction, DDPM and DDIM sample the same network
@@ -92,18 +93,21 @@ def read(file: Path) -> dict[str, Any]:
         return config
     if isinstance(name, str) and name in SAME_NOISE:
         _refuse_traces(file, config)
+        plain = "" if "clip_sample" in config else ", clip_sample=False"  # of DDIM it is true unless told
+        made = f'DDIMScheduler.from_pretrained(sys.argv[1]{plain}).save_pretrained("ddim")'
+        code = f"import sys; from diffusers import DDIMScheduler; {made}"
         raise InputError(
-            f"{file}: {name} is not among {', '.join(SCHEDULERS)}, and adds the same noise: make one of these of it, "
-            f'python -c "from diffusers import DDIMScheduler as S; S.from_pretrained({str(file.parent)!r})'
-            f'.save_pretrained({str(file.parent)!r})"; the sampler is chosen when sampling'
+            f"{file}: {name} is not among {', '.join(SCHEDULERS)}, and adds the same noise: make one of these of it "
+            f"and export with scheduler=ddim, for the sampler is chosen when sampling: "
+            f"{shlex.join(['python', '-c', code, str(file)])}"
         )
     if isinstance(name, str) and name in OTHERS:
         raise InputError(
             f"{file}: a network of {name} {OTHERS[name]}; a DDPM or DDIM made of this config would sample wrongly"
         )
     raise InputError(
-        f"{file}: scheduler class {name!r} is not among {', '.join(SCHEDULERS)}: save the one whose noise the network "
-        "was trained on"
+        f"{file}: scheduler class {repr(name)[:60]} is not among {', '.join(SCHEDULERS)}: save the one whose noise the "
+        "network was trained on"
     )
 
 
@@ -141,6 +145,11 @@ def options(file: Path, config: dict[str, Any], twice: bool, dit: bool) -> Optio
     if given["timestep_spacing"] not in ("leading", "linspace", "trailing"):
         raise InputError(f"{file}: timestep_spacing {given['timestep_spacing']!r}: use leading, linspace or trailing")
     if given["timestep_spacing"] == "leading":  # the others do not look at it
+        if not 0 <= given["steps_offset"] < schedule.T:
+            raise InputError(
+                f"{file}: steps_offset = {str(given['steps_offset'])[:24]} leaves the {schedule.T} timesteps of the "
+                "training: write 0 or 1, as the pipeline had it"
+            )
         sampling["steps_offset"] = given["steps_offset"]
     variance: LearnedVariance | None = "learned_range" if twice and dit else None  # their pipeline drops it for DDIM
     if name == "DDIMScheduler":

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from epsrt.errors import BundleError
 from epsrt_export.families import nvlabs
-from epsrt_export.families.diffusers_folder import CONFIG, is_folder, read_json
+from epsrt_export.families.diffusers_folder import CONFIG, is_folder
+from epsrt_export.families.diffusers_json import read_json
 from epsrt_export.families.guess import Guess
 from epsrt_export.families.places import (
     LATENT_DIFFUSION,
