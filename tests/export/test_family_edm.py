@@ -244,6 +244,8 @@ class TestFilesThatAreRefused:
             ({"model.extra": torch.ones(1)}, "it has a tensor extra"),
             ({"model.map_layer0.weight": None}, "holds no network of this family"),
             ({"model.out_conv.weight": torch.ones(4, 32, 3, 3)}, "returns 4 channels for 3"),
+            ({"model.enc.8x8_conv.weight": torch.ones(37, 3, 3, 3)}, "torch makes none: .*divisible.*: save"),
+            ({"model.out_conv.bias": torch.tensor(1.0)}, r"out_conv.bias has shape \[\], the network"),
         ],
     )
     def test_missing_and_surplus_tensors(self, tmp_path, change, message):

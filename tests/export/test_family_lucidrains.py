@@ -430,11 +430,14 @@ class TestOtherData:
     @pytest.mark.parametrize(
         ("make", "way"),
         [
-            (lambda: Unet1D(8, dim_mults=(1, 2)), r"1-D .*self.net\(x\[:, :, 0\], t\)\[:, :, None\]"),
-            (lambda: KarrasUnet1D(seq_len=8, dim=8, num_downsamples=1, num_blocks_per_stage=1), "1-D .*height 1"),
+            (lambda: Unet1D(8, dim_mults=(1, 2)), r"1-dimensional data, .*self.net\(x\[:, :, 0\], t\)\[:, :, None\]"),
+            (
+                lambda: KarrasUnet1D(seq_len=8, dim=8, num_downsamples=1, num_blocks_per_stage=1),
+                "1-dimensional data, .*height 1",
+            ),
             (
                 lambda: KarrasUnet3D(image_size=8, frames=4, dim=8, num_downsamples=1, num_blocks_per_stage=1),
-                "3-D .*one below another",
+                "3-dimensional data, .*one below another",
             ),
         ],
     )

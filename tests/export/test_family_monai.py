@@ -237,8 +237,11 @@ class TestOtherNetworks:
                 lambda: theirs.DiffusionModelUNet(2, 1, 2, 1, (8,), (False,), 4),
                 "takes 1 channels and returns 2: .*variance",
             ),
-            (lambda: theirs.DiffusionModelUNet(3, 1, 1, 1, (8,), (False,), 4), "spatial_dims = 3, .*one below another"),
-            (lambda: theirs.DiffusionModelUNet(1, 1, 1, 1, (8,), (False,), 4), "spatial_dims = 1, .*height 1"),
+            (
+                lambda: theirs.DiffusionModelUNet(3, 1, 1, 1, (8,), (False,), 4),
+                "3-dimensional data, .*one below another",
+            ),
+            (lambda: theirs.DiffusionModelUNet(1, 1, 1, 1, (8,), (False,), 4), "1-dimensional data, .*height 1"),
         ],
     )
     def test_are_refused_by_name(self, tmp_path, make, message):

@@ -10,7 +10,7 @@ from typing import Any
 from epsrt.errors import BundleError, InputError
 from epsrt_export.families.adm import ADMConfig
 from epsrt_export.families.guess import Guess
-from epsrt_export.families.shapes import numbered
+from epsrt_export.families.shapes import kernel_in, numbered
 from epsrt_export.families.statedict import Shapes
 
 ANCHORS = ("time_embed.0.weight", "input_blocks.0.0.weight")
@@ -97,14 +97,7 @@ def seen(shapes: Shapes, path: str | Path) -> Seen:
     def size(name: str, axis: int = 0) -> int:
         return shapes[name][axis] if len(shapes.get(name, ())) > axis else 0
 
-    first, up = shapes["input_blocks.0.0.weight"], numbered(shapes, "output_blocks.")
-    if len(first) != 4:
-        dimensions = len(first) - 2
-        raise InputError(
-            f"{path} is of a network for {dimensions}-dimensional data (dims={dimensions}), and bundles hold images, "
-            f"[C, H, W]: export it from Python, with export_network and an adapter that takes "
-            f"{'[B, C, 1, L] for [B, C, L]' if dimensions == 1 else '[B, C, D·H, W] for [B, C, D, H, W]'}"
-        )
+    first, up = kernel_in(shapes, "input_blocks.0.0.weight", path), numbered(shapes, "output_blocks.")
     if not up and any(name.startswith("out.") for name in shapes):
         raise InputError(
             f"{path} is of a classifier of noised images (it has no output_blocks), which draws none: give the file of "

@@ -19,7 +19,7 @@ from epsrt_export.families.edm_unet import EDMConfig, EDMUNet
 from epsrt_export.families.guess import Guess
 from epsrt_export.families.latents import draws_latents
 from epsrt_export.families.nvlabs import agree, averaged, blocks, image, levels, read
-from epsrt_export.families.shapes import SAVE_AGAIN, shape_in
+from epsrt_export.families.shapes import SAVE_AGAIN, built, shape_in
 from epsrt_export.families.sides import Size
 from epsrt_export.families.statedict import Shapes
 from epsrt_export.source import LATENTS, Source
@@ -85,7 +85,7 @@ def load(
     if dropout and not config.classes:
         raise InputError(f"label_dropout = {dropout:g} is for networks with classes, and {path} has none: leave it out")
     tensors = _inferring(averaged(found, path), config, notes, path)
-    with torch.device("meta"):
+    with built(path):
         unet = EDMUNet(dataclasses.replace(config, returned=config.channels))
     statedict.load_into(unet, tensors, path)
     u = found.beside.get("u")
@@ -201,7 +201,8 @@ def _inferring(tensors: Mapping[str, Tensor], config: EDMConfig, notes: list[str
     if config.returned == 2 * config.channels:
         notes.append(f"{path.name}: the learned variance was left out, as the owner's sampler does")
         end = "out_conv" if config.adm else f"dec.{config.resolution}x{config.resolution}_aux_conv"
-        kept |= {name: kept[name][: config.channels] for name in (f"{end}.weight", f"{end}.bias") if name in kept}
+        ends = [name for name in (f"{end}.weight", f"{end}.bias") if name in kept and kept[name].ndim]
+        kept |= {name: kept[name][: config.channels] for name in ends}
     elif config.returned != config.channels:
         raise BundleError(
             f"{path}: its network returns {config.returned} channels for {config.channels}, and EDM's as many or, with "

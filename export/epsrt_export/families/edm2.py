@@ -85,8 +85,9 @@ def load(
         attention=numbers["attn_balance"],
         clip=numbers["clip_act"],
     )
-    if lost := [gain_of(name) for name in found.tensors if gain_of(name) not in found.tensors]:
-        raise BundleError(f"{path} does not fit: it lacks the tensor {lost[0]}: save net.state_dict() again")
+    shapes = found.shapes
+    for gain in [gain_of(name) for name in shapes if gain_of(name) != name]:
+        shape_in(shapes, gain, 0, path)
     with torch.device("meta"):
         network = EDM2UNet(config)
     statedict.load_into(network, plain(averaged(found, path), config), path)

@@ -14,6 +14,7 @@ from epsrt.errors import InputError, one_of
 from epsrt.manifest import Sampling
 from epsrt.schedule import Schedule
 from epsrt.types import Float64
+from epsrt_export.families.negative import Negative
 from epsrt_export.families.nvlabs import Settings, settled
 
 # what each is told, with its owner's defaults
@@ -26,21 +27,6 @@ PRECONDS: dict[str, Settings] = {
 LOW, HIGH = 0.002, 80.0  # σ of the owner's sampler
 MOST = 1_000_000  # timesteps of iDDPM
 T = 1000  # of schedules whose networks know no whole timesteps
-
-
-class VE(nn.Module):
-    """D = x + σ·F(x, ln ½σ), as a network of ε for x = x0 + σ·ε and t of a schedule "ve"."""
-
-    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
-        super().__init__()
-        self.model = model
-        self.first = math.log(schedule.sigma_min / 2)
-        self.slope = math.log(schedule.sigma_max / schedule.sigma_min) / (schedule.T - 1)
-
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """x [B, C, H, W], t [B] float32 -> ε [B, C, H, W]."""
-        out: Tensor = -self.model(x, self.first + self.slope * t, label)
-        return out
 
 
 class VP(nn.Module):
@@ -126,7 +112,8 @@ def diffusion(kind: str, s: Settings, unet: nn.Module, levels: Float64 | None) -
             return Schedule("ve", T, sigma_min=ends[0], sigma_max=ends[1]), "edm", unet
         case "VEPrecond":
             schedule = Schedule("ve", T, sigma_min=s["sigma_min"], sigma_max=s["sigma_max"])
-            return schedule, "epsilon", VE(unet, schedule)
+            slope = math.log(schedule.sigma_max / schedule.sigma_min) / (T - 1)
+            return schedule, "epsilon", Negative(unet, math.log(schedule.sigma_min / 2), slope)  # of ln ½σ
         case "VPPrecond":
             t = np.array([s["epsilon_t"], 1.0])
             first, last = np.log(np.expm1(s["beta_d"] * t**2 / 2 + s["beta_min"] * t)) / 2

@@ -8,17 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from epsrt.errors import BundleError, EpsrtError, InputError, typed
-from epsrt_export.families.shapes import numbered, shape_in
+from epsrt_export.families.shapes import kernel_in, numbered, shape_in
 from epsrt_export.families.statedict import Shapes
 
-# what networks of other data are called, and how an adapter makes images of their samples
-FOLDED = {
-    1: ("1-D (Unet1D, KarrasUnet1D)", "takes them as images of height 1: self.net(x[:, :, 0], t)[:, :, None]"),
-    3: (
-        "3-D (KarrasUnet3D)",
-        "takes their frames one below another: self.net(x.unflatten(2, (frames, -1)), t).flatten(2, 3)",
-    ),
-}
 OTHER_VERSION = (
     "save its state_dict() again, or where it is of another version of the package, export it from Python, with "
     "export_network and the class that it was trained with"
@@ -80,7 +72,7 @@ def describe(shapes: Shapes, path: str | Path) -> Described:
     """
     if "input_block.weight" in shapes:
         return _karras(shapes, path)
-    _two_dimensional(shapes, "init_conv.weight", path)
+    kernel_in(shapes, "init_conv.weight", path, OTHER_VERSION)
     if any(".fn.fn." in name for name in shapes):
         if "classes_emb.weight" not in shapes:
             raise InputError(
@@ -203,8 +195,7 @@ def _labelled(shapes: Shapes, path: str | Path) -> Described:
 
 
 def _karras(shapes: Shapes, path: str | Path) -> Described:
-    _two_dimensional(shapes, "input_block.weight", path)
-    dim, taken = _shape(shapes, "input_block.weight", 4, path)[:2]
+    dim, taken = kernel_in(shapes, "input_block.weight", path, OTHER_VERSION)[:2]
     channels = _shape(shapes, "output_block.0.weight", 4, path)[0]
     if taken == 2 * channels + 1:
         raise self_conditioned(path)
@@ -250,16 +241,6 @@ def _ends(shapes: Shapes, path: str | Path) -> tuple[int, tuple[int, ...], tuple
             "learned variance twice as many; others are exported from Python, with export_network and an adapter"
         )
     return _shape(shapes, "time_mlp.3.weight", 2, path, least=4)[0] // 4, first, last
-
-
-def _two_dimensional(shapes: Shapes, name: str, path: str | Path) -> None:
-    rank = len(shapes.get(name, ())) - 2
-    if rank in FOLDED:
-        whose, way = FOLDED[rank]
-        raise InputError(
-            f"{path} is of a {whose} network, whose samples are no images: export it from Python, with export_network "
-            f"and an adapter that {way}"
-        )
 
 
 def _shape(shapes: Shapes, name: str, dimensions: int, path: str | Path, least: int = 1) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from epsrt_export.families import statedict
 from epsrt_export.families.guess import Guess
 from epsrt_export.families.latents import draws_latents
 from epsrt_export.families.monai_scheduler import scheduled
-from epsrt_export.families.shapes import numbered, shape_in
+from epsrt_export.families.shapes import kernel_in, numbered, shape_in
 from epsrt_export.families.sides import Size, height_and_width, suited
 from epsrt_export.families.statedict import Shapes
 from epsrt_export.source import LATENTS, Source
@@ -166,16 +166,7 @@ def theirs(module: str) -> Any:
 def describe(shapes: Shapes, path: str | Path) -> dict[str, Any]:
     """The arguments of the class that the tensors show. Raises InputError for networks that no bundle can hold."""
 
-    rank = len(shapes.get("conv_in.conv.weight", ())) - 2
-    if rank in (1, 3):
-        way = {
-            1: "takes them as images of height 1: self.net(x[:, :, 0], t)[:, :, None]",
-            3: "takes their slices one below another: self.net(x.unflatten(2, (depth, -1)), t).flatten(2, 3)",
-        }[rank]
-        raise InputError(
-            f"{path} is of a network with spatial_dims = {rank}, whose samples are no images: export it from Python, "
-            f"with export_network and an adapter that {way}"
-        )
+    into = kernel_in(shapes, "conv_in.conv.weight", path)[1]
     if any(".transformer_blocks." in name for name in shapes):
         raise InputError(
             f"{path} is of a network that takes a context (with_conditioning = True), which no bundle hands on: where "
@@ -186,7 +177,7 @@ def describe(shapes: Shapes, path: str | Path) -> dict[str, Any]:
             f"{path} has the names of MONAI Generative: in MONAI, net.load_old_state_dict(torch.load(path)) takes them "
             "into a DiffusionModelUNet; torch.save(net.state_dict(), …) saves what is read here"
         )
-    into, returned = (shape_in(shapes, f"{n}.conv.weight", 4, path)[a] for n, a in (("conv_in", 1), ("out.2", 0)))
+    returned = shape_in(shapes, "out.2.conv.weight", 4, path)[0]
     if returned != into:
         takes = f"{path} is of a network that takes {into} channels and returns {returned}"
         if into > returned:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from epsrt.errors import BundleError, InputError, one_of
@@ -20,9 +19,10 @@ from epsrt.schedule import Schedule
 from epsrt_export.families import statedict
 from epsrt_export.families.guess import Guess
 from epsrt_export.families.latents import draws_latents
+from epsrt_export.families.negative import Negative
 from epsrt_export.families.score_sde_configs import CONFIGS, Training
 from epsrt_export.families.score_sde_unet import ScoreConfig, ScoreUNet, settle
-from epsrt_export.families.shapes import SAVE_AGAIN
+from epsrt_export.families.shapes import SAVE_AGAIN, built
 from epsrt_export.families.sides import Size, height_and_width, suited
 from epsrt_export.families.statedict import Shapes
 from epsrt_export.source import LATENTS, Source
@@ -44,22 +44,6 @@ class VP(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x [B, C, H, W], t [B] float32 -> ε [B, C, H, W]."""
         out: Tensor = self.net(x, (t + 1) * self.scale)
-        return out
-
-
-class VE(nn.Module):
-    """A network of −ε that is told ln σ, or the index of a noise level, counted from the noisiest."""
-
-    def __init__(self, net: nn.Module, schedule: Schedule, continuous: bool) -> None:
-        super().__init__()
-        self.net = net
-        low, high = math.log(schedule.sigma_min), math.log(schedule.sigma_max)
-        last = schedule.T - 1
-        self.first, self.slope = (low, (high - low) / last) if continuous else (float(last), -1.0)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x [B, C, H, W], t [B] float32 -> ε [B, C, H, W]."""
-        out: Tensor = -self.net(x, self.first + self.slope * t)
         return out
 
 
@@ -104,7 +88,7 @@ def load(
         )
     size = _size(image_size, training, shown, path)
     shown = dataclasses.replace(shown, fir=training.fir, rescaled=training.rescaled, centered=training.centered)
-    with torch.device("meta"):
+    with built(path):
         net = ScoreUNet(shown)
     tensors = {key: tensor for key, tensor in found.tensors.items() if key != "sigmas"}
     statedict.load_into(net, dataclasses.replace(found, tensors=tensors), path)
@@ -118,7 +102,7 @@ def load(
         notes.append(
             f"{path.name}: its sampler's {training.predictor} is euler-maruyama here, equal up to O(β²) a step"
         )
-    network = VP(net, schedule) if vp else VE(net, schedule, training.continuous)
+    network = VP(net, schedule) if vp else _exploding(net, schedule, training.continuous)
     return Source(
         network.eval(),
         schedule,
@@ -288,6 +272,12 @@ def _size(given: Size | None, training: Training, shown: ScoreConfig, path: Path
             )
         return training.size, training.size
     return suited("image_size", height_and_width("image_size", given), 2 ** (len(shown.widths) - 1))
+
+
+def _exploding(net: nn.Module, schedule: Schedule, continuous: bool) -> Negative:
+    """It is told ln σ, or the index of a noise level, counted from the noisiest."""
+    low, high, last = math.log(schedule.sigma_min), math.log(schedule.sigma_max), schedule.T - 1
+    return Negative(net, low, (high - low) / last) if continuous else Negative(net, float(last), -1.0)
 
 
 def _schedule(training: Training, sigmas: Tensor | None) -> Schedule:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from epsrt.errors import BundleError
+import torch
+
+from epsrt.errors import BundleError, EpsrtError, InputError
 from epsrt_export.families.statedict import Shapes
 
 SAVE_AGAIN = "save its state_dict() again"
+# how an adapter makes images of signals and of volumes
+FOLDED = {
+    1: "takes them as images of height 1: self.net(x[:, :, 0], t)[:, :, None]",
+    3: "takes their slices one below another: self.net(x.unflatten(2, (depth, -1)), t).flatten(2, 3)",
+}
 
 
 def shape_in(
@@ -19,10 +28,42 @@ def shape_in(
     Raises BundleError where it is missing or another.
     """
     shape = shapes.get(name)
-    if shape is None or len(shape) != dimensions or min(shape) < least:
+    if shape is None or len(shape) != dimensions or min(shape, default=least) < least:
         what = "is missing in it" if shape is None else f"has shape {list(shape)} in it"
         raise BundleError(f"{path} is no whole network of its kind: {name} {what}: {way_out}")
     return shape
+
+
+def kernel_in(shapes: Shapes, name: str, path: str | Path, way_out: str = SAVE_AGAIN) -> tuple[int, ...]:
+    """`shape_in` of a network's first convolution, [out, in, height, width].
+
+    Raises InputError where it is of signals or volumes.
+    """
+    rank = len(shapes.get(name, ())) - 2
+    if rank in FOLDED:
+        raise InputError(
+            f"{path} is of a network for {rank}-dimensional data, whose samples are no images: export it from Python, "
+            f"with export_network and an adapter that {FOLDED[rank]}"
+        )
+    return shape_in(shapes, name, 4, path, way_out)
+
+
+@contextmanager
+def built(path: str | Path) -> Iterator[None]:
+    """Around a network that is made as a file's shapes say, on the meta device.
+
+    Raises BundleError where torch makes none of such a shape.
+    """
+    try:
+        with torch.device("meta"):
+            yield
+    except EpsrtError:
+        raise
+    except (ValueError, RuntimeError, ArithmeticError) as error:
+        why = str(error).splitlines()[0]
+        raise BundleError(
+            f"{path} is no whole network of its kind, for torch makes none: {why}: {SAVE_AGAIN}"
+        ) from None
 
 
 def numbered(shapes: Shapes, prefix: str) -> dict[int, list[str]]:
