@@ -193,7 +193,7 @@ def _scheduler(places: list[Path], model: Path) -> Path:
         raise BundleError(
             f"{places[0]} has no {SCHEDULER}, so nothing says which noise its network was trained on: save the "
             f"pipeline, put the scheduler's beside {CONFIG} (scheduler.save_pretrained({str(model)!r})), or say where "
-            "one lies, scheduler=FOLDER"
+            "one lies, --set scheduler=FOLDER"
         )
     return found
 

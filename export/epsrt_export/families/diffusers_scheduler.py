@@ -98,7 +98,7 @@ def read(file: Path) -> dict[str, Any]:
         code = f"import sys; from diffusers import DDIMScheduler; {made}"
         raise InputError(
             f"{file}: {name} is not among {', '.join(SCHEDULERS)}, and adds the same noise: make one of these of it "
-            f"and export with scheduler=ddim, for the sampler is chosen when sampling: "
+            "and export with --set scheduler=ddim, for the sampler is chosen when sampling: "
             f"{shlex.join(['python', '-c', code, str(file)])}"
         )
     if isinstance(name, str) and name in OTHERS:
