@@ -98,7 +98,8 @@ def find(
     places = _places(root, model)
     noise = _scheduler(places, model) if scheduler is None else _given(scheduler)
     if not {root, model} & {noise.parent, noise.parent.parent}:
-        notes.append(f"{noise} says which noise the network was trained on")
+        # of a whole path, the bundle would depend on where it was made
+        notes.append(f"{noise.parent.name}/{noise.name} says which noise the network was trained on")
     files, listing, said = weights(model, variant, config["_class_name"])
     return Folder(root, model, config, noise, files, listing, _autoencoder(places), (*notes, *said))
 
