@@ -28,15 +28,16 @@ HEAD = """\
 # Files as people have them
 
 Small networks were written into files as their owners, their training scripts and other people leave them. Each was
-exported with the command shown (and `--precision fp32 --max-batch 2`), by version 0.1 and by this one. The table has
+exported with the command shown (and `--precision fp32 --max-batch 2`), by version 0.1 and by this one. The list has
 what was said on stderr, progress aside. Where a file loads and its owner has a sampler, tests hold the images to the
-owner's, in FP32: at 100 dB or more, where guidance calls the network twice at 85 dB (`tests/export/test_family_*.py`).
+owner's, in FP32: at 100 dB or more, and where guidance calls the network twice at 85 dB
+(`tests/export/test_family_*.py`).
 
     python tests/make_files.py make FOLDER
     python tests/make_files.py run FOLDER now
     python tests/make_files.py page
 """
-WIDTH = 330  # of a sentence in the table
+WIDTH = 700  # of a sentence on the page
 QUICK = ("--precision", "fp32", "--max-batch", "2")
 
 
@@ -104,7 +105,7 @@ def _epsrt(*words: str) -> subprocess.CompletedProcess[str]:
 def _short(text: str, case: dict[str, Any], out: Path) -> str:
     """What is not progress, without folders, in one line."""
     lines = [line for line in text.splitlines() if line.strip() and not line.rstrip().endswith(" …")]
-    line = " ".join(lines).replace(f"{out}/", "").removeprefix("epsrt: ")
+    line = "; ".join(lines).replace(f"{out}/", "").removeprefix("epsrt: ")
     at = str(Path(case["path"]).parent)
     line = re.sub(r"\s+", " ", line.replace(f"{at}/", "").replace(at, "."))
     return line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…"
@@ -112,16 +113,20 @@ def _short(text: str, case: dict[str, Any], out: Path) -> str:
 
 def page() -> str:
     kept = json.loads(KEPT.read_bytes())
-    rows = [
-        f"| {words} | `{row['command'].replace('|', '/')}` | {_cell(row['before'])} | {_cell(row['now'])} |"
+    bundles = {name: sum(row[name].startswith("a bundle") for row in kept.values()) for name in ("before", "now")}
+    count = f"Of {len(kept)} files version 0.1 made {bundles['before']} bundles. This version makes {bundles['now']}.\n"
+    items = [
+        f"1. **{_plain(words)}** `{row['command']}`\n"
+        f"    - version 0.1: {_plain(row['before'])}\n"
+        f"    - now: {_plain(row['now'])}"
         for words, row in kept.items()
     ]
-    head, rule = "| file | `epsrt export …` | version 0.1 said | now |", "|---|---|---|---|"
-    return "\n".join([HEAD, head, rule, *rows]) + "\n"
+    return "\n".join([HEAD, count, *items]) + "\n"
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_").replace("[", "\\[")
+def _plain(text: str) -> str:
+    """Words that Markdown takes as they are."""
+    return re.sub(r"([\\`*_\[\]<>])", r"\\\1", text)
 
 
 def main() -> None:
