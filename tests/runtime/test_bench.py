@@ -389,8 +389,9 @@ def test_a_bench_grows_batch_by_batch(bundle: Bundle) -> None:
     assert all(len(f.rounds_ms) == 2 and f.startup_s and f.memory for f in last.measured.values())
 
 
-def test_a_slow_start_is_measured_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_start_is_measured_once(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first request is the same for every batch. A quick one is repeated."""
+    monkeypatch.setenv("EPSRT_CACHE", str(tmp_path))  # into the shared one another process may put something meanwhile
     tasks: list[isolated.Task] = []
 
     def starting(seconds: float) -> Callable[[isolated.Task], isolated.Found]:

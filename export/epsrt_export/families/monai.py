@@ -5,6 +5,7 @@ The network is that package's own class, built from what the file says; nothing 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -154,13 +155,22 @@ def recognise(shapes: Shapes, rest: Mapping[str, Any]) -> Guess | None:
 
 
 def theirs(module: str) -> Any:
-    """A module of theirs. Raises InputError where the package is missing."""
+    """A module of theirs. Raises InputError where the package is missing.
+
+    It would import polygraphy's TensorRT for exports of its own, and that chooses for the whole process, at its first
+    import, which TensorRT it is for: `verify --layers` has to say.
+    """
+    hidden = {"polygraphy": None} if "polygraphy" not in sys.modules else {}
     try:
+        sys.modules.update(hidden)  # type: ignore[arg-type]
         return import_module(module)
     except ImportError as error:
         raise InputError(
             f"--from monai needs the package that the network was trained with ({error}): pip install monai"
         ) from None
+    finally:
+        for name in hidden:
+            sys.modules.pop(name, None)
 
 
 def describe(shapes: Shapes, path: str | Path) -> dict[str, Any]:
