@@ -65,6 +65,7 @@ TESTS: dict[str, tuple[str, ...]] = {  # file -> where its tests are, the plausi
     "runtime/epsrt/engines/cache/key.py": (f"{RUN}/engines", "tests/gpu/test_engine_files.py"),
     "export/epsrt_export/stepgraph.py": ("tests/export/test_step_module.py", *EXPORT),
     "export/epsrt_export/golden.py": ("tests/export/test_golden_record.py", *EXPORT),
+    "export/epsrt_export/trajectories.py": ("tests/export/test_golden_record.py", *EXPORT),
     "export/epsrt_export/parity.py": ("tests/export/test_parity.py", *EXPORT),
 }
 
