@@ -138,7 +138,9 @@ class TestSources:
         assert torch.equal(found, want)
         assert not torch.allclose(found, load("edm", tmp_path / "x.pt", ema=False).network(x, t, label))
         for name in ("less.pt", "more.pt"):
-            with pytest.raises(BundleError, match=r"its averages without names are \d+ tensors, .* with ema=false"):
+            with pytest.raises(
+                BundleError, match=r"its shadow_params are \d+ tensors without names, .* with ema=false"
+            ):
                 load("edm", tmp_path / name)
 
     def test_a_filter_may_be_a_tuple(self, saved):

@@ -118,7 +118,7 @@ class TestSources:
         )
         assert torch.equal(found, want)
         assert not torch.allclose(found, plain)
-        with pytest.raises(BundleError, match=r"its averages without names are \d+ tensors"):
+        with pytest.raises(BundleError, match=r"its shadow_params are \d+ tensors without names"):
             load("edm2", tmp_path / "less.pt", channels_per_head=16)
 
     def test_half_precision(self, saved):

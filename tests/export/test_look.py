@@ -166,6 +166,10 @@ class TestFolders:
         assert facts(seen)["network"] == "UNet2DModel, in_channels = 3, out_channels = 3, sample_size = 8"
         assert facts(seen)["noise"] == "DDPMScheduler, linear, T = 40, predicts epsilon"
 
+    def test_the_folder_one_is_in_gives_the_bundle_its_name(self, saved, monkeypatch):
+        monkeypatch.chdir(saved)
+        assert look(".").command == "epsrt export --from diffusers . some.epsrt"
+
     def test_what_is_in_the_way_is_said_after_what_is_known(self, saved, copy_of):
         folder = copy_of(saved)
         PNDMScheduler().save_pretrained(folder / "scheduler")

@@ -205,7 +205,7 @@ def _listed(path: Path) -> str:
 
 
 def _command(family: str, path: Path, guess: Guess | None = None) -> str:
-    words = ["epsrt", "export", *(["--from", family] if family else []), str(path), f"{path.stem or path.name}.epsrt"]
+    words = ["epsrt", "export", *(["--from", family] if family else []), str(path), f"{path.resolve().stem}.epsrt"]
     for name, value in {} if guess is None else guess.options.items():
         words += ["--set", f"{name}={value}"]
     command = shlex.join(words)

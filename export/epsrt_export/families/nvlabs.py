@@ -75,20 +75,8 @@ def averaged(found: Weights, path: Path) -> dict[str, Tensor]:
     They are in the order of the file. Where they are of the preconditioner, EDM2's end with those of its uncertainty.
     Raises BundleError where they are not of this network.
     """
-    if found.shadow is None:
-        return found.tensors
     own, beside = ([n for n in part if n.split(".")[-1] not in BUFFERS] for part in (found.tensors, found.beside))
-    outer = [name for name in beside if name.startswith("logvar_")]
-    fit = len(found.shadow) in (len(own), len(own) + len(outer)) and all(
-        found.tensors[name].shape == tensor.shape for name, tensor in zip(own, found.shadow, strict=False)
-    )
-    if not fit:
-        raise BundleError(
-            f"{path}: its averages without names are {len(found.shadow)} tensors, which are not the network's "
-            f"{len(own)} parameters: take the plain weights with ema=false, or copy the averages into the model and "
-            "save its state_dict()"
-        )
-    return {**found.tensors, **dict(zip(own, found.shadow, strict=False))}
+    return statedict.with_averages(found, own, path, sum(name.startswith("logvar_") for name in beside))
 
 
 def agree(shown: Mapping[str, Any], init: Init | None, path: Path) -> None:

@@ -164,12 +164,21 @@ def _beside(place: Place) -> dict[str, Tensor]:
 
 def _averages(module: nn.Module, found: Weights, path: str | Path) -> Mapping[str, Tensor]:
     """The tensors with the averages in place of the parameters, which lie in the order of the file's own names."""
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return with_averages(found, [name for name in found.tensors if name in trained], path)
+
+
+def with_averages(found: Weights, names: Sequence[str], path: str | Path, more: int = 0) -> dict[str, Tensor]:
+    """The tensors, with the averages that have no names in place of those of `names`, in that order.
+
+    more  how many averages of something else may follow
+
+    Raises BundleError where they are not of these tensors.
+    """
     if found.shadow is None:
         return found.tensors
-    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    names = [name for name in found.tensors if name in trained]
-    fit = len(names) == len(found.shadow) and all(
-        found.tensors[name].shape == tensor.shape for name, tensor in zip(names, found.shadow, strict=True)
+    fit = len(found.shadow) in (len(names), len(names) + more) and all(
+        found.tensors[name].shape == tensor.shape for name, tensor in zip(names, found.shadow, strict=False)
     )
     if not fit:
         raise BundleError(
@@ -177,7 +186,7 @@ def _averages(module: nn.Module, found: Weights, path: str | Path) -> Mapping[st
             f"{len(names)} parameters: take the plain weights with ema=false, or copy the averages into the model and "
             "save its state_dict()"
         )
-    return {**found.tensors, **dict(zip(names, found.shadow, strict=True))}
+    return {**found.tensors, **dict(zip(names, found.shadow, strict=False))}
 
 
 def _notes(place: Place, file: str, averaged: bool, both: bool) -> Iterator[str]:
