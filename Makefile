@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Both work in .venv, which they make.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := cpu,openvino,export,train,cli,charts,debug,tensorrt-rtx,dev,docs
+EXTRAS := cpu,openvino,export,train,cli,charts,signing,debug,tensorrt-rtx,dev,docs
 # Their own requirements hold a torchvision that no CPU torch loads, and a hundred packages that no test needs.
 FOREIGN := denoising-diffusion-pytorch torchcfm monai
 
@@ -61,7 +61,7 @@ gpu:
 .venv-runtime/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-runtime
 	.venv-runtime/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-e '.[cpu,openvino,cli]' pytest pytest-xdist
+		-e '.[cpu,openvino,signing,cli]' pytest pytest-xdist
 	touch $@
 
 clean:

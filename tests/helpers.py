@@ -86,6 +86,20 @@ def weights(bundle: Path, name: str, precision: str = "fp32") -> np.memmap:
     return np.memmap(bundle / place["location"], dtype, "r+", int(place["offset"]), tuple(tensor.dims))
 
 
+def write_keys(folder: Path, key: Any = None, password: bytes = b"") -> tuple[Path, Path]:
+    """A new key's private.pem, under a password if one is given, and its public.pem."""
+    pytest.importorskip("cryptography")
+    from cryptography.hazmat.primitives import serialization as forms
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = key or ec.generate_private_key(ec.SECP256R1())
+    private, public = folder / "private.pem", folder / "public.pem"
+    lock = forms.BestAvailableEncryption(password) if password else forms.NoEncryption()
+    private.write_bytes(key.private_bytes(forms.Encoding.PEM, forms.PrivateFormat.PKCS8, lock))
+    public.write_bytes(key.public_key().public_bytes(forms.Encoding.PEM, forms.PublicFormat.SubjectPublicKeyInfo))
+    return private, public
+
+
 def tree(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 

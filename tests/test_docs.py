@@ -31,6 +31,7 @@ from epsrt.solvers import METHODS, options_of
 from epsrt_command.app import app
 from epsrt_export import export_network
 from epsrt_export.families import FAMILIES
+from helpers import write_keys
 from nets import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +82,7 @@ def materials(request, once, schedule) -> dict[str, Callable[[Path], object]]:
             tiny(seed=3, classes=11), schedule, path, precisions=("fp32",), **canvas
         ),
         "out/real": real_digits,
+        "private.pem": lambda path: write_keys(path.parent),
     }
 
 

@@ -19,6 +19,7 @@ from epsrt_command.commands import (
     plan,
     sample,
     score,
+    sign,
     train,
     verify,
 )
@@ -51,7 +52,23 @@ def root(
     pass
 
 
-ORDER = (train, export, build, verify, sample, invert, interpolate, plan, bound, score, bench, inspect, doctor, cache)
+ORDER = (
+    train,
+    export,
+    build,
+    sign,
+    verify,
+    sample,
+    invert,
+    interpolate,
+    plan,
+    bound,
+    score,
+    bench,
+    inspect,
+    doctor,
+    cache,
+)
 for module in ORDER:
     register(
         app, getattr(module, module.__name__.rsplit(".", 1)[1]), module.EXAMPLES, getattr(module, "COMMAND", Command)

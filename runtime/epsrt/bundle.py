@@ -6,7 +6,8 @@ not malice: open bundles only from people whose code you would run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -25,6 +26,7 @@ from epsrt.manifest import (
     MANIFEST,
     PARITY,
     READABLE,
+    SIGNATURE,
     FileEntry,
     Manifest,
     Rung,
@@ -64,22 +66,30 @@ class _Version(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle: `path` the directory, `manifest` what it holds."""
+    """A verified bundle: `path` the directory, `manifest` what it holds.
+
+    `signed` has the SHA-256 of each file that its signature covers, where one was required; None where none was.
+    """
 
     path: Path
     manifest: Manifest
+    signed: Mapping[str, str] | None = None
 
     @classmethod
-    def open(cls, path: str | Path) -> Bundle:
-        """Read and verify a bundle. Raises BundleError naming the first thing that is wrong with it."""
+    def open(cls, path: str | Path, *, require_signature: str | Path | None = None) -> Bundle:
+        """Read and verify a bundle. Raises BundleError naming the first thing that is wrong with it.
+
+        `require_signature` is a public key, a PEM file: a bundle that epsrt.signing.sign did not sign with its private
+        key is refused before anything else of it is read, and so are its engine files that were not signed with it.
+        """
         path = Path(path)
         if not path.is_dir():
             what = "is a file" if path.exists() else "does not exist"
             raise BundleError(f'{path} {what}: a bundle is a directory that "epsrt export" wrote')
-        manifest = _read_manifest(path / MANIFEST)
+        manifest, signed = _read_manifest(path / MANIFEST, require_signature)
         check_fields(path, manifest)
         _check_files(path, manifest.files)
-        return cls(path, manifest)
+        return cls(path, manifest, signed)
 
     def graph(self, precision: str, features: Iterable[str] = ()) -> StepGraph:
         """The smallest step graph of a precision that has the features.
@@ -227,12 +237,20 @@ class Bundle:
         return int(label)
 
 
-def _read_manifest(path: Path) -> Manifest:
+def _read_manifest(path: Path, public_key: str | Path | None) -> tuple[Manifest, dict[str, str] | None]:
+    """The manifest, and where a signature by a key is required what it covers: the manifest, and so all files."""
     if path.is_symlink() or not path.is_file():
         raise BundleError(f"{path.parent} has no {MANIFEST}: it is not a bundle, or its export was damaged")
     if path.stat().st_size > MANIFEST_LIMIT:
         raise BundleError(f"{path} is {path.stat().st_size} bytes, more than any manifest: it is damaged")
     raw = path.read_bytes()
+    signed = None
+    if public_key is not None:
+        from epsrt.signing import signed_files  # with its libraries, which nobody else needs
+
+        signed = signed_files(path.parent, public_key)
+        if signed.get(MANIFEST) != hashlib.sha256(raw).hexdigest():
+            raise BundleError(f"{path} is not what {SIGNATURE} beside it signs: copy the bundle again")
     try:
         version = msgspec.json.decode(raw, type=_Version)
         if version.format not in READABLE:
@@ -242,7 +260,7 @@ def _read_manifest(path: Path) -> Manifest:
         raise BundleError(f"{path} is not a manifest ({error}): it is damaged, copy or export it again") from None
     if digest(manifest) != manifest.digest or render(manifest) != raw:
         raise BundleError(f"{path} was changed after its export (its digest differs): copy or export it again")
-    return manifest
+    return manifest, signed
 
 
 def _of_another_format(path: Path, version: _Version) -> str:
@@ -261,6 +279,8 @@ def _check_files(path: Path, files: dict[str, FileEntry]) -> None:
     for file in sorted(path.iterdir()):
         if file.name == "engines" and file.is_dir() and not file.is_symlink():
             continue  # engine files that someone added are no part of the bundle
+        if file.name == SIGNATURE and file.is_file() and not file.is_symlink():
+            continue
         if file.name != MANIFEST and file.name not in files:
             raise BundleError(f"{path} holds {file.name}, which its manifest does not name: remove it")
     for name, entry in files.items():

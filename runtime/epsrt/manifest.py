@@ -22,6 +22,7 @@ from epsrt.types import Float64, Shape
 FORMAT = 5
 READABLE = (4, FORMAT)  # in format 4 step graphs have no dialects
 MANIFEST, GOLDEN, PARITY = "manifest.json", "golden.safetensors", "parity.json"
+SIGNATURE = "model.sig"  # who made it: no part of the bundle, and not in every one
 FEATURES_OF_ALL = ("learned variance", "thresholding")  # all graphs of a bundle have them, or none does
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -218,7 +219,7 @@ def check_fields(path: Path, m: Manifest) -> None:
         demand(fits, f"sizes {m.sizes.multiple} … {m.sizes.largest} do not hold {m.shape[1]} × {m.shape[2]}")
     demand(bool(m.graphs), "it lists no step graph")
     for name, entry in m.files.items():
-        plain = bool(_PLAIN_NAME.fullmatch(name)) and name != MANIFEST
+        plain = bool(_PLAIN_NAME.fullmatch(name)) and name not in (MANIFEST, SIGNATURE)
         demand(plain, f"file name {name!r} is not a plain name inside the bundle")
         demand(bool(_SHA256.fullmatch(entry.sha256)) and entry.size >= 0, f"the entry of {name} is no hash and size")
     named = [GOLDEN, PARITY, *(f for g in m.graphs for f in g.files().values()), *(g.weights for g in m.graphs)]

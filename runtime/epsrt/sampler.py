@@ -56,10 +56,11 @@ class Sampler(Closing):
         threads: int | None = None,
         trust_engines: bool = False,
         may_build: bool = True,
+        require_signature: str | Path | None = None,
     ) -> Self:
-        """Open the bundle at `path` on the engine of that name; see epsrt.open_engine."""
+        """Open the bundle at `path` on the engine of that name; see Bundle.open and epsrt.open_engine."""
         opened = open_engine(
-            Bundle.open(path),
+            Bundle.open(path, require_signature=require_signature),
             engine,
             precision=precision,
             threads=threads,

@@ -44,6 +44,7 @@ def refusal(*arguments: object, cwd: Path | None = None) -> str:
         "train",
         "export",
         "build",
+        "sign",
         "verify",
         "sample",
         "invert",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -18,6 +19,7 @@ from epsrt_command.options import ThreadsOption
 EXAMPLES = """\
 epsrt verify out/digits.epsrt
 epsrt verify out/digits.epsrt --engine onnxruntime --precision fp16 --json
+epsrt verify out/digits.epsrt --key public.pem
 epsrt verify out/digits.epsrt --layers --precision fp16 --limit 2e-3
 """
 
@@ -31,6 +33,10 @@ def verify(
     ] = None,
     threads: ThreadsOption = None,
     trust_engines: show.TrustOption = False,
+    key: Annotated[
+        Path | None,
+        typer.Option(metavar="PEM", help="A public key: first, the bundle must be signed with its private key."),
+    ] = None,
     by_layer: Layers,
     as_json: show.JsonOption = False,
 ) -> None:
@@ -42,7 +48,7 @@ def verify(
     from epsrt.engines import open_engine, runnable
     from epsrt.verify import verify_all
 
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, require_signature=key)
     if by_layer.layers:
         if not by_layer.run(opened, engine, precision, threads, as_json):
             raise typer.Exit(1)
@@ -61,7 +67,8 @@ def verify(
                 rungs += verify_all(running, lambda name, fraction, each=each: tell(f"{each} {name}", fraction))  # type: ignore[misc]
     passed = all(r.passed for r in rungs)
     if as_json:
-        show.print_json({"bundle": opened.manifest.digest, "passed": passed, "rungs": msgspec.to_builtins(rungs)})
+        by = {} if key is None else {"signed_by": str(key)}
+        show.print_json({"bundle": opened.manifest.digest, **by, "passed": passed, "rungs": msgspec.to_builtins(rungs)})
     else:
         console = show.out()
         console.print(show.rung_table(rungs), "")
@@ -72,6 +79,8 @@ def verify(
             ):  # else the plainest step graph's alone
                 break
         console.print(by_t, "")
+        if key is not None:
+            console.print(f"{bundle}: signed with the private key of {key}", soft_wrap=True)
         console.print(f"{bundle}: {'verified' if passed else 'FAILED'} on {' and '.join(dict.fromkeys(names))}")
     if not passed:
         raise typer.Exit(1)

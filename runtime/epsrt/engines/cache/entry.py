@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from epsrt.engines.cache.key import Record, Wanted, differences
+from epsrt.engines.cache.private import render
 from epsrt.errors import EngineError
 
 ENGINES = "engines"  # the directory of engine files, in the cache and in a bundle
@@ -33,6 +35,13 @@ class Entry:
     def record_path(self) -> Path:
         return self.path.with_suffix(".json")
 
+    def is_in(self, signed: Mapping[str, str]) -> bool:
+        """Whether these bytes of the record, and those that it tells of, are signed: SHA-256 by path in the bundle."""
+        if self.record is None:
+            return False
+        sums = {self.path: self.record.sha256, self.record_path: hashlib.sha256(render(self.record)).hexdigest()}
+        return all(signed.get(f"{ENGINES}/{path.name}") == sha256 for path, sha256 in sums.items())
+
     @property
     def built(self) -> str:
         """An ISO time in UTC; "" if it is not known."""
@@ -45,9 +54,12 @@ def fitting(entries: Iterable[Entry], wanted: Wanted) -> list[Entry]:
     return sorted(fit, key=lambda e: e.built, reverse=True)
 
 
-def shipped(bundle: Path) -> list[Entry]:
-    """The engine files that came with a bundle: `fitting` finds those that fit, `refusal` is for one not trusted."""
-    return entries_in(bundle / ENGINES, shipped=True)
+def shipped(bundle: Path, signed: Mapping[str, str] | None = None) -> list[Entry]:
+    """The engine files that came with a bundle: `fitting` finds those that fit, `refusal` is for one not trusted.
+
+    `signed` is Bundle.signed: where a signature was required, they are those that it covers.
+    """
+    return [e for e in entries_in(bundle / ENGINES, shipped=True) if signed is None or e.is_in(signed)]
 
 
 def refusal(entry: Entry, command: str = "") -> EngineError:

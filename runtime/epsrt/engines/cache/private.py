@@ -77,8 +77,13 @@ def folder(directory: Path, *parts: str) -> Path:
 def write(path: Path, data: Data, record_path: Path, record: msgspec.Struct, mode: int = 0o600) -> None:
     """Write a file and its record, both or neither; the record is in its place last. Raises OSError."""
     with whole_file(record_path) as record_beside, whole_file(path) as beside:
-        _write(record_beside, msgspec.json.format(msgspec.json.encode(record), indent=2), mode)
+        _write(record_beside, render(record), mode)
         _write(beside, data, mode)
+
+
+def render(record: msgspec.Struct) -> bytes:
+    """The bytes of a record's file."""
+    return msgspec.json.format(msgspec.json.encode(record), indent=2)
 
 
 def _write(path: Path, data: Data, mode: int) -> None:

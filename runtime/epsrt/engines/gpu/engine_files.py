@@ -101,7 +101,10 @@ class EngineFiles:
         Raises EngineError where others can write the cache, or where all there are came with a bundle that is not
         trusted.
         """
-        own, brought = self.cache.find(self._wanted), fitting(shipped(self.bundle.path), self._wanted)
+        own, brought = (
+            self.cache.find(self._wanted),
+            fitting(shipped(self.bundle.path, self.bundle.signed), self._wanted),
+        )
         if brought and not own and not self._trusted:
             raise refusal(brought[0], self.command())
         return own + (brought if self._trusted else [])

@@ -1,0 +1,106 @@
+"""Signatures of bundles by elliptic-curve keys, in the format of OpenSSF model-signing. Needs the extra [signing].
+
+A signature says who made a bundle, which its hashes cannot. Nothing here looks anything up in a network.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, Self
+
+from epsrt.errors import BundleError, InputError, one_line
+from epsrt.files import whole_file
+from epsrt.manifest import SIGNATURE
+
+try:
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+    from model_signing import hashing, signing, verifying
+except ImportError as error:
+    raise InputError(f'signatures need {error.name or error}: pip install "epsrt[signing]"') from error
+
+LIMIT = 1 << 20  # bytes of a signature: a bundle has some twenty files, of 200 bytes each
+_WRONG = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)  # over damaged or hostile files
+
+
+def sign(bundle: Path, private_key: str | Path) -> Path:
+    """Write a signature into the folder of a verified bundle, in the place of an older one; returns its path.
+
+    It covers each file that is there now, those in engines/ too. `private_key` is a PEM file without a password, on one
+    of NIST's curves P-256, P-384 and P-521. Raises InputError for another key, BundleError for a link in the folder.
+    """
+    key = Path(private_key)
+    try:
+        config = signing.Config().use_elliptic_key_signer(private_key=key)
+    except OSError as error:
+        raise InputError(f"{key} cannot be read ({error.strerror}): give the file of a private key") from error
+    except (*_WRONG, UnsupportedAlgorithm) as error:
+        how = "openssl ecparam -name prime256v1 -genkey -noout -out private.pem"
+        what = "no private key of curve P-256, P-384 or P-521 as PEM without a password"
+        raise InputError(f'{key} is {what} ({_why(error)}): make one with "{how}"') from error
+    config.set_hashing_config(hashing.Config().set_ignored_paths(paths=[SIGNATURE], ignore_git_paths=False))
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder, SIGNATURE)
+        try:
+            config.sign(bundle, made)
+        except ValueError as error:
+            raise BundleError(f"{bundle} cannot be signed ({_why(error)}): take out what is no file") from error
+        signature = made.read_bytes()
+    waiting = bundle.with_name(f".{bundle.name}.{SIGNATURE}")  # a file that a killed process left in it were refused
+    with whole_file(waiting) as beside:
+        beside.write_bytes(signature)
+    return waiting.replace(bundle / SIGNATURE)
+
+
+def signed_files(bundle: Path, public_key: str | Path) -> dict[str, str]:
+    """The hex SHA-256 of each file that a bundle's signature covers, by its path in the bundle.
+
+    The signature alone is read: whoever uses a file compares it. Raises BundleError where there is none by the key,
+    InputError where `public_key` is no PEM file of such a key.
+    """
+    key, file = Path(public_key), bundle / SIGNATURE
+    try:
+        config = verifying.Config().use_elliptic_key_verifier(public_key=key)
+    except OSError as error:
+        raise InputError(f"{key} cannot be read ({error.strerror}): give the file of a public key") from error
+    except (*_WRONG, UnsupportedAlgorithm) as error:
+        how = "openssl ec -in private.pem -pubout -out public.pem"
+        what = "no public key of curve P-256, P-384 or P-521 as PEM"
+        raise InputError(f'{key} is {what} ({_why(error)}): its owner makes it with "{how}"') from error
+    if file.is_symlink() or not file.is_file():
+        raise BundleError(f"{bundle} is not signed: it has no {SIGNATURE}: get it from who signs it with {key}")
+    again = f"get the bundle again from who signs it with {key}"
+    if file.stat().st_size > LIMIT:
+        raise BundleError(f"{file} is {file.stat().st_size} bytes, more than any signature: {again}")
+    signed = _Signed()
+    try:
+        config.set_hashing_config(signed).verify(bundle, file)
+    except (InvalidSignature, OSError, *_WRONG) as error:
+        raise BundleError(f"{file} is no signature by {key} ({_why(error)}): {again}") from error
+    return signed.files
+
+
+class _Signed:
+    """What model-signing takes for its hashing, and for the result: it keeps what a signature says of the files.
+
+    model-signing would hash them by their paths: not what is used of them later, and each a second time.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, str] = {}
+
+    def hash(self, path: object, *, files_to_hash: object = None) -> Self:
+        return self
+
+    def add_ignored_paths(self, **paths: object) -> None:
+        pass
+
+    def __eq__(self, signed: Any) -> bool:
+        self.files = {each.identifier: each.digest.digest_hex for each in signed.resource_descriptors()}
+        return True
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, InvalidSignature):
+        return "it was made with another key, or changed since"
+    return one_line(error, 200) or type(error).__name__
