@@ -79,9 +79,9 @@ class NumpyLanes(HostLanes):
         self.heard.append("advance")
         super().advance(rows)
 
-    def wait(self):
-        self.heard.append("wait")
-        super().wait()
+    def wait(self, ahead=0):
+        self.heard.append("wait ahead" if ahead else "wait")
+        super().wait(ahead)
 
     def read(self, index, what="x"):
         self.heard.append("read")

@@ -9,7 +9,16 @@ from epsrt import noise, solvers, timesteps, verify
 from epsrt.bundle import Bundle
 from epsrt.editing import canvas, resampled, slerp
 from epsrt.engines import Engine, Lanes, Sample, open_engine
-from epsrt.errors import BundleError, EngineError, EpsrtError, InputError, NotFiniteError, OutOfMemoryError
+from epsrt.errors import (
+    BundleError,
+    Cancelled,
+    DeadlineExceeded,
+    EngineError,
+    EpsrtError,
+    InputError,
+    NotFiniteError,
+    OutOfMemoryError,
+)
 from epsrt.images import from_images, to_images
 from epsrt.manifest import Manifest, Rung
 from epsrt.plan import COLUMNS, Plan, idle_row
@@ -19,8 +28,8 @@ from epsrt.schedule import Schedule
 from epsrt.version import __version__
 
 __all__ = [
-    "COLUMNS", "Bundle", "BundleError", "Engine", "EngineError", "EpsrtError", "InputError", "Lanes", "Manifest",
-    "NotFiniteError", "OutOfMemoryError", "Plan", "Request", "Rung", "Sample", "Sampler", "Schedule", "__version__",
-    "canvas", "from_images", "idle_row", "noise", "open_engine", "resampled", "slerp", "solvers", "timesteps",
-    "to_images", "verify",
+    "COLUMNS", "Bundle", "BundleError", "Cancelled", "DeadlineExceeded", "Engine", "EngineError", "EpsrtError",
+    "InputError", "Lanes", "Manifest", "NotFiniteError", "OutOfMemoryError", "Plan", "Request", "Rung", "Sample",
+    "Sampler", "Schedule", "__version__", "canvas", "from_images", "idle_row", "noise", "open_engine", "resampled",
+    "slerp", "solvers", "timesteps", "to_images", "verify",
 ]  # fmt: skip

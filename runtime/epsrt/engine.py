@@ -69,8 +69,11 @@ class Lanes(Protocol):
         The caller may reuse `rows` as soon as this returns.
         """
 
-    def wait(self) -> None:
-        """Return once all steps have run. Call it before telling a user how far it is, or asking whether to go on."""
+    def wait(self, ahead: int = 0) -> None:
+        """Return once all steps have run, but for those of the last `ahead` calls of advance, 0 or 1.
+
+        Call wait() before telling a user how far it is, or asking whether to go on. With ahead = 1 a device goes on.
+        """
 
     def read(self, index: int, what: Literal["x", "x0"] = "x") -> Float32:
         """A copy of a lane's x or of its estimate of x0, float32 [C, H, W]; zeros where no step has estimated x0 yet.

@@ -31,6 +31,14 @@ class NotFiniteError(EpsrtError):
     """The network produced NaN or infinity. The message names the sample and the step."""
 
 
+class Cancelled(EpsrtError):
+    """A call's `cancel` was set. The message says how many of its steps were taken."""
+
+
+class DeadlineExceeded(EpsrtError, TimeoutError):
+    """A call's `deadline` passed. The message says how many of its steps were taken."""
+
+
 def one_line(error: object, most: int | None = None) -> str:
     """What an exception says, in one line of at most `most` characters: libraries write paragraphs."""
     return " ".join(str(error).split())[:most]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal, Self, Unpack
 
@@ -13,17 +13,17 @@ from numpy.typing import ArrayLike
 
 from epsrt import noise, solvers
 from epsrt.bundle import Bundle
-from epsrt.engine import Closing, Engine, Lanes
+from epsrt.control import Control, Flag
+from epsrt.engine import Closing, Engine
 from epsrt.engines import open_engine
-from epsrt.errors import InputError, OutOfMemoryError, whole
+from epsrt.errors import InputError, whole
 from epsrt.images import from_images, to_images
 from epsrt.plan import Plan
+from epsrt.pool import LanePool
 from epsrt.prepare import Work, count_of, plan_of, prepare, seeds_of
 from epsrt.request import Arguments, Request
 from epsrt.solvers import Options
-from epsrt.types import Float32, OnStep, Size, UInt8
-
-KEPT_LANES = 8  # of all graphs, batches and sizes, between calls
+from epsrt.types import Float32, OnStep, UInt8
 
 
 class Sampler(Closing):
@@ -41,8 +41,7 @@ class Sampler(Closing):
         self.bundle = engine.bundle
         self._engines: dict[str, Engine] = {engine.graph.stem: engine}
         self._owned: list[Engine] = []  # to be closed with the sampler
-        self._free: dict[tuple[str, int, Size], list[Lanes]] = {}  # by the graph's stem; those used last come last
-        self._lock = threading.Lock()
+        self._pool = LanePool()
         self._opening = threading.Lock()
         self._closed = False
 
@@ -82,6 +81,8 @@ class Sampler(Closing):
         batch: int | None = None,
         on_step: OnStep | None = None,
         every: int = 1,
+        cancel: Flag | None = None,
+        deadline: float | None = None,
         **asked: Unpack[Arguments],
     ) -> Float32:
         """Draw samples, float32 [n, C, H, W] in the manifest's value range.
@@ -91,9 +92,15 @@ class Sampler(Closing):
         batch     lanes at once, at most (and by default) the engine's; a larger n is split
         on_step   called as on_step(done, total) after every `every` rows. When it returns False, sampling stops, and
                   what comes back is what there is: finished samples, and x0 estimates of those in work
+        cancel    a threading.Event or the like: once it is set, sampling stops with Cancelled
+        deadline  a time of time.monotonic(): once it has passed, sampling stops with DeadlineExceeded
+
+        The last two are looked at between steps (of less than 10 ms, every 10 ms; on a GPU one step or 10 ms more is
+        already in its queue), not while a step graph is opened or compiled.
 
         Raises InputError on bad input, NotFiniteError on NaN.
         """
+        control = Control(cancel, deadline)
         work = prepare(self.bundle, Request.of(n, asked))
         engine = self._engine(work.features)
         most = self._batch(engine, batch, len(work.samples))
@@ -101,21 +108,20 @@ class Sampler(Closing):
         table, rows = work.plan.rows(engine.columns), len(work.plan)
         chunk = rows if on_step is None else whole("every", every, least=1)
         out = np.empty((len(work.samples), *work.shape), np.float32)
-        total, done, filled = rows * len(groups), 0, 0
+        control.total, filled = rows * len(groups), 0
         for group in groups:
-            with self._lanes(engine, work, group) as lanes:
+            with self._pool.lanes(engine, work.samples[group], work.shape[1:]) as lanes:
                 going = True
                 for start in range(0, rows, chunk):
-                    steps_now = slice(start, min(start + chunk, rows))
-                    lanes.advance(work.rows(engine.columns, table, steps_now, group))
-                    done += steps_now.stop - start
+                    for steps in control.slices(start, min(start + chunk, rows), [lanes]):
+                        lanes.advance(work.rows(engine.columns, table, steps, group))
                     if on_step is None:
                         continue
                     lanes.wait()  # or it would hear of steps that a GPU has yet to take
-                    if _stops(on_step(done, total)):
+                    if _stops(on_step(control.done, control.total)):
                         going = False
                         break
-                finished = done % rows == 0
+                finished = control.done % rows == 0
                 for i in range(lanes.batch):
                     out[filled + i] = lanes.read(i, "x" if finished else "x0")
                 filled += lanes.batch
@@ -124,34 +130,53 @@ class Sampler(Closing):
         return out[:filled]
 
     def stream(
-        self, n: Request | int | None = None, *, batch: int | None = None, every: int = 1, **asked: Unpack[Arguments]
+        self,
+        n: Request | int | None = None,
+        *,
+        batch: int | None = None,
+        every: int = 1,
+        cancel: Flag | None = None,
+        deadline: float | None = None,
+        **asked: Unpack[Arguments],
     ) -> Iterator[Float32]:
         """Yield the x0 estimate, float32 [n, C, H, W], after every `every` rows; the last yield is the samples.
 
         Arguments as in `sample`. All n are in work at once, in several lanes objects where n exceeds the batch.
         """
+        control = Control(cancel, deadline)
         work = prepare(self.bundle, Request.of(n, asked))
         engine = self._engine(work.features)
         most = self._batch(engine, batch, len(work.samples))
-        return self._stream(engine, work, most, whole("every", every, least=1))
+        return self._stream(engine, work, most, whole("every", every, least=1), control)
 
-    def _stream(self, engine: Engine, work: Work, most: int, every: int) -> Iterator[Float32]:
+    def _stream(self, engine: Engine, work: Work, most: int, every: int, control: Control) -> Iterator[Float32]:
         with ExitStack() as stack:
             groups = [slice(i, i + most) for i in range(0, len(work.samples), most)]
-            running = [stack.enter_context(self._lanes(engine, work, group)) for group in groups]
-            table = work.plan.rows(engine.columns)
-            for start in range(0, len(work.plan), every):
-                for lanes, group in zip(running, groups, strict=True):
-                    lanes.advance(work.rows(engine.columns, table, slice(start, start + every), group))
-                what: Literal["x", "x0"] = "x" if start + every >= len(work.plan) else "x0"
+            enter, size = stack.enter_context, work.shape[1:]
+            running = [enter(self._pool.lanes(engine, work.samples[group], size)) for group in groups]
+            table, rows = work.plan.rows(engine.columns), len(work.plan)
+            control.total = rows * len(groups)
+            for start in range(0, rows, every):
+                for steps in control.slices(start, min(start + every, rows), running):
+                    for lanes, group in zip(running, groups, strict=True):
+                        lanes.advance(work.rows(engine.columns, table, steps, group))
+                what: Literal["x", "x0"] = "x" if start + every >= rows else "x0"
                 yield np.stack([lanes.read(i, what) for lanes in running for i in range(lanes.batch)])
 
-    def invert(self, images: ArrayLike | Request, **asked: Unpack[Arguments]) -> Float32:
+    def invert(
+        self,
+        images: ArrayLike | Request,
+        *,
+        cancel: Flag | None = None,
+        deadline: float | None = None,
+        **asked: Unpack[Arguments],
+    ) -> Float32:
         """The latents that a deterministic sampler turns back into images (DDIM, arXiv 2010.02502, section 4.3).
 
         images  float [n, C, H, W] in the value range, or a Request that has them as init
         asked   labels and other arguments of `sample`; give the same to `sample(x=latents, …)`. The method is
                 ddim-inversion, or ddim for its inverse; guidance is 1 unless given
+        cancel, deadline    as in `sample`
 
         Returns float32 [n, C, H, W]. Raises InputError for a stochastic method: its noise cannot be undone.
         """
@@ -160,7 +185,7 @@ class Sampler(Closing):
             request = request.but(method=solvers.inverse_of(request.choice.method or "ddim-inversion"))
         if request.guidance.weight is None:
             request = request.but(guidance=1.0)
-        return self.sample(request)
+        return self.sample(request, cancel=cancel, deadline=deadline)
 
     def latents(self, n: Request | int | None = None, **asked: Unpack[Arguments]) -> Float32:
         """The noise that samples begin from, float32 [n, C, H, W]: given as x, with the same plan, it makes what its
@@ -203,7 +228,7 @@ class Sampler(Closing):
         """Release lanes and the engines that the sampler opened; one that was given to it stays open."""
         with self._opening:
             self._closed = True
-        self._drop_free()
+        self._pool.close()
         with self._opening:
             while self._owned:
                 self._owned.pop().close()
@@ -218,46 +243,6 @@ class Sampler(Closing):
                 self._engines[graph.stem] = self.engine.on(graph)
                 self._owned.append(self._engines[graph.stem])
             return self._engines[graph.stem]
-
-    def _drop_free(self) -> None:
-        with self._lock:
-            for free in self._free.values():
-                for lanes in free:
-                    lanes.close()
-            self._free.clear()
-
-    @contextmanager
-    def _lanes(self, engine: Engine, work: Work, group: slice) -> Iterator[Lanes]:
-        """Lanes with a group of samples in them, kept for the next caller: on a GPU they are dear to make."""
-        samples, size = work.samples[group], work.shape[1:]
-        key = engine.graph.stem, len(samples), size
-        with self._lock:
-            free = self._free.get(key)
-            lanes = free.pop() if free else None
-        try:
-            lanes = lanes or engine.lanes(len(samples), size)
-        except OutOfMemoryError:
-            self._drop_free()  # others' memory, kept for nobody yet
-            lanes = engine.lanes(len(samples), size)
-        try:
-            for i, sample in enumerate(samples):
-                lanes.write(i, sample)
-            yield lanes
-        except BaseException:
-            lanes.close()  # its state is anyone's guess
-            raise
-        with self._lock:
-            surplus = lanes if self._closed else self._keep(key, lanes)
-        if surplus is not None:
-            surplus.close()
-
-    def _keep(self, key: tuple[str, int, Size], lanes: Lanes) -> Lanes | None:
-        """Put lanes by, and return those that make room for them: the ones that were not used for longest."""
-        self._free[key] = [*self._free.pop(key, []), lanes]
-        if sum(map(len, self._free.values())) <= KEPT_LANES:
-            return None
-        oldest = next(k for k, kept in self._free.items() if kept)
-        return self._free[oldest].pop(0)
 
     def _batch(self, engine: Engine, batch: int | None, n: int) -> int:
         most = engine.max_batch

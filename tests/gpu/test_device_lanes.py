@@ -482,9 +482,9 @@ with Sampler(gpu) as sampler, Sampler(cpu) as plain:
             close(sampler.sample(3, **options), plain.sample(3, **options))
     before = count("cuMemAlloc_v2")
     key = gpu.graph.stem, 3, (20, 4)
-    (kept,) = sampler._free[key]
+    (kept,) = sampler._pool.free[key]
     sampler.sample(3, steps=12, seed=3, size=(20, 4))
-    assert sampler._free[key] == [kept] and count("cuMemAlloc_v2") == before
+    assert sampler._pool.free[key] == [kept] and count("cuMemAlloc_v2") == before
     images = plain.sample(2, steps=5, size=(4, 20))
     close(*(s.sample(method="ddim-inversion", steps=5, init=images) for s in (sampler, plain)))
     rungs = verify(gpu)
@@ -492,4 +492,38 @@ with Sampler(gpu) as sampler, Sampler(cpu) as plain:
     assert "a size of 6 × 8 is none of sized.epsrt" in refused(gpu.lanes, 1, (6, 8))
 """,
         sized_bundle_path,
+    )
+
+
+def test_a_flag_is_looked_at_while_the_device_works(on_stand_in, bundle_path) -> None:
+    """One slice of steps is in work and one waits, until the flag is set: then all that was given is run, no more."""
+    on_stand_in(
+        BOTH
+        + """
+from epsrt import Cancelled, control
+
+class Looks:
+    def __init__(self, at): self.at, self.heard = at, []
+    def is_set(self):
+        self.heard.append(trt.knobs["enqueued"] - before)
+        return len(self.heard) > self.at
+
+control.LOOK = 0.0  # no step is that short: each is a slice of its own
+with Sampler(gpu) as sampler:
+    asked = dict(method="ddpm", steps=8, seed=3, labels=[0, 1])
+    whole = sampler.sample(**asked)
+    before, flag = trt.knobs["enqueued"], Looks(99)
+    assert (sampler.sample(cancel=flag, **asked) == whole).all()
+    # before anything, before the first step, and then each time with one step less run than were given
+    assert flag.heard == [0, 0, 0, 1, 2, 3, 4, 5, 6], flag.heard
+    before, flag, made = trt.knobs["enqueued"], Looks(4), count("cuMemAlloc_v2")
+    said = refused(sampler.sample, cancel=flag, **asked)
+    assert said == "the call was cancelled after 3 of 8 steps", said
+    assert trt.knobs["enqueued"] - before == 3
+    before, flag = trt.knobs["enqueued"], Looks(2)
+    assert "after 1 of 8 steps" in refused(list, sampler.stream(cancel=flag, every=4, **asked))
+    assert trt.knobs["enqueued"] - before == 1
+    assert (sampler.sample(**asked) == whole).all() and count("cuMemAlloc_v2") == made
+""",
+        bundle_path,
     )

@@ -20,7 +20,7 @@ def left(): return [live(), *(driver.stand_in_live(k) for k in (b"streams", b"ev
 def fail(function, times, code): driver.stand_in_fail(function.encode(), times, code)
 
 want = sample()
-sampler._drop_free()
+sampler._pool.drop()
 before = left()
 """
 

@@ -65,7 +65,7 @@ class Slow:
                 raise NotFiniteError("lane 0 is not finite")
             time.sleep(self.seconds)
 
-    def wait(self) -> None:
+    def wait(self, ahead: int = 0) -> None:
         pass
 
     def read(self, index: int, what: str = "x") -> Any:

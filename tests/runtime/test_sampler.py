@@ -205,16 +205,16 @@ def test_two_threads_at_once_equal_serial_results_bitwise(sampler):
 
 def test_lanes_are_kept_for_the_next_call(sampler):
     sampler.sample(3, steps=2)
-    (kept,) = sampler._free["", 3, (8, 8)]
+    (kept,) = sampler._pool.free["", 3, (8, 8)]
     sampler.sample(3, steps=2, seed=1)
-    assert sampler._free["", 3, (8, 8)] == [kept]
+    assert sampler._pool.free["", 3, (8, 8)] == [kept]
 
 
 def test_closing_closes_the_lanes_and_the_engine(plain_bundle_path):
     with Sampler.open(plain_bundle_path, "onnxruntime", threads=1) as opened:
         opened.sample(2, steps=2)
-        (lanes,) = opened._free["", 2, (8, 8)]
-    assert not opened._free
+        (lanes,) = opened._pool.free["", 2, (8, 8)]
+    assert not opened._pool.free
     assert not lanes._runs
 
 
@@ -335,15 +335,15 @@ class TestSizes:
     def test_lanes_are_kept_by_size(self, sized):
         for size in ((8, 8), (8, 12), (12, 8)):
             sized.sample(3, steps=2, size=size)
-        kept = {key[1:]: list(lanes) for key, lanes in sized._free.items()}
+        kept = {key[1:]: list(lanes) for key, lanes in sized._pool.free.items()}
         assert [kept[3, size][0].shape for size in ((8, 8), (8, 12), (12, 8))] == [(1, 8, 8), (1, 8, 12), (1, 12, 8)]
         sized.sample(3, steps=2, size=(12, 8))
-        assert sized._free["", 3, (12, 8)] == kept[3, (12, 8)]
+        assert sized._pool.free["", 3, (12, 8)] == kept[3, (12, 8)]
         for batch in (1, 2, 3, 4):
             for size in ((4, 4), (4, 8), (8, 8)):
                 sized.sample(batch, steps=1, size=size)
-        left = {key[1:] for key, lanes in sized._free.items() if lanes}
-        assert (sum(map(len, sized._free.values())), (3, (12, 8)) in left, (4, (8, 8)) in left) == (8, False, True)
+        left = {key[1:] for key, lanes in sized._pool.free.items() if lanes}
+        assert (sum(map(len, sized._pool.free.values())), (3, (12, 8)) in left, (4, (8, 8)) in left) == (8, False, True)
 
     def test_init_decides_the_size(self, sized):
         images = sized.sample(2, steps=STEPS, seed=1, size=(4, 16))

@@ -90,7 +90,7 @@ class HostLanes(Closing):
                 if not np.isfinite(self._x[self._now].sum()):
                     self._note_broken()
 
-    def wait(self) -> None:
+    def wait(self, ahead: int = 0) -> None:
         """Steps have run when `advance` returns."""
 
     def read(self, index: int, what: Literal["x", "x0"] = "x") -> Float32:

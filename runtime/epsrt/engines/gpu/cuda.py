@@ -304,6 +304,10 @@ class Table:
         self._uploaded[self._turn].record(self._stream)
         return self._memory.pointer
 
+    def wait(self) -> None:
+        """Wait until the last upload has run, and so all that the stream was given before it."""
+        self._uploaded[self._turn].synchronize()
+
     def close(self) -> None:
         for resource in (self._memory, *self._pinned, *self._uploaded):
             if resource is not None:

@@ -147,9 +147,12 @@ class DeviceLanes(Closing):
                 self._run(at + i * self._row_bytes, count, *(bool(steps[i : i + count].any()) for steps in noisy))
         self._whole = True
 
-    def wait(self) -> None:
+    def wait(self, ahead: int = 0) -> None:
         self._device.use()
-        self._stream.synchronize()
+        if ahead:
+            self._table.wait()  # its rows came after all earlier steps
+        else:
+            self._stream.synchronize()
 
     def read(self, index: int, what: Literal["x", "x0"] = "x") -> Float32:
         check_lane(index, self.batch)
