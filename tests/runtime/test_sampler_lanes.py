@@ -89,7 +89,7 @@ class TestClosing:
             return engine
 
         monkeypatch.setattr("epsrt.sampler.open_engine", opening)
-        monkeypatch.setattr("epsrt.sampler.Bundle.open", lambda path: path)
+        monkeypatch.setattr("epsrt.sampler.Bundle.open", lambda path, require_signature: path)
         with Sampler.open("toy.epsrt", "numpy", precision="fp32", threads=1, trust_engines=True) as sampler:
             sampler.sample(2, steps=STEPS)
             assert not engine.closed
