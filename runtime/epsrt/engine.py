@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Literal, NoReturn, Protocol, Self
 
 import numpy as np
 
@@ -18,10 +18,18 @@ from epsrt.types import Float32, Shape, Size
 
 
 class Closing(ABC):
-    """A context manager that closes itself."""
+    """A context manager that closes itself. It is of one process: pickling or copying it raises InputError."""
 
     @abstractmethod
     def close(self) -> None: ...
+
+    def __reduce__(self) -> NoReturn:
+        bundle = getattr(self, "bundle", None)
+        how = f", with epsrt.Sampler.open({str(bundle.path)!r})" if isinstance(bundle, Bundle) else ""
+        raise InputError(
+            f"a {type(self).__name__} is of the process that opened it, and cannot be pickled or copied: open another "
+            f"where it is needed{how}"
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -108,6 +109,9 @@ class Plan:
         for key, value in arrays.items():
             table[:, COLUMNS.index(key)] = value
         return cls(table, start, name, level)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.table, self.start, self.name, self.level)  # checked again, and read-only
 
     def __len__(self) -> int:
         return len(self.table)

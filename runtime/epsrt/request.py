@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Self, Unpack
 
@@ -171,6 +172,9 @@ class Request:
         """The same with some arguments changed; n where it is given."""
         asked: Arguments = {**self.asked, **changes}  # type: ignore[typeddict-item]
         return type(self)(self.n if n is None else n, **asked)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), **self.asked), (self.n,)
 
     def __repr__(self) -> str:
         words = [] if self.n is None else [repr(self.n)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal, Self, Unpack
 
@@ -34,6 +34,9 @@ class Sampler(Closing):
 
     It runs the smallest step graph that has what a call asks for, opened when first needed by `engine.on`. An engine
     that its caller opened stays open; Sampler.open owns the one that it opens.
+
+    Calls that are in work when the sampler is closed run to their end. Whatever ends a call early, an error, a flag or
+    a signal's exception, the next one makes the same samples as ever.
     """
 
     def __init__(self, engine: Engine):
@@ -43,6 +46,8 @@ class Sampler(Closing):
         self._owned: list[Engine] = []  # to be closed with the sampler
         self._pool = LanePool()
         self._opening = threading.Lock()
+        self._lock = threading.RLock()  # of what follows; a stream may be collected anywhere, and a call so end
+        self._calls = 0  # in work
         self._closed = False
 
     @classmethod
@@ -102,32 +107,32 @@ class Sampler(Closing):
         """
         control = Control(cancel, deadline)
         work = prepare(self.bundle, Request.of(n, asked))
-        engine = self._engine(work.features)
-        most = self._batch(engine, batch, len(work.samples))
-        groups = [slice(i, i + most) for i in range(0, len(work.samples), most)]
-        table, rows = work.plan.rows(engine.columns), len(work.plan)
-        chunk = rows if on_step is None else whole("every", every, least=1)
-        out = np.empty((len(work.samples), *work.shape), np.float32)
-        control.total, filled = rows * len(groups), 0
-        for group in groups:
-            with self._pool.lanes(engine, work.samples[group], work.shape[1:]) as lanes:
-                going = True
-                for start in range(0, rows, chunk):
-                    for steps in control.slices(start, min(start + chunk, rows), [lanes]):
-                        lanes.advance(work.rows(engine.columns, table, steps, group))
-                    if on_step is None:
-                        continue
-                    lanes.wait()  # or it would hear of steps that a GPU has yet to take
-                    if _stops(on_step(control.done, control.total)):
-                        going = False
-                        break
-                finished = control.done % rows == 0
-                for i in range(lanes.batch):
-                    out[filled + i] = lanes.read(i, "x" if finished else "x0")
-                filled += lanes.batch
-            if not going:
-                break
-        return out[:filled]
+        with self._running(work.features) as engine:
+            most = self._batch(engine, batch, len(work.samples))
+            groups = [slice(i, i + most) for i in range(0, len(work.samples), most)]
+            table, rows = work.plan.rows(engine.columns), len(work.plan)
+            chunk = rows if on_step is None else whole("every", every, least=1)
+            out = np.empty((len(work.samples), *work.shape), np.float32)
+            control.total, filled = rows * len(groups), 0
+            for group in groups:
+                with self._pool.lanes(engine, work.samples[group], work.shape[1:]) as lanes:
+                    going = True
+                    for start in range(0, rows, chunk):
+                        for steps in control.slices(start, min(start + chunk, rows), [lanes]):
+                            lanes.advance(work.rows(engine.columns, table, steps, group))
+                        if on_step is None:
+                            continue
+                        lanes.wait()  # or it would hear of steps that a GPU has yet to take
+                        if _stops(on_step(control.done, control.total)):
+                            going = False
+                            break
+                    finished = control.done % rows == 0
+                    for i in range(lanes.batch):
+                        out[filled + i] = lanes.read(i, "x" if finished else "x0")
+                    filled += lanes.batch
+                if not going:
+                    break
+            return out[:filled]
 
     def stream(
         self,
@@ -145,12 +150,12 @@ class Sampler(Closing):
         """
         control = Control(cancel, deadline)
         work = prepare(self.bundle, Request.of(n, asked))
-        engine = self._engine(work.features)
-        most = self._batch(engine, batch, len(work.samples))
-        return self._stream(engine, work, most, whole("every", every, least=1), control)
+        with self._running(work.features) as engine:  # refuses now, not at the first next()
+            most = self._batch(engine, batch, len(work.samples))
+        return self._stream(work, most, whole("every", every, least=1), control)
 
-    def _stream(self, engine: Engine, work: Work, most: int, every: int, control: Control) -> Iterator[Float32]:
-        with ExitStack() as stack:
+    def _stream(self, work: Work, most: int, every: int, control: Control) -> Iterator[Float32]:
+        with self._running(work.features) as engine, ExitStack() as stack:
             groups = [slice(i, i + most) for i in range(0, len(work.samples), most)]
             enter, size = stack.enter_context, work.shape[1:]
             running = [enter(self._pool.lanes(engine, work.samples[group], size)) for group in groups]
@@ -225,24 +230,42 @@ class Sampler(Closing):
             )
 
     def close(self) -> None:
-        """Release lanes and the engines that the sampler opened; one that was given to it stays open."""
-        with self._opening:
+        """Release lanes and the engines that the sampler opened, those in work at their calls' end; refuse new calls.
+
+        An engine that was given to the sampler stays open.
+        """
+        with self._lock:
             self._closed = True
         self._pool.close()
-        with self._opening:
-            while self._owned:
-                self._owned.pop().close()
+        self._release()
 
-    def _engine(self, features: tuple[str, ...]) -> Engine:
-        """The engine of the smallest step graph that has the features."""
+    @contextmanager
+    def _running(self, features: tuple[str, ...]) -> Iterator[Engine]:
+        """The engine of the smallest step graph that has the features, open until the call ends."""
         graph = self.bundle.graph(self.engine.graph.precision, features)
-        with self._opening:
+        with self._lock:
             if self._closed:
                 raise InputError(f"the sampler of {self.bundle.path.name} is closed: open it again")
-            if graph.stem not in self._engines:
-                self._engines[graph.stem] = self.engine.on(graph)
-                self._owned.append(self._engines[graph.stem])
-            return self._engines[graph.stem]
+            self._calls += 1
+        try:
+            with self._opening:
+                if graph.stem not in self._engines:
+                    self._engines[graph.stem] = self.engine.on(graph)
+                    self._owned.append(self._engines[graph.stem])
+            yield self._engines[graph.stem]
+        finally:
+            with self._lock:
+                self._calls -= 1
+            self._release()
+
+    def _release(self) -> None:
+        """Close the sampler's own engines, if it is closed and no call is in work."""
+        owned: list[Engine] = []
+        with self._lock:
+            if self._closed and not self._calls:
+                owned, self._owned = self._owned, []
+        for engine in owned:
+            engine.close()
 
     def _batch(self, engine: Engine, batch: int | None, n: int) -> int:
         most = engine.max_batch
