@@ -19,7 +19,9 @@ def main() -> None:
             from epsrt_command.wording import said
     except EpsrtError as error:
         _fail(str(error))
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that files in work are removed
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does it
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))  # so that files in work are removed
     try:
         app()
     except EpsrtError as error:

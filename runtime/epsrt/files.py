@@ -1,61 +1,184 @@
-"""Files appear whole or not at all: write beside, then rename."""
+"""Files appear whole or not at all: they are written in a folder beside, then renamed.
+
+The folder is `.STEM.XXXXXXXXXXXX.SUFFIX` beside its target, and whoever works in it holds its lock (flock). A killed
+process lets go of the lock, and the next write of the same target removes what it left.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
+import stat
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # writes that fail so tell no name
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`. On success it is flushed and renamed to `path`, else it is removed."""
-    path = Path(path).resolve()  # a link is followed, not replaced
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = _beside(path)
-    beside.touch(exist_ok=False)
-    try:
+def whole_file(path: str | Path, mode: int = 0o666) -> Iterator[Path]:
+    """Yield an empty temporary file of the same name. On success it becomes `path`, else it is removed.
+
+    `mode` are its permissions, less the umask. Raises FileExistsError where `path` is a directory or a device. An
+    OSError of the disk names `path`.
+    """
+    path = _target(path)
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "It is no file that can be replaced", str(path))
+    with _folder_of(path) as folder:
+        beside = folder / path.name
+        os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+        chosen = stat.S_IMODE(beside.stat().st_mode)
         yield beside
+        beside.chmod(chosen)  # some libraries replace the file by one of theirs
         _settle(beside)
         beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_directory(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary directory beside `path`. On success it takes the place of `path`, else it is removed."""
-    path = Path(path).resolve()  # a link is followed, not replaced
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = _beside(path)
-    old = beside.with_name(beside.name + ".old")
-    beside.mkdir()
-    try:
+    """Yield an empty temporary directory of the same name. On success it takes the place of `path`, else it is removed.
+
+    What was there is whole until then, and its files stay open to whoever has them open. Linux and macOS let the two
+    change places at once. Where a file system does not, a process that is killed in between leaves neither there, and
+    the next write puts the old one back. Raises FileExistsError where `path` is no directory. An OSError of the disk
+    names `path`.
+    """
+    path = _target(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(errno.EEXIST, "It is no directory that can be replaced", str(path))
+    with _folder_of(path) as folder:
+        beside = folder / path.name
+        beside.mkdir()
         yield beside
         for file in beside.iterdir():
             _settle(file)
-        if path.exists():  # a directory cannot be renamed over a full one
-            path.rename(old)
-        beside.rename(path)
-    finally:
-        if old.exists() and not path.exists():  # interrupted between the two
-            old.rename(path)
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.stem}.{secrets.token_hex(6)}{path.suffix}")
+        _replace(path, beside)
 
 
 def sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _target(path: str | Path) -> Path:
+    return Path(os.path.realpath(path))  # a link is followed, not replaced
+
+
+@contextmanager
+def _folder_of(path: Path) -> Iterator[Path]:
+    """A temporary folder of a target, held until the end, when it is removed with what is left in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
+    held = None
+    while held is None:  # another's sweep may take it before it is held
+        folder = path.with_name(f".{path.stem}.{secrets.token_hex(6)}{path.suffix}")
+        folder.mkdir()
+        held = _hold(folder, wait=True)
+    try:
+        yield folder
+    except OSError as error:
+        _name(error, path, folder / path.name)
+        raise
+    finally:
+        _clear(folder, path)
+        os.close(held)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes left of a target, or put it back."""
+    name = re.compile(rf"\.{re.escape(path.stem)}\.[0-9a-f]{{12}}{re.escape(path.suffix)}")
+    with suppress(OSError):  # of a directory that cannot be listed
+        for left in [other for other in path.parent.iterdir() if name.fullmatch(other.name)]:
+            with suppress(OSError):
+                if (held := _hold(left)) is not None:
+                    _clear(left, path)
+                    os.close(held)
+
+
+def _clear(folder: Path, path: Path) -> None:
+    """Remove a folder, but not what was moved aside into it and is missing in its place."""
+    with suppress(OSError):
+        if (aside := _aside(folder / path.name)).exists() and not os.path.lexists(path):
+            aside.rename(path)
+        if folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+        else:  # of version 0.1
+            folder.unlink()
+
+
+def _hold(folder: Path, wait: bool = False) -> int | None:
+    """A descriptor that holds a folder's lock; None where another has the lock, or the folder is gone.
+
+    Some network file systems have no such locks. There a folder is held without one, and none is swept.
+    """
+    import fcntl  # which Windows lacks
+
+    try:
+        held = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        if wait:
+            return held
+    else:
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(held), os.lstat(folder)):
+                return held
+    os.close(held)
+    return None
+
+
+def _name(error: OSError, path: Path, beside: Path) -> None:
+    """Let an error of the disk name the target, not the temporary, nor nothing."""
+    if isinstance(error.filename, str) and error.filename.startswith(str(beside)):
+        error.filename, error.filename2 = error.filename.replace(str(beside), str(path), 1), None
+    elif error.filename is None and error.errno in _DISK:
+        error.filename = str(path)
+
+
+def _aside(beside: Path) -> Path:
+    return beside.with_name(f"{beside.name}.old")
+
+
+def _replace(path: Path, beside: Path) -> None:
+    """Put a directory in the place of another, or of none."""
+    while not (_moved(beside, path) or _exchanged(beside, path)):
+        shutil.rmtree(_aside(beside), ignore_errors=True)  # another process put its own there, and that is old now
+        with suppress(FileNotFoundError):
+            path.rename(_aside(beside))
+
+
+def _moved(beside: Path, path: Path) -> bool:
+    """Rename a directory over nothing, or over an empty one; False where a full one is there."""
+    try:
+        beside.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
+
+
+def _exchanged(a: Path, b: Path) -> bool:
+    """Let two directories change places at once; False where the system or the file system cannot."""
+    name, here = ("renamex_np", ()) if sys.platform == "darwin" else ("renameat2", (-100,))  # AT_FDCWD
+    try:
+        exchange = getattr(ctypes.CDLL(None), name)
+    except (AttributeError, OSError):  # an old C library
+        return False
+    swap = ctypes.c_uint(2)  # RENAME_EXCHANGE, RENAME_SWAP
+    return bool(exchange(*here, os.fsencode(a), *here, os.fsencode(b), swap) == 0)
 
 
 def _settle(path: Path) -> None:

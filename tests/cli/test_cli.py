@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from epsrt import Bundle, Sampler
+from helpers import run_python
 
 EPSRT = str(Path(sys.executable).with_name("epsrt"))
 LABELS = "0,1,2,3,4,5,6,7,8,9"
@@ -210,15 +211,39 @@ def test_export_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["net.pt"]
 
 
-def test_a_terminated_export_leaves_nothing(checkpoint_path: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [EPSRT, "export", str(checkpoint_path), str(tmp_path / "cut.epsrt")], stderr=subprocess.PIPE
-    )
+def begun_export(checkpoint: Path, out: Path) -> "subprocess.Popen[bytes]":
+    before = set(out.parent.iterdir())
+    process = subprocess.Popen([EPSRT, "export", str(checkpoint), str(out)], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+    while set(out.parent.iterdir()) <= before and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert list(tmp_path.iterdir()), "the export never began to write"
-    process.send_signal(signal.SIGTERM)
+    assert not set(out.parent.iterdir()) <= before, "the export never began to write"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_export_leaves_nothing_nor_what_a_killed_one_left(
+    checkpoint_path: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    killed = begun_export(checkpoint_path, tmp_path / "cut.epsrt")
+    killed.kill()
+    killed.communicate(timeout=60)
+    assert [p.suffix for p in tmp_path.iterdir()] == [".epsrt"]
+    assert not (tmp_path / "cut.epsrt").exists()
+    process = begun_export(checkpoint_path, tmp_path / "cut.epsrt")
+    process.send_signal(number)
     process.communicate(timeout=60)
-    assert process.returncode != 0
+    assert process.returncode == 128 + number
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("before", "ends"), [("SIG_DFL", 128 + signal.SIGHUP), ("SIG_IGN", 0)])
+def test_a_lost_terminal_ends_it_but_for_nohup(before: str, ends: int) -> None:
+    code = f"""
+import os, signal
+from epsrt_command import app, main
+signal.signal(signal.SIGHUP, signal.{before})
+app.app = lambda: os.kill(os.getpid(), signal.SIGHUP)
+main()
+"""
+    assert run_python(code).returncode == ends

@@ -219,6 +219,20 @@ def test_sample_grids_change_nothing(tmp_path, images, config, schedule):
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["a.000006.png", "a.000012.png"]
 
 
+def test_a_run_that_is_cut_off_in_a_picture_draws_it_again(tmp_path, images, config, schedule, monkeypatch):
+    """A state of the same step would be the end of it, and of the half picture's sweep."""
+
+    def cut(*args, **kwargs):
+        raise Stop
+
+    settings, out = dataclasses.replace(FAST, sample_every=5), tmp_path / "a.safetensors"
+    with monkeypatch.context() as patched, pytest.raises(Stop):
+        patched.setattr("epsrt_trainer.train.save_grid", cut)
+        train(images, config, schedule, settings, out)
+    train(images, config, schedule, settings, out)
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["a.000005.png", "a.000010.png"]
+
+
 def test_draws_are_a_function_of_seed_and_step():
     config = dataclasses.replace(FAST, batch=4000, label_drop=0.2)
     a, b, c = (draw(config, 50, 24, (1, 2, 2), step) for step in (3, 3, 4))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from epsrt.errors import InputError
+from epsrt.files import whole_file
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Log:
         self.board: Any = None
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if step and self.path.exists() else []
-        self.path.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+        with whole_file(self.path) as beside:
+            beside.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step))
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import

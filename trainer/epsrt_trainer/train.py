@@ -196,8 +196,6 @@ def _loop(
                 log.write(report)
                 if progress and processes.first:
                     progress(report)
-            if processes.first and not last and config.checkpoint_every and done % config.checkpoint_every == 0:
-                state.save(beside(out, ".state.safetensors"), run)
             if (
                 processes.first
                 and config.sample_every
@@ -206,6 +204,9 @@ def _loop(
             ):
                 picture = beside(out, f".{done:06d}.png")
                 save_grid(picture, state.ema.network, model_config, schedule, config.prediction, config.seed)
+            # the last of a step: whoever goes on from here has what belongs to it
+            if processes.first and not last and config.checkpoint_every and done % config.checkpoint_every == 0:
+                state.save(beside(out, ".state.safetensors"), run)
 
 
 def _has_bf16(device: torch.device) -> bool:

@@ -685,7 +685,8 @@ def test_remove(cache, entry):
 def test_what_is_being_built_is_not_removed(cache, entry):
     beside = entry.path.with_name(f".{KEY.name}.0123456789ab.engine")
     with cache.lock(KEY):
-        beside.write_bytes(b"half")
+        beside.mkdir()
+        (beside / entry.path.name).write_bytes(b"half")
         assert cache.remove(entry) is None
         assert cache.sweep() == []
         assert beside.exists()
@@ -708,7 +709,8 @@ def test_sweep_takes_what_killed_processes_left(cache, entry):
         (cache.directory / "timing" / ".timing.0123456789ab.bin", 7),
     ]
     for path, size in left:
-        path.write_bytes(b"x" * size)
+        path.mkdir()
+        (path / "half").write_bytes(b"x" * size)
     assert cache.sweep() == left
     kept = [entry.record_path.name, entry.path.name]
     assert sorted(tree(folder)) == sorted(kept)

@@ -10,6 +10,7 @@ import hashlib
 import mmap
 import os
 import shlex
+import shutil
 import stat
 from pathlib import Path
 
@@ -76,9 +77,9 @@ def folder(directory: Path, *parts: str) -> Path:
 
 def write(path: Path, data: Data, record_path: Path, record: msgspec.Struct, mode: int = 0o600) -> None:
     """Write a file and its record, both or neither; the record is in its place last. Raises OSError."""
-    with whole_file(record_path) as record_beside, whole_file(path) as beside:
-        _write(record_beside, render(record), mode)
-        _write(beside, data, mode)
+    with whole_file(record_path, mode) as record_beside, whole_file(path, mode) as beside:
+        _write(record_beside, render(record))
+        _write(beside, data)
 
 
 def render(record: msgspec.Struct) -> bytes:
@@ -86,9 +87,8 @@ def render(record: msgspec.Struct) -> bytes:
     return msgspec.json.format(msgspec.json.encode(record), indent=2)
 
 
-def _write(path: Path, data: Data, mode: int) -> None:
-    path.unlink()  # the umask chose its mode
-    with open(path, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+def _write(path: Path, data: Data) -> None:
+    with open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())  # a full disk shows here, where neither file is in its place yet
@@ -116,10 +116,14 @@ def mapped(path: Path, sha256: str, size: int) -> mmap.mmap | None:
 
 
 def unlink(path: Path) -> int:
-    """Remove a file; returns its bytes, 0 if it was gone."""
+    """Remove a file, or a temporary folder of whole_file; returns its bytes, 0 if it was gone."""
     try:
-        size = path.lstat().st_size
-        path.unlink()
+        if stat.S_ISDIR(path.lstat().st_mode):
+            size = sum(p.lstat().st_size for p in path.iterdir())
+            shutil.rmtree(path)
+        else:
+            size = path.lstat().st_size
+            path.unlink()
     except FileNotFoundError:
         return 0
     return size

@@ -173,7 +173,8 @@ class EngineCache:
                     swept += [(p, private.unlink(p)) for p in left]
             with suppress(OSError):  # it is not empty
                 folder.rmdir()
-        return swept + [(p, private.unlink(p)) for p in self.blobs() if p.match(f"{TIMING}/.*")]
+        left = [p for folder in _folders(self.directory) if folder.name == TIMING for p in folder.glob(".*")]
+        return swept + [(p, private.unlink(p)) for p in left]
 
     def blob(self, name: str) -> bytes | None:
         """What `keep_blob` kept; None if it is missing or damaged, or if others can write it."""
