@@ -115,16 +115,20 @@ sys.meta_path.insert(0, Blocker())
 
 
 def run_python(
-    code: str, *args: object, blocked: tuple[str, ...] = (), env: dict[str, str] | None = None
+    code: str,
+    *args: object,
+    blocked: tuple[str, ...] = (),
+    env: dict[str, str] | None = None,
+    without: tuple[str, ...] = (),
 ) -> subprocess.CompletedProcess[str]:
-    """Run code in a new interpreter, in which the `blocked` packages cannot be imported."""
+    """Run code in a new interpreter, in which the `blocked` packages cannot be imported, `without` some variables."""
     code = BLOCKER.format(blocked=set(blocked)) + code if blocked else code
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, args)],
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, **(env or {})},
+        env={name: value for name, value in {**os.environ, **(env or {})}.items() if name not in without},
         check=False,
     )
 

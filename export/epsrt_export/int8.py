@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from epsrt import Bundle, Plan
 from epsrt.engines import Engine, Sample, open_engine
+from epsrt.engines.libraries import importing
 from epsrt.engines.signature import Signature
 from epsrt.errors import InputError
 from epsrt.manifest import StepGraph
@@ -109,7 +110,8 @@ def quantise(graph: Path, states: Sequence[Feeds], *, ends: bool = False, output
     Raises InputError where no convolution is left to quantise, or there are no states.
     """
     # here, for its tools are no part of every onnxruntime, and the other precisions need none
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    with importing("onnxruntime.quantization", "precision int8", 'pip install "epsrt[cpu]"'):
+        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class States(CalibrationDataReader):  # type: ignore[misc]
         """onnxruntime's reader of calibration data, of states in memory."""

@@ -211,4 +211,5 @@ def test_ranges_are_read():
 def test_features_without_onnxruntime_are_one_sentence():
     done = run_python("import epsrt.score.metrics\nimport epsrt.score.features", blocked=("onnxruntime",))
     assert done.returncode == 1
-    assert "which needs onnxruntime (No module named 'onnxruntime'): pip install \"epsrt[cpu]\"" in done.stderr
+    sentence = "features come from an ONNX file: engine onnxruntime needs its library (No module named 'onnxruntime'): "
+    assert f'{sentence}pip install "epsrt[cpu]"' in done.stderr

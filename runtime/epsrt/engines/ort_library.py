@@ -5,16 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from epsrt.engines.libraries import importing
 from epsrt.engines.probe import both_onnxruntimes
 from epsrt.engines.signature import FREE, Signature, Tensor
 from epsrt.errors import EngineError
 
-try:
+with importing("onnxruntime", "engine onnxruntime", 'pip install "epsrt[cpu]", or "epsrt[gpu]" for NVIDIA'):
     import onnxruntime as ort
-except ImportError as error:
-    raise EngineError(
-        f'engine onnxruntime needs its library ({error}): pip install "epsrt[cpu]", or "epsrt[gpu]" for NVIDIA'
-    ) from None
 
 __all__ = ["check_signature", "ort", "refuse_both_packages"]
 

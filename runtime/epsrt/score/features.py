@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from epsrt.errors import InputError, one_line, whole
+from epsrt.errors import EngineError, InputError, one_line, whole
 from epsrt.types import Float64, UInt8
 
 try:
-    import onnxruntime as ort
-except ImportError as error:
-    raise InputError(
-        f'features come from an ONNX file, which needs onnxruntime ({error}): pip install "epsrt[cpu]"'
-    ) from None
+    from epsrt.engines.ort_library import ort
+except EngineError as error:
+    raise InputError(f"features come from an ONNX file: {error}") from error
 
 KINDS = ("features", "logits", "probabilities")  # the kinds of output, and the names by which they are found
 RANGE_KEY = "value_range"  # in the file's metadata, e.g. "-1,1"

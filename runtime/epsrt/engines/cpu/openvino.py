@@ -18,6 +18,7 @@ from epsrt.engine import Closing, check_batch, check_threads
 from epsrt.engines.cache.key import Options
 from epsrt.engines.cpu.compiled import Compiled, CompiledModels
 from epsrt.engines.cpu.lanes import HostLanes, Run
+from epsrt.engines.libraries import importing
 from epsrt.engines.proof import Proof
 from epsrt.engines.signature import FREE, Signature, Tensor
 from epsrt.errors import EngineError, one_line
@@ -25,11 +26,9 @@ from epsrt.machine import physical_cores
 from epsrt.manifest import StepGraph
 from epsrt.types import Arrays, OnProgress, Size, UInt8
 
-try:
+with importing("openvino", "engine openvino", 'pip install "epsrt[openvino]"'):
     import openvino as ov
     from openvino import opset13
-except ImportError as error:
-    raise EngineError(f'engine openvino needs its library ({error}): pip install "epsrt[openvino]"') from None
 
 LARGE = 4096  # elements of a weight that is worth to be halved
 DTYPES = {"f32": "float32", "i64": "int64"}  # OpenVINO's words, and NumPy's

@@ -18,16 +18,13 @@ from numpy.typing import NDArray
 
 from epsrt.engines import nvidia
 from epsrt.engines.gpu.kernels import compile_kernels
+from epsrt.engines.libraries import importing
 from epsrt.errors import EngineError, OutOfMemoryError
 from epsrt.types import UInt8
 
-try:
+INSTALL = 'pip install "epsrt[gpu]", "epsrt[tensorrt]" or "epsrt[tensorrt-rtx]"'
+with importing("cuda.bindings", "an engine on the GPU", INSTALL):
     from cuda.bindings import driver as cu
-except ImportError as error:
-    raise EngineError(
-        f'the GPU engines need cuda-bindings ({error}): pip install "epsrt[gpu]", "epsrt[tensorrt]" or '
-        '"epsrt[tensorrt-rtx]"'
-    ) from None
 
 THREADS, PER_THREAD = 256, 4  # of a block in kernels.cu; elements that a thread of `noise` and `begin` makes at once
 BLOCKS = 65535  # of a lane, at most: CUDA's largest grid along y. Kernels stride over what more there is

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from epsrt.engines.libraries import importing
 from epsrt.errors import EngineError, one_line
 
-try:
+with importing("cuda.bindings.nvrtc", "NVRTC", 'pip install "epsrt[gpu]"'):
     from cuda.bindings import nvrtc
-except ImportError as error:
-    raise EngineError(f'NVRTC needs cuda-bindings ({error}): pip install "epsrt[gpu]"') from None
 
 SOURCE = Path(__file__).with_name("kernels.cu")
 

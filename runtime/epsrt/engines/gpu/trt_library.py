@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from epsrt.engines.libraries import importing
 from epsrt.errors import EngineError
 
 log = logging.getLogger("epsrt")
@@ -81,10 +82,8 @@ _DIFFERENCES = {"tensorrt": ("tensorrt", True, False, False), "tensorrt-rtx": ("
 def library(engine: str) -> Library:
     """Import what `engine` needs. Raises EngineError where it is not installed."""
     name, *differences = _DIFFERENCES[engine]
-    try:
+    with importing(name, f"engine {engine}", f'pip install "epsrt[{engine}]"'):
         module = importlib.import_module(name)
-    except (ImportError, OSError) as error:  # OSError: the shared libraries beneath it
-        raise EngineError(f'engine {engine} needs its library ({error}): pip install "epsrt[{engine}]"') from None
     return Library(engine, module, *differences)
 
 
