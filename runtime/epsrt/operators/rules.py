@@ -1,0 +1,212 @@
+"""Rules: what a node of the list may be asked for, where an engine does not bound it itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from epsrt.operators.graph import MOST_AXES, SIZES, Node
+from epsrt.operators.ranges import INTEGERS, WHOLE, Known
+
+LARGEST = 65536  # pixels of a kernel, a dilation, a pad: the largest side of a bundle's images
+MOST_ELEMENTS = 2**31  # that a constant asks for
+LARGEST_SCALE = 1024.0
+
+Rule = Callable[[Node, Known], None]  # raises Refused
+
+
+class Refused(ValueError):
+    """What a node or a file may not be, a part of a sentence: "divides whole numbers by …". It is short."""
+
+    def __init__(self, what: str):
+        super().__init__(what if len(what) < 450 else f"{what[:449]}…")
+
+
+def input_of(node: Node, place: int) -> str:
+    """The name of an input; "" where the node leaves it out."""
+    return node.inputs[place] if place < len(node.inputs) else ""
+
+
+def bounded(name: str, value: object) -> None:
+    """Any attribute: no engine has a use for larger numbers or more of them."""
+    values = value if isinstance(value, list) else [value]
+    if len(values) > 64 or any(isinstance(v, int) and abs(v) >= WHOLE for v in values):
+        raise Refused(f"has {name} = {str(value)[:80]}")
+
+
+def _whole(node: Node, name: str, least: int, most: int = LARGEST) -> None:
+    """An attribute of one whole number, from `least` to `most`."""
+    value = node.attributes.get(name, least)
+    if not isinstance(value, int) or not least <= value <= most:
+        raise Refused(f"has {name} = {str(value)[:80]}, outside {least} … {most}")
+
+
+def _wholes(node: Node, name: str, least: int, most: int = LARGEST) -> None:
+    """An attribute of several whole numbers, each from `least` to `most`."""
+    values = node.attributes.get(name, [])
+    if not isinstance(values, list) or not all(isinstance(v, int) and least <= v <= most for v in values):
+        raise Refused(f"has {name} = {str(values)[:80]}, outside {least} … {most}")
+
+
+def _word(node: Node, name: str, *words: str) -> None:
+    value = node.attributes.get(name, words[0].encode())
+    if value not in [word.encode() for word in words]:
+        raise Refused(f"has {name} = {str(value)[:80]}, not {' or '.join(words)}")
+
+
+def window(node: Node, known: Known) -> None:
+    """Convolutions and pools: ConvTranspose of 0 groups is a division by zero in onnxruntime."""
+    _whole(node, "group", 1)
+    for name in ("strides", "dilations", "kernel_shape"):
+        _wholes(node, name, 1)
+    for name in ("pads", "output_padding"):
+        _wholes(node, name, 0)
+    _word(node, "auto_pad", "NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER")
+    if "output_shape" in node.attributes:
+        raise Refused("has output_shape")
+    weight = known.constants.get(input_of(node, 1))
+    if weight is None:
+        return
+    kernel = list(weight.dims[2:])
+    axes, given = len(kernel), node.attributes
+    if not 1 <= axes <= 3 or given.get("kernel_shape", kernel) != kernel:
+        raise Refused(f"has kernel_shape = {given.get('kernel_shape')} on a weight {list(weight.dims)}")
+    for name, length in {"strides": axes, "dilations": axes, "pads": 2 * axes, "output_padding": axes}.items():
+        if len(given.get(name, [0] * length)) != length:
+            raise Refused(f"has {len(given[name])} {name} on a weight {list(weight.dims)}")
+    if weight.dims[0] % given.get("group", 1):
+        raise Refused(f"has group = {given['group']} on a weight {list(weight.dims)}")
+
+
+def division(node: Node, known: Known) -> None:
+    """Of whole numbers: the least of 64 bits by −1 is a trap of the processor's, in Div and in Mod."""
+    if known.types.get(input_of(node, 0)) not in INTEGERS:
+        return
+    by = known.range(input_of(node, 1))
+    if by is None or by[0] < 0:
+        raise Refused("divides whole numbers by what may be negative: divide by a positive constant, or round floats")
+
+
+def asks(*places: int, least: float = -WHOLE, product: bool = False) -> Rule:
+    """Inputs that say how much there will be: they follow from constants and extents, and stay below 2^31."""
+
+    def rule(node: Node, known: Known) -> None:
+        for place in places:
+            name = input_of(node, place)
+            if not name:
+                continue
+            between = known.range(name)
+            numbers = known.numbers(name)
+            if numbers == ():
+                continue
+            if between is None:
+                raise Refused(f"takes its input {name!r}, which says how much it makes, from data: make it a constant")
+            if between[0] < least or between[1] >= WHOLE or len(numbers or ()) > 2 * MOST_AXES:
+                raise Refused(f"is asked for {_told(numbers or between)}")
+            if product and numbers and math.prod(max(abs(n), 1) for n in numbers) >= MOST_ELEMENTS:
+                raise Refused(f"is asked for {_told(numbers)}")
+
+    return rule
+
+
+def _told(numbers: tuple[float, ...]) -> str:
+    return f"{list(numbers)}"[:80]
+
+
+def pads(node: Node, known: Known) -> None:
+    """OpenVINO crashes where an axis is cropped at one end by more than it has and padded at the other."""
+    _word(node, "mode", "constant", "reflect", "edge", "wrap")
+    asks(1, 3, least=-LARGEST)(node, known)
+    between, numbers = known.range(input_of(node, 1)), known.numbers(input_of(node, 1))
+    if between is None or between[1] > LARGEST:
+        raise Refused(f"pads by {_told(numbers or between or ())}")
+    if between[0] >= 0:
+        return
+    half = len(numbers or ()) // 2
+    if numbers is None or any(a * b < 0 for a, b in zip(numbers[:half], numbers[half:], strict=False)):
+        raise Refused("pads an axis at one end and crops it at the other: slice it first")
+
+
+def resize(node: Node, known: Known) -> None:
+    _word(node, "mode", "nearest", "linear", "cubic")
+    _word(
+        node,
+        "coordinate_transformation_mode",
+        *("half_pixel", "half_pixel_symmetric", "pytorch_half_pixel", "align_corners", "asymmetric"),
+    )
+    scales = input_of(node, 2)
+    if scales and known.numbers(scales) != ():
+        numbers = known.numbers(scales)
+        if numbers is None or not all(1 / LARGEST_SCALE <= n <= LARGEST_SCALE for n in numbers):
+            raise Refused(f"scales by {_told(numbers or ())}: give constant scales of 1/1024 … 1024, or a size")
+    asks(3, least=0, product=True)(node, known)
+
+
+def steps(node: Node, known: Known) -> None:
+    """OpenVINO divides by the step."""
+    asks(0, 1, 2)(node, known)
+    step = known.range(input_of(node, 2))
+    if step is None or step[0] <= 0 <= step[1]:
+        raise Refused("steps by what may be 0")
+
+
+def blocks(node: Node, known: Known) -> None:
+    _whole(node, "blocksize", 1, 256)
+    if "blocksize" not in node.attributes:
+        raise Refused("has no blocksize")
+
+
+def reshape(node: Node, known: Known) -> None:
+    """To as many elements as there are: engines check that."""
+    numbers = known.numbers(input_of(node, 1)) or ()
+    if len(numbers) > MOST_AXES or any(abs(n) >= WHOLE for n in numbers):
+        raise Refused(f"is asked for {_told(numbers)}")
+
+
+def groups(node: Node, known: Known) -> None:
+    for name in ("num_groups", "groups"):
+        _whole(node, name, 1)
+
+
+def cast(node: Node, known: Known) -> None:
+    to = node.attributes.get("to")
+    if not isinstance(to, int) or to not in SIZES:
+        raise Refused(f"casts to ONNX's type {str(to)[:80]}")
+
+
+def split(node: Node, known: Known) -> None:
+    _whole(node, "num_outputs", 1)
+    asks(1, least=0)(node, known)
+
+
+def slices(node: Node, known: Known) -> None:
+    """Starts and ends may be any numbers: engines cut them. OpenVINO does not bound its steps."""
+    if input_of(node, 4):
+        steps = known.range(input_of(node, 4))
+        if steps is None or max(map(abs, steps)) > LARGEST or steps[0] <= 0 <= steps[1]:
+            raise Refused("steps by what is 0, too large or not known")
+
+
+def dft(node: Node, known: Known) -> None:
+    """A length of 0 is a division by zero in OpenVINO."""
+    if input_of(node, 1):
+        length = known.range(input_of(node, 1))
+        if length is None or not 0 < length[0] <= length[1] <= LARGEST:
+            raise Refused("transforms a length that is not known to be 1 … 65536")
+
+
+def columns(node: Node, known: Known) -> None:
+    for name in ("strides", "dilations"):
+        _wholes(node, name, 1)
+    _wholes(node, "pads", 0)
+    asks(1, 2, least=1, product=True)(node, known)
+
+
+def einsum(node: Node, known: Known) -> None:
+    equation = node.attributes.get("equation")
+    if (
+        not isinstance(equation, bytes)
+        or len(equation) > 128
+        or not all(c in b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ,.-> " for c in equation)
+    ):
+        raise Refused(f"has the equation {str(equation)[:80]}")
