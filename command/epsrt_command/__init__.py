@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import EpsrtError, of_system, seen
+from epsrt.files import naming
 from epsrt_command.foreign import needs
 
 
 def main() -> None:
-    """Entry point. Bad input: one sentence on stderr, exit 1, nothing half-written."""
+    """Entry point. Bad input: one sentence on stderr, exit 1 (2 for what is no option), nothing half-written."""
     try:
         with needs("the epsrt command", "cli"):
             from epsrt_command.app import app
@@ -23,7 +24,7 @@ def main() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does it
             signal.signal(number, lambda number, frame: sys.exit(128 + number))  # so that files in work are removed
     try:
-        app()
+        sys.exit(_run(app))
     except EpsrtError as error:
         _fail(said(error, sys.argv[1:]))
     except BrokenPipeError:  # `epsrt inspect … | head`
@@ -32,9 +33,24 @@ def main() -> None:
     except MemoryError:
         _fail("this takes more memory than there is: ask for less at once")
     except OSError as error:
-        _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+        _fail(of_system(error))
 
 
-def _fail(sentence: str) -> NoReturn:
-    print(f"epsrt: {sentence}", file=sys.stderr)
-    sys.exit(1)
+def _run(app: Any) -> int:
+    """What it exits with. All that it prints is printed, or an error says why not."""
+    from epsrt_command.wording import misused
+
+    try:
+        return app(standalone_mode=not sys.argv[1:]) or 0  # by itself it shows its help
+    except Exception as error:
+        if (sentence := misused(error)) is None:
+            raise
+        _fail(sentence, 2)
+    finally:
+        with naming("standard output"):
+            print(end="", flush=True)
+
+
+def _fail(sentence: str, code: int = 1) -> NoReturn:
+    print(f"epsrt: {seen(sentence)}", file=sys.stderr)
+    sys.exit(code)

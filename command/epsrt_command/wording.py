@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -72,3 +73,32 @@ def said(error: EpsrtError, typed: Sequence[str]) -> str:
     if command is None or frame.f_globals["__name__"].startswith("epsrt_command"):
         return str(error)  # the command's own sentences name options
     return in_options(str(error), options_of(command), typed)
+
+
+def misused(error: Exception) -> str | None:
+    """The sentence of an option that there is not, or of a value that is no number; None for another error.
+
+    Typer brings its own copy of click, or takes the installed one: their errors have no class in common.
+    """
+    message, context = getattr(error, "format_message", None), getattr(error, "ctx", None)
+    if message is None:
+        return None
+    what = message().rstrip(".?").replace(". D", ": d")
+    if (parameter := getattr(error, "param", None)) is not None and (kind := re.search("valid (integer|number)", what)):
+        given = _given(sys.argv[1:], parameter.opts)
+        what = f"{parameter.opts[0]} {given} is no {'whole ' if kind[1] == 'integer' else ''}number"
+    return f"{what[:1].lower()}{what[1:]}: see {context.command_path if context else 'epsrt'} --help"
+
+
+def _given(typed: Sequence[str], names: Sequence[str]) -> str:
+    """What was typed as an option's value, the last time."""
+    found = ""
+    for word, after in zip(typed, [*typed[1:], ""], strict=True):
+        for name in names:
+            if word == name:
+                found = after
+            elif word.startswith(name) and not name.startswith("--"):
+                found = word.removeprefix(name)
+            elif word.startswith(f"{name}="):
+                found = word.removeprefix(f"{name}=")
+    return repr(found)

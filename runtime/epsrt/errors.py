@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import operator
+import os
+import re
 from collections.abc import Iterable
 from typing import Any
 
+MOST = 2000  # characters of a sentence
+_UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_ENDS = {  # what mends an OSError
+    "free some space, or write elsewhere": (errno.ENOSPC, errno.EDQUOT),
+    "raise the limit on the size of files, or write less at once": (errno.EFBIG,),
+    "change its permissions, or choose another place": (errno.EACCES, errno.EPERM, errno.EROFS),
+    "choose a shorter name": (errno.ENAMETOOLONG,),
+    "choose another name": (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY),
+    "raise the limit on open files": (errno.EMFILE, errno.ENFILE),
+}
+
 
 class EpsrtError(Exception):
-    """Base of every error that epsrt raises; the command prints its sentence and exits 1."""
+    """Base of every error that epsrt raises; the command prints its sentence and exits 1.
+
+    The sentence is one line of at most 2,000 characters, whatever names of files or other people's words are in it.
+    """
+
+    def __str__(self) -> str:
+        return seen(super().__str__())
 
 
 class InputError(EpsrtError, ValueError):
@@ -37,6 +57,20 @@ class Cancelled(EpsrtError):
 
 class DeadlineExceeded(EpsrtError, TimeoutError):
     """A call's `deadline` passed. The message says how many of its steps were taken."""
+
+
+def seen(text: str) -> str:
+    """`text` as a terminal may show it: no control or bidirectional character is raw, and what is long has a gap."""
+    text = _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return text if len(text) <= MOST else f"{text[: MOST // 2 - 2]} … {text[1 - MOST // 2 :]}"
+
+
+def of_system(error: OSError) -> str:
+    """An OSError as a sentence: the file, what is the matter, and the way out."""
+    what = error.strerror or one_line(error) or type(error).__name__
+    way = next((way for way, numbers in _ENDS.items() if error.errno in numbers), "check the path")
+    file = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else "a file"
+    return seen(f"{file}: {what}: {way}")
 
 
 def one_line(error: object, most: int | None = None) -> str:

@@ -63,6 +63,19 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
         _replace(path, beside)
 
 
+@contextmanager
+def naming(path: str | Path, beside: Path | None = None) -> Iterator[None]:
+    """Around writes: an OSError of the disk names the file, not its temporary `beside`, nor nothing."""
+    try:
+        yield
+    except OSError as error:
+        if beside is not None and isinstance(error.filename, str) and error.filename.startswith(str(beside)):
+            error.filename, error.filename2 = error.filename.replace(str(beside), str(path), 1), None
+        elif error.filename is None and error.errno in _DISK:
+            error.filename = str(path)
+        raise
+
+
 def sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with Path(path).open("rb") as file:
@@ -84,10 +97,8 @@ def _folder_of(path: Path) -> Iterator[Path]:
         folder.mkdir()
         held = _hold(folder, wait=True)
     try:
-        yield folder
-    except OSError as error:
-        _name(error, path, folder / path.name)
-        raise
+        with naming(path, folder / path.name):
+            yield folder
     finally:
         _clear(folder, path)
         os.close(held)
@@ -137,14 +148,6 @@ def _hold(folder: Path, wait: bool = False) -> int | None:
                 return held
     os.close(held)
     return None
-
-
-def _name(error: OSError, path: Path, beside: Path) -> None:
-    """Let an error of the disk name the target, not the temporary, nor nothing."""
-    if isinstance(error.filename, str) and error.filename.startswith(str(beside)):
-        error.filename, error.filename2 = error.filename.replace(str(beside), str(path), 1), None
-    elif error.filename is None and error.errno in _DISK:
-        error.filename = str(path)
 
 
 def _aside(beside: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -247,3 +248,61 @@ app.app = lambda: os.kill(os.getpid(), signal.SIGHUP)
 main()
 """
     assert run_python(code).returncode == ends
+
+
+def small_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file"),
+    [
+        (("sample", "BUNDLE", "--steps", 2, "--engine", "onnxruntime"), "a.npz"),
+        (("sample", "BUNDLE", "--steps", 2, "--engine", "onnxruntime"), "a.png"),
+        (("plan", "--steps", 30), "a.svg"),
+        (("train", "--set", "train.steps=1", "--set", "network.base_channels=8"), "a.safetensors"),
+    ],
+)
+def test_a_disk_that_is_full_names_its_file(
+    bundle_path: Path, tmp_path: Path, arguments: tuple[object, ...], file: str
+) -> None:
+    words = [str(bundle_path) if word == "BUNDLE" else str(word) for word in arguments]
+    done = subprocess.run(
+        [EPSRT, *words, "--out", str(tmp_path / file)], capture_output=True, text=True, preexec_fn=small_files
+    )
+    assert done.returncode == 1
+    named = tmp_path / file.replace(".safetensors", ".state.safetensors")
+    wanted = f"epsrt: {named}: File too large: raise the limit on the size of files, or write less at once"
+    assert done.stderr.splitlines()[-1] == wanted
+    assert "Traceback" not in done.stderr
+    assert [p.suffix for p in tmp_path.iterdir()] in ([], [".jsonl"])
+
+
+def test_what_cannot_be_printed_is_no_traceback() -> None:
+    with open("/dev/full", "w") as full:
+        for json_too in ((), ("--json",)):
+            done = subprocess.run([EPSRT, "plan", "--list", *json_too], stdout=full, stderr=subprocess.PIPE, text=True)
+            wanted = "epsrt: standard output: No space left on device: free some space, or write elsewhere\n"
+            assert (done.returncode, done.stderr) == (1, wanted)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("sample", "B", "--steps", "ten"), "--steps 'ten' is no whole number: see epsrt sample --help"),
+        (("sample", "B", "--steps=1e3"), "--steps '1e3' is no whole number: see epsrt sample --help"),
+        (("sample", "B", "-n1.5"), "-n '1.5' is no whole number: see epsrt sample --help"),
+        (("sample", "B", "--eta", "x"), "--eta 'x' is no number: see epsrt sample --help"),
+        (("sample",), "missing argument 'BUNDLE': see epsrt sample --help"),
+        (("sample", "B", "--stepz", "3"), "no such option: --stepz"),
+        (("smple",), "no such command 'smple': did you mean 'sample': see epsrt --help"),
+        (("bench", "compare", "a"), "missing argument 'B.json': see epsrt bench compare --help"),
+        (("inspect", "a", "b\x1b[31m"), r"(b\x1b[31m)"),
+    ],
+)
+def test_what_is_no_option_is_one_sentence(arguments: tuple[str, ...], sentence: str) -> None:
+    done = run(*arguments, code=2)
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("epsrt: ")
+    assert sentence in line

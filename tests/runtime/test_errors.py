@@ -1,5 +1,7 @@
 """Which errors are whose fault, and the validators that stand once."""
 
+import errno
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from epsrt.errors import (
     NotFiniteError,
     OutOfMemoryError,
     is_whole,
+    of_system,
     one_line,
     one_of,
     typed,
@@ -97,3 +100,49 @@ def test_options_of_another_type(value, like, what):
 def test_a_whole_number_that_no_float_holds():
     with pytest.raises(InputError, match="x is a number of 401 digits: give one that a float holds"):
         typed("x", 10**400, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        ("a\x1b[31mb", r"a\x1b[31mb"),
+        ("a\nb\r", r"a\nb\r"),
+        ("a\u202etxt.exe", r"a\u202etxt.exe"),
+        ("a\u2028b\x9b", r"a\u2028b\x9b"),
+        ("a\udcffb", r"a\udcffb"),
+        ("naïve – 日本 × …", "naïve – 日本 × …"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_shown(raw, shown):
+    for kind in (EpsrtError, BundleError, EngineError):
+        assert str(kind(raw)) == shown
+
+
+def test_a_sentence_is_bounded():
+    """Its beginning names the thing, its end the way out."""
+    said = str(InputError(f"{'name' * 50_000} is unknown: {'x' * 500}: choose another"))
+    assert len(said) <= 2000
+    assert said.startswith("namename")
+    assert said.endswith(": choose another")
+    assert " … " in said
+    assert len(str(InputError("\x1b" * 100_000))) <= 2000
+    assert str(InputError("x" * 2000)) == "x" * 2000
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a.png"),
+            "a.png: No space left on device: free some space, or write elsewhere",
+        ),
+        (OSError(errno.EIO, "Input/output error"), "a file: Input/output error: check the path"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", b"a\xff\n"),
+            r"a\udcff\n: Permission denied: change its permissions, or choose another place",
+        ),
+        (OSError("encoder error"), "a file: encoder error: check the path"),
+    ],
+)
+def test_an_error_of_the_system_is_a_sentence(error, said):
+    assert of_system(error) == said

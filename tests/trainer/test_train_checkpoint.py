@@ -1,5 +1,9 @@
 import dataclasses
+import errno
 import json
+import os
+import resource
+import stat
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from epsrt.errors import BundleError, EpsrtError
 from epsrt.files import sha256
 from epsrt.schedule import Schedule
 from epsrt_trainer.checkpoint import KEY, Training, load_checkpoint, read_training, save_checkpoint
+from helpers import tree
 
 
 @pytest.fixture
@@ -176,3 +181,22 @@ def test_a_failed_write_leaves_the_old_file(saved, network, config, schedule):
         save_checkpoint(saved, network, config, schedule, training=bad)
     assert saved.read_bytes() == old
     assert [p.name for p in saved.parent.iterdir()] == ["a.safetensors"]
+
+
+def test_a_file_that_is_too_large_is_named(saved, tmp_path, network, config, schedule):
+    """safetensors raises an error of its own, without a name."""
+    before, (soft, hard) = tree(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(OSError) as raised:
+            save_checkpoint(saved, network, config, schedule)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(saved))
+    assert tree(tmp_path) == before
+
+
+def test_a_checkpoint_may_be_read_by_whom_the_umask_lets(saved):
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(saved.stat().st_mode) == 0o666 & ~umask

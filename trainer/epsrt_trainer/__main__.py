@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from epsrt.errors import EpsrtError, InputError
+from epsrt.errors import EpsrtError, InputError, of_system
 from epsrt_trainer.data import load
 from epsrt_trainer.log import Progress
 from epsrt_trainer.presets import PRESETS, preset
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
             tensorboard=options.tensorboard,
         )
     except (EpsrtError, OSError) as error:
-        _say(f"error: {error}")
+        _say(f"error: {error if isinstance(error, EpsrtError) else of_system(error)}")
         return 1
     if first:
         print(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -115,8 +116,7 @@ def save_checkpoint(
     training = training or Training()
     meta = _Meta(VERSION, kind_of(config), plain, schedule, prediction, value_range, class_names, training)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    with whole_file(path) as beside:
-        save_file(tensors, beside, {KEY: msgspec.json.encode(meta).decode()})
+    write_safetensors(path, tensors, {KEY: msgspec.json.encode(meta).decode()})
     return path
 
 
@@ -194,6 +194,17 @@ def read_safetensors(path: Path, weights: bool = True) -> tuple[dict[str, Tensor
             return {name: file.get_tensor(name) for name in file.keys() if weights}, file.metadata() or {}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise BundleError(f"{path} is not a whole safetensors file ({error}): copy or train it again") from error
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file whole or not at all. Raises OSError where the disk is full or the place not writable."""
+    with whole_file(path) as beside:
+        try:
+            save_file(dict(tensors), beside, dict(metadata))
+        except safetensors.SafetensorError as error:
+            if (number := re.search(r"os error ([0-9]+)", str(error))) is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
 
 
 def decode(raw: Any, cls: type[T]) -> T:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from epsrt.errors import InputError
-from epsrt.files import whole_file
+from epsrt.files import naming, whole_file
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Log:
         if self.path is None:
             return
         values = {"step": report.step, "loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm}
-        with self.path.open("a") as file:
+        with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(values) + "\n")
         for name in ("loss", "lr", "grad_norm") if self.board else ():
             self.board.add_scalar(name, values[name], report.step)

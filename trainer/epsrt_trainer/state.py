@@ -8,12 +8,10 @@ from typing import Any
 
 import msgspec
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from epsrt.errors import BundleError, InputError
-from epsrt.files import whole_file
-from epsrt_trainer.checkpoint import read_safetensors
+from epsrt_trainer.checkpoint import read_safetensors, write_safetensors
 from epsrt_trainer.ema import EMA
 
 KEY = "epsrt-state"
@@ -50,8 +48,7 @@ class State:
         """Write the state whole or not at all; `run` says whose it is."""
         meta = {"run": run, "step": self.step, "logged": self.logged}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
-        with whole_file(path) as beside:
-            save_file(tensors, beside, {KEY: msgspec.json.encode(meta).decode()})
+        write_safetensors(path, tensors, {KEY: msgspec.json.encode(meta).decode()})
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
