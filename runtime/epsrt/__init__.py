@@ -16,10 +16,12 @@ from epsrt.errors import (
     EngineError,
     EpsrtError,
     InputError,
+    LimitError,
     NotFiniteError,
     OutOfMemoryError,
 )
 from epsrt.images import from_images, to_images
+from epsrt.limits import Limits
 from epsrt.manifest import Manifest, Rung
 from epsrt.plan import COLUMNS, Plan, idle_row
 from epsrt.request import Request
@@ -29,7 +31,7 @@ from epsrt.version import __version__
 
 __all__ = [
     "COLUMNS", "Bundle", "BundleError", "Cancelled", "DeadlineExceeded", "Engine", "EngineError", "EpsrtError",
-    "InputError", "Lanes", "Manifest", "NotFiniteError", "OutOfMemoryError", "Plan", "Request", "Rung", "Sample",
-    "Sampler", "Schedule", "__version__", "canvas", "from_images", "idle_row", "noise", "open_engine", "resampled",
-    "slerp", "solvers", "timesteps", "to_images", "verify",
+    "InputError", "Lanes", "LimitError", "Limits", "Manifest", "NotFiniteError", "OutOfMemoryError", "Plan",
+    "Request", "Rung", "Sample", "Sampler", "Schedule", "__version__", "canvas", "from_images", "idle_row", "noise",
+    "open_engine", "resampled", "slerp", "solvers", "timesteps", "to_images", "verify",
 ]  # fmt: skip

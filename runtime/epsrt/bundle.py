@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -164,7 +165,7 @@ class Bundle:
         if size is None:
             return self.manifest.shape
         try:
-            extents = tuple(size)
+            extents = tuple(islice(size, 3))  # which may have no end
         except TypeError:
             raise InputError(f"size = {size!r} is not (height, width), two whole numbers of pixels") from None
         if len(extents) != 2 or not all(map(is_whole, extents)):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from epsrt.errors import InputError, typed, whole
+from epsrt.errors import InputError, LimitError, typed, whole
 from epsrt.plan import COLUMNS, DEFAULTS, Plan
 from epsrt.request import Begin, Known
 from epsrt.types import Float32, Float64
@@ -37,8 +37,10 @@ def check_begin(plan: Plan, begin: Begin) -> None:
             raise InputError(f"strength = {begin.strength} is outside (0, 1]: 0.6 runs the last 60 % of the steps")
 
 
-def edited(plan: Plan, begin: Begin, known: Known, own_scale: Callable[[Plan], float]) -> Plan:
-    """The plan, begun where a request begins and resampled as it asks; `own_scale` is Bundle.own_scale.
+def edited(
+    plan: Plan, begin: Begin, known: Known, own_scale: Callable[[Plan], float], most_rows: int = MOST_ROWS
+) -> Plan:
+    """The plan, begun where a request begins and resampled as it asks, to `most_rows`; `own_scale` is Bundle.own_scale.
 
     Raises InputError for known pixels that the plan cannot bring back, and for resampling without any.
     """
@@ -52,15 +54,16 @@ def edited(plan: Plan, begin: Begin, known: Known, own_scale: Callable[[Plan], f
     if whole("resample", known.resample) != 1:
         if not masked:
             raise InputError(f"resample = {known.resample} is for masked samples: give known and mask")
-        plan = resampled(plan, known.resample, known.jump)
+        plan = resampled(plan, known.resample, known.jump, most_rows)
     return plan
 
 
-def resampled(plan: Plan, times: int, jump: int = 10) -> Plan:
+def resampled(plan: Plan, times: int, jump: int = 10, most_rows: int = MOST_ROWS) -> Plan:
     """RePaint's plan (arXiv 2201.09865, section 4.2 and figure 7): it goes back by `jump` rows after every `jump` rows.
 
-    times  how often each stretch of rows is run, r in the paper; 1 is the plan itself
-    jump   how many rows a stretch has, j in the paper
+    times      how often each stretch of rows is run, r in the paper; 1 is the plan itself
+    jump       how many rows a stretch has, j in the paper
+    most_rows  that the plan may then have, 100,000 at most
 
     Going back is forward diffusion, x = s·x + n·z, from the level that a row leaves to the one before the stretch. It
     is part of that row: its noise joins the row's own (equal in law), and it costs no evaluation of the network. Only a
@@ -80,10 +83,9 @@ def resampled(plan: Plan, times: int, jump: int = 10) -> Plan:
     if jump >= len(plan):
         raise InputError(f"jump = {jump} of {len(plan)} steps leaves nothing to run again: give less than {len(plan)}")
     total = len(plan) + (times - 1) * jump * len(range(0, len(plan) - jump, jump))
-    if total > MOST_ROWS:
-        raise InputError(
-            f"{len(plan)} steps, resampled {times} times, are {total} rows: give fewer, {MOST_ROWS} at most"
-        )
+    most = min(most_rows, MOST_ROWS)
+    if total > most:
+        raise LimitError(f"{len(plan)} steps, resampled {times} times, are {total} rows: give fewer, {most} at most")
     rows: list[Float64] = []
     levels = plan.levels
     for row, back in _walk(len(plan), times, jump):

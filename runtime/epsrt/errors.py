@@ -19,6 +19,7 @@ _ENDS = {  # what mends an OSError
     "choose another name": (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY),
     "raise the limit on open files": (errno.EMFILE, errno.ENFILE),
 }
+PRINTED = 14_000  # bits of a whole number
 
 
 class EpsrtError(Exception):
@@ -37,6 +38,10 @@ class InputError(EpsrtError, ValueError):
 
 class BundleError(InputError):
     """A bundle or another file is damaged, foreign or of an unknown version, or a bundle lacks what was asked of it."""
+
+
+class LimitError(InputError):
+    """A request is over a sampler's Limits, or over what any sampler takes."""
 
 
 class EngineError(EpsrtError):
@@ -101,6 +106,7 @@ def is_whole(value: object) -> bool:
 
 def whole(name: str, value: Any, least: int | None = None) -> int:
     """`value` as an int. Raises InputError where it is no whole number, or is below `least`."""
+    sane(name, value)
     if not is_whole(value):
         raise InputError(f"{name} = {value!r} is not a whole number")
     if least is not None and value < least:
@@ -115,6 +121,7 @@ def typed(name: str, value: Any, like: Any) -> Any:
     """
     if hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0:
         value = value.item()
+    sane(name, value)
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
     match like:
         case bool():
@@ -131,3 +138,11 @@ def typed(name: str, value: Any, like: Any) -> Any:
         return type(like)(value) if number else value
     except OverflowError:  # a whole number that no float holds
         raise InputError(f"{name} is a number of {len(str(value))} digits: give one that a float holds") from None
+
+
+def sane(name: str, *values: Any) -> None:
+    """Raise InputError for a whole number of thousands of digits: no sentence could show it, for Python prints none."""
+    for value in values:
+        if isinstance(value, int) and value.bit_length() > PRINTED:
+            digits = int(value.bit_length() * 0.30103) + 1
+            raise InputError(f"{name} is a number of {digits} digits: give one that a float holds")

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from epsrt.errors import InputError
+from epsrt.errors import InputError, is_whole
 from epsrt.manifest import Manifest
 from epsrt.plan import COLUMNS, Plan
-from epsrt.request import Guidance
+from epsrt.request import Guidance, Request
 from epsrt.types import Float64
 
 LARGEST = 1e6  # weight
@@ -22,6 +22,14 @@ Columns = dict[str, Float64]
 def judged(guidance: Guidance) -> bool:
     """Whether a classifier guides any of the samples."""
     return bool(np.any(_numbers("classifier", guidance.classifier)))
+
+
+def guided_apart(request: Request, null_label: int | None) -> bool:
+    """Whether guidance is given one a sample, or only some of the samples have a label to be guided by."""
+    asked, labels = request.guidance, request.labels
+    several = (values for values in (asked.weight, asked.classifier, asked.rescale) if isinstance(values, list))
+    without = [x is None or (is_whole(x) and x == null_label) for x in labels] if isinstance(labels, list) else []
+    return any(len(values) > 1 for values in several) or len({*without}) > 1
 
 
 def columns_of(

@@ -14,7 +14,9 @@ SLACK = 0.1  # of the value range's width: how far beyond it an image may lie, a
 
 
 def array_of(name: str, given: ArrayLike) -> NDArray[Any]:
-    """Raises InputError where lists are of different lengths."""
+    """Raises InputError where lists are of different lengths, and for a range, which NumPy would make whole."""
+    if isinstance(given, range):
+        raise InputError(f"{name} = {given!r} is no array of images: give one")
     try:
         return np.asarray(given)
     except ValueError as error:

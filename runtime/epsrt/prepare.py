@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +13,12 @@ from epsrt import editing, noise, solvers
 from epsrt.bundle import Bundle
 from epsrt.engine import Sample
 from epsrt.errors import InputError, is_whole, whole
-from epsrt.guidance import columns_of, judged
+from epsrt.guidance import columns_of, guided_apart, judged
 from epsrt.images import array_of, images_of, mask_of
+from epsrt.limits import Limits, bytes_of
 from epsrt.plan import FEATURES, Plan
 from epsrt.request import Request, Seeds
 from epsrt.types import Float32, Float64, Shape
-
-REQUEST_BYTES = 512  # a request's own, about
-MOST_BYTES = 64 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,10 +45,14 @@ class Work:
         return rows
 
 
-def prepare(bundle: Bundle, request: Request) -> Work:
-    """Check a request against a bundle. Raises InputError, or BundleError where the bundle cannot do it."""
+def prepare(bundle: Bundle, request: Request, limits: Limits | None = None, at_once: int | None = None) -> Work:
+    """Check a request against a bundle and limits, for which `at_once` is how many samples are in lanes (None: all).
+
+    Raises InputError, or BundleError where the bundle cannot do it.
+    """
     m, begin, kept = bundle.manifest, request.begin, request.known
-    plan = plan_of(bundle, request)
+    limits = limits or Limits()
+    plan = plan_of(bundle, request, limits)
     given = {
         name: None if value is None else array_of(name, value)
         for name, value in (("init", begin.init), ("x", begin.x), ("known", kept.images))
@@ -60,27 +61,43 @@ def prepare(bundle: Bundle, request: Request) -> Work:
     extent = next((a.shape[2:] for a in given.values() if a is not None and a.ndim == 4), None)
     shape = bundle.image_shape(extent if request.size is None and m.sizes is not None else request.size)
     count = count_of(request, given)
-    need = count * (4 * math.prod(shape) + REQUEST_BYTES)
-    if need > MOST_BYTES:
-        raise InputError(f"n = {count} samples at once take {need >> 30} GiB: draw them in several runs, with first=")
+    limits.check_samples(count)
+    masks = None if kept.mask is None else array_of("mask", kept.mask)
+    images = sum(len(a) for a in given.values() if a is not None and a.ndim)
+
+    def check_bytes(rows: int) -> None:
+        need = bytes_of(
+            count,
+            shape,
+            given=images if masks is None else images + (min(len(masks), count) if masks.ndim == 4 else 1),
+            lanes=min(count, count if at_once is None else at_once),
+            masked=masks is not None,
+            rows=rows,
+            own=rows * count if guided_apart(request, m.null_label) else 0,
+        )
+        limits.check_bytes(count, need)
+
+    check_bytes(len(plan))
     within = None if m.clip is None else m.value_range  # what is not clipped has no bounds
     noised = begin.strength is not None or bool(plan.start[0] and plan.start[1])
     states = not noised and plan.level != (1.0, 0.0)  # what a plan begins from that are no images
     init = images_of("init", given["init"], count, shape, None if states else within)
     known = images_of("known", given["known"], count, shape, within)
     latents = images_of("x", given["x"], count, shape, None)
-    mask = mask_of(kept.mask, count, shape)
+    mask = mask_of(masks, count, shape)
     if (known is None) != (mask is None):
         raise InputError("known and mask go together: mask is 1 where known is kept, 0 where it is redrawn")
 
     def edited(plan: Plan) -> Plan:
-        return editing.edited(plan, begin, kept, bundle.own_scale)
+        return editing.edited(plan, begin, kept, bundle.own_scale, limits.most_rows)
 
     def rederived() -> Plan | None:
-        other = _rederived(bundle, request)
+        other = _rederived(bundle, request, limits)
         return None if other is None else edited(other)
 
     plan = edited(plan)
+    limits.check_rows(len(plan))
+    check_bytes(len(plan))
     labels, targets = _classes(bundle, request, count)
     own = columns_of(m, plan, rederived, request.guidance, request.labels is not None, labels, count)
     first = latents if init is None else init
@@ -104,11 +121,18 @@ def prepare(bundle: Bundle, request: Request) -> Work:
     return Work(plan, samples, shape, tuple(f for f in FEATURES if f in wanted), own)
 
 
-def plan_of(bundle: Bundle, request: Request, **fitting: Any) -> Plan:
+def plan_of(bundle: Bundle, request: Request, limits: Limits, **fitting: Any) -> Plan:
     """The plan that a request chooses, before it is edited; `fitting` are options where it says nothing of them."""
+    plan = _plan_of(bundle, request, limits, **fitting)
+    limits.check_rows(len(plan))
+    return plan
+
+
+def _plan_of(bundle: Bundle, request: Request, limits: Limits, **fitting: Any) -> Plan:
     choice = request.choice
     plan, options = choice.plan, dict(choice.options or {})
     if plan is None:
+        limits.check_asked(choice.steps, options)
         if request.begin.x is not None:
             fitting["clip"] = None  # a clipped step does not undo an inverted one
         return bundle.plan(choice.method, choice.steps, **{**fitting, **options})
@@ -120,7 +144,7 @@ def plan_of(bundle: Bundle, request: Request, **fitting: Any) -> Plan:
     return plan
 
 
-def _rederived(bundle: Bundle, request: Request) -> Plan | None:
+def _rederived(bundle: Bundle, request: Request, limits: Limits) -> Plan | None:
     """DDIM's plan for guided samples, unless somebody says of ε what it is to be; None for other methods.
 
     Guidance drives x0 beyond the bounds. The clip takes that back, and where ε keeps it, images turn grey.
@@ -129,7 +153,7 @@ def _rederived(bundle: Bundle, request: Request) -> Plan | None:
     if choice.plan is not None or "rederive" in {**by.options, **(choice.options or {})}:
         return None
     method = by.method if choice.method is None else choice.method
-    return plan_of(bundle, request, rederive=True) if "rederive" in solvers.options_of(method) else None
+    return plan_of(bundle, request, limits, rederive=True) if "rederive" in solvers.options_of(method) else None
 
 
 def count_of(request: Request, given: dict[str, NDArray[Any] | None]) -> int:

@@ -11,7 +11,8 @@ from typing import Any, Self, Unpack
 import numpy as np
 from numpy.typing import ArrayLike
 
-from epsrt.errors import InputError
+from epsrt.errors import InputError, sane
+from epsrt.limits import Limits
 from epsrt.plan import Plan
 from epsrt.solvers import Options
 
@@ -129,10 +130,14 @@ class Request:
 
     n may be left out where something else says how many. `asked` are the Arguments as they were given; choice, seeds,
     guidance, begin and known hold the same, sorted by what they are for. Iterables among them become lists.
+
+    Raises InputError for lists of more than 2^24 values, and for numbers that no float holds.
     """
 
     def __init__(self, n: int | None = None, **asked: Unpack[Arguments]) -> None:
-        given: dict[str, Any] = {name: _listed(value) if name in PER_SAMPLE else value for name, value in asked.items()}
+        given: dict[str, Any] = _listed(asked, Limits())
+        for name, value in {"n": n, **given}.items():
+            sane(name, *(value if isinstance(value, (list, tuple)) else [value]))
         if given.get("seeds") is not None and not isinstance(given["seeds"], list):
             raise InputError(f"seeds = {given['seeds']!r} are not one a sample: give a list, or seed=")
         self.n, self.asked = n, MappingProxyType(given)
@@ -160,10 +165,10 @@ class Request:
         self.size: Sequence[int] | None = given.get("size")
 
     @classmethod
-    def of(cls, n: Request | int | None, asked: Arguments) -> Request:
-        """A Request that is given, or one of n and keywords. Raises InputError where both are."""
+    def of(cls, n: Request | int | None, asked: Arguments, limits: Limits | None = None) -> Request:
+        """A Request that is given, or one of n and keywords, read within limits. Raises InputError where both are."""
         if not isinstance(n, Request):
-            return cls(n, **asked)
+            return cls(n, **_listed(asked, limits or Limits()))
         if asked:
             raise InputError(f"{next(iter(asked))} was given beside a Request, which says all: put it in there")
         return n
@@ -184,11 +189,14 @@ class Request:
 OWN = frozenset(Arguments.__annotations__) - frozenset(Options.__annotations__)
 
 
-def _listed(value: Any) -> Any:
+def _listed(asked: Arguments, limits: Limits) -> Any:
     """With a list for what is one a sample: no generator, no array."""
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    return list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else value
+
+    def each(name: str, value: Any) -> Any:
+        several = isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+        return limits.listed(name, value) if several and name in PER_SAMPLE else value
+
+    return {name: each(name, value) for name, value in asked.items()}
 
 
 def _short(value: Any) -> str:

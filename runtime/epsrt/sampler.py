@@ -18,6 +18,7 @@ from epsrt.engine import Closing, Engine
 from epsrt.engines import open_engine
 from epsrt.errors import InputError, whole
 from epsrt.images import from_images, to_images
+from epsrt.limits import Limits, bytes_of
 from epsrt.plan import Plan
 from epsrt.pool import LanePool
 from epsrt.prepare import Work, count_of, plan_of, prepare, seeds_of
@@ -39,8 +40,10 @@ class Sampler(Closing):
     a signal's exception, the next one makes the same samples as ever.
     """
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, engine: Engine, *, limits: Limits | None = None):
+        if not isinstance(limits, Limits | None):
+            raise InputError(f"limits = {limits!r} are none: give epsrt.Limits(samples=…, steps=…, bytes=…)")
+        self.engine, self.limits = engine, limits or Limits()
         self.bundle = engine.bundle
         self._engines: dict[str, Engine] = {engine.graph.stem: engine}
         self._owned: list[Engine] = []  # to be closed with the sampler
@@ -61,6 +64,7 @@ class Sampler(Closing):
         trust_engines: bool = False,
         may_build: bool = True,
         require_signature: str | Path | None = None,
+        limits: Limits | None = None,
     ) -> Self:
         """Open the bundle at `path` on the engine of that name; see Bundle.open and epsrt.open_engine."""
         opened = open_engine(
@@ -71,13 +75,16 @@ class Sampler(Closing):
             trust_engines=trust_engines,
             may_build=may_build,
         )
-        sampler = cls(opened)
+        sampler = cls(opened, limits=limits)
         sampler._owned.append(opened)
         return sampler
 
     def plan(self, method: str | None = None, steps: int | None = None, **options: Unpack[Options]) -> Plan:
         """The plan that `sample` would run: Bundle.plan."""
-        return self.bundle.plan(method, steps, **options)
+        self.limits.check_asked(steps, options)
+        plan = self.bundle.plan(method, steps, **options)
+        self.limits.check_rows(len(plan))
+        return plan
 
     def sample(
         self,
@@ -106,9 +113,10 @@ class Sampler(Closing):
         Raises InputError on bad input, NotFiniteError on NaN.
         """
         control = Control(cancel, deadline)
-        work = prepare(self.bundle, Request.of(n, asked))
+        request, at_once = Request.of(n, asked, self.limits), _batch(self.engine, batch)
+        work = prepare(self.bundle, request, self.limits, at_once)
         with self._running(work.features) as engine:
-            most = self._batch(engine, batch, len(work.samples))
+            most = _batch(engine, batch)
             groups = [slice(i, i + most) for i in range(0, len(work.samples), most)]
             table, rows = work.plan.rows(engine.columns), len(work.plan)
             chunk = rows if on_step is None else whole("every", every, least=1)
@@ -149,9 +157,9 @@ class Sampler(Closing):
         Arguments as in `sample`. All n are in work at once, in several lanes objects where n exceeds the batch.
         """
         control = Control(cancel, deadline)
-        work = prepare(self.bundle, Request.of(n, asked))
+        work = prepare(self.bundle, Request.of(n, asked, self.limits), self.limits)
         with self._running(work.features) as engine:  # refuses now, not at the first next()
-            most = self._batch(engine, batch, len(work.samples))
+            most = _batch(engine, batch)
         return self._stream(work, most, whole("every", every, least=1), control)
 
     def _stream(self, work: Work, most: int, every: int, control: Control) -> Iterator[Float32]:
@@ -185,7 +193,10 @@ class Sampler(Closing):
 
         Returns float32 [n, C, H, W]. Raises InputError for a stochastic method: its noise cannot be undone.
         """
-        request = Request.of(images, asked) if isinstance(images, Request) else Request(**asked).but(init=images)
+        if isinstance(images, Request):
+            request = Request.of(images, asked)
+        else:
+            request = Request.of(None, asked, self.limits).but(init=images)
         if request.choice.plan is None:
             request = request.but(method=solvers.inverse_of(request.choice.method or "ddim-inversion"))
         if request.guidance.weight is None:
@@ -198,15 +209,17 @@ class Sampler(Closing):
 
         Arguments as in `sample`; those that say nothing of noise, plan or size change nothing.
         """
-        request = Request.of(n, asked)
-        plan = plan_of(self.bundle, request)
+        request = Request.of(n, asked, self.limits)
+        plan = plan_of(self.bundle, request, self.limits)
         if plan.start[0]:
             raise InputError(f"plan {plan.name!r} begins from images, not from noise: leave it out")
         for name, value in (("init", request.begin.init), ("x", request.begin.x)):
             if value is not None:
                 raise InputError(f"latents are noise, and {name} is where samples begin instead: leave {name} out")
-        pairs = seeds_of(request.seeds, count_of(request, {}))
-        count, shape = len(pairs), self.bundle.image_shape(request.size)
+        count, shape = count_of(request, {}), self.bundle.image_shape(request.size)
+        self.limits.check_samples(count)
+        self.limits.check_bytes(count, bytes_of(count, shape))
+        pairs = seeds_of(request.seeds, count)
         scale = np.float32(plan.start[1] / self.bundle.own_scale(plan))
         seed_of, index = zip(*pairs, strict=True)
         z = noise.normals(list(seed_of), list(index), noise.START, 0, int(np.prod(shape)))
@@ -267,11 +280,12 @@ class Sampler(Closing):
         for engine in owned:
             engine.close()
 
-    def _batch(self, engine: Engine, batch: int | None, n: int) -> int:
-        most = engine.max_batch
-        if batch is not None and not 1 <= whole("batch", batch) <= most:
-            raise InputError(f"batch = {batch} is outside 1 … {most}, {engine.batch_limit}")
-        return min(batch or most, n)
+
+def _batch(engine: Engine, batch: int | None) -> int:
+    """How many samples are in lanes at once, at most."""
+    if batch is not None and not 1 <= whole("batch", batch) <= engine.max_batch:
+        raise InputError(f"batch = {batch} is outside 1 … {engine.max_batch}, {engine.batch_limit}")
+    return batch or engine.max_batch
 
 
 def _stops(answer: object) -> bool:

@@ -18,7 +18,7 @@ from epsrt.errors import InputError, one_of, typed
 from epsrt.noise_levels import Levels, Network, visit
 from epsrt.plan import Plan
 from epsrt.schedule import Schedule
-from epsrt.timesteps import OPTIONS, respaced, spaced
+from epsrt.timesteps import MOST_STEPS, OPTIONS, respaced, spaced
 from epsrt.types import Float64
 
 Times = Sequence[float] | Float64
@@ -283,6 +283,8 @@ def langevin(
         raise InputError(f"rate = {rate} is outside (0, 2), where Langevin's steps do not diverge")
     network.setdefault("clip", None)
     at = visit(schedule, timesteps, **network).exploding("langevin")
+    if len(at.t) * each > MOST_STEPS:
+        raise InputError(f"{len(at.t)} levels of each = {each} steps are over {MOST_STEPS}: give fewer")
     counts = np.full(len(at.t), each)
     counts[-1] += bool(denoise)
     rows = at.take(np.repeat(np.arange(len(at.t)), counts))

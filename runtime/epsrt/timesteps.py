@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from epsrt.errors import InputError, is_whole, one_of, typed
+from epsrt.errors import InputError, is_whole, one_of, sane, typed
+from epsrt.limits import length
 from epsrt.schedule import Schedule
 from epsrt.types import Float64
 
@@ -24,6 +25,7 @@ SPACINGS: dict[str, tuple[str, ...]] = {
     "lambda": ("lambda_min", "lambda_max"),
 }
 OPTIONS = tuple(dict.fromkeys(option for options in SPACINGS.values() for option in options))
+MOST_STEPS = 1_000_000
 APART = 1e-9  # of T: timesteps nearer than this are one
 _RESPACING = re.compile(r"ddim([0-9]{1,7})|([0-9]{1,7}(?:,[0-9]{1,7})*)")
 
@@ -71,8 +73,9 @@ def spaced(schedule: Schedule | int, steps: int | None, spacing: str = "trailing
         if steps is not None and steps != len(found):
             raise InputError(f"spacing {spacing!r} has {len(found)} steps, not {steps}: leave steps out")
         return [t + schedule.span[0] for t in found]
+    sane("steps", steps)
     even = spacing not in ("karras", "exponential", "lambda")
-    most = schedule.T if even else 1_000_000
+    most = schedule.T if even else MOST_STEPS
     if steps is None or not is_whole(steps) or not 1 <= steps <= most:
         why = ", the steps that the schedule has" if even else ""
         raise InputError(f"steps = {steps!r} is outside 1 … {most}{why}")
@@ -165,8 +168,9 @@ def given(schedule: Schedule, ts: Sequence[float] | Float64) -> Float64:
     """
     if not isinstance(ts, (Sequence, np.ndarray)) or isinstance(ts, str) or getattr(ts, "ndim", 1) == 0:
         raise InputError(f"timesteps = {ts!r} is not a list of numbers")
-    if len(ts) == 0:
-        raise InputError("the list of timesteps is empty: give at least one")
+    if not 1 <= length(ts) <= MOST_STEPS:
+        what = f"has {length(ts)}: give {MOST_STEPS} at most" if length(ts) else "is empty: give at least one"
+        raise InputError(f"the list of timesteps {what}")
     low, high = schedule.span
     span = f"above 0, up to {high}" if schedule.kind == "flow" else f"in {low} … {high}"
     try:

@@ -34,7 +34,8 @@ BUDGET = 15.0  # seconds of tests a mutant, as the first run took them
 
 RUN = "tests/runtime"
 PLANS = (f"{RUN}/test_solvers.py", f"{RUN}/test_plan.py", "tests/parity")
-NAMES = "prepare request resampling images sampler_lanes editing guidance control sampler sampler_ends sampler_methods"
+NAMES = "prepare request limits resampling images sampler_lanes editing guidance control sampler sampler_ends"
+NAMES += " sampler_methods"
 SAMPLES = tuple(f"{RUN}/test_{name}.py" for name in NAMES.split())
 CHECKED = tuple(f"{RUN}/test_{name}.py" for name in ("rungs", "rungs_measured", "golden", "verify_engine"))
 VERIFY = (*CHECKED, "tests/export/test_graph_features.py")
@@ -54,6 +55,7 @@ TESTS: dict[str, tuple[str, ...]] = {  # file -> where its tests are, the plausi
     "runtime/epsrt/images.py": SAMPLES,
     "runtime/epsrt/prepare.py": SAMPLES,
     "runtime/epsrt/control.py": SAMPLES,
+    "runtime/epsrt/limits.py": SAMPLES,
     "runtime/epsrt/pool.py": SAMPLES,
     "runtime/epsrt/sampler.py": SAMPLES,
     "runtime/epsrt/verify.py": VERIFY,

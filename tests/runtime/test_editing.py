@@ -104,11 +104,10 @@ class TestMasks:
 
     def test_lanes_forget_a_mask(self, sampler, digits, lower):
         """Kept lanes: a call without a mask after one with it, on the masked graph both."""
-        engine = sampler._engine(("mask",))
         from epsrt.engines import Sample
 
-        rows = sampler.plan("ddim", 3).rows(engine.columns)[:, None]
-        with engine.lanes(1) as lanes:
+        with sampler._running(("mask",)) as engine, engine.lanes(1) as lanes:
+            rows = sampler.plan("ddim", 3).rows(engine.columns)[:, None]
             lanes.write(0, Sample(seed=1, known=digits[0], mask=np.ones((1, 8, 8), np.float32)))
             lanes.advance(rows)
             np.testing.assert_array_equal(lanes.read(0), digits[0])

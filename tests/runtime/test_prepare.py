@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from epsrt import BundleError, InputError, Plan, Request, Sampler, noise
+from epsrt import BundleError, InputError, LimitError, Plan, Request, Sampler, noise
 from epsrt.manifest import Sampling, Sizes
 from epsrt.plan import CLIP_OFF
 from epsrt.prepare import prepare
@@ -241,12 +241,13 @@ class TestCount:
             work(asked.pop("n", None), steps=STEPS, **asked)
 
     def test_samples_that_no_memory_holds_are_refused(self):
-        most = (64 << 30) // (4 * 8 + 512)  # an image's bytes, and what a request takes besides
-        with pytest.raises(InputError, match=f"n = {most + 1} samples at once take 64 GiB: draw them in several runs"):
+        each = 8 * 4 * 8 + 512  # a result and seven images in lanes, and what a sample takes besides
+        most = ((64 << 30) - STEPS * 512) // each
+        with pytest.raises(LimitError, match=f"n = {most + 1} samples at once take 64 GiB: draw them in several runs"):
             work(most + 1, steps=STEPS)
         with pytest.raises(InputError, match="known and mask go together"):  # what is looked at next
-            work(most, steps=STEPS, known=images(1))
-        with pytest.raises(InputError, match="n = 1000000000 samples at once take 506 GiB"):
+            work(most - 1, steps=STEPS, known=images(1))
+        with pytest.raises(LimitError, match="n = 1000000000 samples at once take 715 GiB"):
             work(10**9, steps=STEPS)
 
     def test_seeds_and_indices(self):

@@ -1,0 +1,119 @@
+"""Limits: the most that one call may take, looked at before anything is allocated."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sized
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from epsrt.errors import LimitError, is_whole, sane, whole
+
+MOST_SAMPLES = 1 << 24  # values of a request that are one a sample
+MOST_BYTES = 64 << 30
+ROW_BYTES = 512  # of a plan, in float64 and as engines take it
+OWN_ROW_BYTES = 176  # of a sample whose columns differ from its neighbours'
+SAMPLE_BYTES = 512  # besides its images
+LANE_IMAGES, MASKED_IMAGES = 7, 4  # x and m before and after a step, x0, noise twice; known, mask, their noise twice
+
+_WAY = "draw them in several runs, with first="
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that one call of a sampler may take; None is no limit. A request over them raises LimitError.
+
+    bytes    of the host's memory for a request's arrays. They are counted as 4·C·H·W for the result of each sample, for
+             each image that is given (init, x, known, mask; one for all is one), and for 7 images in each lane at once,
+             11 with a mask; 512 a sample and 512 a row of the plan; and where guidance is given one a sample, or only
+             some have labels, 176 for each row of each sample. A stream has all its samples in lanes. What the network
+             itself takes is not in it: `batch` and the engine bound that
+    samples  n
+    steps    rows of the plan: Heun has two a step. They are counted before strength leaves some out, and with those
+             that resampling adds
+
+    Raises InputError for limits that are not whole numbers of at least 1.
+    """
+
+    bytes: int | None = None
+    samples: int | None = None
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None:
+                whole(name, value, least=1)
+
+    @property
+    def most_rows(self) -> int:
+        """The most rows that a plan may have."""
+        by_bytes = sys.maxsize if self.bytes is None else self.bytes // ROW_BYTES
+        return min(by_bytes, sys.maxsize if self.steps is None else self.steps)
+
+    def listed(self, name: str, values: Iterable[Any]) -> Any:
+        """Values of which there is one a sample, as a list. They are read no further than there may be samples."""
+        by_bytes = MOST_SAMPLES if self.bytes is None else self.bytes // SAMPLE_BYTES
+        most = min(MOST_SAMPLES, by_bytes, MOST_SAMPLES if self.samples is None else self.samples)
+        if isinstance(values, np.ndarray) and values.size <= most:
+            return values.tolist()
+        found = [] if isinstance(values, np.ndarray) else list(islice(values, most + 1))
+        if isinstance(values, np.ndarray) or len(found) > most:
+            raise LimitError(f"{name}: over {most} values, one a sample, are more than one call takes here: {_WAY}")
+        return found
+
+    def check_asked(self, steps: Any, options: Mapping[str, Any]) -> None:
+        """Raise LimitError for steps or timesteps over `steps`, before a plan is made of them."""
+        sane("steps", steps)
+        timesteps, each = options.get("timesteps"), options.get("each", 1)
+        many = length(timesteps) if isinstance(timesteps, Sized) else steps
+        if is_whole(many):
+            self.check_rows(many * each if is_whole(each) and each > 1 else many, "steps")
+
+    def check_rows(self, rows: int, what: str = "rows of the plan") -> None:
+        """Raise LimitError for more than `steps`."""
+        if self.steps is not None and rows > self.steps:
+            raise LimitError(f"{rows} {what} are over steps = {self.steps}, this sampler's limit: ask for fewer steps")
+
+    def check_samples(self, count: int) -> None:
+        """Raise LimitError for more than `samples`."""
+        if self.samples is not None and count > self.samples:
+            raise LimitError(f"n = {count} is over samples = {self.samples}, this sampler's limit: {_WAY}")
+
+    def check_bytes(self, count: int, need: int) -> None:
+        """Raise LimitError where `count` samples need more than `bytes`, or than any machine should be asked for."""
+        way = _WAY if count > 1 else "ask for fewer steps or a smaller size"
+        if need > MOST_BYTES:
+            raise LimitError(f"n = {count} samples at once take {need >> 30} GiB: {way}")
+        if self.bytes is not None and need > self.bytes:
+            raise LimitError(
+                f"n = {count} samples at once take {need} bytes, over bytes = {self.bytes}, this sampler's limit: {way}"
+            )
+
+
+def bytes_of(
+    count: int,
+    shape: tuple[int, ...],
+    *,
+    given: int = 0,
+    lanes: int = 0,
+    masked: bool = False,
+    rows: int = 0,
+    own: int = 0,
+) -> int:
+    """What Limits counts as bytes. `given` images, `lanes` at once, `rows` of the plan, and `own` rows of samples."""
+    images = count + given + lanes * (LANE_IMAGES + MASKED_IMAGES * masked)
+    return images * 4 * math.prod(shape) + count * SAMPLE_BYTES + rows * ROW_BYTES + own * OWN_ROW_BYTES
+
+
+def length(values: Sized) -> int:
+    """len(values), or the most that len() can say; 0 where there is none, as of a single number in an array."""
+    try:
+        return len(values)
+    except OverflowError:
+        return sys.maxsize
+    except TypeError:
+        return 0
