@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -19,6 +20,20 @@ class Flag(Protocol):
     def is_set(self) -> bool: ...
 
 
+class AnyOf:
+    """A flag that is set once it was set by set(), or once another is. Raises InputError where that is no flag."""
+
+    def __init__(self, other: Flag | None = None):
+        _check(other)
+        self._own, self._other = threading.Event(), other
+
+    def set(self) -> None:
+        self._own.set()
+
+    def is_set(self) -> bool:
+        return self._own.is_set() or (self._other is not None and self._other.is_set())
+
+
 class Control:
     """The flag and the deadline of one call, and how far it is: `done` steps of `total`, over all its lanes objects.
 
@@ -26,8 +41,7 @@ class Control:
     """
 
     def __init__(self, cancel: Flag | None = None, deadline: float | None = None):
-        if cancel is not None and not callable(getattr(cancel, "is_set", None)):
-            raise InputError(f"cancel = {cancel!r} has no is_set(): give a threading.Event, or the like")
+        _check(cancel)
         if deadline is not None:
             try:
                 deadline = typed("deadline", deadline, 0.0)
@@ -76,3 +90,8 @@ class Control:
         if self.done:
             raise DeadlineExceeded(f"the deadline passed {how_far}: allow more time, or ask for less")
         raise DeadlineExceeded(f"the deadline had passed by {late:.3g} s {how_far}: give {HOW}")
+
+
+def _check(cancel: Flag | None) -> None:
+    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+        raise InputError(f"cancel = {cancel!r} has no is_set(): give a threading.Event, or the like")

@@ -121,6 +121,22 @@ def prepare(bundle: Bundle, request: Request, limits: Limits | None = None, at_o
     return Work(plan, samples, shape, tuple(f for f in FEATURES if f in wanted), own)
 
 
+def latents_of(bundle: Bundle, request: Request, limits: Limits) -> Float32:
+    """The noise that a request's samples begin from: see Sampler.latents."""
+    plan = plan_of(bundle, request, limits)
+    if plan.start[0]:
+        raise InputError(f"plan {plan.name!r} begins from images, not from noise: leave it out")
+    for name, value in (("init", request.begin.init), ("x", request.begin.x)):
+        if value is not None:
+            raise InputError(f"latents are noise, and {name} is where samples begin instead: leave {name} out")
+    count, shape = count_of(request, {}), bundle.image_shape(request.size)
+    limits.check_samples(count)
+    limits.check_bytes(count, bytes_of(count, shape))
+    seed, index = zip(*seeds_of(request.seeds, count), strict=True)
+    z = noise.normals(list(seed), list(index), noise.START, 0, int(np.prod(shape)))
+    return np.float32(plan.start[1] / bundle.own_scale(plan)) * z.reshape(count, *shape)
+
+
 def plan_of(bundle: Bundle, request: Request, limits: Limits, **fitting: Any) -> Plan:
     """The plan that a request chooses, before it is edited; `fitting` are options where it says nothing of them."""
     plan = _plan_of(bundle, request, limits, **fitting)

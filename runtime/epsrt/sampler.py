@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncGenerator, Generator
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Literal, Self, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from epsrt import noise, solvers
+from epsrt import solvers
+from epsrt.awaiting import Sampling, Streaming, awaited
 from epsrt.bundle import Bundle
-from epsrt.control import Control, Flag
+from epsrt.control import AnyOf, Control, Flag
 from epsrt.engine import Closing, Engine
 from epsrt.engines import open_engine
 from epsrt.errors import InputError, whole
+from epsrt.graphs import Graphs
 from epsrt.images import from_images, to_images
-from epsrt.limits import Limits, bytes_of
+from epsrt.limits import Limits
 from epsrt.plan import Plan
 from epsrt.pool import LanePool
-from epsrt.prepare import Work, count_of, plan_of, prepare, seeds_of
+from epsrt.prepare import Work, latents_of, prepare
 from epsrt.request import Arguments, Request
 from epsrt.solvers import Options
 from epsrt.types import Float32, OnStep, UInt8
@@ -45,13 +47,7 @@ class Sampler(Closing):
             raise InputError(f"limits = {limits!r} are none: give epsrt.Limits(samples=…, steps=…, bytes=…)")
         self.engine, self.limits = engine, limits or Limits()
         self.bundle = engine.bundle
-        self._engines: dict[str, Engine] = {engine.graph.stem: engine}
-        self._owned: list[Engine] = []  # to be closed with the sampler
-        self._pool = LanePool()
-        self._opening = threading.Lock()
-        self._lock = threading.RLock()  # of what follows; a stream may be collected anywhere, and a call so end
-        self._calls = 0  # in work
-        self._closed = False
+        self._graphs, self._pool = Graphs(engine), LanePool()
 
     @classmethod
     def open(
@@ -76,7 +72,7 @@ class Sampler(Closing):
             may_build=may_build,
         )
         sampler = cls(opened, limits=limits)
-        sampler._owned.append(opened)
+        sampler._graphs.own.append(opened)
         return sampler
 
     def plan(self, method: str | None = None, steps: int | None = None, **options: Unpack[Options]) -> Plan:
@@ -115,7 +111,7 @@ class Sampler(Closing):
         control = Control(cancel, deadline)
         request, at_once = Request.of(n, asked, self.limits), _batch(self.engine, batch)
         work = prepare(self.bundle, request, self.limits, at_once)
-        with self._running(work.features) as engine:
+        with self._graphs.running(work.features) as engine:
             most = _batch(engine, batch)
             groups = [slice(i, i + most) for i in range(0, len(work.samples), most)]
             table, rows = work.plan.rows(engine.columns), len(work.plan)
@@ -142,6 +138,17 @@ class Sampler(Closing):
                     break
             return out[:filled]
 
+    async def sample_async(
+        self, n: Request | int | None = None, *, cancel: Flag | None = None, **asked: Unpack[Sampling]
+    ) -> Float32:
+        """`sample` in a thread of the event loop's default executor, where on_step is called too; arguments as there.
+
+        Cancelling the task, by asyncio.timeout say, stops the call as `cancel` does. The task ends once the call has:
+        no step runs any more, and its lanes are free.
+        """
+        stop = AnyOf(cancel)
+        return await awaited(partial(self.sample, n, cancel=stop, **asked), stop)
+
     def stream(
         self,
         n: Request | int | None = None,
@@ -151,19 +158,20 @@ class Sampler(Closing):
         cancel: Flag | None = None,
         deadline: float | None = None,
         **asked: Unpack[Arguments],
-    ) -> Iterator[Float32]:
+    ) -> Generator[Float32, None, None]:
         """Yield the x0 estimate, float32 [n, C, H, W], after every `every` rows; the last yield is the samples.
 
-        Arguments as in `sample`. All n are in work at once, in several lanes objects where n exceeds the batch.
+        Arguments as in `sample`. All n are in work at once, in several lanes objects where n exceeds the batch. Closing
+        the generator, or dropping it, frees them.
         """
         control = Control(cancel, deadline)
         work = prepare(self.bundle, Request.of(n, asked, self.limits), self.limits)
-        with self._running(work.features) as engine:  # refuses now, not at the first next()
+        with self._graphs.running(work.features) as engine:  # refuses now, not at the first next()
             most = _batch(engine, batch)
         return self._stream(work, most, whole("every", every, least=1), control)
 
-    def _stream(self, work: Work, most: int, every: int, control: Control) -> Iterator[Float32]:
-        with self._running(work.features) as engine, ExitStack() as stack:
+    def _stream(self, work: Work, most: int, every: int, control: Control) -> Generator[Float32, None, None]:
+        with self._graphs.running(work.features) as engine, ExitStack() as stack:
             groups = [slice(i, i + most) for i in range(0, len(work.samples), most)]
             enter, size = stack.enter_context, work.shape[1:]
             running = [enter(self._pool.lanes(engine, work.samples[group], size)) for group in groups]
@@ -175,6 +183,15 @@ class Sampler(Closing):
                         lanes.advance(work.rows(engine.columns, table, steps, group))
                 what: Literal["x", "x0"] = "x" if start + every >= rows else "x0"
                 yield np.stack([lanes.read(i, what) for lanes in running for i in range(lanes.batch)])
+
+    async def stream_async(
+        self, n: Request | int | None = None, *, cancel: Flag | None = None, **asked: Unpack[Streaming]
+    ) -> AsyncGenerator[Float32, None]:
+        """`stream`, awaited as `sample_async` is. Close it (contextlib.aclosing) to leave it early."""
+        stop = AnyOf(cancel)
+        with closing(await awaited(partial(self.stream, n, cancel=stop, **asked), stop)) as stream:
+            while (images := await awaited(partial(next, stream, None), stop)) is not None:
+                yield images
 
     def invert(
         self,
@@ -209,21 +226,7 @@ class Sampler(Closing):
 
         Arguments as in `sample`; those that say nothing of noise, plan or size change nothing.
         """
-        request = Request.of(n, asked, self.limits)
-        plan = plan_of(self.bundle, request, self.limits)
-        if plan.start[0]:
-            raise InputError(f"plan {plan.name!r} begins from images, not from noise: leave it out")
-        for name, value in (("init", request.begin.init), ("x", request.begin.x)):
-            if value is not None:
-                raise InputError(f"latents are noise, and {name} is where samples begin instead: leave {name} out")
-        count, shape = count_of(request, {}), self.bundle.image_shape(request.size)
-        self.limits.check_samples(count)
-        self.limits.check_bytes(count, bytes_of(count, shape))
-        pairs = seeds_of(request.seeds, count)
-        scale = np.float32(plan.start[1] / self.bundle.own_scale(plan))
-        seed_of, index = zip(*pairs, strict=True)
-        z = noise.normals(list(seed_of), list(index), noise.START, 0, int(np.prod(shape)))
-        return scale * z.reshape(count, *shape)
+        return latents_of(self.bundle, Request.of(n, asked, self.limits), self.limits)
 
     def to_images(self, samples: Float32) -> UInt8:
         """uint8 [n, H, W, C] from float32 [n, C, H, W] in the manifest's value range. InputError for latents."""
@@ -247,38 +250,8 @@ class Sampler(Closing):
 
         An engine that was given to the sampler stays open.
         """
-        with self._lock:
-            self._closed = True
         self._pool.close()
-        self._release()
-
-    @contextmanager
-    def _running(self, features: tuple[str, ...]) -> Iterator[Engine]:
-        """The engine of the smallest step graph that has the features, open until the call ends."""
-        graph = self.bundle.graph(self.engine.graph.precision, features)
-        with self._lock:
-            if self._closed:
-                raise InputError(f"the sampler of {self.bundle.path.name} is closed: open it again")
-            self._calls += 1
-        try:
-            with self._opening:
-                if graph.stem not in self._engines:
-                    self._engines[graph.stem] = self.engine.on(graph)
-                    self._owned.append(self._engines[graph.stem])
-            yield self._engines[graph.stem]
-        finally:
-            with self._lock:
-                self._calls -= 1
-            self._release()
-
-    def _release(self) -> None:
-        """Close the sampler's own engines, if it is closed and no call is in work."""
-        owned: list[Engine] = []
-        with self._lock:
-            if self._closed and not self._calls:
-                owned, self._owned = self._owned, []
-        for engine in owned:
-            engine.close()
+        self._graphs.close()
 
 
 def _batch(engine: Engine, batch: int | None) -> int:

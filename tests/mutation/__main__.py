@@ -35,7 +35,7 @@ BUDGET = 15.0  # seconds of tests a mutant, as the first run took them
 RUN = "tests/runtime"
 PLANS = (f"{RUN}/test_solvers.py", f"{RUN}/test_plan.py", "tests/parity")
 NAMES = "prepare request limits resampling images sampler_lanes editing guidance control sampler sampler_ends"
-NAMES += " sampler_methods"
+NAMES += " awaiting sampler_methods"
 SAMPLES = tuple(f"{RUN}/test_{name}.py" for name in NAMES.split())
 CHECKED = tuple(f"{RUN}/test_{name}.py" for name in ("rungs", "rungs_measured", "golden", "verify_engine"))
 VERIFY = (*CHECKED, "tests/export/test_graph_features.py")
@@ -54,7 +54,9 @@ TESTS: dict[str, tuple[str, ...]] = {  # file -> where its tests are, the plausi
     "runtime/epsrt/editing.py": (*SAMPLES, "tests/parity/test_repaint.py"),
     "runtime/epsrt/images.py": SAMPLES,
     "runtime/epsrt/prepare.py": SAMPLES,
+    "runtime/epsrt/awaiting.py": SAMPLES,
     "runtime/epsrt/control.py": SAMPLES,
+    "runtime/epsrt/graphs.py": SAMPLES,
     "runtime/epsrt/limits.py": SAMPLES,
     "runtime/epsrt/pool.py": SAMPLES,
     "runtime/epsrt/sampler.py": SAMPLES,

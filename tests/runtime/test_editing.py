@@ -106,7 +106,7 @@ class TestMasks:
         """Kept lanes: a call without a mask after one with it, on the masked graph both."""
         from epsrt.engines import Sample
 
-        with sampler._running(("mask",)) as engine, engine.lanes(1) as lanes:
+        with sampler._graphs.running(("mask",)) as engine, engine.lanes(1) as lanes:
             rows = sampler.plan("ddim", 3).rows(engine.columns)[:, None]
             lanes.write(0, Sample(seed=1, known=digits[0], mask=np.ones((1, 8, 8), np.float32)))
             lanes.advance(rows)

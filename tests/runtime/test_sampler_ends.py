@@ -34,7 +34,7 @@ def opened(request, bundle_path):
 def owning():
     """A sampler that closes its engine, as Sampler.open's does."""
     sampler = Sampler(NumpyEngine(bundle()))
-    sampler._owned.append(sampler.engine)
+    sampler._graphs.own.append(sampler.engine)
     return sampler
 
 
@@ -82,14 +82,14 @@ class TestStreams:
         del stream, loop
         gc.collect()
         assert [lanes.closed for lanes in sampler.engine.made] == [1, 1]
-        assert sampler._calls == 0
+        assert sampler._graphs.calls == 0
 
     def test_one_that_is_collected_while_the_sampler_works_waits_for_nothing(self):
         """The collector runs anywhere, within the sampler's own locks too."""
         sampler = Sampler(NumpyEngine(bundle()))
         stream = sampler.stream(2, **ASKED)
         next(stream)
-        with sampler._lock, sampler._pool._lock:
+        with sampler._graphs._lock, sampler._pool._lock:
             stream.close()
         assert sampler.engine.made[0].closed
 

@@ -1,0 +1,62 @@
+"""Graphs: the step graphs that a sampler has open, each an engine. Threads may share them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from epsrt.engine import Engine
+from epsrt.errors import InputError
+
+
+class Graphs:
+    """The step graphs of an engine's bundle, opened when first needed by `engine.on`, until they are closed.
+
+    `own` are the engines that are closed then: those that it opened, and whatever else is put there.
+    """
+
+    def __init__(self, engine: Engine):
+        self.own: list[Engine] = []
+        self.calls = 0  # in work
+        self._engine, self._engines = engine, {engine.graph.stem: engine}
+        self._opening = threading.Lock()
+        self._lock = threading.RLock()  # of calls and closed: a stream may be collected anywhere, and a call so end
+        self._closed = False
+
+    @contextmanager
+    def running(self, features: tuple[str, ...]) -> Iterator[Engine]:
+        """The engine of the smallest step graph that has the features. It stays open until the call ends.
+
+        Raises InputError once the graphs are closed.
+        """
+        first = self._engine
+        graph = first.bundle.graph(first.graph.precision, features)
+        with self._lock:
+            if self._closed:
+                raise InputError(f"the sampler of {first.bundle.path.name} is closed: open it again")
+            self.calls += 1
+        try:
+            with self._opening:
+                if graph.stem not in self._engines:
+                    self._engines[graph.stem] = first.on(graph)
+                    self.own.append(self._engines[graph.stem])
+            yield self._engines[graph.stem]
+        finally:
+            with self._lock:
+                self.calls -= 1
+            self._release()
+
+    def close(self) -> None:
+        """Refuse new calls, and close the engines once no call is in work."""
+        with self._lock:
+            self._closed = True
+        self._release()
+
+    def _release(self) -> None:
+        own: list[Engine] = []
+        with self._lock:
+            if self._closed and not self.calls:
+                own, self.own = self.own, []
+        for engine in own:
+            engine.close()
