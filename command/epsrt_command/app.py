@@ -16,12 +16,14 @@ from epsrt_command.commands import (
     inspect,
     interpolate,
     invert,
+    pack,
     plan,
     sample,
     score,
     sign,
     train,
     verify,
+    warm,
 )
 from epsrt_command.register import HELP, Command, register
 
@@ -56,6 +58,8 @@ ORDER = (
     train,
     export,
     build,
+    warm,
+    pack,
     sign,
     verify,
     sample,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, TypedDict, TypeVar
 
 from typer import Option
 
 from epsrt.bundle import Bundle
-from epsrt.errors import InputError
+from epsrt.errors import InputError, one_of
+from epsrt.manifest import FEATURES_OF_ALL
+from epsrt.plan import FEATURES
 from epsrt.request import Arguments
 from epsrt_command import show
 
@@ -23,6 +25,7 @@ SizeOption = Annotated[
     str | None, Option(metavar="HxW", help="Height and width, e.g. 16x24, of a bundle with sizes; by default its own.")
 ]
 ThreadsOption = Annotated[int | None, Option(help="Threads of a CPU engine; by default all cores.")]
+FEATURE_CHOICES = tuple(f for f in FEATURES if f not in FEATURES_OF_ALL)  # the others come by themselves
 FILES = "an .npz of epsrt sample, a picture, or a folder of pictures"
 
 
@@ -64,12 +67,67 @@ class Running:
     trust_engines: show.TrustOption = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ahead:
+    """The options that say for which calls to come something is made."""
+
+    batches: Annotated[
+        str | None,
+        Option(help="Images at once in the calls to come, with commas; by default 1 and the bundle's largest."),
+    ] = None
+    size: Annotated[
+        list[str] | None,
+        Option(metavar="HxW", help="Height and width of a bundle with sizes; may be repeated. By default its own."),
+    ] = None
+    features: Annotated[
+        list[str] | None,
+        Option(
+            metavar=",".join(FEATURE_CHOICES),
+            help="For the step graph with these alone, or plain: without any; may be repeated. By default for all.",
+        ),
+    ] = None
+    precision: Annotated[str | None, Option(help="fp32, fp16, bf16 or int8; by default the engine's best.")] = None
+    threads: ThreadsOption = None
+
+    def asked(self) -> AheadArguments:
+        """What they are of the arguments of epsrt.warm."""
+        features = None
+        if self.features is not None:
+            features = [] if self.features == ["plain"] else features_of(self.features)
+        return {
+            "batches": None if self.batches is None else whole_numbers("--batches", self.batches),
+            "sizes": [None] if self.size is None else [size_of(size) for size in self.size],
+            "features": features,
+            "precision": self.precision,
+            "threads": self.threads,
+        }
+
+
+class AheadArguments(TypedDict):
+    """Arguments of epsrt.warm and epsrt.pack.pack."""
+
+    batches: list[int] | None
+    sizes: list[tuple[int, int] | None]
+    features: list[str] | None
+    precision: str | None
+    threads: int | None
+
+
 T = TypeVar("T")
 
 
 def one_or_each(values: list[T] | None) -> T | list[T] | None:
     """A list of one is for all samples."""
     return values[0] if values is not None and len(values) == 1 else values
+
+
+def features_of(given: Iterable[str]) -> list[str]:
+    """With commas between them, too."""
+    names = [name.strip() for words in given for name in words.split(",")]
+    for name in names:
+        if name not in FEATURE_CHOICES:
+            raise InputError(f"--features {name!r} is no feature of a step: {one_of(name, FEATURE_CHOICES)}")
+    return names
 
 
 def size_of(text: str | None) -> tuple[int, int] | None:

@@ -51,6 +51,12 @@ def describe(packages: Iterable[str] = PACKAGES, with_gpu: bool = True) -> dict[
     }
 
 
+def instructions() -> tuple[str, ...]:
+    """The names of INSTRUCTIONS that the processor has; () where the system does not tell."""
+    flags = _processor()[1] or set()
+    return tuple(name for name, any_of in INSTRUCTIONS.items() if not flags.isdisjoint(any_of))
+
+
 def has_bf16() -> bool:
     """Whether the processor computes in bf16, with AVX512-BF16 or AMX; False where the system does not tell."""
     return bool((_processor()[1] or set()) & {"avx512_bf16", "amx_bf16"})

@@ -46,6 +46,8 @@ def refusal(*arguments: object, cwd: Path | None = None) -> str:
         "train",
         "export",
         "build",
+        "warm",
+        "pack",
         "sign",
         "verify",
         "sample",

@@ -98,6 +98,7 @@ def test_ship_puts_the_plan_beside_the_bundle(run: Run, small_bundle_path: Path,
         (("--target", "sm89", "--hardware-compatible", "all"), "use none, ampere+, same-capability"),
         (("--target", "sm89", "--stripped"), "builds refittable and weight-stripped engine files on a GPU alone"),
         (("--engine", "onnxruntime"), "engine onnxruntime is not built ahead: use tensorrt or tensorrt-rtx"),
+        (("--engine", "openvino"), "small.epsrt --engine openvino"),
     ],
 )
 def test_refusals(run: Run, small_bundle_path: Path, tmp_path: Path, arguments, sentence: str) -> None:

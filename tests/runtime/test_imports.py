@@ -14,7 +14,7 @@ for name in names:
     try:
         importlib.import_module(name)
     except EpsrtError as error:  # other extras may be missing here; torch and onnx must not be missed
-        assert any(f"epsrt[{extra}]" in str(error) for extra in ("gpu", "tensorrt", "charts")), error
+        assert any(f"epsrt[{extra}]" in str(error) for extra in ("gpu", "tensorrt", "charts", "signing")), error
 print(*names)
 assert not set(sys.modules) & {"torch", "onnx"}
 """

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
 from epsrt.bundle import Bundle
-from epsrt.errors import InputError, one_of
-from epsrt.manifest import FEATURES_OF_ALL, Sizes, StepGraph
-from epsrt.plan import FEATURES
+from epsrt.errors import InputError
+from epsrt.manifest import Sizes, StepGraph
 from epsrt_command import show
 from epsrt_command.foreign import needs
+from epsrt_command.options import FEATURE_CHOICES, features_of
 
 if TYPE_CHECKING:
     from epsrt.engines.cache.entry import Entry
-
-CHOICES = tuple(f for f in FEATURES if f not in FEATURES_OF_ALL)  # the others come by themselves
 
 EXAMPLES = """\
 epsrt build out/digits.epsrt
@@ -37,7 +35,10 @@ def build(
     precision: Annotated[str | None, Option(help="fp16 or fp32; by default fp16 where the bundle has it.")] = None,
     features: Annotated[
         list[str] | None,
-        Option(metavar=",".join(CHOICES), help="What the step must have besides; may be repeated. By default nothing."),
+        Option(
+            metavar=",".join(FEATURE_CHOICES),
+            help="What the step must have besides; may be repeated. By default nothing.",
+        ),
     ] = None,
     batch: Annotated[
         list[str] | None,
@@ -82,8 +83,10 @@ def build(
     opened = Bundle.open(bundle)
     name = engine or _default(target)
     if name not in ("tensorrt", "tensorrt-rtx"):
-        raise InputError(f"engine {name} is not built ahead: use tensorrt or tensorrt-rtx")
-    graph = opened.graph(graph_precision(opened, name, precision), _features(features or ()))
+        warm = f'run "epsrt warm {shlex.quote(str(bundle))} --engine openvino"'
+        way = warm if name == "openvino" else "use tensorrt or tensorrt-rtx"
+        raise InputError(f"engine {name} is not built ahead: {way}")
+    graph = opened.graph(graph_precision(opened, name, precision), features_of(features or ()))
     graph = graph.in_dialect("cpu" if plain else own_dialect(name, opened, graph))
     profiles = tuple(map(_profile, batch or ()))
     lib = library(name)
@@ -141,14 +144,6 @@ def _default(target: str | None) -> str:
     if target:
         return "tensorrt-rtx"
     return next((name for name in ("tensorrt", "tensorrt-rtx") if probe.state(name).library), "tensorrt")
-
-
-def _features(given: Iterable[str]) -> list[str]:
-    names = [name.strip() for words in given for name in words.split(",")]
-    for name in names:
-        if name not in CHOICES:
-            raise InputError(f"--features {name!r} is no feature of a step: {one_of(name, CHOICES)}")
-    return names
 
 
 def _profile(text: str) -> tuple[int, int, int]:

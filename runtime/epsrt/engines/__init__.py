@@ -34,7 +34,8 @@ def open_engine(
                    openvino bf16 where the processor computes in it and the bundle's golden file proves it; else fp32
     features       what the step graph must have beyond the plain step
     threads        the most threads that a CPU engine uses; None: as many as there are cores
-    trust_engines  run TensorRT engine files that came with the bundle: native code, so only from those whom you trust
+    trust_engines  use what came with the bundle in engines/: TensorRT's engine files, OpenVINO's compiled models and
+                   proofs of both. It is native code, so say it only of those whom you trust
     may_build      build a TensorRT engine file for each batch that lanes are asked for and that none there holds, prove
                    bf16, or prove the dialect that a GPU engine runs fastest. Each takes seconds to minutes, once;
                    `on_progress(phase, fraction)` is told how far it is. False: raise EngineError instead, run in fp32,
@@ -59,7 +60,15 @@ def open_engine(
         if name == "openvino":
             from epsrt.engines.cpu.openvino import open_openvino
 
-            return open_openvino(bundle, graph, precision, threads, may_build=may_build, on_progress=on_progress)
+            return open_openvino(
+                bundle,
+                graph,
+                precision,
+                threads,
+                trust_engines=trust_engines,
+                may_build=may_build,
+                on_progress=on_progress,
+            )
         if name == "onnxruntime":
             from epsrt.engines.cpu.onnxruntime import OnnxRuntimeCpu
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from epsrt.engine import Engine
+from epsrt.engines.cache.brought import Brought
 from epsrt.engines.cache.key import Key
 from epsrt.engines.cache.private import ELSEWHERE
 from epsrt.engines.cache.store import EngineCache
@@ -31,6 +32,7 @@ class Proof:
 
     key: Key
     what: str
+    brought: Brought | None = None  # by the engine's bundle: what is kept there counts too
 
     def of(self, engine: Engine, on_progress: OnProgress | None = None, may_measure: bool = True) -> list[Rung] | None:
         """The engine's rungs of epsrt.verify, kept or measured now.
@@ -41,7 +43,7 @@ class Proof:
         if rungs is not None or not may_measure:
             return rungs
         with self._alone():
-            rungs = self.kept()  # another process may just have measured it
+            rungs = self._measured()  # by another process, just now
             if rungs is None:
                 try:
                     tell = on_progress and (lambda name, share: on_progress(f"{self.what} {name}", share))
@@ -53,7 +55,12 @@ class Proof:
         return rungs
 
     def kept(self) -> list[Rung] | None:
-        """What `keep` kept; None if nothing."""
+        """What the bundle brings, or `keep` kept; None if nothing."""
+        rungs = None if self.brought is None else self.brought.rungs(self.key)
+        return self._measured() if rungs is None else rungs
+
+    def _measured(self) -> list[Rung] | None:
+        """What the cache has."""
         try:
             kept = EngineCache().blob(self._name)
             return None if kept is None else msgspec.json.decode(kept, type=list[Rung])

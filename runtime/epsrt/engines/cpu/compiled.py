@@ -1,4 +1,4 @@
-"""OpenVINO's compiled models in the engine cache.
+"""OpenVINO's compiled models in the engine cache, or brought by a bundle.
 
 A cache that cannot be used costs time alone: it is said, and the model is compiled.
 """
@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from epsrt.bundle import Bundle
+from epsrt.engines.cache.brought import Brought
 from epsrt.engines.cache.key import Key, Options, Profiles
 from epsrt.engines.cache.store import EngineCache
 from epsrt.errors import EngineError, one_line
+from epsrt.machine import instructions
 from epsrt.manifest import StepGraph
 from epsrt.types import UInt8
 
@@ -42,10 +44,15 @@ class CompiledModels:
     precision: str
     version: str
     processor: str
+    brought: Brought
 
-    def get(self, batch: int, options: Options, load: Callable[[UInt8], Any], compile: Callable[[], Any]) -> Compiled:
-        """The model for a batch: `load` makes it from a kept, mapped file; else `compile` does, and it is kept."""
-        key = self.key(((batch, batch, batch),), options)
+    def get(self, key: Key, load: Callable[[UInt8], Any], compile: Callable[[], Any]) -> Compiled:
+        """The model of a key: `load` makes it from a file that is there; else `compile` does, and it is kept."""
+        try:
+            if (memory := self.brought.model(key)) is not None:
+                return Compiled(load(memory), memory)
+        except RuntimeError as error:
+            log.warning("a compiled model that came with the bundle is not used: %s", one_line(error))
         cache = None
         try:
             cache = EngineCache()
@@ -81,7 +88,7 @@ class CompiledModels:
             "openvino",
             self.version,
             self.processor,
-            (),
+            instructions(),  # hypervisors give many processors one name
             self.precision,
             profiles,
             {**options, "recipe": RECIPE},

@@ -15,7 +15,10 @@ import numpy as np
 
 from epsrt.bundle import Bundle
 from epsrt.engine import Closing, check_batch, check_threads
-from epsrt.engines.cache.key import Options
+from epsrt.engines.cache.brought import Brought
+from epsrt.engines.cache.entry import Entry
+from epsrt.engines.cache.key import Key, Options
+from epsrt.engines.cache.store import EngineCache
 from epsrt.engines.cpu.compiled import Compiled, CompiledModels
 from epsrt.engines.cpu.lanes import HostLanes, Run
 from epsrt.engines.libraries import importing
@@ -55,6 +58,7 @@ class OpenVino(Closing):
         precision: str,
         threads: int | None,
         others: Callable[[StepGraph], OpenVino],
+        brought: Brought,
     ):
         check_threads(threads)
         self.bundle, self.graph, self.precision = bundle, graph, precision
@@ -63,7 +67,8 @@ class OpenVino(Closing):
         self.threads = threads or physical_cores()
         self._hint = "bf16" if precision == "bf16" else "f32"  # around int8, FP32 is nearer and no slower
         self._others = others
-        self._kept = CompiledModels(bundle, graph, precision, ov.__version__.split("-")[0], processor())
+        self._kept = CompiledModels(bundle, graph, precision, ov.__version__.split("-")[0], processor(), brought)
+        brought.say_if_foreign(self.proof().key)
         self._models: OrderedDict[tuple[int, ...], Compiled] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -85,7 +90,16 @@ class OpenVino(Closing):
 
     def proof(self) -> Proof:
         """Of what the engine is worth for this bundle, by this library on this processor."""
-        return Proof(self._kept.key((), {"proof": True}), self.precision)
+        return Proof(self._kept.key((), {"proof": True}), self.precision, self._kept.brought)
+
+    def kept(self, batch: int, size: Size | None = None) -> Entry | None:
+        """The compiled model in the engine cache that lanes of a batch run; None where there is none."""
+        parts = gcd(batch, self.threads)
+        return EngineCache().have(self._key(batch // parts, self.bundle.image_shape(size), parts))
+
+    def _key(self, batch: int, image: tuple[int, int, int], parts: int) -> Key:
+        options: Options = {"parts": parts, "threads": self.threads, "size": "{}x{}".format(*image[1:])}
+        return self._kept.key(((batch, batch, batch),), options)
 
     def _model(self, batch: int, image: tuple[int, int, int], parts: int) -> Compiled:
         """The model for `parts` requests at once, each of `batch` images, on all threads together."""
@@ -96,7 +110,6 @@ class OpenVino(Closing):
             "INFERENCE_NUM_THREADS": self.threads,
             "ENABLE_CPU_PINNING": False,  # or two processes would share one core, and the other would idle
         }
-        options: Options = {"parts": parts, "threads": self.threads, "size": "{}x{}".format(*image[1:])}
         with self._lock:
             if key not in self._models:
 
@@ -104,7 +117,7 @@ class OpenVino(Closing):
                     return core().import_model(ov.Tensor(memory, shared_memory=True), "CPU", config)
 
                 compile = partial(self._compile, batch, image, config)
-                self._models[key] = self._kept.get(batch, options, load, compile)
+                self._models[key] = self._kept.get(self._key(batch, image, parts), load, compile)
             self._models.move_to_end(key)
             while len(self._models) > KEPT_MODELS:
                 self._models.popitem(last=False)
@@ -168,24 +181,29 @@ def open_openvino(
     precision: str | None = None,
     threads: int | None = None,
     *,
+    trust_engines: bool = False,
     may_build: bool = True,
     on_progress: OnProgress | None = None,
 ) -> OpenVino:
     """The engine in a precision. None is bf16 where the processor has it and the golden file proves it, else FP32.
 
-    The proof is epsrt.verify's, once a bundle, library and processor; with may_build=False only a kept one counts.
+    The proof is epsrt.verify's, once a bundle, library and processor; with may_build=False only a kept one counts. With
+    `trust_engines` the proofs and compiled models that the bundle brings are used.
     Raises EngineError for bf16 on a processor without it.
     """
 
     def on(graph: StepGraph) -> OpenVino:
-        return open_openvino(bundle, graph, precision, threads, may_build=may_build, on_progress=on_progress)
+        return open_openvino(
+            bundle, graph, precision, threads, trust_engines=trust_engines, may_build=may_build, on_progress=on_progress
+        )
 
+    make = partial(OpenVino, bundle, graph, threads=threads, others=on, brought=Brought(bundle, trust_engines))
     if precision == "bf16" and not has_bf16():
         raise EngineError(
             f"precision bf16 needs a processor with AVX512-BF16 or AMX, and {processor()} has neither: use fp32"
         )
     if precision is None and has_bf16():
-        half = OpenVino(bundle, graph, "bf16", threads, on)
+        half = make("bf16")
         rungs = half.proof().of(half, on_progress, may_build)
         if rungs is not None and all(rung.passed for rung in rungs):
             return half
@@ -193,7 +211,7 @@ def open_openvino(
         if missed is not None:
             log.info("%s runs in fp32: in bf16 it misses %s", bundle.path.name, missed.name)
         half.close()
-    return OpenVino(bundle, graph, precision or "fp32", threads, on)
+    return make(precision or "fp32")
 
 
 def _described(port: Any) -> tuple[str, tuple[int, ...]]:

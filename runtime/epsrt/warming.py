@@ -1,0 +1,106 @@
+"""Ahead of the first call: what an engine compiles and proves is compiled and proven now, and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from epsrt.bundle import Bundle
+from epsrt.engine import Engine
+from epsrt.engines import open_engine
+from epsrt.errors import EngineError, InputError
+from epsrt.types import OnProgress, Size
+
+if TYPE_CHECKING:
+    from epsrt.engines.cache.entry import Entry
+    from epsrt.engines.cpu.openvino import OpenVino
+
+
+def warm(
+    bundle: Bundle | str | Path,
+    batches: Iterable[int] | None = None,
+    engine: str = "auto",
+    *,
+    precision: str | None = None,
+    sizes: Iterable[Size | None] = (None,),
+    features: Iterable[str] | None = None,
+    threads: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> list[Path]:
+    """Fill this user's engine cache for samplers to come: in the build of a container, say.
+
+    batches    of the calls to come: one for n samples, with no batch given, runs the smaller of n and the bundle's
+               largest. By default 1, and the bundle's largest
+    sizes      (height, width) of their images; None is the bundle's own
+    features   of their step graph, as epsrt.plan.FEATURES has them; by default all graphs of the precision
+    engine, precision, threads, on_progress    as in epsrt.open_engine
+
+    Returns the files that it added to the cache: none where all were there. Raises what open_engine and its lanes
+    raise, EngineError where the cache keeps nothing, and InputError for more batches and sizes than it keeps.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    before, wanted = set(_files(opened)), wanted_of(opened, batches, sizes)
+    with engines_of(opened, engine, precision, features, threads, on_progress) as engines:
+        for running in engines:
+            models = [model_of(running, batch, size) for batch, size in wanted]
+            if not all(model is None or model.path.exists() for model in models):
+                raise InputError(f"the engine cache does not keep all {len(models)} models of a graph: ask for fewer")
+    return [path for path in _files(opened) if path not in before]
+
+
+def wanted_of(
+    bundle: Bundle, batches: Iterable[int] | None, sizes: Iterable[Size | None]
+) -> list[tuple[int, Size | None]]:
+    """Each batch, or those that are made by default, in each size."""
+    counts, many = (1, bundle.manifest.max_batch) if batches is None else tuple(batches), tuple(sizes)
+    return list(dict.fromkeys((batch, size) for size in many for batch in counts))
+
+
+def model_of(running: Engine, batch: int, size: Size | None) -> Entry | None:
+    """The file in the engine cache of what lanes run, made now if need be; None for an engine that compiles nothing.
+
+    Raises what lanes raise, and EngineError where the cache does not keep it.
+    """
+    running.lanes(batch, size).close()
+    if running.name != "openvino":
+        return None
+    from epsrt.engines.cache.private import ELSEWHERE
+
+    entry = cast("OpenVino", running).kept(batch, size)
+    if entry is None:
+        raise EngineError(f"the model for batch {batch} was compiled, and is not kept: {ELSEWHERE}")
+    return entry
+
+
+@contextmanager
+def engines_of(
+    bundle: Bundle,
+    name: str,
+    precision: str | None,
+    features: Iterable[str] | None,
+    threads: int | None,
+    on_progress: OnProgress | None,
+) -> Iterator[Iterator[Engine]]:
+    """The engines that samplers with these arguments open: one a step graph, or that of the features alone."""
+    with ExitStack() as stack:
+        first = open_engine(bundle, name, precision=precision, threads=threads, on_progress=on_progress)
+        stack.enter_context(first)
+        own = first.graph.precision
+        graphs = [g for g in bundle.manifest.graphs if g.precision == own]
+        if features is not None:
+            graphs = [bundle.graph(own, tuple(features))]
+        yield (first if g.stem == first.graph.stem else stack.enter_context(first.on(g)) for g in graphs)
+
+
+def _files(bundle: Bundle) -> list[Path]:
+    """The engine files and the proofs of a bundle in the cache."""
+    try:
+        from epsrt.engines.cache.store import EngineCache
+
+        cache, digest = EngineCache(), bundle.manifest.digest[:16]
+    except (ModuleNotFoundError, EngineError):  # without filelock, or a place, no engine keeps anything
+        return []
+    models = [entry.path for entry in cache.entries() if entry.path.parent.name == digest]
+    return sorted(models) + [path for path in cache.blobs() if path.match(f"{digest}-*.bin")]
