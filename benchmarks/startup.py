@@ -1,25 +1,30 @@
 """Seconds from process start, cold interpreter, warm disk: python benchmarks/startup.py
 
 import     `import epsrt`, over an interpreter that imports nothing
-sample     `epsrt sample` of one digit with DDIM-20 on the engine that auto takes, what it compiled kept, and on
-           onnxruntime, beside diffusers' DDIMPipeline doing the same: a UNet2DModel of about the same size, loaded from
-           disk, one image, 20 steps
+sample     `epsrt sample` of one digit with DDIM-20 on the engine that auto takes: what it compiles and proves is kept,
+           is not yet, or is brought by the bundle (epsrt pack); and on onnxruntime, beside diffusers'
+           DDIMPipeline doing the same: a UNet2DModel of about the same size, loaded from disk, one image, 20 steps
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from common import CACHE, bundle, write
 
+from epsrt import Bundle
 from epsrt.bench.report import paired_ratio
 from epsrt.bench.timing import clocked, rounds
+from epsrt.pack import pack
 
 ROUNDS = 9
 DIFFUSERS = CACHE / "diffusers-digits"
@@ -63,13 +68,24 @@ def main() -> None:
     command = str(Path(sys.executable).with_name("epsrt"))
     arguments = [command, "sample", path, "--steps", "20", "-n", "1", "--labels", "3", "--out", str(CACHE / "one.png")]
 
-    def sample(engine: str) -> None:
-        subprocess.run([*arguments, "--engine", engine], check=True, capture_output=True)
+    def sample(engine: str, *more: str, of: str = path, **environment: str) -> None:
+        words = [*arguments[:2], of, *arguments[3:], "--engine", engine, *more]
+        subprocess.run(words, check=True, capture_output=True, env={**os.environ, **environment})
+
+    def sample_with_nothing(*more: str, of: str = path) -> None:
+        with TemporaryDirectory() as empty:
+            sample("auto", *more, of=of, EPSRT_CACHE=empty)
+
+    with tarfile.open(pack(Bundle.open(path), CACHE / "digits.tar", [1]).path) as archive:
+        archive.extractall(CACHE / "packed", filter="data")
+    packed = str(CACHE / "packed" / Path(path).name)
 
     runs: dict[str, Callable[[], object]] = {
         "nothing": partial(python, "-c", "pass"),
         "import epsrt": partial(python, "-c", "import epsrt"),
         "epsrt sample": partial(sample, "auto"),
+        "epsrt sample, nothing kept": sample_with_nothing,
+        "epsrt sample, packed": partial(sample_with_nothing, "--trust-engines", of=packed),
         "epsrt sample, onnxruntime": partial(sample, "onnxruntime"),
         "diffusers": partial(python, "-c", RIVAL),
     }
@@ -77,7 +93,7 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for name, values in seconds.items():
         rows.append({"what": name, "seconds": round(statistics.median(values), 4)})
-        print(f"{name:25} {statistics.median(values):.3f} s")
+        print(f"{name:26} {statistics.median(values):.3f} s")
     imported = statistics.median(i - n for i, n in zip(seconds["import epsrt"], seconds["nothing"], strict=True))
     rows.append({"what": "import epsrt alone", "seconds": round(imported, 4)})
     print(f"import epsrt alone {1e3 * imported:.0f} ms")
