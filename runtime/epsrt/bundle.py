@@ -92,6 +92,13 @@ class Bundle:
         _check_files(path, manifest.files)
         return cls(path, manifest, signed)
 
+    def check(self) -> None:
+        """Hash every file again. Raises BundleError naming the first that is not what it was at opening."""
+        found, _ = _read_manifest(self.path / MANIFEST, None)
+        if found.digest != self.manifest.digest:
+            raise BundleError(f"{self.path} was replaced since it was opened: open it again")
+        _check_files(self.path, self.manifest.files)
+
     def graph(self, precision: str, features: Iterable[str] = ()) -> StepGraph:
         """The smallest step graph of a precision that has the features.
 

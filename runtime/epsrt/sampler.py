@@ -17,16 +17,19 @@ from epsrt.bundle import Bundle
 from epsrt.control import AnyOf, Control, Flag
 from epsrt.engine import Closing, Engine
 from epsrt.engines import open_engine
-from epsrt.errors import InputError, whole
+from epsrt.engines.dialects import told
+from epsrt.errors import EngineError, InputError, OutOfMemoryError, whole
 from epsrt.graphs import Graphs
 from epsrt.images import from_images, to_images
 from epsrt.limits import Limits
+from epsrt.manifest import Rung
 from epsrt.plan import Plan
 from epsrt.pool import LanePool
 from epsrt.prepare import Work, latents_of, prepare
 from epsrt.request import Arguments, Request
 from epsrt.solvers import Options
 from epsrt.types import Float32, OnStep, UInt8
+from epsrt.verify import verify_step
 
 
 class Sampler(Closing):
@@ -244,6 +247,27 @@ class Sampler(Closing):
                 f"{what} is of images, and samples of this bundle are latents of an autoencoder: encode and decode "
                 "them with that"
             )
+
+    def check(self) -> list[Rung]:
+        """Whether files and engine are still what was opened, for health checks. Other threads may go on sampling.
+
+        Every file of the bundle is hashed, which takes one or two seconds a gigabyte. The engine's own step graph runs
+        the smallest rung of the golden file, in a lane of its own: some 25 evaluations of the network.
+
+        Returns the rungs that it measured. Raises BundleError where a file was changed, EngineError where the engine
+        fails or misses a rung.
+        """
+        with self._graphs.running(self.engine.graph.features):
+            self.bundle.check()
+            try:
+                rung = verify_step(self.engine)
+            except OutOfMemoryError:
+                self._pool.drop()
+                rung = verify_step(self.engine)
+        if not rung.passed:
+            name = f"{self.engine.name} on {self.bundle.path.name}"
+            raise EngineError(f"{name} does not compute what it should: it misses {told(rung)}: open it again")
+        return [rung]
 
     def close(self) -> None:
         """Release lanes and the engines that the sampler opened, those in work at their calls' end; refuse new calls.

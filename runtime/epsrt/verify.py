@@ -46,6 +46,12 @@ def verify_all(engine: Engine, on_progress: OnProgress | None = None) -> list[Ru
     return found
 
 
+def verify_step(engine: Engine) -> Rung:
+    """The smallest rung alone, `step`: each recorded state's DDPM step, in one lane. Errors as of `verify`."""
+    (check,) = (check for check in _ladder(engine, engine.bundle.golden(), _quiet) if check.name == "step")
+    return check.run(engine)
+
+
 def _verify(engine: Engine, golden: Golden, tell: OnProgress) -> list[Rung]:
     found = []
     for check in _ladder(engine, golden, tell):
