@@ -527,3 +527,47 @@ with Sampler(gpu) as sampler:
 """,
         bundle_path,
     )
+
+
+def test_tasks_checks_signals_and_closing(on_stand_in, bundle_path) -> None:
+    """A task's timeout, a health check beside a call, an interrupt in mid-call and closing: all is as ever after."""
+    on_stand_in(
+        BOTH
+        + """
+import asyncio, time
+sampler = Sampler(gpu)
+sampler._graphs.own.append(gpu)
+asked = dict(method="ddpm", steps=100, seed=3, labels=[0, 1])
+whole = sampler.sample(**asked)
+
+async def late():
+    async with asyncio.timeout(0.05):
+        while True: await sampler.sample_async(**asked)
+
+async def main():
+    drawn, checked, timeout = await asyncio.gather(
+        sampler.sample_async(**asked), asyncio.to_thread(sampler.check), late(), return_exceptions=True)
+    assert (drawn == whole).all() and checked[0].passed and isinstance(timeout, TimeoutError), (checked, timeout)
+    frames = [images async for images in sampler.stream_async(every=50, **asked)]
+    assert len(frames) == 2 and (frames[1] == whole).all()
+
+asyncio.run(main())
+
+def interrupt(done, total): raise KeyboardInterrupt
+try:
+    sampler.sample(on_step=interrupt, every=7, **asked)
+    raise AssertionError
+except KeyboardInterrupt:
+    pass
+assert (sampler.sample(**asked) == whole).all()
+
+found, begun = [], threading.Event()
+def hear(done, total): begun.set(); time.sleep(0.01)
+thread = threading.Thread(target=lambda: found.append(sampler.sample(on_step=hear, every=10, **asked)))
+thread.start(); begun.wait(); sampler.close(); thread.join()
+assert (found[0] == whole).all()
+assert "is closed: open it again" in refused(sampler.check)
+assert [driver.stand_in_live(kind) for kind in (b"streams", b"host", b"execs")] == [0, 0, 0]
+""",
+        bundle_path,
+    )
