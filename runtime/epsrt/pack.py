@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from epsrt.engine import Engine
 from epsrt.engines.cache.brought import ship_proof
 from epsrt.engines.cache.key import Key
 from epsrt.engines.cache.store import EngineCache
-from epsrt.errors import BundleError
+from epsrt.errors import BundleError, InputError
 from epsrt.files import whole_file
 from epsrt.manifest import MANIFEST, SIGNATURE, Rung
 from epsrt.types import OnProgress, Size
@@ -55,12 +54,15 @@ def pack(
     the threads are those of here. Engine files that came with the bundle are left out. `private_key` signs all that is
     packed: see epsrt.signing.sign.
 
-    Raises EngineError where OpenVINO does not run here, or the cache keeps nothing.
+    Raises EngineError where OpenVINO does not run here, or the cache keeps nothing, and InputError where `out` is in the
+    bundle itself.
     """
+    if out.resolve().is_relative_to(bundle.path.resolve()):
+        raise InputError(f"{out} lies in the bundle itself: give a place outside of it")
     wanted, models, proofs = wanted_of(bundle, batches, sizes), set(), set()
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, bundle.path.name)
-        copy.mkdir()
+    with whole_file(out) as beside:
+        copy = beside.with_name("copy") / bundle.path.name
+        copy.mkdir(parents=True)
         for name in (MANIFEST, *bundle.manifest.files):
             shutil.copyfile(bundle.path / name, copy / name)
         with engines_of(bundle, "openvino", precision, features, threads, on_progress) as engines:
@@ -79,7 +81,7 @@ def pack(
             shutil.copyfile(signature, copy / SIGNATURE)
         if Bundle.open(copy).manifest != bundle.manifest:
             raise BundleError(f"{bundle.path} was replaced while it was packed: pack it again")
-        with whole_file(out) as beside, tarfile.open(beside, "w") as archive:
+        with tarfile.open(beside, "w") as archive:
             archive.add(copy, bundle.path.name, filter=_anyones)
     return Pack(out, len(models), len(proofs))
 

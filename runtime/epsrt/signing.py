@@ -5,7 +5,6 @@ A signature says who made a bundle, which its hashes cannot. Nothing here looks 
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +26,8 @@ def sign(bundle: Path, private_key: str | Path) -> Path:
     """Write a signature into the folder of a verified bundle, in the place of an older one; returns its path.
 
     It covers each file that is there now, those in engines/ too. `private_key` is a PEM file without a password, on one
-    of NIST's curves P-256, P-384 and P-521. Raises InputError for another key, BundleError for a link in the folder.
+    of NIST's curves P-256, P-384 and P-521. Raises InputError for another key, BundleError for a link in the folder,
+    and OSError where the folder or the one that it is in cannot be written.
     """
     key = Path(private_key)
     try:
@@ -39,16 +39,12 @@ def sign(bundle: Path, private_key: str | Path) -> Path:
         what = "no private key of curve P-256, P-384 or P-521 as PEM without a password"
         raise InputError(f'{key} is {what} ({_why(error)}): make one with "{how}"') from error
     config.set_hashing_config(hashing.Config().set_ignored_paths(paths=[SIGNATURE], ignore_git_paths=False))
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder, SIGNATURE)
+    waiting = bundle.with_name(f".{bundle.name}.{SIGNATURE}")  # what a killed process leaves in the folder were refused
+    with whole_file(waiting) as beside:
         try:
-            config.sign(bundle, made)
+            config.sign(bundle, beside)
         except ValueError as error:
             raise BundleError(f"{bundle} cannot be signed ({_why(error)}): take out what is no file") from error
-        signature = made.read_bytes()
-    waiting = bundle.with_name(f".{bundle.name}.{SIGNATURE}")  # a file that a killed process left in it were refused
-    with whole_file(waiting) as beside:
-        beside.write_bytes(signature)
     return waiting.replace(bundle / SIGNATURE)
 
 

@@ -10,7 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from epsrt import Bundle, BundleError, Sampler
+from epsrt import Bundle, BundleError, InputError, Sampler
 from epsrt.engines import proof
 from epsrt.engines.cache import brought
 from epsrt.engines.cpu import compiled
@@ -208,6 +208,22 @@ def test_engine_files_that_came_with_the_bundle_are_left_out(copy_of, small_bund
     made = pack(Bundle.open(path), tmp_path / "out.tar", [2], threads=1)
     there = unpacked(made.path, tmp_path / "there")
     assert not (there / "engines" / f"{'0' * 16}.engine").exists()
+
+
+def test_an_archive_in_the_bundle_itself_is_refused(copy_of, small_bundle_path):
+    path = copy_of(small_bundle_path)
+    with pytest.raises(InputError, match="inside.tar lies in the bundle itself: give a place outside of it"):
+        pack(Bundle.open(path), path / "inside.tar", [1], threads=1)
+    assert tree(path) == tree(small_bundle_path)
+
+
+def test_a_pack_that_fails_leaves_nothing(small_bundle_path, tmp_path, monkeypatch):
+    (tmp_path / "out.tar").write_text("an older one")
+    monkeypatch.setattr("tarfile.TarFile.add", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        pack(Bundle.open(small_bundle_path), tmp_path / "out.tar", [2], precision="fp32", threads=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.tar"]
+    assert (tmp_path / "out.tar").read_text() == "an older one"
 
 
 def test_a_bundle_that_was_replaced_meanwhile_is_not_packed(copy_of, small_bundle_path, tmp_path):

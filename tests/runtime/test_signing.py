@@ -252,6 +252,36 @@ def test_a_link_in_the_folder_is_not_signed(bundle, keys, tmp_path):
     assert (bundle / SIGNATURE).read_bytes() == before
 
 
+def test_a_kill_leaves_the_old_signature_or_none(bundle, keys, small_bundle_path):
+    """At each rename and write of what is signed: the bundle opens, and the next signature leaves nothing behind."""
+    code = """
+import os, sys
+from pathlib import Path
+from epsrt.signing import sign
+count, at = 0, int(sys.argv[3])
+def die(event, args):
+    global count
+    if event in ("os.rename", "os.mkdir", "os.rmdir", "os.remove") or (event == "open" and ".sig" in str(args[0])):
+        count += 1
+        if count == at:
+            os.kill(os.getpid(), 9)
+sys.addaudithook(die)
+sign(Path(sys.argv[1]), sys.argv[2])
+"""
+    old = (bundle / SIGNATURE).read_bytes()
+    for at in range(1, 20):
+        done = run_python(code, bundle, keys[0], at)
+        assert Bundle.open(bundle, require_signature=keys[1]).signed
+        if done.returncode == 0:
+            break
+        assert done.returncode == -9
+    else:
+        pytest.fail("it never ended")
+    assert at > 2
+    assert (bundle / SIGNATURE).read_bytes() != old
+    assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
+
+
 # engine files: never trusted for the bundle's signature, and with one required only those that it covers
 
 
