@@ -54,7 +54,7 @@ def pack(
     the threads are those of here. Engine files that came with the bundle are left out. `private_key` signs all that is
     packed: see epsrt.signing.sign.
 
-    Raises EngineError where OpenVINO does not run here, or the cache keeps nothing, and InputError where `out` is in the
+    Raises EngineError where OpenVINO does not run here, or the cache keeps nothing, and InputError for an `out` in the
     bundle itself.
     """
     if out.resolve().is_relative_to(bundle.path.resolve()):
