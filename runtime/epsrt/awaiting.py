@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from epsrt.control import AnyOf
 from epsrt.errors import Cancelled
 from epsrt.request import Arguments
 from epsrt.types import OnStep
+
+if TYPE_CHECKING:
+    import asyncio
 
 T = TypeVar("T")
 
@@ -60,11 +63,17 @@ async def awaited(call: Callable[[], T], stop: AnyOf) -> T:
                 waits = not begun
             if waits:
                 future.cancel()
-        except GeneratorExit:  # the loop has gone
+        except GeneratorExit:  # nobody waits any more
             stop.set()
+            future.add_done_callback(_heard)
             raise
     if cancelled is None:
         return future.result()
-    if not future.cancelled():
-        future.exception()  # which the loop would complain about, were nobody to ask
+    _heard(future)
     raise cancelled
+
+
+def _heard(future: asyncio.Future[Any]) -> None:
+    """Ask for its exception, or the loop would complain that nobody did."""
+    if not future.cancelled():
+        future.exception()

@@ -204,10 +204,12 @@ class TestSample:
             while not engine.taken:
                 await asyncio.sleep(0.001)
             coroutine.close()
+            del coroutine
+            while sampler._graphs.calls:
+                await asyncio.sleep(0.001)
+            assert engine.taken < STEPS
 
-        asyncio.run(main())
-        assert engine.taken < STEPS
-        assert sampler._graphs.calls == 0
+        run(main)
 
 
 class TestStream:
