@@ -567,6 +567,9 @@ thread = threading.Thread(target=lambda: found.append(sampler.sample(on_step=hea
 thread.start(); begun.wait(); sampler.close(); thread.join()
 assert (found[0] == whole).all()
 assert "is closed: open it again" in refused(sampler.check)
+import pickle
+error = pickle.loads(pickle.dumps(cuda.CudaError("the driver reports it", 700)))
+assert (str(error), error.code) == ("the driver reports it", 700)
 assert [driver.stand_in_live(kind) for kind in (b"streams", b"host", b"execs")] == [0, 0, 0]
 """,
         bundle_path,

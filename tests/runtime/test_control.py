@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from epsrt import Cancelled, DeadlineExceeded, EpsrtError, InputError, Sampler
+from epsrt import Cancelled, DeadlineExceeded, EpsrtError, InputError, Sampler, errors
 from epsrt.control import LOOK
 from numpy_engine import NumpyEngine, bundle
 
@@ -223,8 +223,10 @@ class TestEngines:
             np.testing.assert_array_equal(sampler.sample(cancel=threading.Event(), **asked), whole)
 
 
-@pytest.mark.parametrize("error", [Cancelled("one"), DeadlineExceeded("two")])
-def test_the_errors_reach_other_processes(error):
-    again = pickle.loads(pickle.dumps(error))
-    assert (type(again), str(again)) == (type(error), str(error))
-    assert isinstance(error, EpsrtError)
+ERRORS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, EpsrtError)]
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_errors_reach_other_processes(kind):
+    again = pickle.loads(pickle.dumps(kind("what is wrong: the way out")))
+    assert (type(again), str(again)) == (kind, "what is wrong: the way out")

@@ -33,7 +33,7 @@ BLOCKS = 65535  # of a lane, at most: CUDA's largest grid along y. Kernels strid
 class CudaError(EngineError):
     """A call of the driver failed; `code` is its CUresult."""
 
-    def __init__(self, sentence: str, code: int):
+    def __init__(self, sentence: str, code: int = 0):  # 0 where it is unpickled, until its state comes
         super().__init__(sentence)
         self.code = code
 
