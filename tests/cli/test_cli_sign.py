@@ -67,7 +67,7 @@ def test_what_is_not_signed_with_the_key_is_not_verified(bundle, keys, tmp_path,
 def test_nothing_is_signed_that_is_no_bundle_or_with_no_key(bundle, keys, tmp_path, refused):
     before = tree(bundle)
     assert "public.pem is no private key" in refused("sign", bundle, "--key", keys[1], cwd=tmp_path)
-    assert "nowhere.pem cannot be read" in refused("sign", bundle, "--key", "nowhere.pem", cwd=tmp_path)
+    assert "nowhere.pem is no private key" in refused("sign", bundle, "--key", "nowhere.pem", cwd=tmp_path)
     assert tree(bundle) == before
     (bundle / "parity.json").unlink()
     assert "parity.json is missing" in refused("sign", bundle, "--key", keys[0], cwd=tmp_path)
