@@ -38,6 +38,7 @@ from epsrt.manifest import (
 )
 from epsrt.parity.golden import Golden
 from epsrt.plan import FEATURES, Plan
+from epsrt.raised import foreign
 from epsrt.solvers import Options
 from epsrt.timesteps import SPACINGS, respaced
 from epsrt.types import Shape
@@ -173,8 +174,8 @@ class Bundle:
             return self.manifest.shape
         try:
             extents = tuple(islice(size, 3))  # which may have no end
-        except TypeError:
-            raise InputError(f"size = {size!r} is not (height, width), two whole numbers of pixels") from None
+        except TypeError as error:
+            raise InputError(f"size = {size!r} is not (height, width), two whole numbers of pixels") from error
         if len(extents) != 2 or not all(map(is_whole, extents)):
             raise InputError(f"size = {extents} is not (height, width), two whole numbers of pixels")
         height, width = map(int, extents)
@@ -204,7 +205,9 @@ class Bundle:
         try:
             arrays = load_file(self.path / GOLDEN)
         except (SafetensorError, OSError) as error:
-            raise BundleError(f"{self.path / GOLDEN} is not a safetensors file ({error}): export again") from None
+            if foreign(error, "safetensors"):
+                raise
+            raise BundleError(f"{self.path / GOLDEN} is not a safetensors file ({error}): export again") from error
         return Golden.from_arrays(arrays, self.manifest, self.path)
 
     def parity(self) -> list[Rung]:
@@ -212,7 +215,9 @@ class Bundle:
         try:
             return msgspec.json.decode((self.path / PARITY).read_bytes(), type=list[Rung])
         except (msgspec.DecodeError, OSError) as error:
-            raise BundleError(f"{self.path / PARITY} cannot be read ({error}): export again") from None
+            if foreign(error):
+                raise
+            raise BundleError(f"{self.path / PARITY} cannot be read ({error}): export again") from error
 
     @property
     def labelled(self) -> bool:
@@ -265,7 +270,7 @@ def _read_manifest(path: Path, public_key: str | Path | None) -> tuple[Manifest,
             raise BundleError(_of_another_format(path, version))
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path} is not a manifest ({error}): it is damaged, copy or export it again") from None
+        raise BundleError(f"{path} is not a manifest ({error}): it is damaged, copy or export it again") from error
     if digest(manifest) != manifest.digest or render(manifest) != raw:
         raise BundleError(f"{path} was changed after its export (its digest differs): copy or export it again")
     return manifest, signed

@@ -46,7 +46,7 @@ class Control:
             try:
                 deadline = typed("deadline", deadline, 0.0)
             except InputError as error:
-                raise InputError(f"{error}: give {HOW}") from None
+                raise InputError(f"{error}: give {HOW}") from error
         self._cancel, self._deadline = cancel, deadline
         self.done = self.total = 0
         self._many = 1  # steps until the next look

@@ -12,7 +12,7 @@ import numpy as np
 
 from epsrt import noise
 from epsrt.bundle import Bundle
-from epsrt.errors import InputError, whole
+from epsrt.errors import EngineError, InputError, whole
 from epsrt.manifest import StepGraph
 from epsrt.types import Float32, Shape, Size
 
@@ -151,6 +151,12 @@ def check_lane(index: int, batch: int) -> None:
     """Raise InputError unless lane `index` is one of `batch`."""
     if not 0 <= whole("lane", index) < batch:
         raise InputError(f"lane {index} is outside 0 … {batch - 1}")
+
+
+def check_whole(whole: bool) -> None:
+    """Raise EngineError unless all that lanes were given to advance has been advanced."""
+    if not whole:
+        raise EngineError("an earlier advance of these lanes failed: what they hold is lost, make new lanes")
 
 
 def check_sample(sample: Sample, shape: tuple[int, ...], graph: StepGraph) -> None:

@@ -136,8 +136,8 @@ def typed(name: str, value: Any, like: Any) -> Any:
         raise InputError(f"{name} = {value!r} is not {what}")
     try:
         return type(like)(value) if number else value
-    except OverflowError:  # a whole number that no float holds
-        raise InputError(f"{name} is a number of {len(str(value))} digits: give one that a float holds") from None
+    except OverflowError as error:  # a whole number that no float holds
+        raise InputError(f"{name} is a number of {len(str(value))} digits: give one that a float holds") from error
 
 
 def sane(name: str, *values: Any) -> None:

@@ -20,7 +20,7 @@ def array_of(name: str, given: ArrayLike) -> NDArray[Any]:
     try:
         return np.asarray(given)
     except ValueError as error:
-        raise InputError(f"{name} is no array ({error}): give rows of one length") from None
+        raise InputError(f"{name} is no array ({error}): give rows of one length") from error
 
 
 def images_of(

@@ -12,6 +12,7 @@ from typing import Any
 
 from epsrt.engines import nvidia
 from epsrt.engines.probe import installed
+from epsrt.raised import foreign
 from epsrt.version import __version__
 
 PACKAGES = (
@@ -72,7 +73,9 @@ def physical_cores() -> int:
     try:
         cpus = os.sched_getaffinity(0)
         found = len({(TOPOLOGY / f"cpu{n}/topology/thread_siblings_list").read_text() for n in cpus})
-    except (AttributeError, OSError):  # not Linux, or a sandbox without /sys
+    except (AttributeError, OSError) as error:  # not Linux, or a sandbox without /sys
+        if foreign(error):
+            raise
         found = cores()
     return min(found, math.ceil(_quota().get("cpu_quota", found)))
 
@@ -99,7 +102,9 @@ def nvidia_smi(*fields: str) -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
         values = [value.strip() for value in done.stdout.strip().splitlines()[0].split(",")]
         return {f: _number(v) for f, v in zip(fields, values, strict=True) if not v.startswith("[")}
-    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError) as error:
+        if foreign(error, "subprocess"):
+            raise
         return {}
 
 
@@ -112,7 +117,9 @@ def _processor() -> tuple[str, set[str] | None]:
     """Its name and flags; None for flags where the system lists none."""
     try:
         lines = CPUINFO.read_text().splitlines()
-    except OSError:
+    except OSError as error:
+        if foreign(error):
+            raise
         return platform.processor() or platform.machine(), None
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     name = fields.get("model name") or platform.processor() or platform.machine()
@@ -129,7 +136,9 @@ def _memory() -> int | None:
     """MiB"""
     try:
         whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows, and names that a system does not know
+    except (AttributeError, ValueError, OSError) as error:  # Windows, and names that a system does not know
+        if foreign(error):
+            raise
         return None
     limit = _cgroup("memory.max")
     return (min(whole, int(limit)) if limit.isdecimal() else whole) >> 20
@@ -139,7 +148,9 @@ def _cgroup(name: str) -> str:
     """A limit of this process's cgroup, as a container sees it (version 2); "" without one."""
     try:
         return (CGROUP / name).read_text().strip()
-    except OSError:
+    except OSError as error:
+        if foreign(error):
+            raise
         return ""
 
 

@@ -65,9 +65,9 @@ def normals(
     stream, size = _integer("stream", stream, 32), _integer("size", size, 34, start=1)
     try:
         shape = (*np.broadcast(*given).shape, size)
-    except ValueError:
+    except ValueError as error:
         shapes = ", ".join(str(g.shape) for g in given)
-        raise InputError(f"seed, index and n have shapes {shapes}: give shapes that broadcast together") from None
+        raise InputError(f"seed, index and n have shapes {shapes}: give shapes that broadcast together") from error
     if out is None:
         out = np.empty(shape, np.float32)
     elif out.dtype != np.float32 or out.shape != shape or not (out.flags.c_contiguous and out.flags.writeable):

@@ -101,9 +101,9 @@ class Plan:
         arrays = {key: np.asarray(value, dtype=np.float64) for key, value in columns.items()}
         try:
             (steps,) = np.broadcast_shapes(*(a.shape for a in arrays.values()), (1,))
-        except ValueError:
+        except ValueError as error:
             shapes = ", ".join(f"{k} {list(a.shape)}" for k, a in arrays.items())
-            raise InputError(f"plan {name!r}: columns must be lists of one length, got {shapes}") from None
+            raise InputError(f"plan {name!r}: columns must be lists of one length, got {shapes}") from error
         table = np.tile(np.array(list(DEFAULTS.values())), (steps, 1))
         table[:, COLUMNS.index("n")] = np.arange(steps)
         for key, value in arrays.items():

@@ -18,12 +18,14 @@ KNOWN = ("builtins", "epsrt", "msgspec")  # the packages whose classes a call of
 def foreign(error: BaseException, *packages: str) -> bool:
     """Whether a call that raises classes of Python, of epsrt, and of `packages` did not raise an exception itself.
 
-    So it is with other classes, though they derive from OSError or RuntimeError; with an OSError without the number
-    that the system gives; and with whatever a signal's handler raised.
+    So it is with other classes, though they derive from OSError or RuntimeError; with a kind of OSError that Python
+    chooses by the system's number, but without that number; and with whatever a signal's handler raised.
     """
-    if type(error).__module__.partition(".")[0] not in (*KNOWN, *packages):
+    kind = type(error)
+    if kind.__module__.partition(".")[0] not in (*KNOWN, *packages):
         return True
-    return (isinstance(error, OSError) and error.errno is None) or by_handler(error)
+    numbered = isinstance(error, OSError) and (kind is OSError or error.errno is not None)
+    return (issubclass(kind, OSError) and not numbered) or by_handler(error)
 
 
 def by_handler(error: BaseException) -> bool:

@@ -70,8 +70,9 @@ def test_other_classes_are_foreign(kind):
     assert foreign(kind("too long"))
 
 
-def test_an_oserror_without_its_number_is_no_systems():
+def test_a_kind_of_oserror_without_its_number_is_no_systems():
     assert foreign(TimeoutError("too long"))
+    assert not foreign(OSError("libcuda.so.1: cannot open shared object file"))
     assert not foreign(TimeoutError(110, "Connection timed out"))
 
 

@@ -159,9 +159,9 @@ class _Process(Closing):
             left = self._begin + self._seconds - time.perf_counter()
             try:
                 at, line = self._lines.get(timeout=max(0.0, min(WATCH_S if watch else WAIT_S, left)))
-            except queue.Empty:
+            except queue.Empty as error:
                 if left <= 0:
-                    raise LateError(f"it took more than the {self._seconds:.0f} s that it was given") from None
+                    raise LateError(f"it took more than the {self._seconds:.0f} s that it was given") from error
                 if not ended:
                     ended = self._process.poll() is not None
                     if watch:

@@ -23,13 +23,15 @@ class Meter(Closing):
     def __init__(self) -> None:
         try:
             import pynvml
-        except ImportError:
-            raise EngineError('nvidia-ml-py is missing: pip install nvidia-ml-py, or "epsrt[gpu]"') from None
+        except ImportError as error:
+            raise EngineError('nvidia-ml-py is missing: pip install nvidia-ml-py, or "epsrt[gpu]"') from error
         self._nvml, gpu = pynvml, nvidia.require_gpu()
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError as error:
-            raise EngineError(f"NVML does not start ({error}): install NVIDIA's driver with its libnvidia-ml") from None
+            raise EngineError(
+                f"NVML does not start ({error}): install NVIDIA's driver with its libnvidia-ml"
+            ) from error
         try:
             which = machine.first_visible()
             by = pynvml.nvmlDeviceGetHandleByIndex if which.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID
@@ -42,7 +44,7 @@ class Meter(Closing):
             self.watts()
         except pynvml.NVMLError as error:
             self.close()
-            raise EngineError(f"NVML does not tell this GPU's power ({error})") from None
+            raise EngineError(f"NVML does not tell this GPU's power ({error})") from error
         except BaseException:
             self.close()
             raise

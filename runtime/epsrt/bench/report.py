@@ -219,7 +219,7 @@ def read(path: Path) -> Report:
             raise InputError(f"{path} has format {version}, this epsrt reads {FORMAT}: measure again with this one")
         report = msgspec.json.decode(raw, type=Report)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} holds no bench's results ({error}): it is damaged, measure again") from None
+        raise InputError(f"{path} holds no bench's results ({error}): it is damaged, measure again") from error
     cases = [row.case for row in report.rows if row.case]
     if len(set(cases)) < len(cases) or report.complete == bool(report.missing) or set(cases) & set(report.missing):
         raise InputError(f"{path} contradicts itself about its cases: it is damaged, measure again")

@@ -6,9 +6,16 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 from epsrt.errors import EngineError, one_line
 from epsrt.raised import by_handler
+
+
+def errors_of(bindings: ModuleType) -> tuple[type[Exception], ...]:
+    """What a library's bindings raise: classes of their own, and those of Python that C++ exceptions become."""
+    own = (v for v in vars(bindings).values() if isinstance(v, type) and issubclass(v, Exception))
+    return (*own, RuntimeError, ValueError, IndexError, OverflowError, MemoryError)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from epsrt.errors import EngineError
+from epsrt.raised import foreign
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 CUDA = (13, 0)  # what the packages of our extras are built for
@@ -102,6 +103,8 @@ def _ask(library: str) -> Driver:
     except AttributeError as error:
         return _unusable(version, f"{LIBRARY} is not NVIDIA's driver ({error})", GET_DRIVER)
     except OSError as error:
+        if foreign(error):
+            raise
         # the loader's words name the file that is missing: this one, or one that it needs
         if not re.search(rf"{re.escape(library)}\b.*no such file", str(error), re.I) and sys.platform != "win32":
             return _unusable(None, f"NVIDIA's driver cannot be loaded ({error})", f"{GET_DRIVER} over it")

@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from epsrt.engines.libraries import importing
+from epsrt.engines.libraries import errors_of, importing
 from epsrt.engines.probe import both_onnxruntimes
 from epsrt.engines.signature import FREE, Signature, Tensor
 from epsrt.errors import EngineError
 
 with importing("onnxruntime", "engine onnxruntime", 'pip install "epsrt[cpu]", or "epsrt[gpu]" for NVIDIA'):
     import onnxruntime as ort
+    from onnxruntime.capi import onnxruntime_pybind11_state as bindings
 
-__all__ = ["check_signature", "ort", "refuse_both_packages"]
+__all__ = ["ERRORS", "check_signature", "ort", "refuse_both_packages"]
+
+ERRORS = errors_of(bindings)  # its own share no base class but Exception; see epsrt.raised.foreign
 
 DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}  # onnxruntime's words, and NumPy's
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,11 @@ from epsrt.engines.cache.private import ELSEWHERE
 from epsrt.engines.cache.store import EngineCache
 from epsrt.errors import BundleError, EngineError
 from epsrt.manifest import Rung
+from epsrt.raised import foreign, passed_over
 from epsrt.types import OnProgress
 from epsrt.verify import verify
+
+WAIT = 60.0  # seconds that another process is given to measure: a proof takes 6 to 35
 
 log = logging.getLogger("epsrt")
 
@@ -42,7 +45,7 @@ class Proof:
         rungs = self.kept()
         if rungs is not None or not may_measure:
             return rungs
-        with self._alone():
+        with self._alone(on_progress) as alone:
             rungs = self._measured()  # by another process, just now
             if rungs is None:
                 try:
@@ -51,7 +54,8 @@ class Proof:
                 except BundleError as error:
                     log.warning("%s cannot be proven: %s", self.what, error)
                     return None
-                self.keep(rungs)
+                if alone:
+                    self.keep(rungs)
         return rungs
 
     def kept(self) -> list[Rung] | None:
@@ -64,7 +68,9 @@ class Proof:
         try:
             kept = EngineCache().blob(self._name)
             return None if kept is None else msgspec.json.decode(kept, type=list[Rung])
-        except (EngineError, OSError, msgspec.DecodeError):
+        except (EngineError, OSError, msgspec.DecodeError) as error:
+            if foreign(error):
+                raise
             return None
 
     def keep(self, rungs: list[Rung]) -> None:
@@ -74,16 +80,29 @@ class Proof:
                 return
             reason = ELSEWHERE
         except (EngineError, OSError) as error:
+            if foreign(error):
+                raise
             reason = str(error)
         log.warning("what %s is worth is not kept, and measured again next time: %s", self.what, reason)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the right to measure, one process at a time, where there is a cache to find another's proof in."""
+    def _alone(self, on_progress: OnProgress | None) -> Iterator[bool]:
+        """Wait for another process that measures the same, WAIT seconds at most; False where it still does.
+
+        True too without a cache, where nobody finds another's proof.
+        """
+
+        def say(_: str) -> None:
+            how = "waiting for it, %g s at most, and then measuring it here too"
+            log.warning(f"another process is measuring what %s is worth: {how}", self.what, WAIT)
+            if on_progress is not None:
+                on_progress(f"{self.what} waits for another process", 0.0)
+
         with ExitStack() as stack:
-            with suppress(EngineError, OSError):
-                stack.enter_context(EngineCache().lock(self.key))
-            yield
+            alone = True
+            with passed_over(EngineError, OSError):
+                alone = stack.enter_context(EngineCache().lock(self.key, say, WAIT))
+            yield alone
 
     @property
     def _name(self) -> str:

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epsrt.errors import EngineError, InputError, one_line, whole
+from epsrt.raised import foreign
 from epsrt.types import Float64, UInt8
 
 try:
-    from epsrt.engines.ort_library import ort
+    from epsrt.engines.ort_library import ERRORS, ort
 except EngineError as error:
     raise InputError(f"features come from an ONNX file: {error}") from error
 
@@ -78,10 +79,12 @@ class Extractor:
             part = images[first : first + batch]
             try:
                 out = self._session.run(list(self._outputs.values()), {self._input.name: self._scaled(part)})
-            except Exception as error:  # onnxruntime's exceptions share no public base class
+            except ERRORS as error:
+                if foreign(error, "onnxruntime"):
+                    raise
                 raise InputError(
                     f"{self.path} fails on {len(part)} images ({one_line(error)}): export it anew"
-                ) from None
+                ) from error
             for kind, values in zip(self._outputs, out, strict=True):
                 if values.ndim != 2 or len(values) != len(part):
                     raise InputError(
@@ -181,8 +184,8 @@ def range_of(text: str) -> tuple[float, float]:
     """(low, high) of "-1,1"."""
     try:
         low, high = (float(word) for word in text.split(","))
-    except ValueError:
-        raise InputError(f"range {text!r} is not two numbers, LOW,HIGH: such as 0,1 or -1,1 or 0,255") from None
+    except ValueError as error:
+        raise InputError(f"range {text!r} is not two numbers, LOW,HIGH: such as 0,1 or -1,1 or 0,255") from error
     return check_range((low, high))
 
 
@@ -203,9 +206,11 @@ def _session(path: Path, threads: int | None) -> Any:
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions share no public base class
-        raise InputError(f"{path} is no ONNX file that onnxruntime can run ({one_line(error)})") from None
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+    except ERRORS as error:
+        if foreign(error, "onnxruntime"):
+            raise
+        raise InputError(f"{path} is no ONNX file that onnxruntime can run ({one_line(error)})") from error
 
 
 def _softmax(logits: Float64) -> Float64:

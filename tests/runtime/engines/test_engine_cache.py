@@ -12,6 +12,8 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -649,6 +651,31 @@ def test_a_killed_builder_lets_go(cache):
     process.communicate(timeout=60)
     with cache.lock(KEY, fail):
         pass
+
+
+def test_another_builder_is_waited_for_no_longer_than_was_said(cache, caplog):
+    process, said = start(HOLD, cache), []
+    assert process.stdout.readline() == "holds\n"
+    for seconds in (0, 0.3):
+        began = time.monotonic()
+        with cache.lock(KEY, said.append, seconds) as held:
+            assert not held
+        assert seconds <= time.monotonic() - began < seconds + 5
+    assert said == [WAITING.replace("\n", ", 0.3 s at most")]
+    process.communicate(timeout=60)
+    with cache.lock(KEY, fail, 0) as held:
+        assert held
+
+
+def test_who_waits_for_a_librarys_files_says_so(cache, caplog):
+    with cache.kept_by("a library"):
+        waiting = threading.Thread(target=lambda: cache.kept_by("a library").__enter__(), daemon=True)
+        waiting.start()
+        end = time.monotonic() + 10
+        while not caplog.text and time.monotonic() < end:
+            time.sleep(0.02)
+    waiting.join(10)
+    assert "another process is using the files of a library: waiting for it" in caplog.text
 
 
 def test_a_failed_builder_lets_go(cache):

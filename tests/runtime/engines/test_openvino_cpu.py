@@ -246,6 +246,16 @@ class TestCompiledModels:
         monkeypatch.setattr(openvino_cpu.OpenVino, "_compile", lambda *_: pytest.fail("compiled again"))
         np.testing.assert_array_equal(drawn(self.opened(small_bundle_path), 2, rows), want)
 
+    def test_are_not_waited_for_to_be_kept(self, small_bundle_path, cache, caplog):
+        engine, made = self.opened(small_bundle_path), []
+        with cache.lock(engine._key(2, (1, 8, 8), 1)):
+            compiling = threading.Thread(target=lambda: made.append(engine.lanes(2)))
+            compiling.start()
+            compiling.join(20)
+            assert len(made) == 1
+        assert cache.entries() == []
+        assert not caplog.text
+
     def test_damaged_ones_are_compiled_again(self, small_bundle_path, cache, caplog):
         self.opened(small_bundle_path).lanes(1)
         (entry,) = cache.entries()

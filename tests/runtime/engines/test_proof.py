@@ -93,6 +93,22 @@ class TestProof:
             thread.join()
         assert len(measured) == 1
 
+    def test_another_process_is_waited_for_with_a_word_and_no_longer_than_a_minute(self, cache, monkeypatch, caplog):
+        """What was measured without the lock is not kept: the other one keeps its own."""
+        assert proof.WAIT <= 60
+        monkeypatch.setattr(proof, "WAIT", 0.3)
+        monkeypatch.setattr(proof, "verify", lambda *_: [RUNG])
+        told, got = [], []
+        with cache.lock(KEY):
+            other = threading.Thread(target=lambda: got.append(Proof(KEY, "bf16").of(None, lambda *a: told.append(a))))
+            other.start()
+            other.join(20)
+            assert got == [[RUNG]]
+        assert Proof(KEY, "bf16").kept() is None
+        assert told == [("bf16 waits for another process", 0.0)]
+        assert "another process is measuring what bf16 is worth: waiting for it, 0.3 s at most" in caplog.text
+        assert Proof(KEY, "bf16").of(None) == Proof(KEY, "bf16").kept() == [RUNG]
+
 
 class Spoken:
     """An engine that only says which dialect it was opened in."""

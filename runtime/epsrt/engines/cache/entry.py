@@ -6,7 +6,6 @@ import hashlib
 import re
 import shlex
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import msgspec
 from epsrt.engines.cache.key import Record, Wanted, differences
 from epsrt.engines.cache.private import render
 from epsrt.errors import EngineError
+from epsrt.raised import foreign, passed_over
 
 ENGINES = "engines"  # the directory of engine files, in the cache and in a bundle
 _KEPT = re.compile(r"([0-9a-f]{16})\.(engine|json)")
@@ -89,7 +89,7 @@ def look(path: Path, shipped: bool = False) -> Entry:
     """An engine file's entry, whatever state it is in."""
     record, damage, stats = None, "", []
     for each in (path.with_suffix(".json"), path):
-        with suppress(OSError):
+        with passed_over(OSError):
             stats.append(each.lstat())
     try:
         record = msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=Record)
@@ -102,5 +102,7 @@ def look(path: Path, shipped: bool = False) -> Entry:
     except FileNotFoundError:
         damage = "its record is missing"
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        if foreign(error):
+            raise
         damage = f"its record cannot be read: {error}"
     return Entry(path, record, damage, sum(s.st_size for s in stats), stats[0].st_mtime if stats else 0.0, shipped)

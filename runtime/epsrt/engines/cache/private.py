@@ -18,6 +18,7 @@ import msgspec
 
 from epsrt.errors import EngineError
 from epsrt.files import whole_file
+from epsrt.raised import foreign
 
 ELSEWHERE = "set EPSRT_CACHE to a directory that you can write"
 Data = bytes | bytearray | memoryview
@@ -32,8 +33,10 @@ def cache_directory() -> Path:
         return Path(home, "epsrt")
     try:
         return Path.home() / ".cache" / "epsrt"
-    except RuntimeError:
-        raise EngineError(f"there is no home directory to keep engines in: {ELSEWHERE}") from None
+    except RuntimeError as error:
+        if foreign(error):
+            raise
+        raise EngineError(f"there is no home directory to keep engines in: {ELSEWHERE}") from error
 
 
 def check(directory: Path, path: Path) -> None:
@@ -70,7 +73,9 @@ def folder(directory: Path, *parts: str) -> Path:
             if not each.exists():
                 each.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise EngineError(f"{error.filename} cannot be made ({error.strerror}): {ELSEWHERE}") from None
+        if foreign(error):
+            raise
+        raise EngineError(f"{error.filename} cannot be made ({error.strerror}): {ELSEWHERE}") from error
     check(directory, path)
     return path
 

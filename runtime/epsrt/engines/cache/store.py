@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -33,10 +34,14 @@ from epsrt.engines.cache.entry import ENGINES, Entry, entries_in, fitting, look,
 from epsrt.engines.cache.key import Key, Record, Wanted, differences
 from epsrt.errors import EngineError
 from epsrt.manifest import FileEntry
+from epsrt.raised import foreign, passed_over
+
+log = logging.getLogger("epsrt")
 
 T = TypeVar("T")
 TIMING, LIBRARIES = "timing", "libraries"
 LOCK = ".lock"
+POLL = 0.2  # seconds between two looks at another process's lock
 _LEFT = re.compile(
     r"\.?([0-9a-f]{16})\.([0-9a-f]{12}\.(engine|plan|json)|lock|plan)"
 )  # temporaries of whole_file, locks, OLD
@@ -93,12 +98,14 @@ class EngineCache:
                 private.check(self.directory, entry.record_path)
             data = read(entry.path, entry.record.sha256, entry.record.size) if entry.record else None
         except OSError as error:
-            raise EngineError(f"{entry.path} cannot be read ({error.strerror}): {mend}") from None
+            if foreign(error):
+                raise
+            raise EngineError(f"{entry.path} cannot be read ({error.strerror}): {mend}") from error
         if data is None:
             fault = entry.damage or "its SHA-256 differs"
             raise EngineError(f"{entry.path} does not hold the bytes that its record tells of ({fault}): {mend}")
         if used and not entry.shipped:
-            with suppress(OSError):
+            with passed_over(OSError):
                 os.utime(entry.record_path)
         return data
 
@@ -124,32 +131,29 @@ class EngineCache:
         try:
             private.write(path, data, path.with_suffix(".json"), record)
         except OSError as error:
+            if foreign(error):
+                raise
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise EngineError(f"{path} cannot be written ({error.strerror}): {private.ELSEWHERE}") from None
+                raise EngineError(f"{path} cannot be written ({error.strerror}): {private.ELSEWHERE}") from error
             takes, free = size / 2**20, shutil.disk_usage(path.parent).free / 2**20
             raise EngineError(
                 f"{self.directory} is full ({error.strerror}): the engine file takes {takes:.1f} MiB, {free:.1f} MiB "
                 'are free: run "epsrt cache --prune", or set EPSRT_CACHE to a larger place'
-            ) from None
+            ) from error
         return look(path)
 
     @contextmanager
-    def lock(self, key: Key, on_wait: Callable[[str], object] | None = None) -> Iterator[None]:
-        """Hold the right to build an engine file. `find` it again under the lock: another process may have built it.
+    def lock(
+        self, key: Key, on_wait: Callable[[str], object] | None = None, seconds: float | None = None
+    ) -> Iterator[bool]:
+        """Hold the right to build an engine file; whether it is held. `find` it again: another may have built it.
 
-        `on_wait` gets one sentence if another process holds the lock. A process that ends, however it does, lets go.
+        on_wait  gets one sentence where another process holds the lock, before waiting for it
+        seconds  to wait at most; None: until it lets go, as a process that ends does, however it ends
         """
-        held = FileLock(private.folder(self.directory, ENGINES, key.bundle[:16]) / f"{key.name}.lock", mode=0o600)
-        try:
-            held.acquire(timeout=0)
-        except Timeout:
-            if on_wait is not None:
-                on_wait("another process is building the same engine file: waiting for it")
-            held.acquire(poll_interval=0.2)
-        try:
-            yield
-        finally:
-            held.release()
+        path = private.folder(self.directory, ENGINES, key.bundle[:16]) / f"{key.name}{LOCK}"
+        with _held(path, "is building the same engine file", on_wait, seconds) as held:
+            yield held
 
     def entries(self) -> list[Entry]:
         """All engine files in the cache, damaged ones too."""
@@ -171,7 +175,7 @@ class EngineCache:
                 with _idle(folder / f"{name}.lock") as idle:
                     left = [*sorted(folder.glob(f".{name}.*")), *folder.glob(f"{name}{OLD}")] if idle else []
                     swept += [(p, private.unlink(p)) for p in left]
-            with suppress(OSError):  # it is not empty
+            with passed_over(OSError):  # it is not empty
                 folder.rmdir()
         left = [p for folder in _folders(self.directory) if folder.name == TIMING for p in folder.glob(".*")]
         return swept + [(p, private.unlink(p)) for p in left]
@@ -184,7 +188,9 @@ class EngineCache:
             private.check(self.directory, record)
             kept = msgspec.json.decode(record.read_bytes(), type=FileEntry)
             return private.read(path, kept.sha256, kept.size)
-        except (EngineError, OSError, msgspec.DecodeError, UnicodeDecodeError):
+        except (EngineError, OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            if foreign(error):
+                raise
             return None
 
     def keep_blob(self, name: str, data: private.Data) -> bool:
@@ -193,7 +199,9 @@ class EngineCache:
         try:
             private.folder(self.directory, TIMING)
             private.write(path, data, record, FileEntry(hashlib.sha256(data).hexdigest(), memoryview(data).nbytes))
-        except (EngineError, OSError):
+        except (EngineError, OSError) as error:
+            if foreign(error):
+                raise
             return False
         return True
 
@@ -207,10 +215,11 @@ class EngineCache:
     def kept_by(self, library: str) -> Iterator[Path]:
         """`directory_for` a library, for one process at a time: only what is as it was at the last end is still there.
 
-        Where an exception ends it, nothing is vouched for that is new. Raises EngineError.
+        Where an exception ends it, nothing is vouched for that is new. Where it must wait, a warning says so. Raises
+        EngineError.
         """
         folder = self.directory_for(_plain(library))
-        with FileLock(folder / LOCK, mode=0o600):
+        with _held(folder / LOCK, f"is using the files of {library}", log.warning):
             known = msgspec.json.decode(self.blob(f"{library}.files") or b"{}", type=dict[str, str])
             for name, sha256 in _hashes(folder).items():
                 if known.get(name) != sha256:
@@ -263,14 +272,30 @@ def _folders(path: Path) -> list[Path]:
 @contextmanager
 def _idle(lock: Path) -> Iterator[bool]:
     """Whether nobody builds under a lock; if so nobody can begin to until the context ends, and its file is removed."""
-    held = FileLock(lock, mode=0o600)
+    with _held(lock, seconds=0) as held:
+        try:
+            yield held
+        finally:
+            if held:
+                lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def _held(
+    path: Path, busy: str = "", on_wait: Callable[[str], object] | None = None, seconds: float | None = None
+) -> Iterator[bool]:
+    """Hold the lock of a file, waited for as in EngineCache.lock; `busy` says what another process does with it."""
+    lock = FileLock(path, mode=0o600)
     try:
-        held.acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if seconds != 0:
+                if on_wait is not None:
+                    most = "" if seconds is None else f", {seconds:g} s at most"
+                    on_wait(f"another process {busy}: waiting for it{most}")
+                with suppress(Timeout):
+                    lock.acquire(timeout=seconds, poll_interval=POLL)
+        yield lock.is_locked
     finally:
-        lock.unlink(missing_ok=True)
-        held.release()
+        lock.release()

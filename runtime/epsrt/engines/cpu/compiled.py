@@ -19,6 +19,7 @@ from epsrt.engines.cache.store import EngineCache
 from epsrt.errors import EngineError, one_line
 from epsrt.machine import instructions
 from epsrt.manifest import StepGraph
+from epsrt.raised import foreign
 from epsrt.types import UInt8
 
 RECIPE = 3  # of how OpenVino compiles a step graph: models and proofs of another are not used
@@ -46,12 +47,17 @@ class CompiledModels:
     processor: str
     brought: Brought
 
-    def get(self, key: Key, load: Callable[[UInt8], Any], compile: Callable[[], Any]) -> Compiled:
-        """The model of a key: `load` makes it from a file that is there; else `compile` does, and it is kept."""
+    def get(
+        self, key: Key, load: Callable[[UInt8], Any], compile: Callable[[], Any], export: Callable[[Any], memoryview]
+    ) -> Compiled:
+        """The model of a key: `load` makes it from a file that is there.
+
+        Else `compile` makes it, and what `export` makes of it is kept, unless another process is just keeping it.
+        """
         try:
             if (memory := self.brought.model(key)) is not None:
                 return Compiled(load(memory), memory)
-        except RuntimeError as error:
+        except EngineError as error:
             log.warning("a compiled model that came with the bundle is not used: %s", one_line(error))
         cache = None
         try:
@@ -59,15 +65,20 @@ class CompiledModels:
             if entry := cache.have(key):
                 memory = np.frombuffer(cache.map(entry), np.uint8)
                 return Compiled(load(memory), memory)
-        except (EngineError, OSError, RuntimeError) as error:  # RuntimeError: OpenVINO refuses what it wrote
+        except (EngineError, OSError) as error:
+            if foreign(error):
+                raise
             log.warning("a compiled model is not taken from the engine cache: %s", one_line(error))
         model = compile()
         try:
             if cache is not None:
-                with cache.lock(key):
-                    cache.store(key, model.export_model().getbuffer(), bundle_name=self.bundle.path.name)
+                with cache.lock(key, seconds=0) as mine:
+                    if mine:
+                        cache.store(key, export(model), bundle_name=self.bundle.path.name)
                 self._shrink(cache)
-        except (EngineError, OSError, RuntimeError) as error:
+        except (EngineError, OSError) as error:
+            if foreign(error):
+                raise
             log.warning("a compiled model is not kept: %s", one_line(error))
         return Compiled(model)
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epsrt import noise
-from epsrt.engine import Closing, Engine, Sample, check_lane, check_rows, check_sample, not_finite
+from epsrt.engine import Closing, Engine, Sample, check_lane, check_rows, check_sample, check_whole, not_finite
 from epsrt.engines.signature import Signature
 from epsrt.errors import NotFiniteError
 from epsrt.plan import idle_row
@@ -51,6 +51,7 @@ class HostLanes(Closing):
         self._indices = np.zeros(batch, np.int64)
         self._steps = np.zeros(batch, np.int64)
         self._broken: dict[int, str] = {}  # lane -> since when
+        self._whole = True  # False while steps run, and for good where one of them did not end
 
     def write(self, index: int, sample: Sample) -> None:
         check_lane(index, self.batch)
@@ -73,6 +74,8 @@ class HostLanes(Closing):
 
     def advance(self, rows: Float32) -> None:
         check_rows(rows, *self._row.shape)
+        check_whole(self._whole)
+        self._whole = False
         block = max(1, NOISE_BLOCK // (self.batch * self._size))
         for first in range(0, len(rows), block):
             part = rows[first : first + block]
@@ -89,12 +92,14 @@ class HostLanes(Closing):
                 self._steps += 1
                 if not np.isfinite(self._x[self._now].sum()):
                     self._note_broken()
+        self._whole = True
 
     def wait(self, ahead: int = 0) -> None:
         """Steps have run when `advance` returns."""
 
     def read(self, index: int, what: Literal["x", "x0"] = "x") -> Float32:
         check_lane(index, self.batch)
+        check_whole(self._whole)
         if index in self._broken:
             raise NotFiniteError(self._broken[index])
         source: Float32 = self._x[self._now] if what == "x" else self._x0

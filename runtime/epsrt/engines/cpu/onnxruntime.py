@@ -7,10 +7,11 @@ from typing import Any
 from epsrt.bundle import Bundle
 from epsrt.engine import Closing, check_batch, check_threads
 from epsrt.engines.cpu.lanes import HostLanes, Run
-from epsrt.engines.ort_library import check_signature, ort, refuse_both_packages
+from epsrt.engines.ort_library import ERRORS, check_signature, ort, refuse_both_packages
 from epsrt.engines.signature import Signature
 from epsrt.errors import EngineError, one_line
 from epsrt.manifest import StepGraph
+from epsrt.raised import foreign
 from epsrt.types import Arrays, Size
 
 
@@ -31,10 +32,11 @@ class OnnxRuntimeCpu(Closing):
             options.intra_op_num_threads = threads
         file = bundle.path / graph.file
         try:
-            self.session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions share no public base class
-            reason = one_line(error)
-            raise EngineError(f"onnxruntime refuses {file}: {reason}; export the bundle again") from None
+            self.session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        except ERRORS as error:
+            if foreign(error, "onnxruntime"):
+                raise
+            raise EngineError(f"onnxruntime refuses {file}: {one_line(error)}; export the bundle again") from error
         self.bundle, self.graph, self._threads = bundle, graph, threads
         self.precision: str = graph.precision
         self.columns = graph.columns
@@ -62,8 +64,9 @@ class OnnxRuntimeCpu(Closing):
         def run() -> None:
             try:
                 self.session.run_with_iobinding(binding)
-            except Exception as error:  # onnxruntime's exceptions share no public base class
-                reason = one_line(error)
-                raise EngineError(f"onnxruntime failed in a step of {self.bundle.path}: {reason}") from None
+            except ERRORS as error:
+                if foreign(error, "onnxruntime"):
+                    raise
+                raise EngineError(f"onnxruntime failed in a step of {self.bundle.path}: {one_line(error)}") from error
 
         return run

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from math import gcd
 from typing import Any
@@ -21,21 +21,25 @@ from epsrt.engines.cache.key import Key, Options
 from epsrt.engines.cache.store import EngineCache
 from epsrt.engines.cpu.compiled import Compiled, CompiledModels
 from epsrt.engines.cpu.lanes import HostLanes, Run
-from epsrt.engines.libraries import importing
+from epsrt.engines.libraries import errors_of, importing
 from epsrt.engines.proof import Proof
 from epsrt.engines.signature import FREE, Signature, Tensor
 from epsrt.errors import EngineError, one_line
 from epsrt.machine import physical_cores
 from epsrt.manifest import StepGraph
+from epsrt.raised import foreign, passed_over
 from epsrt.types import Arrays, OnProgress, Size, UInt8
 
 with importing("openvino", "engine openvino", 'pip install "epsrt[openvino]"'):
     import openvino as ov
+    from openvino import _pyopenvino as bindings
     from openvino import opset13
 
 LARGE = 4096  # elements of a weight that is worth to be halved
 DTYPES = {"f32": "float32", "i64": "int64"}  # OpenVINO's words, and NumPy's
 KEPT_MODELS = 4  # of an engine: for each batch and size that it met last, each with weights of its own
+
+ERRORS = errors_of(bindings)
 
 log = logging.getLogger("epsrt")
 
@@ -114,10 +118,11 @@ class OpenVino(Closing):
             if key not in self._models:
 
                 def load(memory: UInt8) -> Any:
-                    return core().import_model(ov.Tensor(memory, shared_memory=True), "CPU", config)
+                    with _said("OpenVINO refuses what it wrote"):
+                        return core().import_model(ov.Tensor(memory, shared_memory=True), "CPU", config)
 
                 compile = partial(self._compile, batch, image, config)
-                self._models[key] = self._kept.get(self._key(batch, image, parts), load, compile)
+                self._models[key] = self._kept.get(self._key(batch, image, parts), load, compile, _exported)
             self._models.move_to_end(key)
             while len(self._models) > KEPT_MODELS:
                 self._models.popitem(last=False)
@@ -130,13 +135,9 @@ class OpenVino(Closing):
             keep_sines(model)
             halve_weights(model)
         inputs = Signature.of(self.bundle, self.graph, batch, image).inputs
-        try:
+        with _said(f"OpenVINO cannot compile {self.bundle.path / self.graph.file}"):
             model.reshape({name: tensor.extents for name, tensor in inputs.items()})
             return core().compile_model(model, "CPU", config)
-        except RuntimeError as error:
-            raise EngineError(
-                f"OpenVINO cannot compile {self.bundle.path / self.graph.file}: {one_line(error)}"
-            ) from None
 
     def _bind(self, compiled: Compiled, parts: int, inputs: Arrays, outputs: Arrays) -> Run:
         requests = []
@@ -148,26 +149,24 @@ class OpenVino(Closing):
             requests.append(request)
 
         def run(held: Compiled = compiled) -> None:  # the requests read from its memory
-            try:
-                for request in requests:
-                    request.start_async()
-                for request in requests:
-                    request.wait()
-            except RuntimeError as error:
-                for request in requests:  # none may go on writing
-                    with suppress(RuntimeError):
-                        request.cancel()
+            with _said(f"OpenVINO failed in a step of {self.bundle.path}"):
+                try:
+                    for request in requests:
+                        request.start_async()
+                    for request in requests:
                         request.wait()
-                raise EngineError(f"OpenVINO failed in a step of {self.bundle.path}: {one_line(error)}") from None
+                except BaseException:
+                    for end in (end for request in requests for end in (request.cancel, request.wait)):
+                        with passed_over(RuntimeError):
+                            end()  # none may go on writing
+                    raise
 
         return run
 
     def _read(self) -> Any:
         file = self.bundle.path / self.graph.file
-        try:
-            return core().read_model(file)
-        except RuntimeError as error:
-            raise EngineError(f"OpenVINO refuses {file}: {one_line(error)}; export the bundle again") from None
+        with _said(f"OpenVINO refuses {file}", "; export the bundle again"):
+            return core().read_model(str(file))  # a Path would run Python, whose exceptions it drops
 
     def _check_signature(self, model: Any) -> None:
         found = {port.any_name: Tensor(*_described(port)) for port in [*model.inputs, *model.outputs]}
@@ -212,6 +211,23 @@ def open_openvino(
             log.info("%s runs in fp32: in bf16 it misses %s", bundle.path.name, missed.name)
         half.close()
     return make(precision or "fp32")
+
+
+@contextmanager
+def _said(what: str, way_out: str = "") -> Iterator[None]:
+    """Make OpenVINO's own exceptions EngineErrors that say what failed."""
+    try:
+        yield
+    except ERRORS as error:
+        if foreign(error, "openvino"):
+            raise
+        raise EngineError(f"{what}: {one_line(error)}{way_out}") from error
+
+
+def _exported(model: Any) -> memoryview:
+    """A compiled model's bytes."""
+    with _said("OpenVINO does not export it"):
+        return model.export_model().getbuffer()  # type: ignore[no-any-return]
 
 
 def _described(port: Any) -> tuple[str, tuple[int, ...]]:

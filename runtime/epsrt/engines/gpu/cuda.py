@@ -109,7 +109,7 @@ class Memory:
             raise OutOfMemoryError(
                 f"{purpose} needs {self.size / 2**20:.1f} MiB more of the GPU's memory, and {free:.1f} of {total:.1f} "
                 "MiB are free: take a smaller batch, or close other samplers and programs"
-            ) from None
+            ) from error
 
     def close(self) -> None:
         if self.pointer:

@@ -175,7 +175,7 @@ def _key(lib: Library, bundle: Bundle, graph: StepGraph, options: BuildOptions) 
             nvidia.require_gpu()  # TensorRT-RTX ends such a build with an internal error of its compiler
         except EngineError as error:
             what = "refittable and weight-stripped engine files"
-            raise EngineError(f"{lib} builds {what} on a GPU alone: {error}") from None
+            raise EngineError(f"{lib} builds {what} on a GPU alone: {error}") from error
     flags = asdict(options)
     del flags["profiles"], flags["targets"]
     if (sizes := bundle.manifest.sizes) is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from epsrt.engines.libraries import importing
 from epsrt.errors import EngineError, one_line
+from epsrt.raised import foreign
 
 with importing("cuda.bindings.nvrtc", "NVRTC", 'pip install "epsrt[gpu]"'):
     from cuda.bindings import nvrtc
@@ -22,8 +23,10 @@ def compile_kernels(arch: str) -> bytes:
     try:
         known = sorted(_call(nvrtc.nvrtcGetSupportedArchs()))
     except RuntimeError as error:  # what cuda-bindings raises where the library is missing
+        if foreign(error):
+            raise
         reason = one_line(error)
-        raise EngineError(f"NVRTC cannot be loaded ({reason}): pip install nvidia-cuda-nvrtc") from None
+        raise EngineError(f"NVRTC cannot be loaded ({reason}): pip install nvidia-cuda-nvrtc") from error
     native = int(arch.removeprefix("sm_")) in known
     target = arch if native else f"compute_{known[-1]}"
     program = _call(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, [], []))

@@ -17,7 +17,7 @@ import numpy as np
 
 from epsrt import noise
 from epsrt.bundle import Bundle
-from epsrt.engine import Closing, Sample, check_lane, check_rows, check_sample, not_finite
+from epsrt.engine import Closing, Sample, check_lane, check_rows, check_sample, check_whole, not_finite
 from epsrt.engines.gpu import cuda
 from epsrt.engines.gpu.buffers import Buffers, pack
 from epsrt.engines.gpu.runner import MakeRunner
@@ -131,7 +131,7 @@ class DeviceLanes(Closing):
 
     def advance(self, rows: Float32) -> None:
         check_rows(rows, self.batch, len(self._columns))
-        self._check_whole()
+        check_whole(self._whole)
         self._device.use()
         self._begin()
         self._images.clear()
@@ -156,7 +156,7 @@ class DeviceLanes(Closing):
 
     def read(self, index: int, what: Literal["x", "x0"] = "x") -> Float32:
         check_lane(index, self.batch)
-        self._check_whole()
+        check_whole(self._whole)
         self._device.use()
         self._begin()
         if what not in self._images:
@@ -194,10 +194,6 @@ class DeviceLanes(Closing):
             end.record(self._stream)
             self._stream.synchronize()
             return end.since(begin) / (2 * pairs)
-
-    def _check_whole(self) -> None:
-        if not self._whole:
-            raise EngineError("an earlier advance of these lanes failed: what they hold is lost, make new lanes")
 
     def _fetch(self, what: str) -> None:
         image = 4 * self._width * self._size

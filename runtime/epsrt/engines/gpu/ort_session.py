@@ -24,8 +24,9 @@ import numpy as np
 
 from epsrt.engines.gpu import cuda
 from epsrt.engines.gpu.buffers import Buffers
-from epsrt.engines.ort_library import check_signature, ort
+from epsrt.engines.ort_library import ERRORS, check_signature, ort
 from epsrt.errors import EngineError, OutOfMemoryError, one_line
+from epsrt.raised import foreign
 
 FREE = ("batch", "height", "width")  # what the export calls the free dimensions
 MEMORY = re.compile("failed to allocate|out of memory|alloc_failed", re.I)  # how onnxruntime says that it lacks some
@@ -103,10 +104,12 @@ class Session:
         try:
             self._session.run_with_iobinding(self._bindings[now, rows], self._options[now])
             return
-        except Exception as error:  # onnxruntime's exceptions share no public base class
+        except BaseException as error:
             self._failed = True
-            reason = one_line(error)
-        raise self._failure("failed in a step of", reason)  # out of the handler: error's frames hold the session
+            if not isinstance(error, ERRORS) or foreign(error, "onnxruntime"):
+                raise
+            cause = error.with_traceback(None)  # whose frames hold the session
+        raise self._failure("failed in a step of", one_line(cause)) from cause
 
     def _failure(self, what: str, reason: str) -> EngineError:
         kind, where = OutOfMemoryError if MEMORY.search(reason) else EngineError, str(self._path)
@@ -139,10 +142,12 @@ class Session:
             session = ort.InferenceSession(self._path, options, providers=providers, enable_fallback=0)
             if session.get_providers()[:1] == [wanted]:
                 return session
-            reason = f"it fell back to {session.get_providers()[0]}"
-        except Exception as error:
-            reason = one_line(error)
-        raise self._failure("cannot run", reason if MEMORY.search(reason) else reason + self._needs)
+            reason, cause = f"it fell back to {session.get_providers()[0]}", None
+        except ERRORS as error:
+            if foreign(error, "onnxruntime"):
+                raise
+            reason, cause = one_line(error), error.with_traceback(None)
+        raise self._failure("cannot run", reason if MEMORY.search(reason) else reason + self._needs) from cause
 
     def _bind(self, now: int, rows: int) -> Any:
         binding, takes = self._session.io_binding(), self._buffers.signature

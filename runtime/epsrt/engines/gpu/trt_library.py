@@ -69,7 +69,7 @@ class Library:
             try:
                 return make(self.logger)
             except TypeError as error:  # what its bindings raise for a null pointer: no driver, or too old a one
-                raise EngineError(f"{self} does not start ({heard or error})") from None
+                raise EngineError(f"{self} does not start ({heard or error})") from error
 
     def __str__(self) -> str:
         return f"{self.engine} {self.version}"
