@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from epsrt.control import AnyOf
 from epsrt.errors import Cancelled
 from epsrt.request import Arguments
 from epsrt.types import OnStep
-
-if TYPE_CHECKING:
-    import asyncio
 
 T = TypeVar("T")
 
@@ -73,7 +70,7 @@ async def awaited(call: Callable[[], T], stop: AnyOf) -> T:
     raise cancelled
 
 
-def _heard(future: asyncio.Future[Any]) -> None:
+def _heard(future: Any) -> None:
     """Ask for its exception, or the loop would complain that nobody did."""
     if not future.cancelled():
         future.exception()

@@ -79,17 +79,21 @@ class Control:
 
     def _look(self, lanes: Sequence[Lanes] = ()) -> None:
         cancelled = self._cancel is not None and self._cancel.is_set()
-        late = 0.0 if self._deadline is None else time.monotonic() - self._deadline
-        if not cancelled and (self._deadline is None or late < 0):
+        late = -1.0 if self._deadline is None else time.monotonic() - self._deadline
+        if not cancelled and late < 0:
             return
         for each in lanes:
             each.wait()
         how_far = f"after {self.done} of {self.total} steps" if self.done else "before the first step"
+        error: Cancelled | DeadlineExceeded
         if cancelled:
-            raise Cancelled(f"the call was cancelled {how_far}")
-        if self.done:
-            raise DeadlineExceeded(f"the deadline passed {how_far}: allow more time, or ask for less")
-        raise DeadlineExceeded(f"the deadline had passed by {late:.3g} s {how_far}: give {HOW}")
+            error = Cancelled(f"the call was cancelled {how_far}")
+        elif self.done:
+            error = DeadlineExceeded(f"the deadline passed {how_far}: allow more time, or ask for less")
+        else:
+            error = DeadlineExceeded(f"the deadline had passed by {late:.3g} s {how_far}: give {HOW}")
+        error.between_steps = True
+        raise error
 
 
 def _check(cancel: Flag | None) -> None:

@@ -59,9 +59,13 @@ class NotFiniteError(EpsrtError):
 class Cancelled(EpsrtError):
     """A call's `cancel` was set. The message says how many of its steps were taken."""
 
+    between_steps = False  # True where it is epsrt that raised it, so that lanes are whole
+
 
 class DeadlineExceeded(EpsrtError, TimeoutError):
     """A call's `deadline` passed. The message says how many of its steps were taken."""
+
+    between_steps = False
 
 
 def seen(text: str) -> str:

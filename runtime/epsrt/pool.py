@@ -39,11 +39,11 @@ class LanePool:
             for i, sample in enumerate(samples):
                 lanes.write(i, sample)
             yield lanes
-        except (Cancelled, DeadlineExceeded):  # between two steps
-            self._put(key, lanes)
-            raise
-        except BaseException:
-            lanes.close()  # its state is anyone's guess
+        except BaseException as error:
+            if isinstance(error, Cancelled | DeadlineExceeded) and error.between_steps:
+                self._put(key, lanes)
+            else:
+                lanes.close()  # its state is anyone's guess
             raise
         self._put(key, lanes)
 

@@ -144,9 +144,9 @@ def _changed(file: str, text: str) -> Iterator[tuple[Mutant, ast.Module]]:
                 if not isinstance(node, ast.AST) or left_alone(parent, field, node):
                     continue
                 inside, at, span = where, statement, lines
-                if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                     inside, at = f"{where}.{node.name}".lstrip("."), node
-                    if isinstance(node, ast.FunctionDef):  # its defaults: whatever runs it
+                    if not isinstance(node, ast.ClassDef):  # its defaults: whatever runs it
                         span = node.lineno, node.end_lineno or 0
                 elif isinstance(node, ast.stmt):
                     at, body = node, getattr(node, "body", None)

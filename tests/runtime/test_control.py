@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from epsrt import Cancelled, DeadlineExceeded, EpsrtError, InputError, Sampler, errors
-from epsrt.control import LOOK
+from epsrt.control import LOOK, Control
 from numpy_engine import NumpyEngine, bundle
 
 STEPS = 6
@@ -138,6 +138,16 @@ class TestCancel:
             Sampler(engine).sample(1, cancel=Broken(at=2), **ASKED)
         assert engine.made[0].closed
 
+    @pytest.mark.parametrize("kind", [Cancelled, DeadlineExceeded])
+    def test_lanes_are_not_kept_where_a_signals_handler_raises_it_in_mid_step(self, engine, kind):
+        def fail(taken):
+            raise kind("from a handler")
+
+        engine.after = fail
+        with pytest.raises(kind, match="from a handler"):
+            Sampler(engine).sample(1, **ASKED)
+        assert engine.made[0].closed
+
 
 class TestDeadline:
     def test_no_step_begins_after_it(self, engine, monkeypatch):
@@ -183,6 +193,20 @@ class TestCost:
         advances = engine.made[0].heard.count("advance")
         assert flag.count == advances + 1 < steps / 2
         assert engine.made[0].heard[1:5] == ["advance", "wait ahead", "advance", "wait ahead"]
+
+    def test_slices_grow_and_shrink_with_the_time_they_take(self, monkeypatch):
+        """A step takes 0 s, then 7 ms, then 1 s: from below half of LOOK to above it."""
+        now, took = [0.0], [0.0] * 7 + [0.007] * 30 + [1.0] * 50
+        monkeypatch.setattr("epsrt.control.time", SimpleNamespace(monotonic=lambda: now[0]))
+        lanes = SimpleNamespace(wait=lambda ahead=0: None)
+        control, sizes = Control(Looks()), []
+        for steps in control.slices(0, len(took), [lanes]):
+            sizes.append(steps.stop - steps.start)
+            now[0] += sum(took[steps])
+        assert sizes[:3] == [1, 2, 4]
+        assert sizes[3:8] == [8, 4, 2, 1, 1]
+        assert set(sizes[8:]) == {1}
+        assert sum(sizes) == control.done == len(took)
 
     def test_long_steps_one_by_one(self, engine):
         flag = Looks()

@@ -92,6 +92,7 @@ HOSTILE = [
     ),
     ({"n": 1, "size": count(2, 2)}, "is not .height, width., two whole numbers of pixels"),
     ({"n": 1, "size": (HUGE, 2)}, "size is a number of 5001 digits"),
+    ({"n": 2, "size": (128, 512)}, f"n = 2 samples at once take .* over bytes = 1048576, this sampler's limit: {RUNS}"),
     ({"n": 90, "size": (64, 64)}, f"n = 90 samples at once take .* over bytes = 1048576, this sampler's limit: {RUNS}"),
 ]
 
