@@ -39,8 +39,7 @@ def images(path: Path, bundle: Bundle, size: Size | None = None, smaller: bool =
     size     height and width that they must have, or with `smaller` may not exceed; None: any that the bundle takes
     """
     m = bundle.manifest
-    if not path.exists():
-        raise InputError(f"{path} does not exist: {WAY_OUT}")
+    check_there(path)
     if path.suffix.lower() == ".npz" and not path.is_dir():
         found = samples(path)
         _check_size(path, found.shape[2:], bundle, size, smaller)
@@ -58,7 +57,7 @@ def images(path: Path, bundle: Bundle, size: Size | None = None, smaller: bool =
     return from_images(stacked(picture_files(path), pictures), m.value_range)
 
 
-def latents(path: Path, bundle: Bundle, size: Size | None = None) -> tuple[Float32, list[int] | None]:
+def latents(path: Path, bundle: Bundle, size: Size | None = None) -> tuple[Float32, list[int | None] | None]:
     """float32 [n, C, H, W] of an .npz, and its labels where it has any that are not all the null label."""
     if path.suffix.lower() != ".npz" or path.is_dir():
         raise InputError(f"{path} holds no latents: give the .npz that epsrt invert, or epsrt sample, wrote")
@@ -70,15 +69,15 @@ def latents(path: Path, bundle: Bundle, size: Size | None = None) -> tuple[Float
     return given, labels_in(path, bundle, len(found))
 
 
-def labels_in(path: Path, bundle: Bundle, count: int) -> list[int] | None:
-    """The labels that an .npz keeps beside its samples; None where it has none, or the null label alone."""
+def labels_in(path: Path, bundle: Bundle, count: int) -> list[int | None] | None:
+    """The labels that an .npz keeps beside its samples, the null label as None; None where it has no others."""
     found = arrays_of(path, "label").get("label") if path.suffix.lower() == ".npz" and path.is_file() else None
     if found is None or found.size == 0 or not bundle.labelled:
         return None
     if found.dtype.kind not in "iu" or found.shape != (count,):
         raise InputError(f"{path} has labels {found.dtype} {list(found.shape)} for {count} samples: give --labels")
-    labels: list[int] = found.tolist()
-    return None if set(labels) == {bundle.manifest.null_label} else labels
+    labels = [None if label == bundle.manifest.null_label else label for label in found.tolist()]
+    return None if set(labels) == {None} else labels
 
 
 def masked(
@@ -114,7 +113,7 @@ def _mask(text: str, bundle: Bundle, size: tuple[int, ...]) -> NDArray[Any]:
     if region is not None:
         return _region(text, region.groups(), size)
     path = Path(text)
-    if not path.exists():
+    if not (path.is_file() or path.is_dir()):
         raise InputError(f"--mask {text} is no file, and no region such as 0:4,: (the upper four rows)")
     found: NDArray[Any]
     if path.suffix.lower() == ".npz" and not path.is_dir():
@@ -145,6 +144,12 @@ def _region(text: str, ends: tuple[str, ...], size: tuple[int, ...]) -> Float32:
     return kept
 
 
+def check_there(path: Path, way_out: str = WAY_OUT) -> None:
+    """Refuse what is neither a file nor a folder; a named pipe would be waited for."""
+    if not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path} {'is no file' if path.exists() else 'does not exist'}: {way_out}")
+
+
 def samples(path: Path) -> NDArray[Any]:
     """The samples of an .npz of epsrt's, as they are. Raises InputError when it is another file."""
     found = arrays_of(path, "samples").get("samples")
@@ -157,8 +162,7 @@ def samples(path: Path) -> NDArray[Any]:
 
 def arrays_of(path: Path, *names: str) -> dict[str, NDArray[Any]]:
     """Those of the arrays that an .npz has."""
-    if not path.exists():
-        raise InputError(f"{path} does not exist: give an .npz that epsrt sample wrote")
+    check_there(path, "give an .npz that epsrt sample wrote")
     found = {}
     with reading(path, "is no .npz that can be read", WAY_OUT), zipfile.ZipFile(path) as archive:
         for name in names:
@@ -175,7 +179,7 @@ def picture_files(path: Path) -> list[Path]:
     """The pictures of a folder by name, 2 before 10, or the one file."""
     if not path.is_dir():
         return [path]
-    found = [p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+    found = [p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()]
     found.sort(
         key=lambda p: [(int(part), "") if part.isdigit() else (-1, part) for part in re.split("([0-9]+)", p.name)]
     )

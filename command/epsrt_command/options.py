@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations, product
+from os.path import realpath
 from pathlib import Path
-from typing import Annotated, TypedDict, TypeVar
+from typing import Annotated, Any, TypedDict, TypeVar
 
 from typer import Option
 
@@ -19,7 +20,7 @@ from epsrt.request import Arguments
 from epsrt_command import show
 
 LabelsOption = Annotated[
-    str | None, Option(help="Classes, by number or name: one for all, or one an image, with commas.")
+    str | None, Option(help="Classes, by number or name: one for all, or one an image, with commas; none for no label.")
 ]
 SizeOption = Annotated[
     str | None, Option(metavar="HxW", help="Height and width, e.g. 16x24, of a bundle with sizes; by default its own.")
@@ -181,14 +182,16 @@ def whole_numbers(option: str, text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def classes_of(what: str, text: str | None, names: tuple[str, ...]) -> list[int] | None:
-    """Numbers or class names, with commas between them; `what` says of which kind."""
+def classes_of(what: str, text: str | None, names: tuple[str, ...]) -> list[Any] | None:
+    """Numbers or class names, with commas between them; `what` says of which kind. A label may be none: None."""
     if text is None:
         return None
-    found = []
+    found: list[int | None] = []
     for word in (w.strip() for w in text.split(",")):
         if word in names:
             found.append(names.index(word))
+        elif word == "none" and what == "label":
+            found.append(None)
         elif re.fullmatch(r"-?[0-9]{1,18}", word):
             found.append(int(word))
         else:
@@ -209,5 +212,5 @@ def names_in(bundle: Bundle) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def check_apart(writes: Mapping[str, Path | None], reads: Mapping[str, Path | None]) -> None:
     """Refuse two options that name one file where one of them is to be written."""
     for (one, a), (other, b) in [*combinations(writes.items(), 2), *product(writes.items(), reads.items())]:
-        if a is not None and b is not None and a.resolve() == b.resolve():
+        if a is not None and b is not None and realpath(a) == realpath(b):
             raise InputError(f"--{one} and --{other} name one file: choose two")

@@ -14,7 +14,7 @@ from PIL import Image
 from epsrt.errors import InputError
 from epsrt.files import whole_directory, whole_file
 from epsrt.images import to_images
-from epsrt.manifest import Manifest
+from epsrt.manifest import Manifest, check_outside
 from epsrt.types import Float32, UInt8
 
 KINDS = {".png": ".png (a grid)", ".npz": ".npz", "": "none (a folder of PNGs)", ".gif": ".gif (animated)"}
@@ -34,16 +34,17 @@ def check_target(path: Path, m: Manifest, option: str = "--out", kinds: tuple[st
         raise InputError(f"{option} {path}: {what} make no picture{way}")
     if path.suffix == "" and path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{option} {path} exists and is not an empty folder: choose another name")
-    if path.resolve() == Path.cwd():
+    if os.path.realpath(path) == os.getcwd():
         raise InputError(f"{option} {path} is the folder you are in: choose another name")
     check_writable(path, option)
 
 
 def check_writable(path: Path, option: str = "--out") -> None:
     """Refuse a file where a directory is, and a place that cannot be written to."""
-    if path.suffix and path.is_dir():
-        raise InputError(f"{option} {path} is a directory: choose another name")
-    there = next(p for p in path.resolve().parents if p.exists())
+    if path.suffix and path.exists() and not path.is_file():
+        raise InputError(f"{option} {path} is {'a directory' if path.is_dir() else 'no file'}: choose another name")
+    check_outside(path, option)
+    there = next(p for p in Path(os.path.realpath(path)).parents if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"{option} {path}: {there} cannot be written to")
 

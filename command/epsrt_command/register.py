@@ -15,7 +15,7 @@ HELP = {"help_option_names": ["-h", "--help"]}
 
 
 class Command(typer.core.TyperCommand):
-    """A subcommand that takes no empty value: it would mean the folder that one is in, where a path is asked for."""
+    """A subcommand that takes no empty value, which would mean the folder that one is in, and no pipe."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for before, word in zip(["", *args], args, strict=False):
@@ -23,6 +23,10 @@ class Command(typer.core.TyperCommand):
             if name is not None:
                 what = name if name.startswith("-") and "=" not in name else "an argument"
                 raise InputError(f"{what} is empty: give it a value, or leave it out")
+            if word == "-" or (word.startswith("--") and word.endswith("=-")):
+                raise InputError(
+                    "- is no file: epsrt reads and writes files, no pipes, so give a name, ./- for this one"
+                )
         return super().parse_args(ctx, args)
 
 

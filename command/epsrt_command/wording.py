@@ -15,7 +15,7 @@ from epsrt.request import Arguments
 from epsrt_command.app import app
 
 ALIASES = {"x": "latents"}  # arguments that have another name as a parameter of a subcommand
-ADVICE = ("give", "leave", "lower")  # the verbs before a name that is meant as one
+ADVICE = ("give", "leave", "lower", "as")  # the verbs before a name that is meant as one
 
 
 def options_of(command: Any) -> dict[str, str]:

@@ -19,7 +19,19 @@ from epsrt.bundle import Bundle
 from epsrt.engines import open_engine
 from epsrt.errors import EpsrtError, InputError, one_of
 from epsrt.files import sha256, whole_directory
-from epsrt.manifest import GOLDEN, MANIFEST, PARITY, FileEntry, Manifest, Rung, Sizes, StepGraph, digest, render
+from epsrt.manifest import (
+    GOLDEN,
+    MANIFEST,
+    PARITY,
+    FileEntry,
+    Manifest,
+    Rung,
+    Sizes,
+    StepGraph,
+    check_outside,
+    digest,
+    render,
+)
 from epsrt.parity.golden import Golden
 from epsrt.schedule import Schedule
 from epsrt.types import OnProgress, Shape
@@ -76,6 +88,7 @@ def export(
     check_choices(source, wanted, others, classifier is not None)
     if out.exists() and not (out / MANIFEST).is_file():
         raise InputError(f"{out} exists and is not a bundle: choose another name, or remove it")
+    check_outside(out)
     source = dataclasses.replace(source, network=ready(source.network), sha256=source.weights_sha256)
     judge = None if classifier is None else classifier_for(source, classifier)
     recipe = _recipe(source, others, judge, masked, opset)

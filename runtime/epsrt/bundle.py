@@ -224,7 +224,10 @@ class Bundle:
         return self.manifest.classes > 0
 
     def label_of(self, label: int | None) -> int:
-        """The network's label for a request: None is the null label. Raises InputError where none fits."""
+        """The network's label for a request: a class, or None for the null label, which has no number of its own here.
+
+        Raises InputError where none fits.
+        """
         m = self.manifest
         if not self.labelled:
             if label is not None:
@@ -234,8 +237,11 @@ class Bundle:
             if m.null_label is None:
                 raise InputError(f"{self.path.name} needs labels, 0 … {m.classes - 1}, and knows no null label")
             return m.null_label
-        if label == m.null_label and is_whole(label):
-            return int(label)
+        if is_whole(label) and label == m.null_label == m.classes:
+            raise InputError(
+                f"label {label} is no class of {self.path.name}, which has 0 … {m.classes - 1}: to draw without a "
+                "label, leave labels out, or give none"
+            )
         return self._class_of("label", label, m.classes)
 
     def target_of(self, label: int) -> int:

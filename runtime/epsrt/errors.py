@@ -88,11 +88,15 @@ def one_line(error: object, most: int | None = None) -> str:
 
 
 def one_of(word: str, known: Iterable[str]) -> str:
-    """The way out of an unknown name: the near ones first, then all."""
+    """The way out of an unknown name: the near ones first, then all. Near dpm++ is dpmpp-2m, say."""
     from difflib import get_close_matches  # only where something went wrong
 
     names = list(known)
-    near = get_close_matches(str(word).lower(), names, cutoff=0.5)
+    plain = re.sub(r"[^a-z0-9]", "", word.lower().replace("+", "p"))
+    kept = {name: re.sub(r"[^a-z0-9]", "", name.lower()) for name in names}
+    near = [name for name, letters in kept.items() if plain and letters.startswith(plain)]
+    near = near or [name for name, letters in kept.items() if len(plain) > 2 and plain in letters]
+    near = near[:3] or get_close_matches(word.lower(), names, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return f"{hint}use one of {', '.join(names)}"
 

@@ -94,8 +94,9 @@ def _folder_of(path: Path) -> Iterator[Path]:
     held = None
     while held is None:  # another's sweep may take it before it is held
         folder = path.with_name(f".{path.stem}.{secrets.token_hex(6)}{path.suffix}")
-        folder.mkdir()
-        held = _hold(folder, wait=True)
+        with naming(path, folder):
+            folder.mkdir()
+            held = _hold(folder, wait=True)
     try:
         with naming(path, folder / path.name):
             yield folder

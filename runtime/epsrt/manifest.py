@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from epsrt.errors import BundleError
+from epsrt.errors import BundleError, InputError
 from epsrt.noise_levels import Prediction
 from epsrt.plan import FEATURES, STEP_COLUMNS
 from epsrt.schedule import Schedule
@@ -193,6 +193,14 @@ def digest(manifest: Manifest) -> str:
 def render(manifest: Manifest) -> bytes:
     """The bytes of manifest.json; a file that differs from them in one byte is refused."""
     return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=2) + b"\n"
+
+
+def check_outside(path: Path, option: str = "") -> None:
+    """Raise InputError for a file to be written into a bundle, which could not be opened with it any more."""
+    for folder in path.absolute().parents:
+        if (folder / MANIFEST).is_file() and (folder / GOLDEN).is_file():
+            what = f"{option} {path}".strip()
+            raise InputError(f"{what} lies in the bundle {folder.name}, which it would damage: choose another folder")
 
 
 def check_fields(path: Path, m: Manifest) -> None:

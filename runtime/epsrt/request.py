@@ -26,7 +26,7 @@ class Arguments(Options, total=False):
     plan            a Plan, instead of method, steps and options
     seed, first     sample i is (seed, first + i), the same in any batch and after any restart
     seeds           one seed a sample instead, each with index `first`
-    labels          the class of each sample, or one for all; None is the null label of a conditional network
+    labels          the class of each sample, or one for all; None alone is a conditional network's null label
 
     guidance        weight w of classifier-free guidance, u + w·(c − u), one for all or one a sample: 1 is none, 0
                     ignores the label; by default the bundle's (arXiv 2207.12598). A guided step is one engine call at

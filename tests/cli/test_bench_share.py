@@ -66,7 +66,7 @@ def test_what_is_shared_can_be_compared_and_names_nobody(digits_bundle_path: Pat
             "--share none/shared.json: the folder none does not exist: make it, or choose",
         ),
         (("--share", "shared.txt"), "--share shared.txt: the suffix must be .json"),
-        (("--share", "folder.json"), "--share folder.json cannot be written"),
+        (("--share", "folder.json"), "--share folder.json is a directory: choose another name"),
         (("--share", "r.json", "--out", "r.json"), "--out and --share name one file: choose two"),
         (("--peak-tflops", "0"), "--peak-tflops 0.0 is no peak: give a number above 0"),
         (("--peak-gbs", "inf"), "--peak-gbs inf is no peak: give a number above 0"),

@@ -123,6 +123,10 @@ def test_sample_json(bundle_path: Path, tmp_path: Path) -> None:
         (("--spacing", "odd"), "spacing 'odd' is unknown"),
         (("--seed", 1 << 64), "outside 0 … 2^64 − 1"),
         (("--labels", "3,11"), "label 11 is outside 0 … 9"),
+        (
+            ("--labels", "3,10"),
+            "label 10 is no class of tiny.epsrt, which has 0 … 9: to draw without a label, leave --labels",
+        ),
         (("--labels", "cat"), "label 'cat' is neither"),
         (("-n", 3, "--labels", "1,2"), "2 labels for 3 samples"),
         (("-n", 0), "-n 0: ask for at least 1"),
@@ -308,3 +312,20 @@ def test_what_is_no_option_is_one_sentence(arguments: tuple[str, ...], sentence:
     (line,) = done.stderr.splitlines()
     assert line.startswith("epsrt: ")
     assert sentence in line
+
+
+def test_no_label_is_asked_for_as_none(bundle_path: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, words in {
+        "none": ("--labels", "none,none"),
+        "left out": ("-n", "2"),
+        "mixed": ("--labels", "3,none"),
+    }.items():
+        run("sample", bundle_path, "--steps", 2, "--engine", "onnxruntime", *words, "--out", tmp_path / "a.npz")
+        with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
+            found[name] = list(file["label"]), file["samples"]
+    np.testing.assert_array_equal(found["none"][1], found["left out"][1])
+    assert (found["none"][0], found["mixed"][0]) == ([10, 10], [3, 10])
+    run("invert", bundle_path, "--init", tmp_path / "a.npz", "--steps", 2, "--no-check", "--out", tmp_path / "b.npz")
+    with np.load(tmp_path / "b.npz", allow_pickle=False) as file:
+        assert list(file["label"]) == [3, 10]  # as they were kept

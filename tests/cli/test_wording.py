@@ -30,6 +30,7 @@ OPTIONS = {"n": "-n", "x": "--latents"} | {
             "plan 'give labels' begins from noise: give --strength",
         ),
         ("a first = b", "a first = b"),
+        ("begins from images: give them as init", "begins from images: give them as --init"),
         ("eta = 2 is outside", "eta = 2 is outside"),  # which this command has not
         ("exports of first=3 and (labels=)", "exports of first=3 and (--labels)"),
     ],

@@ -402,13 +402,21 @@ def unconditional(plain_bundle_path):
 class TestLabels:
     def test_classes_pass_and_none_is_the_null_label(self, conditional):
         assert conditional.labelled
-        assert [conditional.label_of(i) for i in (0, 9, np.int64(3), 10)] == [0, 9, 3, 10]
+        assert [conditional.label_of(i) for i in (0, 9, np.int64(3))] == [0, 9, 3]
         assert conditional.label_of(None) == 10
 
     @pytest.mark.parametrize("label", [-1, 11, 1.0, "3", True, np.int64(-1), 2**63])
     def test_others_are_refused(self, conditional, label):
         with pytest.raises(InputError, match=r"label .* is outside 0 … 9, the classes of tiny.epsrt"):
             conditional.label_of(label)
+
+    @pytest.mark.parametrize("label", [10, np.int64(10)])
+    def test_the_null_label_has_no_number(self, conditional, label):
+        """Who counts the classes from 1 is told so."""
+        way = "to draw without a label, leave labels out, or give none"
+        with pytest.raises(InputError) as raised:
+            conditional.label_of(label)
+        assert str(raised.value) == f"label 10 is no class of tiny.epsrt, which has 0 … 9: {way}"
 
     def test_none_needs_a_null_label(self, copy_of, bundle_path):
         path = copy_of(bundle_path)

@@ -59,6 +59,18 @@ def test_one_line_of_a_paragraph():
 
 def test_a_near_name_comes_first():
     assert one_of("Heum", ["ddim", "heun", "euler"]).startswith("did you mean heun? use one of ddim, heun, euler")
+    methods = ["ddpm", "ddim", "euler", "euler-ancestral", "dpmpp-2s", "dpmpp-2m", "dpmpp-2m-sde"]
+    for word, near in {
+        "dpm++": "dpmpp-2s or dpmpp-2m or dpmpp-2m-sde",
+        "DPM++ 2M": "dpmpp-2m or dpmpp-2m-sde",
+        "euler_a": "euler-ancestral",
+        "ancestral": "euler-ancestral",
+        "sde": "dpmpp-2m-sde",
+        "ddmp": "ddpm or ddim or dpmpp-2s",
+    }.items():
+        assert one_of(word, methods).startswith(f"did you mean {near}? use one of ddpm,"), word
+    for word in ("", "+-", "x"):
+        assert one_of(word, methods).startswith("use one of ddpm,")
     assert one_of("zzz", ["ddim", "heun"]) == "use one of ddim, heun"
 
 

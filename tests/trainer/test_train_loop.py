@@ -11,11 +11,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from epsrt.errors import BundleError, EpsrtError
+from epsrt.errors import BundleError, EpsrtError, InputError
 from epsrt_trainer.__main__ import main
 from epsrt_trainer.checkpoint import load_checkpoint
 from epsrt_trainer.dit import DiTConfig
 from epsrt_trainer.log import Progress
+from epsrt_trainer.presets import preset
 from epsrt_trainer.train import TrainConfig, draw, train
 
 FAST = TrainConfig(
@@ -377,3 +378,35 @@ def test_two_processes_equal_one(tmp_path):
     again = torchrun(tiny_arguments(tmp_path, two.name, **{"train.lr": 0.5}))  # every process must come to an end
     assert again.returncode != 0
     assert "another run, with train.lr" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("train.steps=ten", "train.steps = 'ten': give a whole number"),
+        ("train.steps=", "train.steps = '': give a whole number"),
+        ("train.steps=-3", "train.steps = -3 is below 1"),
+        ("train.lr=nan", "train.lr = 'nan': give a number"),
+        ("train.flip=1", "train.flip = 1: give true or false"),
+        ("train.dtype=foo", "train.dtype = 'foo': invalid enum value 'foo'"),
+        ("network.channel_multipliers=3", "network.channel_multipliers = 3: give a list"),
+        ('network.channel_multipliers=[1,"a"]', "network.channel_multipliers = [1, 'a']: give a whole number"),
+        ("network.heads=0", "network.heads = 0 makes no network: give at least 1"),
+        ("schedule.T=-1", "schedule: a schedule has 1 to 1,000,000 steps, not T = -1"),
+        ("train.stepz=3", "train.stepz is no setting: use one of"),
+    ],
+)
+def test_a_wrong_setting_is_named_as_it_was_given(setting, said):
+    with pytest.raises(InputError) as raised:
+        preset("digits", [setting])
+    assert str(raised.value).startswith(said)
+    assert "$" not in str(raised.value)
+
+
+def test_a_checkpoint_is_not_written_into_a_bundle(tmp_path, images, config, schedule):
+    """It could not be opened any more."""
+    for name in ("manifest.json", "golden.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"b.safetensors lies in the bundle .*, which it would damage: choose another"):
+        train(images, config, schedule, FAST, tmp_path / "a" / "b.safetensors")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["golden.safetensors", "manifest.json"]

@@ -188,7 +188,8 @@ def read_safetensors(path: Path, weights: bool = True) -> tuple[dict[str, Tensor
     if path.is_dir():
         raise BundleError(f"{path} is a directory, a bundle perhaps: give the checkpoint, *.safetensors")
     if not path.is_file():
-        raise BundleError(f"{path} does not exist: train a network first, or check the path")
+        what = "is no file" if path.exists() else "does not exist"
+        raise BundleError(f"{path} {what}: train a network first, or check the path")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys() if weights}, file.metadata() or {}  # noqa: SIM118
@@ -208,13 +209,30 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def decode(raw: Any, cls: type[T]) -> T:
-    """A dataclass from plain values. Raises InputError for a wrong type or an unknown field, with its path."""
+    """A dataclass from plain values. Raises InputError for a wrong type or an unknown field, by its path."""
     try:
         value = msgspec.convert(raw, cls)
     except msgspec.ValidationError as error:
-        raise InputError(_one_line(error)) from error
+        raise InputError(_located(str(error), raw)) from error
     _no_unknown(raw, value, "")
     return value
+
+
+KINDS = {"int": "a whole number", "float": "a number", "str": "a word", "bool": "true or false", "array": "a list"}
+
+
+def _located(said: str, raw: Any) -> str:
+    """msgspec's "Expected `int`, got `str` - at `$.train.steps`" as "train.steps = 'ten': give a whole number"."""
+    what, _, path = said.removesuffix("`").partition(" - at `$")
+    names, value = re.findall(r"[^.\[\]]+", path), raw
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else value
+    where = ".".join(name for name in names if not name.isdigit() and name != "...")
+    if isinstance(value, dict):  # what a dataclass says of its own fields
+        return f"{where}.{what}" if re.match(r"\w+ = ", what) else f"{where}: {what}" if where else what
+    if expected := re.match(r"Expected `(\w+)", what):
+        return f"{where} = {value!r}: give {KINDS.get(expected[1], f'a value of type {expected[1]}')}"
+    return f"{where} = {value!r}: {what[:1].lower()}{what[1:]}"
 
 
 def _metadata(path: Path, raw: Mapping[str, str]) -> _Meta:

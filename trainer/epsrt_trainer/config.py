@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from epsrt.errors import InputError
+from epsrt.manifest import check_outside
 from epsrt.schedule import Schedule
 from epsrt_trainer.classifier import ClassifierConfig
 from epsrt_trainer.data import Images
@@ -87,6 +88,7 @@ def check(data: Images, network: NetworkConfig, schedule: Schedule, config: Trai
         raise InputError(f"the images are {shapes[0]} but the network takes {shapes[1]}: set network.image_size")
     if out.suffix != ".safetensors":
         raise InputError(f"{out} is no name for a checkpoint: end it in .safetensors")
+    check_outside(out)
     if network.classes and data.classes > network.classes:
         raise InputError(f"the data have {data.classes} classes but the network {network.classes}: set network.classes")
     if isinstance(network, ClassifierConfig) and data.labels is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -182,13 +181,12 @@ def _batches(text: str | None, most: int) -> tuple[int, ...]:
 
 def _check_target(option: str, path: Path | None) -> None:
     """Refuse now what could only be found out after the first case. What is shared goes where somebody looks for it."""
+    from epsrt_command.pictures import check_writable
+
     if path is None:
         return
     if path.suffix.lower() != ".json":
         raise InputError(f"{option} {path}: the suffix must be .json")
-    own = path.absolute().parent
-    if option == "--share" and not own.is_dir():
+    if option == "--share" and not path.parent.is_dir():
         raise InputError(f"--share {path}: the folder {path.parent} does not exist: make it, or choose another")
-    folder = next(p for p in (own, *own.parents) if p.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"{option} {path} cannot be written: choose a file in a folder of yours")
+    check_writable(path, option)

@@ -152,8 +152,7 @@ def _named(text: str | None) -> dict[str, str]:
 
 def _images(path: Path, shape: tuple[int | None, ...]) -> UInt8:
     """uint8 [n, H, W, C]; pictures become as many channels as `shape` [C, H, W] has, and must have its size."""
-    if not path.exists():
-        raise InputError(f"{path} does not exist: {WAY_OUT}")
+    inputs.check_there(path, WAY_OUT)
     if path.suffix.lower() == ".npz" and not path.is_dir():
         return _stored(path)
     if shape[0] not in (1, 3):
