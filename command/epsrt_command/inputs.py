@@ -57,7 +57,7 @@ def images(path: Path, bundle: Bundle, size: Size | None = None, smaller: bool =
     return from_images(stacked(picture_files(path), pictures), m.value_range)
 
 
-def latents(path: Path, bundle: Bundle, size: Size | None = None) -> tuple[Float32, list[int | None] | None]:
+def latents(path: Path, bundle: Bundle, size: Size | None = None) -> tuple[Float32, list[Any] | None]:
     """float32 [n, C, H, W] of an .npz, and its labels where it has any that are not all the null label."""
     if path.suffix.lower() != ".npz" or path.is_dir():
         raise InputError(f"{path} holds no latents: give the .npz that epsrt invert, or epsrt sample, wrote")
@@ -69,7 +69,7 @@ def latents(path: Path, bundle: Bundle, size: Size | None = None) -> tuple[Float
     return given, labels_in(path, bundle, len(found))
 
 
-def labels_in(path: Path, bundle: Bundle, count: int) -> list[int | None] | None:
+def labels_in(path: Path, bundle: Bundle, count: int) -> list[Any] | None:
     """The labels that an .npz keeps beside its samples, the null label as None; None where it has no others."""
     found = arrays_of(path, "label").get("label") if path.suffix.lower() == ".npz" and path.is_file() else None
     if found is None or found.size == 0 or not bundle.labelled:
