@@ -41,8 +41,8 @@ class Sampler(Closing):
     It runs the smallest step graph that has what a call asks for, opened when first needed by `engine.on`. An engine
     that its caller opened stays open; Sampler.open owns the one that it opens.
 
-    Calls that are in work when the sampler is closed run to their end. Whatever ends a call early, an error, a flag or
-    a signal's exception, the next one makes the same samples as ever.
+    `limits` bound what one call may ask for. Calls that are in work when the sampler is closed run to their end.
+    Whatever ends a call early, an error, a flag or a signal's exception, the next one makes the same samples as ever.
     """
 
     def __init__(self, engine: Engine, *, limits: Limits | None = None):
