@@ -5,7 +5,7 @@ EXTRAS := cpu,openvino,export,train,cli,charts,signing,debug,tensorrt-rtx,dev,do
 # Their own requirements hold a torchvision that no CPU torch loads, and a hundred packages that no test needs.
 FOREIGN := denoising-diffusion-pytorch torchcfm monai
 
-.PHONY: demo samplers gallery test test-runtime lint mutants docs bench gpu clean
+.PHONY: demo samplers gallery test test-runtime lint mutants trust docs bench gpu clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
@@ -38,6 +38,11 @@ docs: .venv/installed
 mutants: .venv/installed
 	mkdir -p out
 	$(BIN)/python tests/mutation --json out/mutants.json
+
+# What an embedder may rely on, an hour on two cores; stopped, it goes on. atheris guides its fuzzing where it installs.
+trust: .venv/installed
+	$(BIN)/python -c 'import atheris' 2> /dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt atheris || true
+	$(BIN)/python tests/trust --json docs/evidence/trust.json
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/micro.py

@@ -13,9 +13,11 @@ from mkdocs.exceptions import PluginError
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [str(ROOT / name) for name in ("runtime", "export", "trainer", "command")]
+TRUST = ("machine", "mutations", "kills", "replacement", "soak", "fuzz")
 MADE = {  # a mark in a page, and the command that prints what stands in its place
     "<!-- epsrt_command.reference -->": ["-m", "epsrt_command.reference"],
     "<!-- docs/tools/results.py -->": ["docs/tools/results.py"],
+    **{f"<!-- docs/tools/trust.py {table} -->": ["docs/tools/trust.py", table] for table in TRUST},
 }
 LOADS = re.compile(
     r"<(?:script|img|iframe)[^>]*\ssrc=[\"']?https?:|<link[^>]*\srel=[\"']?(?:stylesheet|preconnect)[^>]*https?:"

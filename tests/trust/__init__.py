@@ -1,0 +1,1 @@
+"""What an embedder may rely on, tried: see __main__."""

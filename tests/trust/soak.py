@@ -1,0 +1,226 @@
+"""Random requests for a long time in one process: memory, descriptors, threads and images stay as they are.
+
+Several bundles are open at once, and now and then one is closed and opened again. Between requests that end there are
+wrong ones, ones that their caller stops, streams that nobody reads to their end, and errors that a callback raises.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import random
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from epsrt import Sampler
+from epsrt.errors import InputError
+from trust import bundles
+
+NAMES = ("format-5", "sized", "learned", "plain")
+METHODS = ("ddim", "ddpm", "dpmpp-2m", "euler", "heun")
+KINDS = 60  # different requests a bundle
+SLOPE = 1.0  # MiB in ten minutes, at most
+LONG = 600  # seconds: in less, memory says nothing
+WARM = 0.4  # the share of the time after which memory is looked at
+EVERY = 2.0  # seconds between two looks
+
+
+class Stopped(Exception):
+    """What a caller's own callback raises."""
+
+
+@dataclass
+class Found:
+    """What was seen: counts of what was asked, looks at memory (seconds, KiB), and findings in words."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    findings: list[str] = field(default_factory=list)
+    memory: list[tuple[float, int]] = field(default_factory=list)
+    before: dict[str, int] = field(default_factory=dict)
+    after: dict[str, int] = field(default_factory=dict)
+
+    def note(self, what: str, sentence: str) -> None:
+        self.counts[what] += 1
+        self.findings.append(f"{what}: {sentence}"[:400])
+
+    @property
+    def slope(self) -> float:
+        """MiB in ten minutes, by least squares over the looks after the warm-up."""
+        end = self.memory[-1][0]
+        late = np.array([look for look in self.memory if look[0] >= WARM * end])
+        return float(np.polyfit(late[:, 0], late[:, 1], 1)[0] * 600 / 1024)
+
+
+def kib() -> int:
+    """What this process alone keeps in memory, of its heaps and stacks: anonymous pages. Mapped files come and go."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Anonymous:"):
+            return int(line.split()[1])
+    raise AssertionError("the system does not tell")
+
+
+def held() -> dict[str, int]:
+    """Open descriptors, and threads, of this process."""
+    return {"descriptors": len(os.listdir("/proc/self/fd")), "threads": len(os.listdir("/proc/self/task"))}
+
+
+def request(sampler: Sampler, kind: int) -> dict[str, Any]:
+    """Request number `kind` of a bundle."""
+    rng, m = random.Random(f"trust 1: soak {sampler.bundle.path.name} {kind}"), sampler.bundle.manifest
+    features = rng.choice([features for _, features in bundles.runnable(m, "openvino")])
+    asked = bundles.request(m, features, n=rng.randrange(1, 2 * m.max_batch))
+    asked |= {"method": rng.choice(METHODS), "steps": rng.randrange(1, 9), "seed": rng.randrange(1 << 64)}
+    asked["batch"] = rng.randrange(1, m.max_batch + 1)
+    if "guidance" in features:
+        asked["guidance"] = rng.uniform(-1, 8)
+    if m.sizes is not None and "mask" not in features:
+        asked["size"] = tuple(
+            m.sizes.multiple * rng.randrange(1, m.sizes.largest // m.sizes.multiple + 1) for _ in "hw"
+        )
+    return asked
+
+
+class Soak:
+    """One process's soak of an engine."""
+
+    def __init__(self, engine: str, seed: int = 1):
+        self.engine, self.rng, self.found = engine, random.Random(f"trust 1: soak {engine} {seed}"), Found()
+        self.first: dict[tuple[str, int], int] = {}  # hashes of images
+        self.lock = threading.Lock()
+
+    @contextmanager
+    def all_open(self) -> Any:
+        self.samplers = {name: bundles.opened(bundles.path_of(name), self.engine) for name in NAMES}
+        try:
+            yield
+        finally:
+            for sampler in self.samplers.values():
+                sampler.close()
+            self.samplers.clear()
+            gc.collect()
+
+    def run(self, seconds: float) -> Found:
+        """Every kind of request once, and then at random until the time is over."""
+        logging.disable(logging.CRITICAL)
+        with self.all_open():  # a library's first use starts what stays
+            for name in NAMES:
+                self._draw(name, 0)
+        time.sleep(0.2)
+        self.found.before, began, looked = held(), time.monotonic(), 0.0
+        with self.all_open():
+            for name in NAMES:
+                for kind in range(KINDS):
+                    if time.monotonic() - began < WARM * seconds / 2:
+                        self._draw(name, kind)
+            while (now := time.monotonic() - began) < seconds:
+                self.once()
+                if now - looked >= EVERY:
+                    gc.collect()
+                    self.found.memory.append((now, kib()))
+                    looked = now
+        time.sleep(0.2)
+        self.found.after = held()
+        for what, amount in self.found.after.items():
+            if amount > self.found.before[what]:
+                self.found.note(what, f"{self.found.before[what]} before, {amount} after")
+        if seconds >= LONG and self.found.slope > SLOPE:
+            self.found.note("memory", f"it grows by {self.found.slope:.2f} MiB in 10 minutes")
+        return self.found
+
+    def once(self) -> None:
+        name, kind = self.rng.choice(NAMES), self.rng.randrange(KINDS)
+        ways = (
+            self._draw,
+            self._draw,
+            self._draw,
+            self._stop,
+            self._leave,
+            self._raise,
+            self._wrong,
+            self._both,
+            self._again,
+        )
+        try:
+            self.rng.choice(ways)(name, kind)
+        except Exception as error:
+            self.found.note("tracebacks", f"{name}, request {kind}: {error!r}")
+
+    def _draw(self, name: str, kind: int) -> None:
+        sampler = self.samplers[name]
+        images = sampler.sample(**request(sampler, kind))
+        seen = hash(images.tobytes())
+        with self.lock:
+            self.found.counts["requests"] += 1
+            if self.first.setdefault((name, kind), seen) != seen:
+                self.found.note("other images", f"{name}, request {kind}")
+
+    def _stop(self, name: str, kind: int) -> None:
+        """A caller that stops after the first step."""
+        sampler = self.samplers[name]
+        sampler.sample(**request(sampler, kind), on_step=lambda done, total: False)
+        self.found.counts["stopped"] += 1
+
+    def _leave(self, name: str, kind: int) -> None:
+        """A stream that is not read to its end."""
+        sampler = self.samplers[name]
+        stream = sampler.stream(**request(sampler, kind))
+        next(stream)
+        stream.close()
+        self.found.counts["left"] += 1
+
+    def _raise(self, name: str, kind: int) -> None:
+        """A callback that raises; its own error must come out."""
+
+        def fail(done: int, total: int) -> None:
+            raise Stopped
+
+        sampler = self.samplers[name]
+        try:
+            sampler.sample(**request(sampler, kind), on_step=fail)
+        except Stopped:
+            self.found.counts["raised"] += 1
+        else:
+            self.found.note("swallowed errors", f"{name}, request {kind}")
+
+    def _wrong(self, name: str, kind: int) -> None:
+        sampler = self.samplers[name]
+        wrong = self.rng.choice(
+            ({"steps": 0}, {"n": -1}, {"method": "none"}, {"batch": 10**9}, {"seed": -1}, {"size": (1, 1)})
+        )
+        try:
+            sampler.sample(**{**request(sampler, kind), **wrong})
+        except InputError:
+            self.found.counts["refused"] += 1
+        else:
+            self.found.note("accepted", f"{wrong}")
+
+    def _both(self, name: str, kind: int) -> None:
+        """Two threads at once, on one sampler."""
+        kinds = (kind, self.rng.randrange(KINDS))
+        threads = [threading.Thread(target=self._in_thread, args=(name, each)) for each in kinds]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _in_thread(self, name: str, kind: int) -> None:
+        try:
+            self._draw(name, kind)
+        except Exception as error:
+            self.found.note("tracebacks", f"{name}, request {kind}, one of two threads: {error!r}")
+
+    def _again(self, name: str, kind: int) -> None:
+        """Close a sampler and open it again; seldom, for it costs as much as many requests."""
+        if self.rng.random() < 0.1:
+            self.samplers[name].close()
+            self.samplers[name] = bundles.opened(bundles.path_of(name), self.engine)
+            self.found.counts["opened again"] += 1
+        self._draw(name, kind)
