@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from epsrt import Bundle, BundleError, EpsrtError, InputError, Sampler, Schedule, noise
-from epsrt.manifest import GOLDEN, MANIFEST, PARITY
+from epsrt.manifest import GOLDEN, MANIFEST, PARITY, SIGNATURE
 from epsrt.timesteps import spaced
 from epsrt.verify import verify
 from epsrt_export import ParityError, export_network, families, golden
@@ -368,8 +368,13 @@ except OSError as error:
         assert os.listdir(tmp_path) == []
 
     def test_a_good_export_replaces_the_old_bundle(self, tmp_path, small_bundle_path):
+        """Its signature and engine files, which were of it alone, too."""
         out = shutil.copytree(small_bundle_path, tmp_path / "some.epsrt")
+        (out / SIGNATURE).write_text("of the old one")
+        (out / "engines").mkdir()
         made = put(out)
+        assert not (out / SIGNATURE).exists()
+        assert not (out / "engines").exists()
         assert made.manifest.digest != Bundle.open(small_bundle_path).manifest.digest
         assert Bundle.open(out) == made
         assert os.listdir(tmp_path) == ["some.epsrt"]
