@@ -1,34 +1,26 @@
-"""Pack: an archive of a bundle and of what a CPU engine compiles and proves of it, for machines of one kind."""
+"""Pack: an archive of a bundle and of what an engine compiles and proves of it, for machines of one kind."""
 
 from __future__ import annotations
 
 import shutil
 import tarfile
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
-
-import msgspec
 
 from epsrt.bundle import Bundle
-from epsrt.engine import Engine
 from epsrt.engines.cache.brought import ship_proof
-from epsrt.engines.cache.key import Key
 from epsrt.engines.cache.store import EngineCache
 from epsrt.errors import BundleError, InputError
 from epsrt.files import whole_file
-from epsrt.manifest import MANIFEST, SIGNATURE, Rung
+from epsrt.manifest import MANIFEST, SIGNATURE
 from epsrt.types import OnProgress, Size
-from epsrt.warming import engines_of, model_of, wanted_of
-
-if TYPE_CHECKING:
-    from epsrt.engines.cpu.openvino import OpenVino
+from epsrt.warming import engines_of, kept_of, wanted_of
 
 
 @dataclass(frozen=True)
 class Pack:
-    """An archive, and how many compiled models and proofs are in it."""
+    """An archive, and how many compiled models (or TensorRT's engine files) and proofs are in it."""
 
     path: Path
     models: int
@@ -39,6 +31,7 @@ def pack(
     bundle: Bundle,
     out: Path,
     batches: Iterable[int] | None = None,
+    engine: str = "openvino",
     *,
     precision: str | None = None,
     sizes: Iterable[Size | None] = (None,),
@@ -47,15 +40,15 @@ def pack(
     private_key: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Pack:
-    """Write a tar archive of a bundle's folder, with OpenVINO's models and proofs for machines like this in engines/.
+    """Write a tar archive of a bundle's folder, with an engine's models and proofs for machines like this in engines/.
 
     What lacks in the engine cache is compiled and proven now: arguments as in epsrt.warm. Opened with
-    trust_engines=True, the unpacked bundle compiles and proves nothing anew where the processor, OpenVINO's version and
-    the threads are those of here. Engine files that came with the bundle are left out. `private_key` signs all that is
-    packed: see epsrt.signing.sign.
+    trust_engines=True, the unpacked bundle compiles and proves nothing anew where the processor or GPU, the engine's
+    version and the threads are those of here. Engine files that came with the bundle are left out. `private_key` signs
+    all that is packed: see epsrt.signing.sign.
 
-    Raises EngineError where OpenVINO does not run here, or the cache keeps nothing, and InputError for an `out` in the
-    bundle itself.
+    Raises EngineError where the engine does not run here, or the cache keeps nothing, and InputError for an engine that
+    has nothing to pack, and for an `out` in the bundle itself.
     """
     if out.resolve().is_relative_to(bundle.path.resolve()):
         raise InputError(f"{out} lies in the bundle itself: give a place outside of it")
@@ -65,14 +58,17 @@ def pack(
         copy.mkdir(parents=True)
         for name in (MANIFEST, *bundle.manifest.files):
             shutil.copyfile(bundle.path / name, copy / name)
-        with engines_of(bundle, "openvino", precision, features, threads, on_progress) as engines:
+        with engines_of(bundle, engine, precision, features, threads, on_progress) as engines:
             for running in engines:
-                if (proof := _proof(running)) is not None:
-                    proofs.add(ship_proof(*proof, copy))
                 for batch, size in wanted:
-                    entry = model_of(running, batch, size)
-                    assert entry is not None  # of OpenVINO
-                    models.add(EngineCache().ship(entry, copy).path)
+                    kept = kept_of(running, batch, size)
+                    if kept is None:
+                        raise InputError(f"engine {running.name} compiles and proves nothing: take the bundle as it is")
+                    if kept.entry is not None:
+                        models.add(EngineCache().ship(kept.entry, copy).path)
+                    for proof in kept.proofs:
+                        if (rungs := proof.kept()) is not None:
+                            proofs.add(ship_proof(proof.key, rungs, copy))
         if private_key is not None:
             from epsrt.signing import sign  # with its libraries, which nobody else needs
 
@@ -84,14 +80,6 @@ def pack(
         with tarfile.open(beside, "w") as archive:
             archive.add(copy, bundle.path.name, filter=_anyones)
     return Pack(out, len(models), len(proofs))
-
-
-def _proof(running: Engine) -> tuple[Key, list[Rung]] | None:
-    """What the cache says of bf16 for an engine's step graph: it decides what a sampler runs unasked."""
-    own = cast("OpenVino", running).proof()
-    key = msgspec.structs.replace(own.key, precision="bf16")
-    rungs = replace(own, key=key).kept()
-    return None if rungs is None else (key, rungs)
 
 
 def _anyones(file: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from epsrt.bundle import Bundle
 from epsrt.engine import Engine
@@ -14,8 +14,7 @@ from epsrt.errors import EngineError, InputError
 from epsrt.types import OnProgress, Size
 
 if TYPE_CHECKING:
-    from epsrt.engines.cache.entry import Entry
-    from epsrt.engines.cpu.openvino import OpenVino
+    from epsrt.engines.proof import Kept
 
 
 def warm(
@@ -44,9 +43,9 @@ def warm(
     before, wanted = set(_files(opened)), wanted_of(opened, batches, sizes)
     with engines_of(opened, engine, precision, features, threads, on_progress) as engines:
         for running in engines:
-            models = [model_of(running, batch, size) for batch, size in wanted]
-            if not all(model is None or model.path.exists() for model in models):
-                raise InputError(f"the engine cache does not keep all {len(models)} models of a graph: ask for fewer")
+            kept = [kept_of(running, batch, size) for batch, size in wanted]
+            if not all(each is None or each.entry is None or each.entry.path.exists() for each in kept):
+                raise InputError(f"the engine cache does not keep all {len(kept)} models of a graph: ask for fewer")
     return [path for path in _files(opened) if path not in before]
 
 
@@ -58,20 +57,20 @@ def wanted_of(
     return list(dict.fromkeys((batch, size) for size in many for batch in counts))
 
 
-def model_of(running: Engine, batch: int, size: Size | None) -> Entry | None:
-    """The file in the engine cache of what lanes run, made now if need be; None for an engine that compiles nothing.
+def kept_of(running: Engine, batch: int, size: Size | None) -> Kept | None:
+    """What lanes come from, made now if need be; None for an engine that compiles and proves nothing.
 
     Raises what lanes raise, and EngineError where the cache does not keep it.
     """
     running.lanes(batch, size).close()
-    if running.name != "openvino":
-        return None
-    from epsrt.engines.cache.private import ELSEWHERE
+    return running.kept(batch, size) if isinstance(running, Keeping) else None
 
-    entry = cast("OpenVino", running).kept(batch, size)
-    if entry is None:
-        raise EngineError(f"the model for batch {batch} was compiled, and is not kept: {ELSEWHERE}")
-    return entry
+
+@runtime_checkable
+class Keeping(Protocol):
+    """An engine that compiles or proves, and has the engine cache keep it."""
+
+    def kept(self, batch: int, size: Size | None = None) -> Kept: ...
 
 
 @contextmanager

@@ -217,6 +217,12 @@ def test_an_archive_in_the_bundle_itself_is_refused(copy_of, small_bundle_path):
     assert tree(path) == tree(small_bundle_path)
 
 
+def test_an_engine_that_compiles_nothing_is_refused(small_bundle_path, tmp_path):
+    with pytest.raises(InputError, match="engine onnxruntime compiles and proves nothing: take the bundle as it is"):
+        pack(Bundle.open(small_bundle_path), tmp_path / "out.tar", [1], "onnxruntime", threads=1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_pack_that_fails_leaves_nothing(small_bundle_path, tmp_path, monkeypatch):
     (tmp_path / "out.tar").write_text("an older one")
     monkeypatch.setattr("tarfile.TarFile.add", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))

@@ -93,6 +93,12 @@ def test_bad_arguments(small_bundle_path, tmp_path):
 
 def test_a_cache_that_keeps_nothing_is_said(small_bundle_path, cache, monkeypatch):
     cache.directory.write_text("a file")
+    with pytest.raises(EngineError, match="cannot be made .*: set EPSRT_CACHE to a directory that you can write"):
+        warm(small_bundle_path, [1], **ON)
+
+
+def test_a_model_that_is_not_kept_is_said(small_bundle_path, monkeypatch):
+    monkeypatch.setattr(EngineCache, "store", lambda *_, **__: (_ for _ in ()).throw(EngineError("full")))
     with pytest.raises(EngineError, match="the model for batch 1 was compiled, and is not kept: set EPSRT_CACHE"):
         warm(small_bundle_path, [1], **ON)
 

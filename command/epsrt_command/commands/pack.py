@@ -22,16 +22,17 @@ def pack(
     bundle: show.BundleArgument,
     *,
     machines: Annotated[
-        Literal["here"], Option("--for", help="For which machines: those with this processor, OpenVINO and threads.")
+        Literal["here"], Option("--for", help="For which machines: those with this processor or GPU, and engine.")
     ] = "here",
     out: Annotated[Path | None, Option(help="The archive; by default BUNDLE.tar.")] = None,
+    engine: Annotated[str, Option(help="The engine whose models and proofs are packed.")] = "openvino",
     ahead: Ahead,
     key: Annotated[
         Path | None, Option(metavar="PEM", help="Sign all that is packed with this private key; see epsrt sign.")
     ] = None,
     as_json: show.JsonOption = False,
 ) -> None:
-    """Pack a bundle with OpenVINO's compiled models and proofs. Opened with trusted engines, it does neither anew."""
+    """Pack a bundle with what is compiled and proven of it. Run with --trust-engines, it does neither anew."""
     from epsrt.bundle import Bundle
 
     with needs("epsrt pack", "openvino"):
@@ -40,7 +41,7 @@ def pack(
     opened = Bundle.open(bundle)
     out = opened.path.with_name(f"{opened.path.name}.tar") if out is None else out
     with show.progress() as tell:
-        made = pack(opened, out, **ahead.asked(), private_key=key, on_progress=tell)
+        made = pack(opened, out, engine=engine, **ahead.asked(), private_key=key, on_progress=tell)
     facts = {"pack": str(out), "models": made.models, "proofs": made.proofs, "bytes": out.stat().st_size}
     if as_json:
         show.print_json({"bundle": opened.manifest.digest, **facts})

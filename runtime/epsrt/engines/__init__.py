@@ -78,7 +78,9 @@ def open_engine(
         if name.startswith("onnxruntime"):
             from epsrt.engines.gpu.onnxruntime import open_onnxruntime
 
-            return open_onnxruntime(bundle, graph, name, may_build=may_build, on_progress=on_progress)
+            return open_onnxruntime(
+                bundle, graph, name, trust_engines=trust_engines, may_build=may_build, on_progress=on_progress
+            )
         from epsrt.engines.gpu.tensorrt import open_tensorrt
 
         return open_tensorrt(

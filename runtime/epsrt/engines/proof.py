@@ -15,6 +15,7 @@ import msgspec
 
 from epsrt.engine import Engine
 from epsrt.engines.cache.brought import Brought
+from epsrt.engines.cache.entry import Entry
 from epsrt.engines.cache.key import Key
 from epsrt.engines.cache.private import ELSEWHERE
 from epsrt.engines.cache.store import EngineCache
@@ -109,3 +110,11 @@ class Proof:
         k = self.key
         words = (k.bundle[:16], Path(k.graph).stem, k.engine, k.version, k.gpu, *k.capabilities, k.precision, k.name)
         return "-".join((*filter(None, words),)) + ".parity"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What lanes came from: a file of the engine cache, where the engine keeps one, and what lets the engine run it."""
+
+    entry: Entry | None
+    proofs: tuple[Proof, ...]

@@ -7,22 +7,24 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from math import gcd
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from epsrt.bundle import Bundle
 from epsrt.engine import Closing, check_batch, check_threads
 from epsrt.engines.cache.brought import Brought
-from epsrt.engines.cache.entry import Entry
 from epsrt.engines.cache.key import Key, Options
+from epsrt.engines.cache.private import ELSEWHERE
 from epsrt.engines.cache.store import EngineCache
 from epsrt.engines.cpu.compiled import Compiled, CompiledModels
 from epsrt.engines.cpu.lanes import HostLanes, Run
 from epsrt.engines.libraries import errors_of, importing
-from epsrt.engines.proof import Proof
+from epsrt.engines.proof import Kept, Proof
 from epsrt.engines.signature import FREE, Signature, Tensor
 from epsrt.errors import EngineError, one_line
 from epsrt.machine import physical_cores
@@ -37,6 +39,7 @@ with importing("openvino", "engine openvino", 'pip install "epsrt[openvino]"'):
 
 LARGE = 4096  # elements of a weight that is worth to be halved
 DTYPES = {"f32": "float32", "i64": "int64"}  # OpenVINO's words, and NumPy's
+KEEPING = 60.0  # seconds that another process is given to keep a model
 KEPT_MODELS = 4  # of an engine: for each batch and size that it met last, each with weights of its own
 
 ERRORS = errors_of(bindings)
@@ -96,10 +99,21 @@ class OpenVino(Closing):
         """Of what the engine is worth for this bundle, by this library on this processor."""
         return Proof(self._kept.key((), {"proof": True}), self.precision, self._kept.brought)
 
-    def kept(self, batch: int, size: Size | None = None) -> Entry | None:
-        """The compiled model in the engine cache that lanes of a batch run; None where there is none."""
-        parts = gcd(batch, self.threads)
-        return EngineCache().have(self._key(batch // parts, self.bundle.image_shape(size), parts))
+    def kept(self, batch: int, size: Size | None = None) -> Kept:
+        """The compiled model that lanes of a batch run, and the proof that decides on bf16.
+
+        Raises EngineError where the cache does not keep the model.
+        """
+        parts, cache = gcd(batch, self.threads), EngineCache()
+        key = self._key(batch // parts, self.bundle.image_shape(size), parts)
+        entry = cache.have(key)
+        if entry is None:
+            with cache.lock(key, seconds=KEEPING):  # another process may just be keeping it
+                entry = cache.have(key)
+        if entry is None:
+            raise EngineError(f"the model for batch {batch} was compiled, and is not kept: {ELSEWHERE}")
+        proof = self.proof()
+        return Kept(entry, (replace(proof, key=msgspec.structs.replace(proof.key, precision="bf16")),))
 
     def _key(self, batch: int, image: tuple[int, int, int], parts: int) -> Key:
         options: Options = {"parts": parts, "threads": self.threads, "size": "{}x{}".format(*image[1:])}

@@ -91,7 +91,7 @@ class EngineFiles:
         if lib.targets:
             lib.capability(gpu.arch)
         self.library, self.bundle, self.graph, self.gpu, self.cache = lib, bundle, graph, gpu, EngineCache()
-        self._trusted, self._plain = trusted, plain
+        self.trusted, self._plain = trusted, plain
         file, digest, name = source(bundle, graph).name, bundle.manifest.digest, bundle.path.name
         self._wanted = Wanted(digest, name, file, lib.engine, lib.version, gpu.name, gpu.arch, graph.precision)
 
@@ -105,9 +105,9 @@ class EngineFiles:
             self.cache.find(self._wanted),
             fitting(shipped(self.bundle.path, self.bundle.signed), self._wanted),
         )
-        if brought and not own and not self._trusted:
+        if brought and not own and not self.trusted:
             raise refusal(brought[0], self.command())
-        return own + (brought if self._trusted else [])
+        return own + (brought if self.trusted else [])
 
     def make(self, batch: int, say: Say, on_progress: OnProgress | None = None) -> Entry:
         """One for exactly this batch, built unless the cache has just got it; see `make_engine_file`."""

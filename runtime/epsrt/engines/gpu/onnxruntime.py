@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 
 from epsrt.bundle import Bundle
 from epsrt.engine import Closing, check_batch
+from epsrt.engines.cache.brought import Brought
 from epsrt.engines.cache.key import Key, Options
 from epsrt.engines.cache.store import EngineCache
 from epsrt.engines.dialects import open_in_dialect
@@ -20,7 +21,7 @@ from epsrt.engines.gpu.lanes import CHUNK, DeviceLanes
 from epsrt.engines.gpu.ort_session import Providers, Session
 from epsrt.engines.ort_library import ort, refuse_both_packages
 from epsrt.engines.probe import installed
-from epsrt.engines.proof import Proof
+from epsrt.engines.proof import Kept, Proof
 from epsrt.errors import EngineError, OutOfMemoryError
 from epsrt.manifest import StepGraph
 from epsrt.types import OnProgress, Shape, Size
@@ -56,6 +57,7 @@ class OnnxRuntimeCuda(Closing):
         others: Callable[[StepGraph], OnnxRuntimeCuda] | None = None,
         options: dict[str, str] | None = None,
         nhwc: bool | None = None,
+        trusted: bool = False,
     ):
         refuse_both_packages()
         if PROVIDERS[name] not in ort.get_available_providers():
@@ -75,7 +77,7 @@ class OnnxRuntimeCuda(Closing):
         self.max_batch = bundle.manifest.max_batch
         self.chunk = CHUNK
         self._others = others or (lambda graph: OnnxRuntimeCuda(bundle, graph, name, dialect, options=options))
-        self._more = options or {}
+        self._more, self._brought = options or {}, Brought(bundle, trusted)
         self._device = cuda.device()
         # TensorRT chooses layouts for itself; None: not timed yet
         self._nhwc = False if name == TENSORRT else True if nhwc is None and dialect == "cuda" else nhwc
@@ -108,7 +110,11 @@ class OnnxRuntimeCuda(Closing):
         key = Key(
             digest, self.graph.file, self.name, ort.__version__, gpu.name, (gpu.arch,), self.precision, (), options
         )
-        return Proof(key, f"{self.name} in dialect {self.dialect}")
+        return Proof(key, f"{self.name} in dialect {self.dialect}", self._brought)
+
+    def kept(self, batch: int, size: Size | None = None) -> Kept:
+        """No file of a batch, and the proof of the engine's own dialect where it runs that."""
+        return Kept(None, () if self.dialect == "cpu" else (self.proof(),))
 
     def _lanes(self, batch: int, shape: Shape, nhwc: bool) -> DeviceLanes:
         make = lambda buffers, stream: self._session(buffers, stream, nhwc)  # noqa: E731
@@ -186,18 +192,27 @@ class OnnxRuntimeCuda(Closing):
 
 
 def open_onnxruntime(
-    bundle: Bundle, graph: StepGraph, name: str, *, may_build: bool = True, on_progress: OnProgress | None = None
+    bundle: Bundle,
+    graph: StepGraph,
+    name: str,
+    *,
+    trust_engines: bool = False,
+    may_build: bool = True,
+    on_progress: OnProgress | None = None,
 ) -> OnnxRuntimeCuda:
     """The engine in its own dialect, where the bundle has it and the golden file proves it here; else the plain graph.
 
-    The proof is epsrt.verify's, once a bundle, library and GPU; with may_build=False only a kept one counts.
+    The proof is epsrt.verify's, once a bundle, library and GPU; with may_build=False only a kept one counts. With
+    `trust_engines` one that the bundle brings does too.
     """
 
     def on(graph: StepGraph) -> OnnxRuntimeCuda:
-        return open_onnxruntime(bundle, graph, name, may_build=may_build, on_progress=on_progress)
+        return open_onnxruntime(
+            bundle, graph, name, trust_engines=trust_engines, may_build=may_build, on_progress=on_progress
+        )
 
     def make(dialect: str) -> OnnxRuntimeCuda:
-        return OnnxRuntimeCuda(bundle, graph, name, dialect, others=on)
+        return OnnxRuntimeCuda(bundle, graph, name, dialect, others=on, trusted=trust_engines)
 
     return open_in_dialect(name, bundle, graph, make, may_build=may_build, on_progress=on_progress)
 

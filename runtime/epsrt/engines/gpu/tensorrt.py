@@ -13,6 +13,7 @@ import msgspec
 from epsrt.bundle import Bundle
 from epsrt.engine import Closing, Engine, check_batch
 from epsrt.engines import nvidia
+from epsrt.engines.cache.brought import Brought
 from epsrt.engines.cache.entry import Entry
 from epsrt.engines.cache.key import Options, batches, profile_words
 from epsrt.engines.dialects import DIALECTS, fault, own_dialect, say_plain
@@ -21,7 +22,7 @@ from epsrt.engines.gpu.engine_files import Choice, EngineFiles, above, holding, 
 from epsrt.engines.gpu.lanes import CHUNK, DeviceLanes
 from epsrt.engines.gpu.trt_library import library
 from epsrt.engines.gpu.trt_loaded import Compiled, Context, LoadedEngineFile
-from epsrt.engines.proof import Proof
+from epsrt.engines.proof import Kept, Proof
 from epsrt.errors import EngineError, OutOfMemoryError
 from epsrt.manifest import StepGraph
 from epsrt.types import OnProgress, Say, Shape, Size
@@ -72,6 +73,7 @@ class TensorRt(Closing):
         self._runtime = files.library.runtime()
         self._loaded: OrderedDict[tuple[Path, str], tuple[Entry, LoadedEngineFile]] = OrderedDict()
         self._loading, self._building = threading.Lock(), threading.RLock()
+        self.brought = Brought(self.bundle, files.trusted)
         self._proven: set[tuple[Path, str]] = set()  # engine files, as in _loaded
 
     def lanes(self, batch: int, size: Size | None = None) -> DeviceLanes:
@@ -96,6 +98,11 @@ class TensorRt(Closing):
     def on(self, graph: StepGraph) -> Engine:
         """See epsrt.engine.Engine."""
         return self._others(graph)
+
+    def kept(self, batch: int, size: Size | None = None) -> Kept:
+        """The engine file that lanes of a batch run, and its proof where it is in the engine's own dialect."""
+        entry = self._chosen(batch).entry
+        return Kept(entry, () if self._plain is None else (OneFile(self, entry).proof(),))
 
     def information(self, entry: Entry) -> str:
         """What the library says of the layers of an engine file, as JSON text."""
@@ -245,7 +252,7 @@ class OneFile(Closing):
         gpu, key = nvidia.require_gpu(), self._entry.record.key
         options: Options = {**key.options, "proof": self._entry.record.sha256}  # another build has other kernels
         key = msgspec.structs.replace(key, gpu=gpu.name, capabilities=(gpu.arch,), options=options)
-        return Proof(key, f"{self.name} in dialect {self.dialect}")
+        return Proof(key, f"{self.name} in dialect {self.dialect}", self._engine.brought)
 
     def close(self) -> None:
         """Nothing to release: the engine keeps its files."""
