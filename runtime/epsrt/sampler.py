@@ -17,12 +17,12 @@ from epsrt.bundle import Bundle
 from epsrt.control import AnyOf, Control, Flag
 from epsrt.engine import Closing, Engine
 from epsrt.engines import open_engine
-from epsrt.engines.dialects import told
 from epsrt.errors import EngineError, InputError, OutOfMemoryError, whole
 from epsrt.graphs import Graphs
 from epsrt.images import from_images, to_images
 from epsrt.limits import Limits
 from epsrt.manifest import Rung
+from epsrt.parity.measure import told
 from epsrt.plan import Plan
 from epsrt.pool import LanePool
 from epsrt.prepare import Work, latents_of, prepare

@@ -12,7 +12,8 @@ from epsrt.bundle import Bundle
 from epsrt.engine import Engine
 from epsrt.engines.proof import Proof
 from epsrt.errors import EngineError, OutOfMemoryError
-from epsrt.manifest import Rung, StepGraph
+from epsrt.manifest import StepGraph
+from epsrt.parity.measure import told
 from epsrt.types import OnProgress
 
 # engine -> the dialect that it has the fastest kernels for; the others run the plain graph
@@ -98,9 +99,3 @@ def fault(proof: Proof, engine: Engine, on_progress: OnProgress | None, may_meas
 def say_plain(name: str, graph: StepGraph, dialect: str, reason: str) -> None:
     """Warn that an engine runs the plain graph."""
     log.warning("%s runs %s, not its dialect %s: %s", name, graph.file, dialect, reason)
-
-
-def told(rung: Rung) -> str:
-    """A rung's name and figure, and what was allowed."""
-    figure = "is not finite" if rung.figure is None else f"is {rung.figure:.3g} {rung.unit}"
-    return f"{rung.name}, which {figure} ({'at least' if rung.at_least else 'at most'} {rung.limit:g} allowed)"

@@ -150,3 +150,9 @@ def rows_for(engine: Engine, kept: Float32) -> Float32:
     rows = np.tile(np.array([DEFAULTS[c] for c in engine.columns], np.float32), (len(kept), 1))
     rows[:, [engine.columns.index(c) for c in columns]] = kept
     return rows
+
+
+def told(rung: Rung) -> str:
+    """A rung's name and figure, and what was allowed."""
+    figure = "is not finite" if rung.figure is None else f"is {rung.figure:.3g} {rung.unit}"
+    return f"{rung.name}, which {figure} ({'at least' if rung.at_least else 'at most'} {rung.limit:g} allowed)"
