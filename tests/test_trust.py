@@ -39,7 +39,7 @@ def trust(*words, out):
 
 # --- a hundredth of it; kills of export and train, and the soak of OpenVINO, take longer than a test may ---
 
-READERS = ("manifest", "parity", "golden", "weights")
+READERS = ("manifest", "golden", "weights")
 SHORT = ("mutations", "replacement", "kills-sample", "kills-compile", *(f"fuzz-{name}-0" for name in READERS))
 
 

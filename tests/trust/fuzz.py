@@ -45,7 +45,7 @@ def guided() -> bool:
 
 
 def tried(name: str, seconds: float, corpus: Path, out: Path, seed: int = 0) -> Found:
-    """Fuzz a reader. `corpus` is gone on from, and grows; findings become files in `out`. The seed is of changes alone."""
+    """Fuzz a reader. `corpus` is gone on from, and grows; findings become files in `out`. `seed` is of the blind."""
     corpus.mkdir(parents=True, exist_ok=True)
     target = TARGETS[name]
     for i, data in enumerate([*target.seeds(), *(file.read_bytes() for file in target.kept())]):
