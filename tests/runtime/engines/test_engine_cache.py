@@ -817,6 +817,28 @@ def test_a_shipped_engine_file_is_checked_for_damage(cache, entry, tmp_path, raw
         cache.load(fitting(shipped(tmp_path), WANTED)[0])
 
 
+@pytest.mark.parametrize("what", ["pipe", "device", "folder", "huge"])
+def test_a_shipped_record_that_is_none_is_not_waited_for(cache, entry, tmp_path, what):
+    record = cache.ship(entry, tmp_path).record_path
+    record.unlink()
+    if what == "pipe":
+        os.mkfifo(record)
+    elif what == "device":
+        record.symlink_to("/dev/zero")
+    elif what == "folder":
+        record.mkdir()
+    else:
+        with record.open("wb") as file:
+            file.truncate(1 << 40)
+    (found,) = shipped(tmp_path)
+    assert found.record is None
+    assert found.damage in (
+        "its record is missing",
+        f"its record cannot be read: [Errno 27] File too large: '{record}'",
+    )
+    assert fitting([found], WANTED) == []
+
+
 def test_a_damaged_engine_file_is_not_shipped(cache, entry, tmp_path):
     entry.path.write_bytes(b"")
     with pytest.raises(EngineError, match="does not hold the bytes"):

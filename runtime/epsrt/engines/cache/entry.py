@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import re
 import shlex
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ from epsrt.errors import EngineError
 from epsrt.raised import foreign, passed_over
 
 ENGINES = "engines"  # the directory of engine files, in the cache and in a bundle
+RECORD_LIMIT = 1 << 20  # bytes
 _KEPT = re.compile(r"([0-9a-f]{16})\.(engine|json)")
 
 
@@ -92,7 +96,7 @@ def look(path: Path, shipped: bool = False) -> Entry:
         with passed_over(OSError):
             stats.append(each.lstat())
     try:
-        record = msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=Record)
+        record = msgspec.json.decode(_record_bytes(path.with_suffix(".json")), type=Record)
         if record.key.name != path.stem:
             record, damage = None, "its record is another engine file's"
         elif not path.is_file():
@@ -106,3 +110,13 @@ def look(path: Path, shipped: bool = False) -> Entry:
             raise
         damage = f"its record cannot be read: {error}"
     return Entry(path, record, damage, sum(s.st_size for s in stats), stats[0].st_mtime if stats else 0.0, shipped)
+
+
+def _record_bytes(path: Path) -> bytes:
+    """Raises OSError where it is no plain file of a record's size: a bundle may bring a pipe, or a link to a device."""
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if found.st_size > RECORD_LIMIT:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    return path.read_bytes()
