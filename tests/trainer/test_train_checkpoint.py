@@ -134,6 +134,9 @@ def test_a_cut_file(saved):
         (lambda m: m["network"].update(base_channels=6), "describes no network: .*multiple of 4"),
         (lambda m: m["network"].update(depth=6), "depth is no setting"),
         (lambda m: m["network"].update(base_channels=16), "has shape"),
+        (lambda m: m["network"].update(base_channels=400_000), "has shape"),  # terabytes, were it built
+        (lambda m: m["network"].update(base_channels=1 << 40), "describes no network that torch can build"),
+        (lambda m: m["network"].update(residual_blocks=10**9), "has [0-9]+ blocks, and the file [0-9]+ tensors"),
     ],
 )
 def test_damaged_metadata(saved, change, says):
@@ -142,7 +145,9 @@ def test_damaged_metadata(saved, change, says):
         load_checkpoint(saved)
 
 
-@pytest.mark.parametrize(("raw", "says"), [("{nonsense", "not JSON"), ("[1, 2]", "format None")])
+@pytest.mark.parametrize(
+    ("raw", "says"), [("{nonsense", "not JSON"), ("[" * 100_000, "not JSON"), ("[1, 2]", "format None")]
+)
 def test_metadata_that_is_no_object(saved, raw, says):
     damage(saved, raw=raw)
     with pytest.raises(BundleError, match=says):

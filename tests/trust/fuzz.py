@@ -60,7 +60,7 @@ def _guided(name: str, seconds: float, corpus: Path, out: Path) -> Found:
             artifacts = Path(folder, "artifacts")
             artifacts.mkdir()
             options = [
-                *(f"-max_total_time={left}", f"-timeout={LIMIT}", "-rss_limit_mb=6000", "-max_len=300000"),
+                *(f"-max_total_time={left}", f"-timeout={LIMIT}", "-rss_limit_mb=0", "-max_len=300000"),
                 *(f"-artifact_prefix={artifacts}/", "-print_final_stats=1", "-len_control=0", str(corpus)),
             ]
             command = [sys.executable, str(HERE / "fuzzed.py"), name, folder, *options]

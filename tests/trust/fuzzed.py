@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
+import resource
 import sys
 from pathlib import Path
 
@@ -17,10 +18,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 with atheris.instrument_imports(include=["epsrt", "epsrt_trainer"]):
     from trust.targets import TARGETS
+    from trust.workers import MEMORY
 
 if __name__ == "__main__":
     _, name, folder, *options = sys.argv
     target, place = TARGETS[name], Path(folder)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     logging.disable(logging.CRITICAL)
 
     def one(data: bytes) -> None:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import safetensors
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from epsrt.files import sha256, whole_file
 from epsrt.schedule import Schedule
 from epsrt_trainer.classifier import ClassifierConfig
 from epsrt_trainer.diffusion import Prediction
+from epsrt_trainer.dit import DiTConfig
 from epsrt_trainer.networks import DiffusionConfig, NetworkConfig, build, config_type, kind_of
 
 VERSION = 1
@@ -158,10 +160,16 @@ def _load(path: Path) -> tuple[_Meta, NetworkConfig, dict[str, Any]]:
     meta = _metadata(path, raw)
     try:
         config = decode(meta.network, config_type(meta.kind))
-        network = build(config)
+        if (blocks := _blocks(config)) > len(tensors):
+            raise InputError(f"it has {blocks} blocks, and the file {len(tensors)} tensors")
+        with torch.device("meta"):  # takes no memory: the numbers are the file's
+            wanted = build(config).state_dict()
     except EpsrtError as error:
         raise BundleError(f"{path} describes no network: {error}") from error
-    _check_tensors(path, tensors, network.state_dict())
+    except (RuntimeError, OverflowError, TypeError) as error:  # what torch says of numbers beyond its own
+        raise BundleError(f"{path} describes no network that torch can build: {_one_line(error)}") from error
+    _check_tensors(path, tensors, wanted)
+    network = build(config)
     network.load_state_dict(tensors, assign=True)
     return (
         meta,
@@ -175,6 +183,11 @@ def _load(path: Path) -> tuple[_Meta, NetworkConfig, dict[str, Any]]:
             "training": meta.training,
         },
     )
+
+
+def _blocks(config: NetworkConfig) -> int:
+    """At least how many blocks a network has, each with tensors of its own."""
+    return config.depth if isinstance(config, DiTConfig) else config.residual_blocks * len(config.channel_multipliers)
 
 
 def read_training(path: str | Path) -> Training | None:
@@ -240,7 +253,7 @@ def _metadata(path: Path, raw: Mapping[str, str]) -> _Meta:
         raise BundleError(f"{path} was not written by epsrt: its metadata lacks {KEY!r}")
     try:
         plain = msgspec.json.decode(raw[KEY])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise BundleError(
             f"{path} has metadata that is not JSON ({_one_line(error)}): train or copy it again"
         ) from error
