@@ -89,7 +89,26 @@ def test_an_empty_cache(cache):
     assert not cache.directory.exists()
 
 
-def test_the_list(cache):
+def test_a_row_is_for_a_bundle_and_an_engine(cache):
+    """Those of one bundle differ in what a list has no room for."""
+    same = [store(cache, gpu=str(i), days=i + 1) for i in range(23)]
+    same[5].path.write_bytes(b"pl")
+    store(cache, name="faces.epsrt", bundle=FACES)
+    store(cache, version="10.15.0.1", days=40)
+    title, head, *rows, blank, total = [" ".join(line.split()) for line in invoke().splitlines()]
+    assert title == "Engine files (times are UTC); --each lists them all"
+    assert head == "bundle engine files size last used"
+    assert len(rows) == 2 * 3
+    size = sum(entry.size for entry in cache.entries() if entry.record.key.version == HERE["tensorrt"]) - same[0].size
+    used = time.strftime("%Y-%m-%d %H:%M", time.gmtime(same[0].used))
+    assert rows[0].startswith("faces.epsrt tensorrt 10.16.1.11 1 ")
+    assert rows[2] == f"digits.epsrt tensorrt 10.16.1.11 23, 1 damaged {size / 1024:.1f} KiB {used}"
+    assert rows[4].startswith("digits.epsrt tensorrt 10.15.0.1 1 ")
+    assert {rows[1], rows[3], rows[5], blank} == {FACES[:16], DIGITS[:16], ""}
+    assert total.startswith(f"{cache.directory}: 25 engine files, ")
+
+
+def test_the_list_of_each(cache):
     old = store(cache, days=3)
     new = store(
         cache,
@@ -102,17 +121,20 @@ def test_the_list(cache):
         capabilities=("sm_89", "sm_120"),
         precision="fp32",
         profiles=((1, 1, 1), (2, 8, 32)),
+        options={"level": 5, "refittable": True, "stripped": False, "workspace": None},
     )
     cache.keep_blob("timing", b"x" * 2000)
-    lines = [" ".join(line.split()) for line in invoke().splitlines()]
+    lines = [" ".join(line.split()) for line in invoke("--each").splitlines()]
     assert lines[0].startswith("Engine files")
     assert lines[1] == "bundle engine file size last used"
     assert lines[2].startswith("faces[red].epsrt tensorrt-rtx 1.7.1.116, fp32, batches 1 and 2:8:32 3.0 MiB ")
-    assert lines[3] == f"{FACES[:16]} for sm_89, sm_120"
-    assert lines[4] == f"built {new.built[:16].replace('T', ' ')}"
+    assert lines[3] == f"{FACES[:16]} step-fp16.onnx, level 5, refittable True"
+    assert lines[4] == "for sm_89, sm_120"
+    assert lines[5] == f"built {new.built[:16].replace('T', ' ')}"
     used, size = time.strftime("%Y-%m-%d %H:%M", time.gmtime(old.used)), f"{old.size / 1024:.1f} KiB"
-    assert lines[5] == f"digits.epsrt tensorrt 10.16.1.11, fp16, batches 1:8:64 {size} {used}"
-    assert lines[6] == f"{DIGITS[:16]} for NVIDIA H200, sm_90"
+    assert lines[6] == f"digits.epsrt tensorrt 10.16.1.11, fp16, batches 1:8:64 {size} {used}"
+    assert lines[7] == f"{DIGITS[:16]} step-fp16.onnx"
+    assert lines[8] == "for NVIDIA H200, sm_90"
     assert lines[-1].startswith(f"{cache.directory}: 2 engine files, 3.0 MiB, timing and other caches 2.")
 
 
@@ -131,7 +153,7 @@ def test_damage_is_listed(cache):
     cut, lost = store(cache), store(cache, gpu="")
     cut.path.write_bytes(b"pl")
     lost.record_path.write_bytes(b"{")
-    text = invoke()
+    text = invoke("--each")
     assert "it has 2 bytes, its record says 4000" in text
     assert "its record cannot be read" in text
     assert DIGITS[:16] in text
@@ -251,6 +273,7 @@ def test_what_it_says(cache):
         (("--all",), "say what to remove: add --prune"),
         (("--older-than", 3), "say what to remove: add --prune"),
         (("--bundle", "3f"), "say what to remove: add --prune"),
+        (("--prune", "--each"), "--each is for the list"),
         (("--prune", "--all", "--older-than", 3), "--all leaves nothing"),
         (("--prune", "--all", "--bundle", "3f"), "--all leaves nothing"),
         (("--prune", "--older-than", -1), "--older-than -1 is no number of days"),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 epsrt cache
+epsrt cache --each
 epsrt cache --prune
 epsrt cache --prune --older-than 30
 epsrt cache --prune --bundle 3fa94c17 --json
@@ -30,9 +31,13 @@ PACKAGES = {
     "openvino": ("openvino",),
 }
 DAY = 86400  # seconds
+TITLE, COLUMNS = "Engine files (times are UTC)", ("size", "last used")
 
 
 def cache(
+    each: Annotated[
+        bool, typer.Option("--each", help="List each engine file by itself, with what it was built from and for.")
+    ] = False,
     prune: Annotated[
         bool,
         typer.Option("--prune", help="Remove what no engine here can use: other library versions, damage, leftovers."),
@@ -51,6 +56,8 @@ def cache(
     """List the engines that were built here, or --prune them. --older-than and --bundle together: what is both."""
     if not prune and (older_than is not None or bundle is not None or everything):
         raise InputError("--older-than, --bundle and --all say what to remove: add --prune")
+    if prune and each:
+        raise InputError("--each is for the list: leave it out, --prune names what it removes")
     if everything and (older_than is not None or bundle is not None):
         raise InputError("--all leaves nothing for --older-than or --bundle to choose: give one or the other")
     if older_than is not None and not (older_than >= 0 and math.isfinite(older_than)):
@@ -62,7 +69,7 @@ def cache(
 
     opened = EngineCache()
     if not prune:
-        _list(opened, as_json)
+        _list(opened, as_json, each)
     elif everything:
         _prune(opened, lambda entry: "all", as_json, blobs=True)
     elif older_than is not None or bundle is not None:
@@ -71,7 +78,7 @@ def cache(
         _prune(opened, lambda entry: _useless(opened, entry), as_json)
 
 
-def _list(opened: EngineCache, as_json: bool) -> None:
+def _list(opened: EngineCache, as_json: bool, each: bool) -> None:
     entries, blobs = opened.entries(), sum(p.lstat().st_size for p in opened.blobs())
     if as_json:
         files = [_described(entry) for entry in entries]
@@ -79,7 +86,7 @@ def _list(opened: EngineCache, as_json: bool) -> None:
         return
     console = show.out()
     if entries:
-        console.print(_table(entries), "")
+        console.print(_each(entries) if each else _grouped(entries), "")
     total = f"{show.size(sum(e.size for e in entries))}, timing and other caches {show.size(blobs)}"
     console.print(
         f"{opened.directory}: {len(entries)} {'engine file' if len(entries) == 1 else 'engine files'}, {total}",
@@ -87,22 +94,49 @@ def _list(opened: EngineCache, as_json: bool) -> None:
     )
 
 
-def _table(entries: list[Entry]) -> Any:
+def _grouped(entries: list[Entry]) -> Any:
+    """One row for a bundle and an engine."""
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in sorted(entries, key=lambda e: e.used, reverse=True):
+        engine = "?" if entry.record is None else f"{entry.record.key.engine} {entry.record.key.version}"
+        groups.setdefault((_bundle(entry), engine), []).append(entry)
+    made = show.table(f"{TITLE}; --each lists them all", "bundle", "engine", "files", *COLUMNS, right=("files", "size"))
+    for (bundle, engine), group in groups.items():
+        damaged = sum(bool(entry.damage) for entry in group)
+        count = f"{len(group)}" + (f", {damaged} damaged" if damaged else "")
+        made.add_row(bundle, engine, count, show.size(sum(entry.size for entry in group)), _used(group[0]))
+    return made
+
+
+def _each(entries: list[Entry]) -> Any:
     from epsrt.engines.cache.key import batches
 
-    files = show.table("Engine files (times are UTC)", "bundle", "engine file", "size", "last used", right=("size",))
+    made = show.table(TITLE, "bundle", "engine file", *COLUMNS, right=("size",))
     for entry in sorted(entries, key=lambda e: e.used, reverse=True):
-        used = datetime.fromtimestamp(entry.used, UTC).isoformat(" ", "minutes")[:16]
-        bundle, words = f"?\n{entry.path.parent.name}", entry.damage
+        words = [entry.damage] if entry.damage else []
         if entry.record is not None:
             key = entry.record.key
-            bundle = f"{entry.record.bundle_name}\n{key.bundle[:16]}"
-            words = f"{key.engine} {key.version}, {key.precision}, {batches(key.profiles)}\n"
-            words += f"for {', '.join(filter(None, (key.gpu, *key.capabilities)))}\n"
-            words += f"built {entry.built[:16].replace('T', ' ')}"
-            words += f"\n{entry.damage}" if entry.damage else ""
-        files.add_row(bundle, words, show.size(entry.size), used)
-    return files
+            options = ", ".join(f"{name} {value}" for name, value in key.options.items() if value not in (None, False))
+            words = [
+                f"{key.engine} {key.version}, {key.precision}, {batches(key.profiles)}",
+                f"{key.graph}{f', {options}' if options else ''}",
+                f"for {', '.join(filter(None, (key.gpu, *key.capabilities)))}",
+                f"built {entry.built[:16].replace('T', ' ')}",
+                *words,
+            ]
+        made.add_row(_bundle(entry), "\n".join(words), show.size(entry.size), _used(entry))
+    return made
+
+
+def _bundle(entry: Entry) -> str:
+    """Its name, and the start of its digest."""
+    if entry.record is None:
+        return f"?\n{entry.path.parent.name}"
+    return f"{entry.record.bundle_name}\n{entry.record.key.bundle[:16]}"
+
+
+def _used(entry: Entry) -> str:
+    return datetime.fromtimestamp(entry.used, UTC).isoformat(" ", "minutes")[:16]
 
 
 def _described(entry: Entry) -> dict[str, Any]:
