@@ -152,6 +152,7 @@ def test_a_precision_that_the_processor_lacks(
         (("--method", "ddmp"), "method 'ddmp' is unknown"),
         (("--steps", "0"), "--steps 0 is outside"),
         (("--engine", "onnxruntime", "--threads", "0"), "--threads 0 is outside"),
+        (("--threads", "4096"), "epsrt: --threads 4096 is outside 1 … "),
         (("--seconds", "0"), "--seconds 0.0"),
         (("--seconds", "nan"), "--seconds nan"),
         (("--rounds", "0"), "--rounds 0"),

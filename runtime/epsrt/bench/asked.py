@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from epsrt.engine import check_threads
 from epsrt.engines import ENGINES
 from epsrt.errors import InputError, one_of, whole
 
@@ -37,6 +38,7 @@ class Asked:
                 raise InputError(f"engine {name!r} is unknown: {one_of(name, ('all', 'auto', *ENGINES))}")
         if not self.engines or not self.precisions or not self.batches:
             raise InputError("there is nothing to measure: give an engine, a precision and a batch at least")
+        check_threads(self.threads)
         for batch in self.batches:
             whole("batch", batch, least=1)
         if self.seconds is None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from epsrt.engine import check_threads
 from epsrt.errors import EngineError, InputError, one_line, whole
 from epsrt.raised import foreign
 from epsrt.types import Float64, UInt8
@@ -199,8 +200,7 @@ def check_range(given: tuple[float, float]) -> tuple[float, float]:
 def _session(path: Path, threads: int | None) -> Any:
     if not path.is_file():
         raise InputError(f"{path} does not exist: give an ONNX file, images [N, C, H, W] to features [N, D]")
-    if threads is not None and threads < 1:
-        raise InputError(f"threads = {threads}: give at least 1, or leave it out for all cores")
+    check_threads(threads)
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors come as exceptions
     if threads is not None:
