@@ -181,7 +181,7 @@ def test_pictures_are_turned_as_their_cameras_say(place: Path) -> None:
         ("x.npz real --features e.onnx --names features=pool --resamples 1", "--resamples 1: give at least 2"),
         ("x.npz real --features e.onnx --names features=pool --batch 0", "--batch 0: give at least 1"),
         ("x.npz real --features e.onnx --names features=pool --seed -1", "--seed -1 is outside 0"),
-        ("x.npz real --features e.onnx --names features=pool --threads 0", "--threads 0: give at least 1"),
+        ("x.npz real --features e.onnx --names features=pool --threads 0", "--threads 0 is outside 1 …"),
         ("colour.npz real --features any.onnx --names features=pool", "any.onnx takes images of 1 channels"),
     ],
 )

@@ -126,7 +126,7 @@ def test_outputs_are_found_by_name(tmp_path, outputs, names, found):
         ({}, {"names": {"features": "pool"}}, "has no output 'pool' for its features: it has features, logits"),
         ({}, {"names": {"feature": "logits"}}, "names say what 'feature' is: they are of features, logits"),
         ({"flat": False}, {}, r"its features features are tensor\(float\) \['N', 2, 1\], not floats \[N, D\]: flatten"),
-        ({}, {"threads": 0}, "threads = 0: give at least 1"),
+        ({}, {"threads": 0}, "threads = 0 is outside 1 …"),
     ],
 )
 def test_files_that_are_no_extractor_are_refused(tmp_path, made, given, sentence):
@@ -142,7 +142,7 @@ def test_a_file_that_is_no_onnx_is_refused(tmp_path):
         Extractor(tmp_path / "e.onnx")
     assert "\n" not in str(caught.value)
     for missing in (tmp_path / "no.onnx", tmp_path):
-        with pytest.raises(EpsrtError, match=f"{re.escape(str(missing))} does not exist: give an ONNX file"):
+        with pytest.raises(EpsrtError, match=f"{re.escape(str(missing))} is no file: give an ONNX file"):
             Extractor(missing)
 
 

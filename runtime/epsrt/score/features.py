@@ -199,7 +199,8 @@ def check_range(given: tuple[float, float]) -> tuple[float, float]:
 
 def _session(path: Path, threads: int | None) -> Any:
     if not path.is_file():
-        raise InputError(f"{path} does not exist: give an ONNX file, images [N, C, H, W] to features [N, D]")
+        what = "is no file" if path.exists() else "does not exist"
+        raise InputError(f"{path} {what}: give an ONNX file, images [N, C, H, W] to features [N, D]")
     check_threads(threads)
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors come as exceptions
