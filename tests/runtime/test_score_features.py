@@ -141,9 +141,9 @@ def test_a_file_that_is_no_onnx_is_refused(tmp_path):
     with pytest.raises(EpsrtError, match="e.onnx is no ONNX file that onnxruntime can run") as caught:
         Extractor(tmp_path / "e.onnx")
     assert "\n" not in str(caught.value)
-    for missing in (tmp_path / "no.onnx", tmp_path):
-        with pytest.raises(EpsrtError, match=f"{re.escape(str(missing))} is no file: give an ONNX file"):
-            Extractor(missing)
+    for path, what in ((tmp_path / "no.onnx", "does not exist"), (tmp_path, "is no file")):
+        with pytest.raises(EpsrtError, match=f"{re.escape(str(path))} {what}: give an ONNX file"):
+            Extractor(path)
 
 
 @pytest.mark.parametrize(
