@@ -13,11 +13,12 @@ import numpy as np
 from epsrt import noise
 from epsrt.bundle import Bundle
 from epsrt.errors import EngineError, InputError, whole
+from epsrt.forks import Unforkable
 from epsrt.manifest import StepGraph
 from epsrt.types import Float32, Shape, Size
 
 
-class Closing(ABC):
+class Closing(Unforkable, ABC):
     """A context manager that closes itself. It is of one process: pickling or copying it raises InputError."""
 
     @abstractmethod
@@ -132,7 +133,9 @@ class Engine(Protocol):
 
 
 def check_batch(batch: int, engine: Engine) -> None:
-    """Raise InputError unless the engine has lanes for `batch` samples."""
+    """Raise InputError unless the engine has lanes for `batch` samples, EngineError in a fork of its process."""
+    if isinstance(engine, Closing):
+        engine.check_process()
     if not 1 <= whole("batch", batch) <= engine.max_batch:
         raise InputError(f"a batch of {batch} is outside 1 … {engine.max_batch}, {engine.batch_limit}")
 

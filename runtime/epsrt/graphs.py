@@ -8,9 +8,10 @@ from contextlib import contextmanager
 
 from epsrt.engine import Engine
 from epsrt.errors import InputError
+from epsrt.forks import Unforkable
 
 
-class Graphs:
+class Graphs(Unforkable):
     """The step graphs of an engine's bundle, opened when first needed by `engine.on`, until they are closed.
 
     `own` are the engines that are closed then: those that it opened, and whatever else is put there.
@@ -28,9 +29,10 @@ class Graphs:
     def running(self, features: tuple[str, ...]) -> Iterator[Engine]:
         """The engine of the smallest step graph that has the features. It stays open until the call ends.
 
-        Raises InputError once the graphs are closed.
+        Raises InputError once the graphs are closed, EngineError in a fork of their process.
         """
         first = self._engine
+        self.check_process()  # before a lock that another thread may have held at the fork
         graph = first.bundle.graph(first.graph.precision, features)
         with self._lock:
             if self._closed:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -131,9 +133,14 @@ def available() -> Iterator[str]:
 
 
 def installed(distribution: str) -> str:
-    """The version of an installed distribution; "" without."""
+    """The version of an installed distribution; "" without. Asked once while Python's path stays as it is."""
+    return _asked(metadata.version, distribution, *sys.path)
+
+
+@cache  # not only for speed: importlib.metadata drops what a signal's handler raises while it looks about
+def _asked(version_of: Callable[[str], str], distribution: str, *path: str) -> str:
     try:
-        return metadata.version(distribution) or ""
+        return version_of(distribution) or ""
     except metadata.PackageNotFoundError:
         return ""
 

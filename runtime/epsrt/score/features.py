@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from epsrt.engine import check_threads
 from epsrt.errors import EngineError, InputError, one_line, whole
+from epsrt.forks import Unforkable
 from epsrt.raised import foreign
 from epsrt.types import Float64, UInt8
 
@@ -33,7 +34,7 @@ class Extracted:
     probabilities: Float64 | None
 
 
-class Extractor:
+class Extractor(Unforkable):
     """An ONNX file with one image input [N, C, H, W] and an output of features [N, D], on the CPU.
 
     path         the file; N must be free, H and W may be
@@ -72,6 +73,7 @@ class Extractor:
         self, images: UInt8, batch: int = BATCH, on_batch: Callable[[int, int], object] = lambda done, total: None
     ) -> Extracted:
         """The features of images uint8 [n, H, W, C], `batch` at a time; on_batch(done, total) is called after each."""
+        self.check_process()
         self.check(images)
         if whole("batch", batch) < 1:
             raise InputError(f"batch = {batch}: give at least 1")

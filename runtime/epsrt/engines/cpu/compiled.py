@@ -22,7 +22,7 @@ from epsrt.manifest import StepGraph
 from epsrt.raised import foreign
 from epsrt.types import UInt8
 
-RECIPE = 3  # of how OpenVino compiles a step graph: models and proofs of another are not used
+RECIPE = 4  # of how OpenVino compiles a step graph: models and proofs of another are not used
 KEPT_FILES = 16  # of a step graph: a model takes as much room as the weights
 
 log = logging.getLogger("epsrt")

@@ -75,6 +75,7 @@ class HostLanes(Closing):
     def advance(self, rows: Float32) -> None:
         check_rows(rows, *self._row.shape)
         check_whole(self._whole)
+        self.check_process()
         self._whole = False
         block = max(1, NOISE_BLOCK // (self.batch * self._size))
         for first in range(0, len(rows), block):

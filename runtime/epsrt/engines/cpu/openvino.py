@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from epsrt.engines.libraries import errors_of, importing
 from epsrt.engines.proof import Kept, Proof
 from epsrt.engines.signature import FREE, Signature, Tensor
 from epsrt.errors import EngineError, one_line
+from epsrt.forks import SPAWN, keep, living
 from epsrt.machine import physical_cores
 from epsrt.manifest import StepGraph
 from epsrt.raised import foreign, passed_over
@@ -57,6 +59,7 @@ class OpenVino(Closing):
     name = "openvino"
     batch_limit = "the bundle's largest"
     device = "cpu"
+    _open = False
 
     def __init__(
         self,
@@ -68,6 +71,7 @@ class OpenVino(Closing):
         brought: Brought,
     ):
         check_threads(threads)
+        core()  # refuses here, where another engine can be taken
         self.bundle, self.graph, self.precision = bundle, graph, precision
         self.columns = graph.columns
         self.max_batch = bundle.manifest.max_batch
@@ -76,6 +80,7 @@ class OpenVino(Closing):
         self._others = others
         self._kept = CompiledModels(bundle, graph, precision, ov.__version__.split("-")[0], processor(), brought)
         brought.say_if_foreign(self.proof().key)
+        self._open = True
         self._models: OrderedDict[tuple[int, ...], Compiled] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -91,9 +96,13 @@ class OpenVino(Closing):
         return self._others(graph)
 
     def close(self) -> None:
-        """Release the models; lanes keep theirs."""
+        """Release the models; lanes keep theirs. With the last engine OpenVINO's threads end."""
         with self._lock:
             self._models.clear()
+        self._open = False
+        if not any(each._open for each in living(OpenVino)):
+            with passed_over(RuntimeError):  # it was not loaded
+                core().unload_plugin("CPU")
 
     def proof(self) -> Proof:
         """Of what the engine is worth for this bundle, by this library on this processor."""
@@ -124,7 +133,7 @@ class OpenVino(Closing):
         key = (batch, *image, parts)
         config = {
             "INFERENCE_PRECISION_HINT": self._hint,
-            "NUM_STREAMS": parts,
+            "NUM_STREAMS": parts if self.threads > 1 else 0,  # 0: the calling thread computes, and there is no other
             "INFERENCE_NUM_THREADS": self.threads,
             "ENABLE_CPU_PINNING": False,  # or two processes would share one core, and the other would idle
         }
@@ -276,10 +285,20 @@ def halve_weights(model: Any) -> None:
                 user.replace_source_output(wide.output(0))
 
 
-@cache
 def core() -> Any:
-    """OpenVINO's core, one a process: it loads the plugin."""
-    return ov.Core()
+    """OpenVINO's core, one a process: it loads the plugin. Raises EngineError in a fork of a process that has one."""
+    process, made = _core()
+    if os.getpid() != process:
+        raise EngineError(f"a fork of a process that has used OpenVINO cannot use it: {SPAWN}, or take onnxruntime")
+    return made
+
+
+@cache
+def _core() -> tuple[int, Any]:
+    """It, and the process that it is of."""
+    made = os.getpid(), ov.Core()
+    keep(made)
+    return made
 
 
 @cache

@@ -131,6 +131,7 @@ class DeviceLanes(Closing):
 
     def advance(self, rows: Float32) -> None:
         check_rows(rows, self.batch, len(self._columns))
+        self.check_process()
         check_whole(self._whole)
         self._device.use()
         self._begin()
