@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -20,6 +21,9 @@ def main() -> None:
             from epsrt_command.wording import said
     except EpsrtError as error:
         _fail(str(error))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None, where it was closed
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack ×, and a file's name be no UTF-8
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does it
             signal.signal(number, lambda number, frame: sys.exit(128 + number))  # so that files in work are removed

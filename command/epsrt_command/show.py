@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from epsrt.engines import ENGINES
+from epsrt.errors import escaped, seen
 from epsrt.manifest import Rung
 
 BundleArgument = Annotated[
@@ -35,7 +36,7 @@ def out() -> Console:
 
 def note(sentence: str) -> None:
     """A sentence for the user on stderr."""
-    print(sentence, file=sys.stderr)
+    print(seen(sentence), file=sys.stderr)
 
 
 def print_json(value: object) -> None:
@@ -73,8 +74,18 @@ def progress() -> Iterator[Callable[[str, float], None]]:
             _shown.reset(token)
 
 
+class _Table(Table):
+    """Shows what strange bundles and files have in their names and notes, and obeys none of it."""
+
+    def add_row(self, *cells: RenderableType | None, **more: Any) -> None:
+        plain = ("\n".join(map(escaped, c.split("\n"))) if isinstance(c, str) else c for c in cells)
+        super().add_row(*plain, **more)
+
+
 def table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    made = _Table(
+        title=escaped(title), title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False
+    )
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return made

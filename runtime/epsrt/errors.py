@@ -69,9 +69,14 @@ class DeadlineExceeded(EpsrtError, TimeoutError):
 
 
 def seen(text: str) -> str:
-    """`text` as a terminal may show it: no control or bidirectional character is raw, and what is long has a gap."""
-    text = _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """`escaped`, and what is long has a gap."""
+    text = escaped(text)
     return text if len(text) <= MOST else f"{text[: MOST // 2 - 2]} … {text[1 - MOST // 2 :]}"
+
+
+def escaped(text: str) -> str:
+    """`text` as a terminal may show it: no control or bidirectional character is raw."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def of_system(error: OSError) -> str:

@@ -250,7 +250,7 @@ def test_a_lost_terminal_ends_it_but_for_nohup(before: str, ends: int) -> None:
 import os, signal
 from epsrt_command import app, main
 signal.signal(signal.SIGHUP, signal.{before})
-app.app = lambda: os.kill(os.getpid(), signal.SIGHUP)
+app.app = lambda **mode: os.kill(os.getpid(), signal.SIGHUP)
 main()
 """
     assert run_python(code).returncode == ends
@@ -329,3 +329,14 @@ def test_no_label_is_asked_for_as_none(bundle_path: Path, tmp_path: Path) -> Non
     run("invert", bundle_path, "--init", tmp_path / "a.npz", "--steps", 2, "--no-check", "--out", tmp_path / "b.npz")
     with np.load(tmp_path / "b.npz", allow_pickle=False) as file:
         assert list(file["label"]) == [3, 10]  # as they were kept
+
+
+def test_a_terminal_without_its_characters_is_no_traceback(bundle_path: Path, tmp_path: Path) -> None:
+    """Nor is a name that is no UTF-8."""
+    path = shutil.copytree(bundle_path, tmp_path / "b\udcff.epsrt")
+    for encoding, times in (("ascii", rb"\xd7"), ("utf-8", "×".encode())):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run([EPSRT, "inspect", os.fsencode(path)], capture_output=True, env=environment)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert times in done.stdout
+        assert rb"b\udcff.epsrt" in done.stdout

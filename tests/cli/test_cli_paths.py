@@ -6,10 +6,13 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from test_cli import run
 
 from epsrt import Bundle
+from helpers import forge
 
 Refused = Callable[..., str]
 WAY_OUT = "give an .npz that epsrt sample wrote"
@@ -80,3 +83,17 @@ def test_names_are_shown_as_they_would_not_be_obeyed(refused: Refused, bundle_pa
         assert name.encode("unicode_escape").decode() in line
         assert line.isprintable()
     assert len(refused("inspect", "x" * 100_000, cwd=tmp_path)) < 2100
+
+
+def test_what_a_bundle_says_of_itself_is_shown_and_not_obeyed(bundle_path: Path, tmp_path: Path) -> None:
+    def strange(manifest: dict[str, Any]) -> None:
+        manifest["class_names"] = ["\x1b]0;yours\x07", *map(str, range(9))]
+        manifest["provenance"] |= {"source": "\x1b[2J\u202egnp.exe", "notes": ["a\rb"]}
+
+    path = tmp_path / "a\x1b[31m.epsrt"
+    shutil.copytree(bundle_path, path)
+    forge(path, strange)
+    text = run("inspect", path).stdout
+    for shown in (r"\x1b]0;yours\x07", r"\x1b[2J\u202egnp.exe", r"a\rb", r"a\x1b[31m.epsrt"):
+        assert shown in text
+    assert not set("\x1b\x07\r\u202e") & set(text)
