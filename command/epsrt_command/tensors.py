@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,21 +100,20 @@ def compare(
         raise InputError(f"--limit {limit:g} is no relative L2: give a positive number such as 1e-3, or leave it out")
     check_threads(threads)
     graphs = bundle.graph(against), bundle.graph(precision)
-    models = [_model(bundle.path / graph.file) for graph in graphs]
+    models = [_model(bundle, graph) for graph in graphs]
     made_of = against == precision or "int8" in (against, precision)  # an int8 graph is made of the FP32 one
     known = pairs(*(model.graph for model in models), same_names=made_of)
     found = [pair for pair in known if pair.other]
     mine, theirs = [pair.tensor for pair in found], [pair.other for pair in found]
     states = bundle.golden().network
-    on_onnxruntime = partial(_onnxruntime, bundle.path, threads)
     try:
         with silent():
             other = (
-                on_onnxruntime(models[1], theirs)
+                _onnxruntime(bundle, graphs[1], threads, models[1], theirs)
                 if engine == REFERENCE
                 else _tensorrt(engine, bundle, graphs[1], theirs)
             )
-            runners = [on_onnxruntime(models[0], mine), other]
+            runners = [_onnxruntime(bundle, graphs[0], threads, models[0], mine), other]
             errors, whole = _errors(runners, found, _feeds(bundle, graphs[0], states), len(states.x), on_progress)
     except EpsrtError:
         raise
@@ -151,14 +149,14 @@ def _chosen(bundle: Bundle, engine: str, precision: str | None, against: str | N
     return engine, precision, against
 
 
-def _model(file: Path) -> Any:
-    """The graph of an ONNX file, without its weights file."""
+def _model(bundle: Bundle, graph: StepGraph) -> Any:
+    """A step graph as onnx has it, without its weights."""
     try:
         import onnx
         import polygraphy  # noqa: F401
     except ImportError as error:
         raise EngineError(f'comparing layers needs {error.name}: pip install "epsrt[debug]"') from None
-    return onnx.load(file, load_external_data=False)
+    return onnx.load_from_string(bundle.graph_bytes(graph))
 
 
 @contextmanager
@@ -170,21 +168,21 @@ def silent() -> Iterator[None]:
         yield
 
 
-def _onnxruntime(folder: Path, threads: int | None, model: Any, tensors: Sequence[str]) -> Any:
-    """A runner of a graph on the CPU that returns these tensors; its weights file is in `folder`."""
+def _onnxruntime(bundle: Bundle, graph: StepGraph, threads: int | None, model: Any, tensors: Sequence[str]) -> Any:
+    """A runner on the CPU of a step graph, given as `model`, that returns these tensors."""
     from polygraphy.backend.onnx import ModifyOutputs
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
-    from epsrt.engines.ort_library import ort, refuse_both_packages
+    from epsrt.engines.ort_library import in_memory, ort, refuse_both_packages
 
     refuse_both_packages()
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if threads is not None:
         options.intra_op_num_threads = threads
     shown = ModifyOutputs(model, outputs=list(tensors))().SerializeToString()
-    return OnnxrtRunner(ort.InferenceSession(shown, options, providers=["CPUExecutionProvider"]))
+    with in_memory(options, bundle, graph):
+        return OnnxrtRunner(ort.InferenceSession(shown, options, providers=["CPUExecutionProvider"]))
 
 
 def _tensorrt(engine: str, bundle: Bundle, graph: StepGraph, tensors: Sequence[str]) -> Any:
@@ -195,7 +193,8 @@ def _tensorrt(engine: str, bundle: Bundle, graph: StepGraph, tensors: Sequence[s
     profile = Profile()
     for name, tensor in Signature.of(bundle, graph, 1, bundle.manifest.shape).inputs.items():
         profile.add(name, tensor.extents, tensor.extents, tensor.extents)
-    network = tensorrt_network(engine, bundle.path / graph.file, tensors)
+    with bundle.graph_file(graph) as file:
+        network = tensorrt_network(engine, file, tensors)
     return TrtRunner(EngineFromNetwork(network, CreateConfig(profiles=[profile])))
 
 

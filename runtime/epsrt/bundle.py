@@ -6,64 +6,44 @@ not malice: open bundles only from people whose code you would run.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Unpack
 
 import msgspec
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
-from epsrt import solvers
-from epsrt.errors import BundleError, InputError, is_whole
-from epsrt.files import sha256
+from epsrt import operators, solvers
+from epsrt.contents import Contents, standing, unreadable
+from epsrt.errors import BundleError, InputError, is_whole, one_line
 from epsrt.manifest import (
     FEATURES_OF_ALL,
-    FORMAT,
     GOLDEN,
     MANIFEST,
     PARITY,
-    READABLE,
     SIGNATURE,
     FileEntry,
     Manifest,
     Rung,
     StepGraph,
     check_fields,
-    digest,
-    render,
 )
+from epsrt.manifest_file import read_manifest
 from epsrt.parity.golden import Golden
 from epsrt.plan import FEATURES, Plan
-from epsrt.raised import foreign
+from epsrt.raised import foreign, passed_over
 from epsrt.solvers import Options
 from epsrt.timesteps import SPACINGS, respaced
 from epsrt.types import Shape
 
-MANIFEST_LIMIT = 64 << 20
+TRIES = 20  # to open a bundle that is replaced meanwhile
 HOW_TO_EXPORT = {"mask": "--masked (masked=True)", "classifier": "--classifier (classifier=)"}
-
-
-class _Wrote(msgspec.Struct):
-    versions: dict[str, str]
-
-
-class _Version(msgspec.Struct):
-    """What is read of a manifest of any format: of its other fields only some may be as they are now."""
-
-    format: int
-    provenance: msgspec.Raw = msgspec.Raw()
-
-    @property
-    def written_by(self) -> str:
-        """The version of epsrt that exported the bundle; "" where that is not to be found."""
-        try:
-            return msgspec.json.decode(self.provenance, type=_Wrote).versions.get("epsrt", "")
-        except msgspec.DecodeError:
-            return ""
 
 
 @dataclass(frozen=True)
@@ -73,7 +53,7 @@ class Bundle:
     `signed` has the SHA-256 of each file that its signature covers, where one was required; None where none was.
     """
 
-    path: Path
+    path: Path  # absolute, without links
     manifest: Manifest
     signed: Mapping[str, str] | None = None
 
@@ -84,21 +64,52 @@ class Bundle:
         `require_signature` is a public key, a PEM file: a bundle that epsrt.signing.sign did not sign with its private
         key is refused before anything else of it is read, and so are its engine files that were not signed with it.
         """
-        path = Path(path)
-        if not path.is_dir():
-            what = "is a file" if path.exists() else "does not exist"
-            raise BundleError(f'{path} {what}: a bundle is a directory that "epsrt export" wrote')
-        manifest, signed = _read_manifest(path / MANIFEST, require_signature)
+        if str(path) == "":
+            raise BundleError('"" is no path of a bundle: give the directory that "epsrt export" wrote')
+        path = _absolute(Path(path))
+        for _ in range(TRIES):
+            with standing(path) as place:
+                try:
+                    return cls._open(path, place, require_signature)
+                except BundleError:
+                    if _is_at(place, path):
+                        raise  # else another took its place while it was read: open that one
+        raise BundleError(f"{path} is replaced again and again: open it when that has ended")
+
+    @classmethod
+    def _open(cls, path: Path, place: Path, public_key: str | Path | None) -> Bundle:
+        manifest, signed = read_manifest(path, place, public_key)
         check_fields(path, manifest)
-        _check_files(path, manifest.files)
-        return cls(path, manifest, signed)
+        _check_names(path, place, manifest.files)
+        (bundle := cls(path, manifest, signed)).contents.check(place)
+        return bundle
+
+    @cached_property
+    def contents(self) -> Contents:
+        """Its files: what engines and others read of them is what the manifest says, or BundleError."""
+        return Contents(self.path, self.manifest.files)
+
+    def graph_bytes(self, graph: StepGraph) -> bytes:
+        """The ONNX file of a step graph that an engine may be given: see epsrt.operators. Raises BundleError."""
+        data = self.contents.read(graph.file)
+        if graph.file in self.manifest.files:  # else an export makes it
+            operators.check(data, graph.file, self.manifest)
+        return data
+
+    @contextmanager
+    def graph_file(self, graph: StepGraph) -> Iterator[Path]:
+        """The same as a file beside its weights, for a library that reads both by itself: see Contents.reading."""
+        self.graph_bytes(graph)
+        with self.contents.reading(graph.file, graph.weights) as place:
+            yield place / graph.file
 
     def check(self) -> None:
         """Hash every file again. Raises BundleError naming the first that is not what it was at opening."""
-        found, _ = _read_manifest(self.path / MANIFEST, None)
-        if found.digest != self.manifest.digest:
-            raise BundleError(f"{self.path} was replaced since it was opened: open it again")
-        _check_files(self.path, self.manifest.files)
+        with standing(self.path) as place:
+            found, _ = read_manifest(self.path, place)
+            if found.digest != self.manifest.digest:
+                raise BundleError(f"{self.path} was replaced since it was opened: open it again")
+            self.contents.check(place)
 
     def graph(self, precision: str, features: Iterable[str] = ()) -> StepGraph:
         """The smallest step graph of a precision that has the features.
@@ -118,9 +129,9 @@ class Bundle:
                 "was trained with one (null_label=), or guide it by a classifier"
             )
         asked = " and ".join(f for f in FEATURES if f in wanted)
-        foreign = [f for f in FEATURES_OF_ALL if f in wanted and not self.has(f)]
-        if foreign:
-            raise BundleError(f"{self.path.name} has no {foreign[0]}: its network was not exported with one")
+        for feature in FEATURES_OF_ALL:
+            if feature in wanted and not self.has(feature):
+                raise BundleError(f"{self.path.name} has no {feature}: its network was not exported with one")
         lacking = [how for f, how in HOW_TO_EXPORT.items() if f in wanted and not self.has(f)]
         if not lacking:
             several = len(wanted - set(FEATURES_OF_ALL)) > 1
@@ -202,22 +213,24 @@ class Bundle:
 
         Raises BundleError where it is not what the manifest asks for.
         """
+        data = self.contents.read(GOLDEN)
         try:
-            arrays = load_file(self.path / GOLDEN)
-        except (SafetensorError, OSError) as error:
+            arrays = load(data)
+        except (SafetensorError, TypeError, ValueError, KeyError) as error:  # of types that NumPy has not, too
             if foreign(error, "safetensors"):
                 raise
-            raise BundleError(f"{self.path / GOLDEN} is not a safetensors file ({error}): export again") from error
+            raise BundleError(f"{self.path / GOLDEN} cannot be read ({one_line(error)}): export again") from error
         return Golden.from_arrays(arrays, self.manifest, self.path)
 
     def parity(self) -> list[Rung]:
         """What the export measured."""
+        data = self.contents.read(PARITY)
         try:
-            return msgspec.json.decode((self.path / PARITY).read_bytes(), type=list[Rung])
-        except (msgspec.DecodeError, OSError) as error:
+            return msgspec.json.decode(data, type=list[Rung])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             if foreign(error):
                 raise
-            raise BundleError(f"{self.path / PARITY} cannot be read ({error}): export again") from error
+            raise BundleError(f"{self.path / PARITY} cannot be read ({one_line(error)}): export again") from error
 
     @property
     def labelled(self) -> bool:
@@ -256,59 +269,33 @@ class Bundle:
         return int(label)
 
 
-def _read_manifest(path: Path, public_key: str | Path | None) -> tuple[Manifest, dict[str, str] | None]:
-    """The manifest, and where a signature by a key is required what it covers: the manifest, and so all files."""
-    if path.is_symlink() or not path.is_file():
-        raise BundleError(f"{path.parent} has no {MANIFEST}: it is not a bundle, or its export was damaged")
-    if path.stat().st_size > MANIFEST_LIMIT:
-        raise BundleError(f"{path} is {path.stat().st_size} bytes, more than any manifest: it is damaged")
-    raw = path.read_bytes()
-    signed = None
-    if public_key is not None:
-        from epsrt.signing import signed_files  # with its libraries, which nobody else needs
-
-        signed = signed_files(path.parent, public_key)
-        if signed.get(MANIFEST) != hashlib.sha256(raw).hexdigest():
-            raise BundleError(f"{path} is not what {SIGNATURE} beside it signs: copy the bundle again")
+def _absolute(path: Path) -> Path:
+    """The path that is meant now: neither a later change of directory nor one of links leads elsewhere."""
     try:
-        version = msgspec.json.decode(raw, type=_Version)
-        if version.format not in READABLE:
-            raise BundleError(_of_another_format(path, version))
-        manifest = msgspec.json.decode(raw, type=Manifest)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path} is not a manifest ({error}): it is damaged, copy or export it again") from error
-    if digest(manifest) != manifest.digest or render(manifest) != raw:
-        raise BundleError(f"{path} was changed after its export (its digest differs): copy or export it again")
-    return manifest, signed
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, a NUL
+        if foreign(error, "pathlib"):
+            raise
+        raise BundleError(f"{path} is no path of a bundle ({one_line(error)}): give another") from error
 
 
-def _of_another_format(path: Path, version: _Version) -> str:
-    by = version.written_by
-    if version.format > FORMAT:
-        way = f"update epsrt to {by} or newer" if by else "update epsrt"
-    else:
-        way = "export the network again, or open the bundle with the version that wrote it"
-    wrote = f"epsrt {by}" if by else "another version of epsrt"
-    reads = f"formats {READABLE[0]} to {FORMAT}"
-    return f"{path} has format {version.format}, written by {wrote}, and this one reads {reads}: {way}"
+def _is_at(place: Path, path: Path) -> bool:
+    with passed_over(OSError):
+        return os.path.samestat(os.stat(place), os.stat(path))
+    return False
 
 
-def _check_files(path: Path, files: dict[str, FileEntry]) -> None:
-    again = "copy or export the bundle again"
-    for file in sorted(path.iterdir()):
+def _check_names(path: Path, place: Path, files: dict[str, FileEntry]) -> None:
+    try:
+        found = sorted(place.iterdir())
+    except OSError as error:
+        if foreign(error):
+            raise
+        raise unreadable(path, error) from error
+    for file in found:
         if file.name == "engines" and file.is_dir() and not file.is_symlink():
             continue  # engine files that someone added are no part of the bundle
         if file.name == SIGNATURE and file.is_file() and not file.is_symlink():
             continue
         if file.name != MANIFEST and file.name not in files:
             raise BundleError(f"{path} holds {file.name}, which its manifest does not name: remove it")
-    for name, entry in files.items():
-        file = path / name
-        if file.is_symlink() or not file.is_file():
-            what = "is a link, not a file" if file.is_symlink() else "is missing"
-            raise BundleError(f"{file} {what}: {again}")
-        size = file.stat().st_size
-        if size != entry.size:
-            raise BundleError(f"{file} has {size} bytes, the manifest says {entry.size}: {again}")
-        if sha256(file) != entry.sha256:
-            raise BundleError(f"{file} was changed (its SHA-256 differs from the manifest's): {again}")

@@ -11,7 +11,6 @@ import ctypes
 import os
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,20 +79,25 @@ class SessionOptions(real.SessionOptions):
     def __init__(self) -> None:
         super().__init__()
         self.batch: dict[str, int] = {}
+        self.weights: Any = ()
 
     def add_free_dimension_override_by_name(self, name: str, size: int) -> None:
         self.batch[name] = size
         super().add_free_dimension_override_by_name(name, size)
 
+    def add_external_initializers_from_files_in_memory(self, *weights: Any) -> None:
+        self.weights = weights
+        super().add_external_initializers_from_files_in_memory(*weights)
 
-def InferenceSession(path: Any, options: Any = None, *, providers: Any, enable_fallback: int = 1) -> Any:
+
+def InferenceSession(data: Any, options: Any = None, *, providers: Any, enable_fallback: int = 1) -> Any:
     if providers == [CPU]:
-        return real.InferenceSession(path, options, providers=providers)
-    return GpuSession(path, options, dict(providers), bool(enable_fallback))
+        return real.InferenceSession(data, options, providers=providers)
+    return GpuSession(data, options, dict(providers), bool(enable_fallback))
 
 
 class GpuSession:
-    def __init__(self, path: Any, options: SessionOptions, providers: Any, enable_fallback: bool) -> None:
+    def __init__(self, data: Any, options: SessionOptions, providers: Any, enable_fallback: bool) -> None:
         self._graphs: list[ctypes.c_void_p] = []  # of all threads
         self._memory: list[ctypes.c_uint64] = []
         self._of_thread = threading.local()  # .graphs: those that it recorded, by gpu_graph_id
@@ -105,7 +109,8 @@ class GpuSession:
         plain.intra_op_num_threads = 1
         for name, size in options.batch.items():
             plain.add_free_dimension_override_by_name(name, size)
-        self._session = real.InferenceSession(*_in_standard(path, plain), providers=[CPU])
+        plain.add_external_initializers_from_files_in_memory(*options.weights)
+        self._session = real.InferenceSession(*_in_standard(data, plain), providers=[CPU])
         try:
             for name, given in providers.items():
                 _check_options(name, given)
@@ -253,11 +258,11 @@ class Binding:
         bound[name] = at
 
 
-def _in_standard(path: Any, options: Any) -> tuple[Any, Any]:
+def _in_standard(data: bytes, options: Any) -> tuple[Any, Any]:
     """What a session on the CPU takes: it has no kernel for com.microsoft.GroupNorm, whose formula is written out."""
-    model = onnx.load(path, load_external_data=False)
+    model = onnx.load_from_string(data)
     if not any(node.op_type == "GroupNorm" for node in model.graph.node):
-        return path, options
+        return data, options
     if not knobs["norms"]:
         raise Fail("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : Could not find an implementation for GroupNorm(1) node")
     nodes = []
@@ -265,7 +270,6 @@ def _in_standard(path: Any, options: Any) -> tuple[Any, Any]:
         nodes += _group_norm(node) if node.op_type == "GroupNorm" else [node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(Path(path).parent))
     return model.SerializeToString(), options
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import ctypes
 import enum
 import json
+import os
 import weakref
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -224,7 +224,7 @@ class OnnxParser:
         except Exception:
             self._errors = 1
             return False
-        self._network._file = file
+        self._network._file = os.path.realpath(file)  # what it has read stays, whatever its name was
         self._network._inputs, self._network._outputs = _tensors(session.get_inputs()), _tensors(session.get_outputs())
         return True
 
@@ -453,5 +453,5 @@ class OnnxParserRefitter:
         self._refitter = refitter
 
     def refit_from_file(self, model: str) -> bool:
-        self._refitter._engine._take(str(Path(model)))
+        self._refitter._engine._take(os.path.realpath(model))
         return True

@@ -238,8 +238,12 @@ trt.Builder.build_serialized_network = no
 sentence = refused(built, bundle)
 assert "tensorrt 11.4.0.106 cannot build" in sentence and "no kernel can do this" in sentence
 trt.Builder.build_serialized_network = real
-(bundle.path / "step-fp32.onnx").rename(bundle.path / "away")
+parse = trt.OnnxParser.parse_from_file
+trt.OnnxParser.parse_from_file = lambda self, file: parse(self, file + ".none")
 assert "cannot parse" in refused(built, bundle) and "this is no model" in refused(built, bundle)
+trt.OnnxParser.parse_from_file = parse
+(bundle.path / "step-fp32.onnx").rename(bundle.path / "away")
+assert "was replaced since it was opened" in refused(built, bundle)
 (bundle.path / "away").rename(bundle.path / "step-fp32.onnx")
 assert files() == []
 import errno, epsrt.files

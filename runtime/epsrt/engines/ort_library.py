@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from epsrt.bundle import Bundle
 from epsrt.engines.libraries import errors_of, importing
 from epsrt.engines.probe import both_onnxruntimes
 from epsrt.engines.signature import FREE, Signature, Tensor
 from epsrt.errors import EngineError
+from epsrt.manifest import StepGraph
 
 with importing("onnxruntime", "engine onnxruntime", 'pip install "epsrt[cpu]", or "epsrt[gpu]" for NVIDIA'):
     import onnxruntime as ort
     from onnxruntime.capi import onnxruntime_pybind11_state as bindings
 
-__all__ = ["ERRORS", "check_signature", "ort", "refuse_both_packages"]
+__all__ = ["ERRORS", "check_signature", "in_memory", "ort", "refuse_both_packages"]
 
 ERRORS = errors_of(bindings)  # its own share no base class but Exception; see epsrt.raised.foreign
 
@@ -25,6 +29,17 @@ def refuse_both_packages() -> None:
     """Raise EngineError where onnxruntime and onnxruntime-gpu are both installed: together they are neither."""
     if sentence := both_onnxruntimes():
         raise EngineError(sentence)
+
+
+@contextmanager
+def in_memory(options: Any, bundle: Bundle, graph: StepGraph) -> Iterator[bytes]:
+    """A step graph's bytes, while a session is made of them by these options, which are given the weights.
+
+    onnxruntime would map a weights file that it reads by itself, and follow what becomes of it. Raises BundleError.
+    """
+    model, weights = bundle.graph_bytes(graph), bundle.contents.read(graph.weights)
+    options.add_external_initializers_from_files_in_memory([graph.weights], [weights], [len(weights)])
+    yield model
 
 
 def check_signature(session: Any, signature: Signature, file: Path) -> None:

@@ -65,7 +65,9 @@ TENSORRT_10 = Need(("TensorRT 10",), file=("nvinfer", 10), requirement='"tensorr
 TENSORRT_RTX = Need(("tensorrt-rtx-cu13", "tensorrt-rtx"), (1, 5), "tensorrt_rtx")
 ONNXRUNTIME_GPU = Need(("onnxruntime-gpu",), (1, 27), "onnxruntime")  # older ones are built for CUDA 12
 OPENVINO = Need(("openvino",), (2025, 4), "openvino")
-ONNXRUNTIME = Need(("onnxruntime", "onnxruntime-gpu"), (1, 22), "onnxruntime", by_module=True)
+ONNXRUNTIME = Need(
+    ("onnxruntime", "onnxruntime-gpu"), (1, 24), "onnxruntime", by_module=True
+)  # takes weights in memory
 ENGINES = (  # fastest first
     EngineInfo("tensorrt", "cuda", "tensorrt", TENSORRT, (BINDINGS, NVRTC, FILELOCK)),
     EngineInfo(

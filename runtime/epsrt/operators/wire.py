@@ -42,14 +42,14 @@ def message(data: bytes, schema: Schema) -> Message:
             key = data[at]
             at += 1
             if key > 127:
-                key, at = _varint(data, at - 1)
+                key, at = varint(data, at - 1)
             wire = key & 7
             value: Any
             if wire == LENGTH:
                 size = data[at]
                 at += 1
                 if size > 127:
-                    size, at = _varint(data, at - 1)
+                    size, at = varint(data, at - 1)
                 if size > end - at:
                     raise Damaged("ends in the middle of a field")
                 value = data[at : at + size]
@@ -58,7 +58,7 @@ def message(data: bytes, schema: Schema) -> Message:
                 value = data[at]
                 at += 1
                 if value > 127:
-                    value, at = _varint(data, at - 1)
+                    value, at = varint(data, at - 1)
             elif wire in (FIXED32, FIXED64):
                 size = 4 if wire == FIXED32 else 8
                 if size > end - at:
@@ -84,7 +84,7 @@ def message(data: bytes, schema: Schema) -> Message:
     return found
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def varint(data: bytes, at: int) -> tuple[int, int]:
     """An unsigned number of up to 64 bits, and where the next field begins."""
     value = shift = 0
     while True:
@@ -121,7 +121,7 @@ def packed_signed(data: bytes) -> list[int]:
     values, at = [], 0
     try:
         while at < len(data):
-            value, at = _varint(data, at)
+            value, at = varint(data, at)
             values.append(signed(value))
     except IndexError:
         raise Damaged("ends in the middle of a number") from None

@@ -131,17 +131,14 @@ except EngineError as error:
         path = copy_of(small_bundle_path)
         (path / "step-fp32.onnx").write_bytes(b"not a graph")
         forge(path)
-        with pytest.raises(
-            EngineError, match=r"onnxruntime refuses .*step-fp32.onnx: .*; export the bundle again"
-        ) as e:
+        with pytest.raises(BundleError, match=r"step-fp32.onnx: it .*; no engine is given it: export"):
             open_engine(Bundle.open(path), "onnxruntime")
-        assert "\n" not in str(e.value)
 
     def test_weights_that_are_too_short(self, copy_of, small_bundle_path):
         path = copy_of(small_bundle_path)
         (path / "weights-fp32.bin").write_bytes((path / "weights-fp32.bin").read_bytes()[:4096])
         forge(path)
-        with pytest.raises(EngineError, match=r"onnxruntime refuses .*step-fp32.onnx"):
+        with pytest.raises(BundleError, match=r"ends at byte 6400 of weights-fp32.bin, which has 4096"):
             open_engine(Bundle.open(path), "onnxruntime")
 
     @pytest.mark.parametrize(

@@ -10,7 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from epsrt import Bundle, EngineError, InputError, NotFiniteError, Sample, Sampler, idle_row, open_engine, solvers
+from epsrt import (
+    Bundle,
+    BundleError,
+    EngineError,
+    InputError,
+    NotFiniteError,
+    Sample,
+    Sampler,
+    idle_row,
+    open_engine,
+    solvers,
+)
 from epsrt.engines import probe, proof
 from epsrt.engines.cache.store import EngineCache
 from epsrt.engines.cpu import compiled
@@ -349,9 +360,8 @@ except EngineError as error:
         (path / "step-fp32.onnx").write_bytes(b"not a graph")
         forge(path)
         engine = open_engine(Bundle.open(path), "openvino", precision="fp32")
-        with pytest.raises(EngineError, match=r"OpenVINO refuses .*step-fp32.onnx: .*; export the bundle again") as e:
+        with pytest.raises(BundleError, match=r"step-fp32.onnx: it .*; no engine is given it: export"):
             engine.lanes(1)
-        assert "\n" not in str(e.value)
 
     @pytest.mark.parametrize(("field", "name"), [("shape", "x"), ("classes", "label")])
     def test_a_manifest_of_another_graph(self, copy_of, small_bundle_path, field, name):

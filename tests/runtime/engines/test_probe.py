@@ -236,7 +236,7 @@ class TestState:
                 "gpu",
             ),
             ("onnxruntime", {}, "onnxruntime is not installed", "cpu"),
-            ("onnxruntime", {"onnxruntime": "1.16.3"}, "onnxruntime 1.16.3 is older than 1.22", "cpu"),
+            ("onnxruntime", {"onnxruntime": "1.16.3"}, "onnxruntime 1.16.3 is older than 1.24", "cpu"),
         ],
     )
     def test_libraries(self, machine, name, packages, reason, command):

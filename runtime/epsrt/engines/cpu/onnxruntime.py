@@ -7,7 +7,7 @@ from typing import Any
 from epsrt.bundle import Bundle
 from epsrt.engine import Closing, check_batch, check_threads
 from epsrt.engines.cpu.lanes import HostLanes, Run
-from epsrt.engines.ort_library import ERRORS, check_signature, ort, refuse_both_packages
+from epsrt.engines.ort_library import ERRORS, check_signature, in_memory, ort, refuse_both_packages
 from epsrt.engines.signature import Signature
 from epsrt.errors import EngineError, one_line
 from epsrt.manifest import StepGraph
@@ -31,12 +31,14 @@ class OnnxRuntimeCpu(Closing):
         if threads is not None:
             options.intra_op_num_threads = threads
         file = bundle.path / graph.file
-        try:
-            self.session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"], enable_fallback=0)
-        except ERRORS as error:
-            if foreign(error, "onnxruntime"):
-                raise
-            raise EngineError(f"onnxruntime refuses {file}: {one_line(error)}; export the bundle again") from error
+        given: dict[str, Any] = {"providers": ["CPUExecutionProvider"], "enable_fallback": 0}
+        with in_memory(options, bundle, graph) as model:
+            try:
+                self.session = ort.InferenceSession(model, options, **given)
+            except ERRORS as error:
+                if foreign(error, "onnxruntime"):
+                    raise
+                raise EngineError(f"onnxruntime refuses {file}: {one_line(error)}; export the bundle again") from error
         self.bundle, self.graph, self._threads = bundle, graph, threads
         self.precision: str = graph.precision
         self.columns = graph.columns

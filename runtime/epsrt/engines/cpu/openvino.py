@@ -22,6 +22,7 @@ from epsrt.engines.cache.brought import Brought
 from epsrt.engines.cache.key import Key, Options
 from epsrt.engines.cache.private import ELSEWHERE
 from epsrt.engines.cache.store import EngineCache
+from epsrt.engines.cpu.addressed import addressed
 from epsrt.engines.cpu.compiled import Compiled, CompiledModels
 from epsrt.engines.cpu.lanes import HostLanes, Run
 from epsrt.engines.libraries import errors_of, importing
@@ -152,7 +153,8 @@ class OpenVino(Closing):
             return self._models[key]
 
     def _compile(self, batch: int, image: tuple[int, int, int], config: dict[str, Any]) -> Any:
-        model = self._read()
+        weights = self.bundle.contents.read(self.graph.weights)
+        model = self._read(weights)
         self._check_signature(model)
         if self._hint == "bf16":
             keep_sines(model)
@@ -186,10 +188,11 @@ class OpenVino(Closing):
 
         return run
 
-    def _read(self) -> Any:
-        file = self.bundle.path / self.graph.file
-        with _said(f"OpenVINO refuses {file}", "; export the bundle again"):
-            return core().read_model(str(file))  # a Path would run Python, whose exceptions it drops
+    def _read(self, weights: bytes) -> Any:
+        """The model, whose constants may lie in the bytes of the weights file."""
+        model = addressed(self.bundle.graph_bytes(self.graph), self.graph.weights, weights)
+        with _said(f"OpenVINO refuses {self.bundle.path / self.graph.file}", "; export the bundle again"):
+            return core().read_model(model)
 
     def _check_signature(self, model: Any) -> None:
         found = {port.any_name: Tensor(*_described(port)) for port in [*model.inputs, *model.outputs]}

@@ -133,8 +133,8 @@ class OnnxRuntimeCuda(Closing):
             with EngineCache().kept_by(f"{TENSORRT}-{self._name}-{size}") as folder:
                 yield [(PROVIDERS[TENSORRT], self._tensorrt_options(str(folder))), on_cuda]
 
-        path, sized = self.bundle.path / self.graph.file, self.bundle.manifest.sizes is not None
-        return Session(self._device, buffers, stream, path, sized, providers, needs, records=self.name == CUDA)
+        records = self.name == CUDA
+        return Session(self._device, buffers, stream, self.bundle, self.graph, providers, needs, records)
 
     @property
     def _name(self) -> str:

@@ -17,15 +17,16 @@ import re
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from epsrt.bundle import Bundle
 from epsrt.engines.gpu import cuda
 from epsrt.engines.gpu.buffers import Buffers
-from epsrt.engines.ort_library import ERRORS, check_signature, ort
+from epsrt.engines.ort_library import ERRORS, check_signature, in_memory, ort
 from epsrt.errors import EngineError, OutOfMemoryError, one_line
+from epsrt.manifest import StepGraph
 from epsrt.raised import foreign
 
 FREE = ("batch", "height", "width")  # what the export calls the free dimensions
@@ -37,8 +38,7 @@ Providers = list[tuple[str, dict[str, str]]]  # names and their options, the fir
 class Session:
     """runner.Runner: onnxruntime on the buffers of one lanes object.
 
-    file       the step graph's
-    sized      whether the graph's height and width are free
+    graph      of the bundle, in the dialect that the session runs
     providers  the context in which a session of these providers may be made. The last one is CUDA's; the stream and
                "enable_cuda_graph" are set here
     needs      what the first provider needs, for the sentence where it does not run
@@ -52,15 +52,17 @@ class Session:
         device: cuda.Device,
         buffers: Buffers,
         stream: cuda.Stream,
-        file: Path,
-        sized: bool,
+        bundle: Bundle,
+        graph: StepGraph,
         providers: Callable[[], AbstractContextManager[Providers]],
         needs: str,
         records: bool,
     ):
         self.capturable = True
         self._device, self._buffers, self._stream = device, buffers, stream
-        self._path, self._sized, self._providers, self._needs, self._records = file, sized, providers, needs, records
+        self._bundle, self._graph, self._path = bundle, graph, bundle.path / graph.file
+        self._sized = bundle.manifest.sizes is not None  # height and width are free in the graph
+        self._providers, self._needs, self._records = providers, needs, records
         self._session: Any = None
         self._bindings: dict[tuple[int, int], Any] = {}  # by now and the address of the rows
         self._options = [_run_options(graph) for graph in ("1", "2")]  # 0 is onnxruntime's own
@@ -139,7 +141,8 @@ class Session:
     def _make(self, options: Any, providers: Providers) -> Any:
         wanted = providers[0][0]
         try:
-            session = ort.InferenceSession(self._path, options, providers=providers, enable_fallback=0)
+            with in_memory(options, self._bundle, self._graph) as model:
+                session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
             if session.get_providers()[:1] == [wanted]:
                 return session
             reason, cause = f"it fell back to {session.get_providers()[0]}", None

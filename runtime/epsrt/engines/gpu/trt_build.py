@@ -183,8 +183,8 @@ def _parse(library: Library, builder: Any, bundle: Bundle, graph: StepGraph) -> 
     trt, file = library.module, source(bundle, graph)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, library.logger)
-    with library.logger.hearing() as heard:
-        if not parser.parse_from_file(str(file)):
+    with library.logger.hearing() as heard, bundle.graph_file(graph) as read:
+        if not parser.parse_from_file(str(read)):
             reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)) or heard
             raise EngineError(f"{library} cannot parse {file}: {reasons}")
     return network

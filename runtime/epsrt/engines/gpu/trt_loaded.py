@@ -112,11 +112,13 @@ class LoadedEngineFile:
                 self._compiled.keep(data)
 
     def _take_weights(self, heard: Heard) -> None:
-        trt, file = self.library.module, source(self._bundle, self._graph)
+        trt, graph = self.library.module, self._graph
         refitter = trt.Refitter(self.engine, self.library.logger)
         weights = trt.OnnxParserRefitter(refitter, self.library.logger)
-        if not weights.refit_from_file(str(file)) or not refitter.refit_cuda_engine():
-            raise self.failure(f"cannot put the weights of {file} into the engine file", heard)
+        with self._bundle.graph_file(graph) as read:
+            if not weights.refit_from_file(str(read)) or not refitter.refit_cuda_engine():
+                file = source(self._bundle, graph)
+                raise self.failure(f"cannot put the weights of {file} into the engine file", heard)
 
     def _check_signature(self, command: str) -> None:
         trt, engine = self.library.module, self.engine

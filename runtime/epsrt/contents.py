@@ -1,0 +1,167 @@
+"""Contents: the files of a bundle, held to the hashes of its manifest for as long as the bundle is open.
+
+What was hashed is what is used. A library that takes bytes gets the very bytes that were hashed. One that insists on
+reading files by itself reads them while they provably stay as they were. A bundle that is replaced at its path, or
+overwritten in place, is refused from then on; what was loaded before goes on as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from epsrt.errors import BundleError, EpsrtError
+from epsrt.files import sha256
+from epsrt.manifest import FileEntry
+from epsrt.raised import foreign
+
+AGAIN = "copy or export the bundle again"
+TICK = 100_000_000  # ns: two writes so close may leave a file the same times
+
+
+class Stamp(NamedTuple):
+    """What tells one state of a file from another without reading it."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int  # ns since 1970
+    changed: int  # ns since 1970; nobody sets this one back
+
+    @property
+    def settled(self) -> bool:
+        """Whether a later write would be seen in the times."""
+        return time.time_ns() - max(self.modified, self.changed) > TICK
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The files of the bundle at `path`. Those that its manifest does not list are an export's: read as they are."""
+
+    path: Path
+    entries: Mapping[str, FileEntry]
+    _seen: dict[str, Stamp] = field(default_factory=dict, compare=False, repr=False)  # of files that were hashed
+
+    def check(self, place: Path | None = None) -> None:
+        """Hash every file, of the directory that stands at the path now or in `place`.
+
+        Raises BundleError that names the first that is not as the manifest says.
+        """
+        with standing(self.path) if place is None else nullcontext(place) as here:
+            for name in self.entries:
+                self._hash(here, name)
+
+    def read(self, name: str) -> bytes:
+        """A file's bytes. Raises BundleError if they are not those that the manifest says."""
+        entry = self.entries.get(name)
+        with standing(self.path) as place, self._reading(name), (place / name).open("rb") as file:
+            data = file.read() if entry is None else file.read(entry.size + 1)
+        if entry is not None and hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise self._replaced(name)
+        return data
+
+    @contextmanager
+    def reading(self, *names: str) -> Iterator[Path]:
+        """The directory, for a library that reads these files of it by itself, whoever takes its name meanwhile.
+
+        Raises BundleError if one of them is not as the manifest says, or was touched before the context ended: throw
+        away what was read. It must not map the files beyond the context.
+        """
+        listed = [name for name in names if name in self.entries]
+        with standing(self.path) as place:
+            before = {name: self._known(place, name) for name in listed}
+            try:
+                yield place
+            except EpsrtError as error:
+                self._compare(place, before, error)
+                raise
+            self._compare(place, before)
+
+    def _known(self, place: Path, name: str) -> Stamp:
+        """A file's stamp, once it is known that its bytes are those of the manifest."""
+        with self._reading(name):
+            stamp = stamp_of(place / name)
+        if stamp != self._seen.get(name):  # copied back, say, or touched
+            try:
+                return self._hash(place, name)
+            except BundleError as error:
+                raise self._replaced(name) from error
+        return stamp
+
+    def _compare(self, place: Path, before: dict[str, Stamp], error: Exception | None = None) -> None:
+        for name, stamp in before.items():
+            with self._reading(name):
+                same = stamp_of(place / name) == stamp
+                if same and not stamp.settled:
+                    same = sha256(place / name) == self.entries[name].sha256
+            if not same:
+                raise self._replaced(name) from error
+
+    def _hash(self, place: Path, name: str) -> Stamp:
+        """The stamp of a file that has the manifest's bytes. Raises BundleError."""
+        file, entry, shown = place / name, self.entries[name], self.path / name
+        with self._reading(name):
+            if file.is_symlink() or not file.is_file():
+                what = "is a link, not a file" if file.is_symlink() else "is missing"
+                raise BundleError(f"{shown} {what}: {AGAIN}")
+            stamp = stamp_of(file)
+            if stamp.size != entry.size:
+                raise BundleError(f"{shown} has {stamp.size} bytes, the manifest says {entry.size}: {AGAIN}")
+            if sha256(file) != entry.sha256:
+                raise BundleError(f"{shown} was changed (its SHA-256 differs from the manifest's): {AGAIN}")
+        if stamp.settled:
+            self._seen[name] = stamp
+        return stamp
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if foreign(error):
+                raise
+            if isinstance(error, FileNotFoundError):
+                raise self._replaced(name) from error
+            raise unreadable(self.path / name, error) from error
+
+    def _replaced(self, name: str) -> BundleError:
+        return BundleError(f"{self.path} was replaced since it was opened (its {name} is another): open it again")
+
+
+def stamp_of(path: Path) -> Stamp:
+    found = os.stat(path, follow_symlinks=False)
+    return Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def unreadable(path: Path, error: OSError) -> BundleError:
+    """The sentence of a file or directory that the system does not let this process read."""
+    reason = error.strerror or str(error)
+    return BundleError(f"{path} cannot be read ({reason}): give this user the right to, or {AGAIN}")
+
+
+@contextmanager
+def standing(path: Path) -> Iterator[Path]:
+    """The directory that is at `path` now, by a name that stays its own if another is put there.
+
+    Where the system has no /proc it is the path itself. Raises BundleError if there is none.
+    """
+    try:
+        held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        if foreign(error):
+            raise
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise unreadable(path, error) from error
+        what = "is a file" if os.path.lexists(path) else "does not exist"
+        raise BundleError(f'{path} {what}: a bundle is a directory that "epsrt export" wrote') from error
+    try:
+        place = Path(f"/proc/self/fd/{held}")
+        yield place if place.is_dir() else path
+    finally:
+        os.close(held)
