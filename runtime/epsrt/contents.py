@@ -158,7 +158,7 @@ def standing(path: Path) -> Iterator[Path]:
             raise
         if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
             raise unreadable(path, error) from error
-        what = "is a file" if os.path.lexists(path) else "does not exist"
+        what = "is a file" if isinstance(error, NotADirectoryError) and os.path.lexists(path) else "does not exist"
         raise BundleError(f'{path} {what}: a bundle is a directory that "epsrt export" wrote') from error
     try:
         place = Path(f"/proc/self/fd/{held}")
