@@ -14,6 +14,7 @@ from torch import nn
 from epsrt.errors import EpsrtError, InputError
 from epsrt.manifest import LearnedVariance, Sizes, StepGraph, step_columns, step_features
 from epsrt.types import Shape
+from epsrt_export import unlisted
 from epsrt_export.dialects import in_dialects
 from epsrt_export.onnx_graph import WeightsFile, to_onnx
 from epsrt_export.onnx_passes import masked
@@ -88,9 +89,17 @@ def write_graphs(
         made.append(graph)
         on_graph(len(made) / len(r.variants))
     weights.write(directory)
-    for file in (file for graph in made for file in graph.files().values()):
-        onnx.checker.check_model(directory / file)
+    check_files(directory, made, type(r.network).__name__)
     return made
+
+
+def check_files(directory: Path, graphs: Sequence[StepGraph], network: str) -> None:
+    """Raise InputError where an engine would not be given a file that was written."""
+    for graph in graphs:
+        size = (directory / graph.weights).stat().st_size
+        for dialect, file in graph.files().items():
+            onnx.checker.check_model(directory / file)
+            unlisted.check_file(directory / file, {graph.weights: size}, dialect, network)
 
 
 def _half(recipe: Recipe) -> nn.Module:

@@ -23,6 +23,7 @@ from epsrt.engines.libraries import importing
 from epsrt.engines.signature import Signature
 from epsrt.errors import InputError
 from epsrt.manifest import StepGraph
+from epsrt_export.graphs import check_files
 from epsrt_export.onnx_graph import WeightsFile
 from epsrt_export.onnx_passes import masked
 
@@ -58,8 +59,7 @@ def write_int8(bundle: Bundle, on_graph: Callable[[float], object] = lambda shar
         made.append(StepGraph(name, weights.name, "int8", graph.columns, graph.features))
         on_graph(len(made) / len(plain))
     weights.write(bundle.path)
-    for graph in made:
-        onnx.checker.check_model(bundle.path / graph.file)
+    check_files(bundle.path, made, bundle.manifest.provenance.network)
     return made
 
 

@@ -20,8 +20,9 @@ import torch
 
 from epsrt.errors import EpsrtError, InputError
 from epsrt.manifest import Sizes
-from epsrt_export import onnx_passes
+from epsrt_export import onnx_passes, unlisted
 from epsrt_export.folding import fold_constants
+from epsrt_export.gathers import gather_on_one_axis
 from epsrt_export.stepgraph import OUTPUTS, StepModule
 
 EXTERNAL_FROM = 1024  # bytes; smaller initializers stay in the graph
@@ -77,10 +78,12 @@ def to_onnx(
         network = type(step.network).__name__
         raise InputError(f"torch cannot export {network}: {_reason(error)}{_line(error)}") from error
     assert program is not None
+    gather_on_one_axis(program.model.graph)
     if weights is not None:
         weights.take(program.model)
     model: onnx.ModelProto = ir.to_proto(program.model)
     _check_signature(model, step.inputs, sizes is not None)
+    unlisted.check(model, type(step.network).__name__)
     onnx_passes.strip(model)
     if step.dtype == torch.float16:
         onnx_passes.softmax_in_fp32(model)

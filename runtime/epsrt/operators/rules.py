@@ -8,7 +8,9 @@ from collections.abc import Callable
 from epsrt.operators.graph import MOST_AXES, SIZES, Node
 from epsrt.operators.ranges import INTEGERS, WHOLE, Known
 
-LARGEST = 65536  # pixels of a kernel, a dilation, a pad: the largest side of a bundle's images
+LARGEST = 65536  # pixels of a kernel, or that Pad adds: the largest side of a bundle's images
+LARGEST_STRIDE = 128  # pixels, of a convolution; and so many pixels may ConvTranspose add to its output
+LARGEST_DILATION = 1024  # pixels
 MOST_ELEMENTS = 2**31  # that a constant asks for
 LARGEST_SCALE = 1024.0
 
@@ -55,12 +57,14 @@ def _word(node: Node, name: str, *words: str) -> None:
 
 
 def window(node: Node, known: Known) -> None:
-    """Convolutions and pools: ConvTranspose of 0 groups is a division by zero in onnxruntime."""
+    """Convolutions and pools. In ConvTranspose, 0 groups are a division by zero in onnxruntime; from a stride of 512 on
+    OpenVINO compiles for minutes, and crashes at 65,536."""
     _whole(node, "group", 1)
-    for name in ("strides", "dilations", "kernel_shape"):
-        _wholes(node, name, 1)
-    for name in ("pads", "output_padding"):
-        _wholes(node, name, 0)
+    _wholes(node, "kernel_shape", 1)
+    _wholes(node, "strides", 1, LARGEST if node.op.endswith("Pool") else LARGEST_STRIDE)
+    _wholes(node, "dilations", 1, LARGEST_DILATION)
+    _wholes(node, "pads", 0, LARGEST_DILATION)
+    _wholes(node, "output_padding", 0, LARGEST_STRIDE)
     _word(node, "auto_pad", "NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER")
     if "output_shape" in node.attributes:
         raise Refused("has output_shape")
