@@ -25,7 +25,7 @@ from epsrt.errors import InputError
 from epsrt.manifest import StepGraph
 from epsrt_export.graphs import check_files
 from epsrt_export.onnx_graph import WeightsFile
-from epsrt_export.onnx_passes import masked
+from epsrt_export.onnx_passes import masked, strip
 
 Feeds = dict[str, NDArray[Any]]
 
@@ -49,6 +49,8 @@ def write_int8(bundle: Bundle, on_graph: Callable[[float], object] = lambda shar
             source = bundle.graph("fp32", bare)
             with closing(open_engine(bundle, "onnxruntime", precision="fp32", features=bare)) as engine:
                 model = quantise(bundle.path / source.file, states_of(engine, *calibration(bundle)))
+            strip(model)
+            model.graph.ClearField("value_info")  # engines infer it
             shared = ir.from_proto(model)
             weights.take(shared)
             models[bare] = ir.to_proto(shared)

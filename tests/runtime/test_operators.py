@@ -126,6 +126,8 @@ HOSTILE = {
     "no operator set": model(graph([node("Relu", ["x"], ["y"])]), {}),
     "a function": model(graph([node("Relu", ["x"], ["y"])]), more=field(25, field(1, "f"))),
     "training": model(graph([node("Relu", ["x"], ["y"])]), more=field(20, b"")),
+    "metadata": model(graph([node("Relu", ["x"], ["y"])]), more=field(14, field(1, "ort_config") + field(2, "{}"))),
+    "an inner tensor of no size": model(graph([node("Relu", ["x"], ["y"])]) + field(13, value("z", 1, [-1]))),
     "two graphs": model(graph([node("Relu", ["x"], ["y"])]), more=field(7, graph([]))),
     "a graph in an attribute": model(
         graph([node("Relu", ["x"], ["y"]) + field(5, field(1, "body") + field(6, graph([])) + field(20, 5))])
@@ -160,6 +162,10 @@ FINE = {
         "ConvTranspose", np.ones((4, 1, 3, 3), np.float32), group=4, strides=[2, 2], output_padding=[1, 1]
     ),
     "a size": of_node("Resize", None, None, whole(1, 1, 16, 16), mode="linear"),
+    "what onnxruntime's quantiser adds": model(
+        graph([node("Relu", ["x"], ["y"])]) + field(13, value("y", 2)),
+        more=field(14, field(1, "onnx.infer") + field(2, "")),
+    ),
     "no scales, but a size": of_node("Resize", None, np.zeros(0, np.float32), whole(1, 1, 16, 16)),
 }
 
@@ -307,11 +313,11 @@ def test_nesting_and_size_cost_no_more_than_they_weigh():
     deep = b""
     for _ in range(20_000):
         deep = field(6, deep)[-200_000:]
-    start = time.perf_counter()
+    start = time.process_time()
     refusal(model(graph([node("Relu", ["x"], ["y"]) + field(5, field(1, "body") + deep)])))
     refusal(b"\x08\x80" * 500_000)
     refusal(model(graph([node("Relu", ["x"], ["y"] * 100_000)])))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_a_graph_is_checked_in_milliseconds():
@@ -320,9 +326,9 @@ def test_a_graph_is_checked_in_milliseconds():
     data = (bundle.path / graph.file).read_bytes()
     times = []
     for _ in range(9):
-        start = time.perf_counter()
+        start = time.process_time()
         check(data, graph.file, bundle.manifest)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 0.1  # 5 ms on an idle core
 
 

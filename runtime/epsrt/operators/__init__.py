@@ -7,12 +7,12 @@ How much memory and time it takes is not bounded here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from epsrt.errors import BundleError
 from epsrt.manifest import Manifest
 from epsrt.operators import listed
-from epsrt.operators.graph import FLOAT, INT64, MOST_EXTENT, Graph, Node, Tensor, Value, read
+from epsrt.operators.graph import FLOAT, INT64, MOST_EXTENT, SIZES, Graph, Node, Tensor, Value, read
 from epsrt.operators.listed import DIALECTS
 from epsrt.operators.ranges import Known
 from epsrt.operators.rules import Refused
@@ -72,7 +72,9 @@ def examine(data: bytes, weights: Mapping[str, int | None], dialect: str = "cpu"
         _lies(tensor, weights)
     known, made = Known(graph.constants), set(graph.constants)
     for value in (*graph.inputs, *graph.outputs):
-        _bounded(value)
+        _bounded(value, (FLOAT, INT64), MOST_AXES)
+    for value in graph.between:
+        _bounded(value, SIZES, 2 * MOST_AXES)
     for value in graph.inputs:
         known.types[value.name] = value.dtype
         _make(value.name, made)
@@ -129,13 +131,7 @@ def _lies(tensor: Tensor, weights: Mapping[str, int | None]) -> None:
         raise Refused(f"{where} ends at byte {offset + length} of {said['location']}, which has {size}")
 
 
-def _bounded(value: Value) -> None:
+def _bounded(value: Value, types: Collection[int], axes: int) -> None:
     dims = value.dims or ()
-    if (
-        value.dtype not in (FLOAT, INT64)
-        or len(dims) > MOST_AXES
-        or any(n is not None and not 0 < n <= MOST_EXTENT for n in dims)
-    ):
-        raise Refused(
-            f"its input or output {value.name!r} is of ONNX's type {value.dtype} and the extents {list(dims)[:16]}"
-        )
+    if value.dtype not in types or len(dims) > axes or any(n is not None and not 0 < n <= MOST_EXTENT for n in dims):
+        raise Refused(f"its tensor {value.name!r} is of ONNX's type {value.dtype} and the extents {list(dims)[:16]}")

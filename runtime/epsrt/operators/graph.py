@@ -81,6 +81,7 @@ class Graph(NamedTuple):
     constants: dict[str, Tensor]
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
+    between: tuple[Value, ...]  # what the file says of other tensors, as int8 graphs do
 
 
 def read(data: bytes) -> Graph:
@@ -91,6 +92,10 @@ def read(data: bytes) -> Graph:
         if each.get("domain", "") in opsets:
             raise Damaged(f'names the operator set "{each.get("domain", "")}" twice')
         opsets[each.get("domain", "")] = each.get("version", 0)
+    if any(
+        each.get("key") != "onnx.infer" for each in model.get("metadata", ())
+    ):  # onnxruntime's quantiser writes that
+        raise Damaged("has metadata")
     if "graph" not in model:
         raise Damaged("has no graph")
     graph = message(model["graph"], _graph_schema())
@@ -103,6 +108,7 @@ def read(data: bytes) -> Graph:
         constants,
         tuple(graph.get("inputs", ())),
         tuple(graph.get("outputs", ())),
+        tuple(graph.get("between", ())),
     )
 
 
@@ -207,6 +213,7 @@ def _sub(schema: Schema) -> Callable[[bytes], dict[str, Any]]:
 
 
 _OPSET = one(1, "domain", LENGTH, name_of) | one(2, "version", VARINT, signed)
+_ENTRY = one(1, "key", LENGTH, name_of) | one(2, "value", LENGTH, name_of)
 _MODEL = (
     one(1, "ir_version", VARINT, signed)
     | one(2, "producer", LENGTH, name_of)
@@ -216,8 +223,8 @@ _MODEL = (
     | one(6, "doc", LENGTH, name_of)
     | one(7, "graph", LENGTH, same)
     | one(8, "opsets", LENGTH, _sub(_OPSET), many=True)
+    | one(14, "metadata", LENGTH, _sub(_ENTRY), many=True)
 )
-_ENTRY = one(1, "key", LENGTH, name_of) | one(2, "value", LENGTH, name_of)
 _TENSOR = (
     integers(1, "dims")
     | one(2, "dtype", VARINT, signed)
@@ -280,4 +287,5 @@ def _graph_schema() -> Schema:
         | one(10, "doc", LENGTH, name_of)
         | one(11, "inputs", LENGTH, _value, many=True)
         | one(12, "outputs", LENGTH, _value, many=True)
+        | one(13, "between", LENGTH, _value, many=True)
     )
