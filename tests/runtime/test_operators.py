@@ -126,6 +126,17 @@ HOSTILE = {
     "no operator set": model(graph([node("Relu", ["x"], ["y"])]), {}),
     "a function": model(graph([node("Relu", ["x"], ["y"])]), more=field(25, field(1, "f"))),
     "training": model(graph([node("Relu", ["x"], ["y"])]), more=field(20, b"")),
+    "a type of its own": of_node("EyeLike", dtype=7),
+    "an attribute in another file": of_node(
+        "ConstantOfShape", whole(2), inputs=[], value=outside("v", [1], WHERE.items())
+    ),
+    "a step by way of Gather": model(
+        graph(
+            [node("Gather", ["one", "far"], ["step"]), node("Range", ["zero", "nine", "step"], ["y"])],
+            [constant(name, whole(n)[0]) for name, n in {"zero": 0, "nine": 9, "far": 99}.items()]
+            + [constant("one", whole(1))],
+        )
+    ),
     "metadata": model(graph([node("Relu", ["x"], ["y"])]), more=field(14, field(1, "ort_config") + field(2, "{}"))),
     "an inner tensor of no size": model(graph([node("Relu", ["x"], ["y"])]) + field(13, value("z", 1, [-1]))),
     "two graphs": model(graph([node("Relu", ["x"], ["y"])]), more=field(7, graph([]))),
@@ -294,6 +305,15 @@ def test_thousands_of_mutated_files_are_taken_or_refused_in_a_sentence(seed):
             assert str(error).isprintable()
             assert len(str(error)) < 700
     assert taken < 300
+
+
+def test_a_large_constant_is_not_looked_into_again_and_again():
+    """20,000 nodes that are each asked for what one constant of a megabyte says."""
+    nodes = [node("Reshape", ["x", "c"], [f"y{i}"]) for i in range(MOST_NODES)]
+    data = model(graph(nodes, [constant("c", np.ones(1 << 17, np.int64))], outputs=[value("y9")]))
+    start = time.process_time()
+    examine(data, WEIGHTS)
+    assert time.process_time() - start < 5
 
 
 def test_bytes_that_are_no_graph_are_refused():

@@ -177,6 +177,8 @@ def _attribute(data: bytes) -> tuple[str, Any]:
     value = found.get(field, empty)
     if value is None:
         raise Damaged(f"has an attribute {name!r} without a value")
+    if isinstance(value, Tensor) and value.external:
+        raise Damaged(f"has an attribute {name!r} that lies in another file")
     return name, value
 
 

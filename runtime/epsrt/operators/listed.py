@@ -26,6 +26,8 @@ def check(node: Node, known: Known) -> int:
         raise Refused("has no first input")
     for name, value in node.attributes.items():
         rules.bounded(name, value)
+        if name in ("dtype", "output_dtype"):  # types follow from inputs, but for Cast
+            raise Refused(f"has {name}")
     if entry.rule is not None:
         entry.rule(node, known)
     dtype = entry.type(node, known)
@@ -93,7 +95,7 @@ LIST: dict[str, Entry] = {
     "DFT": Entry(rule=rules.dft),
     "DequantizeLinear": Entry(_as(1)),
     "Einsum": Entry(rule=rules.einsum),
-    "EyeLike": Entry(lambda node, known: node.attributes.get("dtype") or _same(node, known)),
+    "EyeLike": Entry(),
     "Expand": Entry(rule=rules.asks(1, least=-1, product=True)),
     "OneHot": Entry(_as(2), rules.asks(1, least=1)),
     "Pad": Entry(rule=rules.pads),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from math import prod
 
 from epsrt.operators.graph import INT8, INT32, INT64, UINT8, Node, Numbers, Tensor
 
@@ -11,6 +12,7 @@ Range = tuple[float, float]  # least and largest of all values of a tensor
 
 EXTENT: Range = (0, 4096)  # of a tensor that is there: it fits into memory, and a constant that multiplies it may not
 INTEGERS = {UINT8: (0, 255), INT8: (-128, 127), INT32: (-(2**31), 2**31 - 1), INT64: (-(2**63), 2**63 - 1)}
+MOST_NUMBERS = 512  # of a constant that is looked into
 WHOLE = 2**31  # OpenVINO computes whole numbers in 32 bits: what exceeds them is not known
 
 
@@ -20,12 +22,16 @@ class Known:
     def __init__(self, constants: dict[str, Tensor]):
         self.constants = constants
         self.types = {name: tensor.dtype for name, tensor in constants.items()}
+        self._numbers: dict[str, Numbers | None] = {}
         self._ranges: dict[str, Range | None] = {}
 
     def numbers(self, name: str) -> Numbers | None:
-        """The values of a constant that is in the graph itself; None where there is none."""
-        tensor = self.constants.get(name)
-        return None if tensor is None else tensor.numbers()
+        """The values of a small constant that is in the graph itself; None where there is none."""
+        if name not in self._numbers:
+            tensor = self.constants.get(name)
+            small = tensor is not None and prod(tensor.dims) <= MOST_NUMBERS
+            self._numbers[name] = tensor.numbers() if tensor is not None and small else None
+        return self._numbers[name]
 
     def range(self, name: str) -> Range | None:
         """The range of a tensor; None where it is not known."""
@@ -68,6 +74,12 @@ def _first(node: Node, known: Known) -> Range | None:
 def _union(node: Node, known: Known) -> Range | None:
     found = _all(node, known)
     return (min(a for a, _ in found), max(b for _, b in found)) if found else None
+
+
+def _picked(node: Node, known: Known) -> Range | None:
+    """Of Gather: 0 too, which is what OpenVINO gives for places that are not there."""
+    found = _first(node, known)
+    return None if found is None else (min(0, found[0]), max(0, found[1]))
 
 
 def _chosen(node: Node, known: Known) -> Range | None:
@@ -152,12 +164,13 @@ def _filled(node: Node, known: Known) -> Range | None:
 
 
 _MOVES = (
-    "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
+    "Expand", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
     "DepthToSpace", "SpaceToDepth", "ReduceMax", "ReduceMin",
 )  # fmt: skip
 _RANGES: dict[str, Callable[[Node, Known], Range | None]] = {
     **dict.fromkeys(_MOVES, _first),
     **dict.fromkeys(("Shape", "Size", "ArgMax", "ArgMin"), lambda node, known: EXTENT),
+    "Gather": _picked,
     "Concat": _union,
     "Where": _chosen,
     "Range": _union,

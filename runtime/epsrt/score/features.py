@@ -47,7 +47,7 @@ class Extractor(Unforkable):
 
     `shape` is (C, H, W) and `features` is D, as far as the file says them, else None.
 
-    The file may be of any exporter, so it is not held to epsrt.operators: bring it from people whose code you would run.
+    The file may be of any exporter, so it is not held to epsrt.operators: bring it from those whose code you would run.
 
     Images are never resized here. The way of resizing changes the figures, so it belongs into the file. Raises
     InputError where the file is no ONNX, has other inputs or outputs, or does not say its range.
