@@ -61,7 +61,7 @@ def node(op: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "
     return (
         b"".join(field(1, name) for name in inputs)
         + b"".join(field(2, name) for name in outputs)
-        + field(3, f"a {op}")
+        + field(3, f"a {op} for {', '.join(outputs)[:99]}")
         + field(4, op)
         + b"".join(field(5, attribute(name, value)) for name, value in attributes.items())
         + (field(7, domain) if domain else b"")
