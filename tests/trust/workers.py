@@ -34,6 +34,8 @@ class Worker(Generic[J, R]):
         """("done", what it returned), ("crash", its signal or status and last words) or ("hang", its limit)."""
         if self.process is None:
             self._start()
+        self.said.seek(0)  # the process writes on from there
+        self.said.truncate()
         self.pipe.send(job)
         try:
             if not self.pipe.poll(self.limit):
@@ -58,8 +60,6 @@ class Worker(Generic[J, R]):
             self.process = None
 
     def _start(self) -> None:
-        self.said.seek(0)
-        self.said.truncate()
         self.pipe, theirs = FORK.Pipe()
         self.process, self.left = FORK.Process(target=self._serve, args=(theirs,), daemon=True), self.retires
         self.process.start()
