@@ -106,6 +106,8 @@ HOSTILE = {
     "largest values": of_node("TopK", whole(2**40), outputs=["y", "i"]),
     "parts": of_node("Split", whole(2**62, 2**62), outputs=["y", "z"]),
     "a number of parts": of_node("Split", outputs=["y", "z"], num_outputs=0),
+    "fewer parts than outputs": of_node("Split", outputs=["y", "z"], num_outputs=1),
+    "more parts than outputs": of_node("Split", outputs=["y", "z"], num_outputs=3),
     "a step": of_node("Slice", whole(3), whole(LEAST), whole(1), whole(LEAST)),
     "a step 0": of_node("Slice", whole(0), whole(3), whole(1), whole(0)),
     "a transform of length 0": of_node("DFT", whole(0)[0]),

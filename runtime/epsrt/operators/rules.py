@@ -179,7 +179,8 @@ def cast(node: Node, known: Known) -> None:
 
 
 def split(node: Node, known: Known) -> None:
-    _whole(node, "num_outputs", 1)
+    """With fewer parts than outputs, or more, onnxruntime writes beyond a list's end."""
+    _whole(node, "num_outputs", len(node.outputs), len(node.outputs))
     asks(1, least=0)(node, known)
 
 
