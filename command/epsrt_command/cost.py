@@ -32,9 +32,9 @@ def count(bundle: Bundle, precision: str, batch: int) -> Cost:
         import onnx
     except ModuleNotFoundError:
         raise InputError("onnx is missing, which reads step graphs: pip install onnx") from None
-    file = bundle.graph(graph_precision_of(precision)).file
-    data = bundle.contents.read(file)
-    with reading(bundle.path / file, "cannot be counted", "export it again"):
+    graph = bundle.graph(graph_precision_of(precision))
+    data = bundle.graph_bytes(graph)
+    with reading(bundle.path / graph.file, "cannot be counted", "export it again"):
         model = onnx.load_from_string(data)
         return count_graph(model, batch, bundle.manifest.shape, half=precision == "bf16")
 
