@@ -79,8 +79,8 @@ class Control:
 
     def _look(self, lanes: Sequence[Lanes] = ()) -> None:
         cancelled = self._cancel is not None and self._cancel.is_set()
-        late = -1.0 if self._deadline is None else time.monotonic() - self._deadline
-        if not cancelled and late < 0:
+        late = None if self._deadline is None else time.monotonic() - self._deadline
+        if not cancelled and (late is None or late < 0):
             return
         for each in lanes:
             each.wait()

@@ -71,7 +71,7 @@ class Limits:
         timesteps, each = options.get("timesteps"), options.get("each", 1)
         many = length(timesteps) if isinstance(timesteps, Sized) else steps
         if is_whole(many):
-            self.check_rows(many * each if is_whole(each) and each > 1 else many, "steps")
+            self.check_rows(many * max(1, each) if is_whole(each) else many, "steps")
 
     def check_rows(self, rows: int, what: str = "rows of the plan") -> None:
         """Raise LimitError for more than `steps`."""

@@ -76,6 +76,7 @@ HOSTILE = [
     ({"n": 1, "steps": 10**9}, "1000000000 steps are over steps = 60"),
     ({"n": 1, "steps": 31, "method": "heun"}, "61 rows of the plan are over steps = 60"),
     ({"n": 1, "steps": 6, "method": "langevin", "each": 1000}, "6000 steps are over steps = 60"),
+    ({"n": 1, "steps": 31, "method": "langevin", "each": 2}, "62 steps are over steps = 60"),
     ({"n": 1, "timesteps": range(10**9, -1, -1)}, "1000000001 steps are over steps = 60"),
     ({"n": 1, "timesteps": range(10**30, -1, -1)}, "steps are over steps = 60"),
     ({"n": 1, "timesteps": np.broadcast_to(3.0, 10**11)}, "100000000000 steps are over steps = 60"),
@@ -216,6 +217,16 @@ class TestBytes:
         Sampler(engine, limits=Limits(bytes=need)).sample(**asked)
         with pytest.raises(LimitError, match=f"take {need} bytes, over bytes = {need - 1}, this sampler's limit"):
             Sampler(engine, limits=Limits(bytes=need - 1)).sample(**asked)
+
+    def test_latents_are_in_no_lanes(self, engine):
+        need = 6 * (32 + 512)
+        assert len(Sampler(engine, limits=Limits(bytes=need)).latents(6)) == 6
+        with pytest.raises(LimitError, match=f"take {need} bytes"):
+            Sampler(engine, limits=Limits(bytes=need - 1)).latents(6)
+
+    def test_values_are_read_no_further_than_their_samples_fit(self, engine):
+        with pytest.raises(LimitError, match="labels: over 10 values, one a sample"):
+            Sampler(engine, limits=Limits(bytes=10 * 512)).sample(labels=count())
 
     def test_a_stream_has_all_in_lanes(self, engine):
         need = 8 * 6 * 32 + 512 * 6 + 512 * STEPS
