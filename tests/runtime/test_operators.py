@@ -106,6 +106,7 @@ HOSTILE = {
     "largest values": of_node("TopK", whole(2**40), outputs=["y", "i"]),
     "parts": of_node("Split", whole(2**62, 2**62), outputs=["y", "z"]),
     "a number of parts": of_node("Split", outputs=["y", "z"], num_outputs=0),
+    "fewer sizes than outputs": of_node("Split", whole(4), outputs=["y", "z"]),
     "fewer parts than outputs": of_node("Split", outputs=["y", "z"], num_outputs=1),
     "more parts than outputs": of_node("Split", outputs=["y", "z"], num_outputs=3),
     "a step": of_node("Slice", whole(3), whole(LEAST), whole(1), whole(LEAST)),

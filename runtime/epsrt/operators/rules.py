@@ -182,6 +182,9 @@ def split(node: Node, known: Known) -> None:
     """With fewer parts than outputs, or more, onnxruntime writes beyond a list's end."""
     _whole(node, "num_outputs", len(node.outputs), len(node.outputs))
     asks(1, least=0)(node, known)
+    numbers = known.numbers(input_of(node, 1))
+    if numbers is not None and len(numbers) != len(node.outputs):
+        raise Refused(f"splits into {len(numbers)} parts, and has {len(node.outputs)} outputs")
 
 
 def slices(node: Node, known: Known) -> None:
