@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from epsrt.raised import foreign, passed_over
+
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # writes that fail so tell no name
 
 
@@ -108,9 +110,9 @@ def _folder_of(path: Path) -> Iterator[Path]:
 def _sweep(path: Path) -> None:
     """Remove what killed processes left of a target, or put it back."""
     name = re.compile(rf"\.{re.escape(path.stem)}\.[0-9a-f]{{12}}{re.escape(path.suffix)}")
-    with suppress(OSError):  # of a directory that cannot be listed
+    with passed_over(OSError):  # of a directory that cannot be listed
         for left in [other for other in path.parent.iterdir() if name.fullmatch(other.name)]:
-            with suppress(OSError):
+            with passed_over(OSError):
                 if (held := _hold(left)) is not None:
                     _clear(left, path)
                     os.close(held)
@@ -118,11 +120,11 @@ def _sweep(path: Path) -> None:
 
 def _clear(folder: Path, path: Path) -> None:
     """Remove a folder, but not what was moved aside into it and is missing in its place."""
-    with suppress(OSError):
+    with passed_over(OSError):
         if (aside := _aside(folder / path.name)).exists() and not os.path.lexists(path):
             aside.rename(path)
         if folder.is_dir():
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder)
         else:  # of version 0.1
             folder.unlink()
 
@@ -140,7 +142,10 @@ def _hold(folder: Path, wait: bool = False) -> int | None:
         return None
     try:
         fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
+    except OSError as error:
+        if foreign(error):
+            os.close(held)
+            raise
         if wait:
             return held
     else:
@@ -179,7 +184,9 @@ def _exchanged(a: Path, b: Path) -> bool:
     name, here = ("renamex_np", ()) if sys.platform == "darwin" else ("renameat2", (-100,))  # AT_FDCWD
     try:
         exchange = getattr(ctypes.CDLL(None), name)
-    except (AttributeError, OSError):  # an old C library
+    except (AttributeError, OSError) as error:  # an old C library
+        if foreign(error):
+            raise
         return False
     swap = ctypes.c_uint(2)  # RENAME_EXCHANGE, RENAME_SWAP
     return bool(exchange(*here, os.fsencode(a), *here, os.fsencode(b), swap) == 0)

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout
 
 from epsrt.bundle import Bundle
 from epsrt.engine import Closing, check_batch
@@ -24,6 +24,7 @@ from epsrt.engines.probe import installed
 from epsrt.engines.proof import Kept, Proof
 from epsrt.errors import EngineError, OutOfMemoryError
 from epsrt.manifest import StepGraph
+from epsrt.raised import passed_over
 from epsrt.types import OnProgress, Shape, Size
 
 log = logging.getLogger("epsrt")
@@ -223,5 +224,5 @@ def _load_libraries(name: str) -> None:
         with redirect_stdout(sys.stderr):  # it prints
             ort.preload_dlls()
     if name == TENSORRT:
-        with suppress(ImportError, OSError):
+        with passed_over(ImportError, OSError):
             import tensorrt  # noqa: F401
