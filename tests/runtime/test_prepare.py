@@ -144,7 +144,7 @@ class TestGuidance:
         assert "s" in work(**GUIDED, classifier=2.0, guidance_interval=(0, 50)).own
 
     def test_the_null_label_is_not_weighed(self):
-        made = work(labels=[1, None, NULL], steps=STEPS, guidance=3.0)
+        made = work(labels=[1, None, None], steps=STEPS, guidance=3.0)
         np.testing.assert_array_equal(made.own["w"][0], [3.0, 1.0, 1.0])
         assert work(labels=[None], steps=STEPS).own == {}
         with pytest.raises(InputError, match="guidance weighs a label against none: give labels"):
