@@ -458,3 +458,9 @@ class TestNetworks:
         assert is_folder(tmp_path)
         with pytest.raises(BundleError, match="no model: give one, such as .*checkpoint-10$"):
             load(tmp_path)
+
+
+def test_a_link_to_itself_is_no_folder(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(BundleError, match="loop is not a folder"):
+        load(tmp_path / "loop")

@@ -1,11 +1,12 @@
 import gzip
+import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import EpsrtError, InputError
 from epsrt_trainer.data import Images, load
 
 RNG = np.random.default_rng
@@ -235,3 +236,10 @@ def test_images_refuse_other_shapes():
         Images(torch.zeros(0, 1, 4, 4))
     with pytest.raises(EpsrtError, match=r"torch\.float64"):
         Images(torch.zeros(1, 1, 4, 4).double())
+
+
+@pytest.mark.parametrize("name", ["pipe.npz", "pipe"])
+def test_a_named_pipe_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name} is no file: give digits, a folder, an .npz file"):
+        load(str(tmp_path / name))

@@ -99,8 +99,9 @@ def load(
         raise InputError(f"size and skip_broken are for image folders, which {spec} is not: leave them out")
     if str(spec) == "digits":
         found = readers.digits()
-    elif not path.exists():
-        raise InputError(f"{spec} does not exist: give digits, a folder, an .npz file or MNIST's IDX files")
+    elif not (path.is_file() or path.is_dir()):
+        what = "is no file" if path.exists() else "does not exist"
+        raise InputError(f"{spec} {what}: give digits, a folder, an .npz file or MNIST's IDX files")
     elif path.suffix == ".npz":
         found = readers.npz(path)
     elif readers.is_idx(path):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256 as hasher
+from os.path import realpath
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def find(
     Raises BundleError where something is missing, InputError for a model of another class, and where the options ask
     for what is not there.
     """
-    root = Path(path).resolve()  # "." has no name and no parent
+    root = Path(realpath(path))  # "." has no name and no parent
     if not root.is_dir():
         what = f"is a file, and {SAVED}" if root.exists() else f"is not a folder: {SAVED}"
         raise BundleError(f"{root} {what}")
@@ -200,7 +201,7 @@ def _scheduler(places: list[Path], model: Path) -> Path:
 
 
 def _given(scheduler: str | Path) -> Path:
-    place = Path(str(scheduler)).resolve()  # a folder may be named 3
+    place = Path(realpath(str(scheduler)))  # a folder may be named 3
     for file in (place, place / SCHEDULER, place / "scheduler" / SCHEDULER):
         if file.is_file():
             return file
