@@ -110,11 +110,11 @@ def test_each_step_is_from_the_recorded_state(engine):
 
 def run(engine, steps, init=None, **changes):
     """A trajectory of six images, more than a batch, as the sampler makes them."""
-    labels = [0, 1, 2, 3, NULL, 1]
+    asked, labels = [0, 1, 2, 3, None, 1], [0, 1, 2, 3, NULL, 1]
     plan = engine.bundle.plan("ddpm", steps)
     if init is not None:
         plan = plan.begun(1)
-    images = Sampler(NumpyEngine(engine.bundle)).sample(6, plan=plan, seed=3, labels=labels, init=init)
+    images = Sampler(NumpyEngine(engine.bundle)).sample(6, plan=plan, seed=3, labels=asked, init=init)
     seeds, index = np.full(6, 3, np.uint64), np.arange(6)
     whole = Trajectory(plan.rows(STEP_COLUMNS), np.array(plan.start), seeds, index, np.array(labels), images, init=init)
     if init is not None:  # img2img's noise is of another stream than a trajectory's
