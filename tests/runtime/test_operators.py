@@ -129,6 +129,13 @@ HOSTILE = {
     "no operator set": model(graph([node("Relu", ["x"], ["y"])]), {}),
     "a function": model(graph([node("Relu", ["x"], ["y"])]), more=field(25, field(1, "f"))),
     "training": model(graph([node("Relu", ["x"], ["y"])]), more=field(20, b"")),
+    "a third input of Reshape": of_node("Reshape", whole(-1), whole(1)),
+    "a second input of Shape": of_node("Shape", whole(1)),
+    "a second output of Relu": of_node("Relu", outputs=["y", "z"]),
+    "an input that is left out": of_node("Add", None, inputs=["x"]),
+    "a flag of 1000": of_node("ReduceMin", whole(1), keepdims=1000),
+    "axes that are floats": of_node("ReduceMean", np.ones(1, np.float32)),
+    "axes by an input": of_node("ReduceMin", inputs=["x", "label"]),
     "a type of its own": of_node("EyeLike", dtype=7),
     "an attribute in another file": of_node(
         "ConstantOfShape", whole(2), inputs=[], value=outside("v", [1], WHERE.items())
@@ -213,7 +220,11 @@ def test_what_is_computed_counts_as_what_constants_make_of_it():
 
 def test_a_dialects_operators_are_taken_in_its_own_file_alone():
     norm = model(
-        graph([node("GroupNorm", ["x"], ["y"], domain="com.microsoft", groups=1)]), {"": 21, "com.microsoft": 1}
+        graph(
+            [node("GroupNorm", ["x", "s", "s"], ["y"], domain="com.microsoft", groups=1)],
+            [constant("s", np.ones(1, np.float32))],
+        ),
+        {"": 21, "com.microsoft": 1},
     )
     examine(norm, WEIGHTS, "cuda")
     for dialect in ("cpu", "tensorrt"):

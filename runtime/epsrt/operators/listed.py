@@ -22,18 +22,28 @@ def check(node: Node, known: Known) -> int:
     entry = LIST.get(node.op)
     if entry is None:
         raise Refused("is not on the list of operators")
-    if not node.inputs or not node.inputs[0]:
-        raise Refused("has no first input")
+    _counted(node)
     for name, value in node.attributes.items():
         rules.bounded(name, value)
         if name in ("dtype", "output_dtype"):  # types follow from inputs, but for Cast
             raise Refused(f"has {name}")
+    for place in NUMBERS.get(node.op, ()):
+        rules.whole(node, place, known)
     if entry.rule is not None:
         entry.rule(node, known)
     dtype = entry.type(node, known)
     if dtype not in SIZES:
         raise Refused("lacks the input that says its type")
     return dtype
+
+
+def _counted(node: Node) -> None:
+    """As many inputs and outputs as the operator has: OpenVINO crashes on more."""
+    least, most = INPUTS.get(node.op, (1, 1))
+    if not least <= len(node.inputs) <= most or "" in node.inputs[:least]:
+        raise Refused(f"has {len(node.inputs)} inputs, where the operator has {least} … {most}")
+    if len(node.outputs) > OUTPUTS.get(node.op, 1):
+        raise Refused(f"has {len(node.outputs)} outputs")
 
 
 def further(node: Node, first: int) -> int:
@@ -73,12 +83,14 @@ _PLAIN = (
     "Add", "And", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Max", "Mean", "Min", "Mul", "Or", "Pow",
     "Sub", "Sum", "Xor",
     # sums and norms
-    "CumSum", "GlobalAveragePool", "GlobalMaxPool", "LogSoftmax", "LpNormalization", "LRN", "BatchNormalization",
-    "InstanceNormalization", "LayerNormalization", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp",
-    "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Softmax", "Einsum",
+    "GlobalAveragePool", "GlobalMaxPool", "LogSoftmax", "LpNormalization", "LRN", "BatchNormalization",
+    "InstanceNormalization", "LayerNormalization", "Softmax", "Einsum",
     "Gemm", "MatMul",
     # other places
-    "Concat", "Flatten", "Gather", "GridSample", "Squeeze", "Transpose", "Trilu", "Unsqueeze",
+    "Concat", "Flatten", "Gather", "GridSample", "Transpose", )  # fmt: skip
+_ALONG = (
+    "CumSum", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin",
+    "ReduceProd", "ReduceSum", "ReduceSumSquare", "Squeeze", "Trilu", "Unsqueeze",
 )  # fmt: skip
 LIST: dict[str, Entry] = {
     **dict.fromkeys(_PLAIN, Entry()),
@@ -87,6 +99,7 @@ LIST: dict[str, Entry] = {
     **dict.fromkeys(("AveragePool", "Conv", "ConvTranspose", "MaxPool"), Entry(rule=rules.window)),
     **dict.fromkeys(("Div", "Mod"), Entry(rule=rules.division)),
     **dict.fromkeys(("DepthToSpace", "SpaceToDepth"), Entry(rule=rules.blocks)),
+    **dict.fromkeys(_ALONG, Entry(rule=rules.along)),
     **dict.fromkeys(("GroupNormalization", "GroupNorm"), Entry(rule=rules.groups)),
     "Cast": Entry(lambda node, known: node.attributes["to"], rules.cast),
     "CastLike": Entry(_as(1)),
@@ -108,5 +121,34 @@ LIST: dict[str, Entry] = {
     "Tile": Entry(rule=rules.asks(1, least=0, product=True)),
     "TopK": Entry(rule=rules.asks(1, least=0)),
     "Where": Entry(_as(1)),
+}
+_REDUCTIONS = tuple(op for op in LIST if op.startswith("Reduce"))
+MANY = 1024
+INPUTS = {  # the fewest and the most that an operator has, where that is not one
+    **dict.fromkeys((*_REDUCTIONS, "Squeeze", "Trilu", "Split"), (1, 2)),
+    **dict.fromkeys(("Clip", "DFT"), (1, 3)),
+    "Resize": (1, 4),
+    **dict.fromkeys(("Max", "Mean", "Min", "Sum", "Einsum", "Concat"), (1, MANY)),
+    **dict.fromkeys(("Add", "And", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Mul", "Or", "Pow", "Sub", "Xor"), (2, 2)),
+    **dict.fromkeys(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Div", "Mod"), (2, 2)),
+    **dict.fromkeys(("CastLike", "CumSum", "Expand", "Gather", "GridSample", "MatMul", "PRelu", "Reshape"), (2, 2)),
+    **dict.fromkeys(("Tile", "TopK", "Unsqueeze"), (2, 2)),
+    **dict.fromkeys(("Gemm", "Conv", "ConvTranspose", "DequantizeLinear", "QuantizeLinear"), (2, 3)),
+    **dict.fromkeys(("InstanceNormalization", "GroupNormalization", "GroupNorm", "Col2Im", "OneHot"), (3, 3)),
+    **dict.fromkeys(("Range", "Where"), (3, 3)),
+    "LayerNormalization": (2, 3),
+    "Pad": (2, 4),
+    "Slice": (3, 5),
+    "BatchNormalization": (5, 5),
+}
+OUTPUTS = {"Split": MANY, "TopK": 2, "MaxPool": 2, "LayerNormalization": 3}  # the most, where that is not one
+NUMBERS = {  # inputs that are whole numbers
+    **dict.fromkeys((*_REDUCTIONS, "CumSum", "Expand", "Gather", "Reshape", "Split", "Squeeze", "Tile", "TopK"), (1,)),
+    **dict.fromkeys(("Trilu", "Unsqueeze"), (1,)),
+    **dict.fromkeys(("Col2Im", "DFT"), (1, 2)),
+    "ConstantOfShape": (0,),
+    "Pad": (1, 3),
+    "Resize": (3,),
+    "Slice": (1, 2, 3, 4),
 }
 DIALECTS = {"cuda": {"com.microsoft": ("GroupNorm",)}}  # operators of other domains, where a file is of that dialect

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from epsrt.operators.graph import MOST_AXES, SIZES, Node
+from epsrt.operators.graph import INT32, INT64, MOST_AXES, SIZES, Node
 from epsrt.operators.ranges import INTEGERS, WHOLE, Known
 
 LARGEST = 65536  # pixels of a kernel, or that Pad adds: the largest side of a bundle's images
@@ -13,6 +13,12 @@ LARGEST_STRIDE = 128  # pixels, of a convolution; and so many pixels may ConvTra
 LARGEST_DILATION = 1024  # pixels
 MOST_ELEMENTS = 2**31  # that a constant asks for
 LARGEST_SCALE = 1024.0
+
+FLAGS = frozenset((
+    "align_corners", "allowzero", "antialias", "ceil_mode", "count_include_pad", "exclude_outside", "exclusive", "fmod",
+    "inverse", "keepdims", "largest", "noop_with_empty_axes", "onesided", "reverse", "select_last_index", "sorted",
+    "storage_order", "transA", "transB", "upper",
+))  # fmt: skip
 
 Rule = Callable[[Node, Known], None]  # raises Refused
 
@@ -31,9 +37,26 @@ def input_of(node: Node, place: int) -> str:
 
 def bounded(name: str, value: object) -> None:
     """Any attribute: no engine has a use for larger numbers or more of them."""
+    if name in FLAGS and value not in (0, 1):
+        raise Refused(f"has {name} = {str(value)[:80]}, not 0 or 1")
     values = value if isinstance(value, list) else [value]
     if len(values) > 64 or any(isinstance(v, int) and abs(v) >= WHOLE for v in values):
         raise Refused(f"has {name} = {str(value)[:80]}")
+
+
+def whole(node: Node, place: int, known: Known) -> None:
+    """An input of whole numbers, where there is one."""
+    name = input_of(node, place)
+    if name and known.types.get(name) not in (INT32, INT64):
+        raise Refused(f"takes {name!r} for whole numbers")
+
+
+def along(node: Node, known: Known) -> None:
+    """Along constant axes, a few."""
+    name = input_of(node, 1)
+    numbers = known.numbers(name)
+    if name and (numbers is None or len(numbers) > MOST_AXES):
+        raise Refused(f"takes its axes, {name!r}, from data: make them constants")
 
 
 def _whole(node: Node, name: str, least: int, most: int = LARGEST) -> None:
