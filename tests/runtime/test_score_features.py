@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from epsrt.errors import EpsrtError
+from epsrt.errors import EngineError, EpsrtError
 from epsrt.score.features import Extractor, range_of
 from helpers import run_python
 
@@ -198,6 +198,13 @@ def test_a_graph_that_fails_is_one_sentence(tmp_path):
     with pytest.raises(EpsrtError, match="e.onnx fails on 5 images .*: export it anew") as caught:
         Extractor(path)(pictures(channels=4))
     assert "\n" not in str(caught.value)
+
+
+def test_an_extractor_is_not_for_a_fork(tmp_path, monkeypatch):
+    made = Extractor(extractor_file(tmp_path / "e.onnx"), value_range=(0, 1))
+    monkeypatch.setattr("epsrt.forks.os.getpid", lambda: -1)
+    with pytest.raises(EngineError, match="what was opened before a fork cannot be used in it"):
+        made(pictures())
 
 
 def test_ranges_are_read():

@@ -43,7 +43,7 @@ def check(data: bytes, file: str, manifest: Manifest) -> None:
                     raise BundleError(
                         f"{file}: {refused}; no engine is given it: export the network again with this version of "
                         "epsrt, or ask whoever made the bundle"
-                    ) from None
+                    ) from refused
                 return
     raise BundleError(f"{file} is no step graph of the bundle: export it again")
 
@@ -59,7 +59,7 @@ def examine(data: bytes, weights: Mapping[str, int | None], dialect: str = "cpu"
     try:
         graph = read(data)
     except Damaged as damaged:
-        raise Refused(f"it {damaged}") from None
+        raise Refused(f"it {damaged}") from damaged
     domains = DIALECTS.get(dialect, {})
     for domain, version in graph.opsets.items():
         if domain and (domain not in domains or version != 1):
@@ -83,7 +83,7 @@ def examine(data: bytes, weights: Mapping[str, int | None], dialect: str = "cpu"
             _take(node, known, made, domains)
         except Refused as refused:
             name, op = node.name or ", ".join(node.outputs), node.op if node.op.isidentifier() else repr(node.op)
-            raise Refused(f"its node {name[:120]!r}, {op[:80]}, {refused}") from None
+            raise Refused(f"its node {name[:120]!r}, {op[:80]}, {refused}") from refused
     for value in graph.outputs:
         if value.name not in made:
             raise Refused(f"its output {value.name!r} is made by no node")

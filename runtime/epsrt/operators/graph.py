@@ -159,8 +159,8 @@ def _bytes(tensor: Tensor, kind: str, values: Any) -> bytes:
     size = SIZES[tensor.dtype]
     try:  # half floats come as the number that their bits are
         return b"".join(v.to_bytes(size, "little", signed=tensor.dtype in (INT8, INT32, INT64)) for v in values)
-    except OverflowError:
-        raise Damaged(f"has a constant {tensor.name!r} with a value that its type does not hold") from None
+    except OverflowError as error:
+        raise Damaged(f"has a constant {tensor.name!r} with a value that its type does not hold") from error
 
 
 def _attribute(data: bytes) -> tuple[str, Any]:

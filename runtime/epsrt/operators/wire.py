@@ -79,8 +79,8 @@ def message(data: bytes, schema: Schema) -> Message:
                 raise Damaged(f"has two fields {name}")
             else:
                 found[name] = of(value)
-    except IndexError:
-        raise Damaged("ends in the middle of a field") from None
+    except IndexError as error:
+        raise Damaged("ends in the middle of a field") from error
     return found
 
 
@@ -108,8 +108,8 @@ def same(value: Any) -> Any:
 def text(data: bytes) -> str:
     try:
         return data.decode()
-    except UnicodeDecodeError:
-        raise Damaged("has a name that is not UTF-8") from None
+    except UnicodeDecodeError as error:
+        raise Damaged("has a name that is not UTF-8") from error
 
 
 def signed(value: int) -> int:
@@ -123,8 +123,8 @@ def packed_signed(data: bytes) -> list[int]:
         while at < len(data):
             value, at = varint(data, at)
             values.append(signed(value))
-    except IndexError:
-        raise Damaged("ends in the middle of a number") from None
+    except IndexError as error:
+        raise Damaged("ends in the middle of a number") from error
     return values
 
 
