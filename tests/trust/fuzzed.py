@@ -23,6 +23,8 @@ with atheris.instrument_imports(include=["epsrt", "epsrt_trainer"]):
 if __name__ == "__main__":
     _, name, folder, *options = sys.argv
     target, place = TARGETS[name], Path(folder)
+    with atheris.instrument_imports(include=["epsrt", "epsrt_trainer"]):  # what a reader imports when it is used
+        target.one(target.seeds()[0], place)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     logging.disable(logging.CRITICAL)
 

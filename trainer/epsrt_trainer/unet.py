@@ -207,7 +207,7 @@ def middle(config: EncoderConfig) -> nn.ModuleList:
 def initialise(network: nn.Module) -> None:
     """Xavier for every convolution and linear layer of `network` but those that start at zero; biases 0."""
     for module in network.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and not module.weight.is_meta and module.weight.any():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.weight.any():
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
