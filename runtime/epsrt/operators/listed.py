@@ -38,8 +38,7 @@ def check(node: Node, known: Known) -> int:
 
 
 def _counted(node: Node) -> None:
-    """As many inputs and outputs as the operator has, or engines crash: OpenVINO on more, onnxruntime where one of Min's
-    is left out."""
+    """As many inputs and outputs as the operator has: OpenVINO crashes on more, onnxruntime on a Min that lacks one."""
     least, most = INPUTS.get(node.op, (1, 1))
     if not least <= len(node.inputs) <= most or "" in node.inputs[: len(node.inputs) if most == MANY else least]:
         raise Refused(f"has {len(node.inputs)} inputs, where the operator has {least} … {most}")
