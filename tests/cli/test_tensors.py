@@ -133,7 +133,7 @@ class TestTensorRt:
     def pretended(self, polygraphy: None, monkeypatch: pytest.MonkeyPatch) -> None:
         def runner(engine, bundle, graph, names):
             assert (engine, graph.precision) == ("tensorrt", "fp16")
-            return tensors._onnxruntime(bundle.path, 1, tensors._model(bundle.path / graph.file), names[::2])
+            return tensors._onnxruntime(bundle, graph, 1, tensors._model(bundle, graph), names[::2])
 
         monkeypatch.setattr(tensors, "_tensorrt", runner)
 
