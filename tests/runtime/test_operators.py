@@ -134,6 +134,8 @@ HOSTILE = {
     "a second output of Relu": of_node("Relu", outputs=["y", "z"]),
     "an input that is left out": of_node("Add", None, inputs=["x"]),
     "an input of Min that is left out": of_node("Min", None),
+    "a bias that is left out": of_node("LayerNormalization", np.ones(8, np.float32), None),
+    "sums of no known type": of_node("LayerNormalization", np.ones(8, np.float32), stash_type=-3),
     "a flag of 1000": of_node("ReduceMin", whole(1), keepdims=1000),
     "axes that are floats": of_node("ReduceMean", np.ones(1, np.float32)),
     "axes by an input": of_node("ReduceMin", inputs=["x", "label"]),

@@ -40,7 +40,8 @@ def check(node: Node, known: Known) -> int:
 def _counted(node: Node) -> None:
     """As many inputs and outputs as the operator has: OpenVINO crashes on more, onnxruntime on a Min that lacks one."""
     least, most = INPUTS.get(node.op, (1, 1))
-    if not least <= len(node.inputs) <= most or "" in node.inputs[: len(node.inputs) if most == MANY else least]:
+    needed = node.inputs if most == MANY else (*node.inputs[:least], *node.inputs[-1:])  # none ends in one left out
+    if not least <= len(node.inputs) <= most or "" in needed:
         raise Refused(f"has {len(node.inputs)} inputs, where the operator has {least} … {most}")
     if len(node.outputs) > OUTPUTS.get(node.op, 1):
         raise Refused(f"has {len(node.outputs)} outputs")
@@ -84,7 +85,7 @@ _PLAIN = (
     "Sub", "Sum", "Xor",
     # sums and norms
     "GlobalAveragePool", "GlobalMaxPool", "LogSoftmax", "LpNormalization", "LRN", "BatchNormalization",
-    "InstanceNormalization", "LayerNormalization", "Softmax", "Einsum",
+    "InstanceNormalization", "Softmax", "Einsum",
     "Gemm", "MatMul",
     # other places
     "Concat", "Flatten", "Gather", "GridSample", "Transpose", )  # fmt: skip
@@ -100,7 +101,7 @@ LIST: dict[str, Entry] = {
     **dict.fromkeys(("Div", "Mod"), Entry(rule=rules.division)),
     **dict.fromkeys(("DepthToSpace", "SpaceToDepth"), Entry(rule=rules.blocks)),
     **dict.fromkeys(_ALONG, Entry(rule=rules.along)),
-    **dict.fromkeys(("GroupNormalization", "GroupNorm"), Entry(rule=rules.groups)),
+    **dict.fromkeys(("GroupNormalization", "GroupNorm", "LayerNormalization"), Entry(rule=rules.norm)),
     "Cast": Entry(lambda node, known: node.attributes["to"], rules.cast),
     "CastLike": Entry(_as(1)),
     "Col2Im": Entry(rule=rules.columns),

@@ -190,7 +190,9 @@ def reshape(node: Node, known: Known) -> None:
         raise Refused(f"is asked for {_told(numbers)}")
 
 
-def groups(node: Node, known: Known) -> None:
+def norm(node: Node, known: Known) -> None:
+    """Sums are in float, where onnxruntime crashes on another type with a bias left out."""
+    _whole(node, "stash_type", 1, 1)
     for name in ("num_groups", "groups"):
         _whole(node, name, 1)
 
