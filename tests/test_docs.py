@@ -177,6 +177,8 @@ def test_what_a_page_names_exists(page):
         assert (ROOT / path).exists(), path
     for path in re.findall(r"`((?:runtime|export|trainer|command|tests|benchmarks|examples)/[\w/.-]+)`", text):
         assert (ROOT / path).exists(), path
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert any(f"def {name}(" in file.read_text() for file in (ROOT / "tests").rglob("test_*.py")), name
     for family in re.findall(r"--from ([a-z-]+)", text):
         assert family in FAMILIES
 
