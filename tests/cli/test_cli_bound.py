@@ -90,7 +90,7 @@ def test_draws_the_curve(checkpoint_path: Path, tmp_path: Path) -> None:
         (("--levels", 9), "lie between the 9 levels"),
         (("--seed", -1), "seed -1 is not"),
         (("--batch", 0), "--batch 0"),
-        (("--size", 8), "size and skip_broken are for image folders"),
+        (("--size", 8), "a size, and leaving out what is broken, are for image folders"),
         (("--data", "nowhere"), "nowhere does not exist"),
         (("--out", "curve.jpeg"), "the suffix of a chart must be .png or .svg"),
         (("--out", "."), "the suffix of a chart must be"),

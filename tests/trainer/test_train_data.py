@@ -214,7 +214,7 @@ def test_files_of_no_known_format(tmp_path):
         load(tmp_path / "a.txt")
     with pytest.raises(EpsrtError, match="nowhere does not exist"):
         load("nowhere")
-    with pytest.raises(EpsrtError, match="are for image folders, which digits is not"):
+    with pytest.raises(EpsrtError, match="are for image folders: digits is none"):
         load("digits", size=16)
 
 

@@ -96,7 +96,7 @@ def load(
     """
     path = Path(spec)
     if (size is not None or skip_broken) and not readers.is_image_folder(path):
-        raise InputError(f"size and skip_broken are for image folders, which {spec} is not: leave them out")
+        raise InputError(f"a size, and leaving out what is broken, are for image folders: {spec} is none")
     if str(spec) == "digits":
         found = readers.digits()
     elif not (path.is_file() or path.is_dir()):
