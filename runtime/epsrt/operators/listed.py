@@ -77,9 +77,9 @@ class Entry(NamedTuple):
 _PLAIN = (
     # one number to one
     "Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Ceil", "Celu", "Cos", "Cosh", "Elu", "Erf", "Exp",
-    "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Log", "Mish", "Neg", "Not", "PRelu",
+    "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Log", "Mish", "Neg", "Not",
     "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign",
-    "Sqrt", "Tan", "Tanh", "ThresholdedRelu", "Clip",
+    "Sqrt", "Tan", "Tanh", "ThresholdedRelu",
     # several numbers to one
     "Add", "And", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Max", "Mean", "Min", "Mul", "Or", "Pow",
     "Sub", "Sum", "Xor",
@@ -104,6 +104,8 @@ LIST: dict[str, Entry] = {
     **dict.fromkeys(("GroupNormalization", "GroupNorm", "LayerNormalization"), Entry(rule=rules.norm)),
     "Cast": Entry(lambda node, known: node.attributes["to"], rules.cast),
     "CastLike": Entry(_as(1)),
+    "Clip": Entry(rule=rules.clip),
+    "PRelu": Entry(rule=rules.slope),
     "Col2Im": Entry(rule=rules.columns),
     "ConstantOfShape": Entry(_filled, rules.asks(0, least=0, product=True)),
     "DFT": Entry(rule=rules.dft),

@@ -191,10 +191,35 @@ def reshape(node: Node, known: Known) -> None:
 
 
 def norm(node: Node, known: Known) -> None:
-    """Sums are in float, where onnxruntime crashes on another type with a bias left out."""
+    """Sums are in float, where onnxruntime crashes on another type with a bias left out; OpenVINO crashes where a
+    LayerNormalization's scale is as large as its data."""
     _whole(node, "stash_type", 1, 1)
     for name in ("num_groups", "groups"):
         _whole(node, name, 1)
+    if node.op == "LayerNormalization":
+        constant(node, known, *range(1, len(node.inputs)))
+
+
+def constant(node: Node, known: Known, *places: int, scalar: bool = False) -> None:
+    """Inputs that are constants; `scalar`: of one value and no axis."""
+    for place in places:
+        name = input_of(node, place)
+        tensor = known.constants.get(name)
+        if name and (tensor is None or (scalar and tensor.dims)):
+            raise Refused(f"takes {name!r}, which is no constant{' of one value' if scalar else ''}")
+
+
+def clip(node: Node, known: Known) -> None:
+    """OpenVINO crashes on bounds that are no scalars."""
+    constant(node, known, 1, 2, scalar=True)
+
+
+def slope(node: Node, known: Known) -> None:
+    """A slope a channel: OpenVINO crashes on a slope of more axes."""
+    constant(node, known, 1)
+    dims = known.constants[node.inputs[1]].dims
+    if sum(n > 1 for n in dims) > 1 or len(dims) > 4:
+        raise Refused(f"has slopes {list(dims)}")
 
 
 def cast(node: Node, known: Known) -> None:
