@@ -20,24 +20,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from epsrt import operators, solvers
-from epsrt.contents import Contents, standing, unreadable
+from epsrt.contents import Contents, absolute, check_names, is_at, standing
 from epsrt.errors import BundleError, InputError, is_whole, one_line
-from epsrt.manifest import (
-    FEATURES_OF_ALL,
-    GOLDEN,
-    MANIFEST,
-    PARITY,
-    SIGNATURE,
-    FileEntry,
-    Manifest,
-    Rung,
-    StepGraph,
-    check_fields,
-)
+from epsrt.manifest import FEATURES_OF_ALL, GOLDEN, PARITY, Manifest, Rung, StepGraph, check_fields
 from epsrt.manifest_file import read_manifest
 from epsrt.parity.golden import Golden
 from epsrt.plan import FEATURES, Plan
-from epsrt.raised import foreign, passed_over
+from epsrt.raised import foreign
 from epsrt.solvers import Options
 from epsrt.timesteps import SPACINGS, respaced
 from epsrt.types import Shape
@@ -66,13 +55,13 @@ class Bundle:
         """
         if str(path) == "":
             raise BundleError('"" is no path of a bundle: give the directory that "epsrt export" wrote')
-        path = _absolute(Path(path))
+        path = absolute(Path(path))
         for _ in range(TRIES):
             with standing(path) as place:
                 try:
                     return cls._open(path, place, require_signature)
                 except BundleError:
-                    if _is_at(place, path):
+                    if is_at(place, path):
                         raise  # else another took its place while it was read: open that one
         raise BundleError(f"{path} is replaced again and again: open it when that has ended")
 
@@ -80,9 +69,14 @@ class Bundle:
     def _open(cls, path: Path, place: Path, public_key: str | Path | None) -> Bundle:
         manifest, signed = read_manifest(path, place, public_key)
         check_fields(path, manifest)
-        _check_names(path, place, manifest.files)
+        check_names(path, place, manifest.files)
         (bundle := cls(path, manifest, signed)).contents.check(place)
         return bundle
+
+    @property
+    def name(self) -> str:
+        """The directory's, for records; bytes of it that are no UTF-8 are escaped."""
+        return os.fsencode(self.path.name).decode(errors="backslashreplace")
 
     @cached_property
     def contents(self) -> Contents:
@@ -267,35 +261,3 @@ class Bundle:
         if not is_whole(label) or not 0 <= label < classes:
             raise InputError(f"{what} {label!r} is outside 0 … {classes - 1}, the classes of {self.path.name}")
         return int(label)
-
-
-def _absolute(path: Path) -> Path:
-    """The path that is meant now: neither a later change of directory nor one of links leads elsewhere."""
-    try:
-        return path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, a NUL
-        if foreign(error, "pathlib"):
-            raise
-        raise BundleError(f"{path} is no path of a bundle ({one_line(error)}): give another") from error
-
-
-def _is_at(place: Path, path: Path) -> bool:
-    with passed_over(OSError):
-        return os.path.samestat(os.stat(place), os.stat(path))
-    return False
-
-
-def _check_names(path: Path, place: Path, files: dict[str, FileEntry]) -> None:
-    try:
-        found = sorted(place.iterdir())
-    except OSError as error:
-        if foreign(error):
-            raise
-        raise unreadable(path, error) from error
-    for file in found:
-        if file.name == "engines" and file.is_dir() and not file.is_symlink():
-            continue  # engine files that someone added are no part of the bundle
-        if file.name == SIGNATURE and file.is_file() and not file.is_symlink():
-            continue
-        if file.name != MANIFEST and file.name not in files:
-            raise BundleError(f"{path} holds {file.name}, which its manifest does not name: remove it")

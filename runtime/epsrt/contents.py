@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from epsrt.errors import BundleError, EpsrtError
+from epsrt.errors import BundleError, EpsrtError, one_line
 from epsrt.files import sha256
-from epsrt.manifest import FileEntry
-from epsrt.raised import foreign
+from epsrt.manifest import MANIFEST, SIGNATURE, FileEntry
+from epsrt.raised import foreign, passed_over
 
 AGAIN = "copy or export the bundle again"
 TICK = 100_000_000  # ns: two writes so close may leave a file the same times
@@ -165,3 +165,37 @@ def standing(path: Path) -> Iterator[Path]:
         yield place if place.is_dir() else path
     finally:
         os.close(held)
+
+
+def absolute(path: Path) -> Path:
+    """The path that is meant now: neither a later change of directory nor one of links leads elsewhere."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, a NUL
+        if foreign(error, "pathlib"):
+            raise
+        raise BundleError(f"{path} is no path of a bundle ({one_line(error)}): give another") from error
+
+
+def is_at(place: Path, path: Path) -> bool:
+    """Whether a directory that was opened is the one at the path still."""
+    with passed_over(OSError):
+        return os.path.samestat(os.stat(place), os.stat(path))
+    return False
+
+
+def check_names(path: Path, place: Path, files: Mapping[str, FileEntry]) -> None:
+    """Raise BundleError if the directory holds what its manifest does not name, but for engine files and a signature."""
+    try:
+        found = sorted(place.iterdir())
+    except OSError as error:
+        if foreign(error):
+            raise
+        raise unreadable(path, error) from error
+    for file in found:
+        if file.name == "engines" and file.is_dir() and not file.is_symlink():
+            continue  # engine files that someone added are no part of the bundle
+        if file.name == SIGNATURE and file.is_file() and not file.is_symlink():
+            continue
+        if file.name != MANIFEST and file.name not in files:
+            raise BundleError(f"{path} holds {file.name}, which its manifest does not name: remove it")

@@ -273,6 +273,15 @@ def test_a_link_is_followed_once(name: str, wanted: Made, net: Path, other: Path
         np.testing.assert_array_equal(draw(sampler, guidance=2.0), wanted[sampler.bundle.manifest.digest])
 
 
+def test_a_path_that_is_no_utf_8(name: str, bundle_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"n\xff.epsrt")
+    shutil.copytree(bundle_path, path)
+    for _ in range(2):  # compiled, and kept
+        with opened(path, name) as sampler:
+            assert draw(sampler).shape == (1, *sampler.bundle.manifest.shape)
+            assert sampler.bundle.name == "n\\xff.epsrt"
+
+
 # what cannot be read
 
 

@@ -48,7 +48,7 @@ def opened(bundle: Bundle, asked: Asked, stack: ExitStack, tell: OnProgress) -> 
     bundle.plan(asked.method, asked.steps)
     largest, most = max(asked.batches), bundle.manifest.max_batch
     if largest > most:
-        raise InputError(f"batch = {largest} is outside 1 … {most}, the largest of {bundle.path.name}")
+        raise InputError(f"batch = {largest} is outside 1 … {most}, the largest of {bundle.name}")
     engines: list[Engine] = []
     openings: list[Opened] = []
     refused: list[Row] = []
@@ -122,7 +122,7 @@ def bench(
     report = Report(
         FORMAT,
         datetime.now(UTC).isoformat(timespec="seconds"),
-        Of(bundle.path.name, m.digest, m.provenance.network, m.provenance.parameters),
+        Of(bundle.name, m.digest, m.provenance.network, m.provenance.parameters),
         Workload(plan.name, len(plan), asked.threads),
         batches,
         f"peak resident memory of a process that does only this ({child.peak_memory()[1]}), without the GPU's",

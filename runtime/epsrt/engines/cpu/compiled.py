@@ -74,7 +74,7 @@ class CompiledModels:
             if cache is not None:
                 with cache.lock(key, seconds=0) as mine:
                     if mine:
-                        cache.store(key, export(model), bundle_name=self.bundle.path.name)
+                        cache.store(key, export(model), bundle_name=self.bundle.name)
                 self._shrink(cache)
         except (EngineError, OSError) as error:
             if foreign(error):

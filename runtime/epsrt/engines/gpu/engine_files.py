@@ -60,7 +60,7 @@ def make_engine_file(
         if timing:
             cache.keep_blob(timing, built.timing)
         summary = {"layers": built.layers, "seconds": round(built.seconds, 2), "peak_memory": built.peak_memory}
-        return Made(cache.store(key, built.data, bundle_name=bundle.path.name, summary=summary), built, why)
+        return Made(cache.store(key, built.data, bundle_name=bundle.name, summary=summary), built, why)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class EngineFiles:
             lib.capability(gpu.arch)
         self.library, self.bundle, self.graph, self.gpu, self.cache = lib, bundle, graph, gpu, EngineCache()
         self.trusted, self._plain = trusted, plain
-        file, digest, name = source(bundle, graph).name, bundle.manifest.digest, bundle.path.name
+        file, digest, name = source(bundle, graph).name, bundle.manifest.digest, bundle.name
         self._wanted = Wanted(digest, name, file, lib.engine, lib.version, gpu.name, gpu.arch, graph.precision)
 
     def found(self) -> list[Entry]:
@@ -202,7 +202,7 @@ def _wanted(bundle: Bundle, key: Key) -> Wanted:
     """A key as a request, for the sentence that says what differs."""
     return Wanted(
         key.bundle,
-        bundle.path.name,
+        bundle.name,
         key.graph,
         key.engine,
         key.version,
