@@ -185,7 +185,7 @@ def is_at(place: Path, path: Path) -> bool:
 
 
 def check_names(path: Path, place: Path, files: Mapping[str, FileEntry]) -> None:
-    """Raise BundleError if the directory holds what its manifest does not name, but for engine files and a signature."""
+    """Raise BundleError if the directory holds more than its manifest names, engine files and a signature."""
     try:
         found = sorted(place.iterdir())
     except OSError as error:
