@@ -414,3 +414,30 @@ except EngineError as error:
         assert cpus == ["openvino", "onnxruntime"]
         monkeypatch.setattr("platform.machine", lambda: "aarch64")
         assert [n for n in probe.available() if probe.info_of(n).device == "cpu"] == cpus[::-1]
+
+
+def test_a_signal_after_the_plugin_is_gone_is_a_signal(small_bundle_path, tmp_path):
+    """Opened and closed by whichever thread: none is left with a stack for signals that the plugin has freed."""
+    code = """
+import faulthandler, gc, signal, sys, threading
+from epsrt import Sampler
+faulthandler.enable()  # gives the main thread such a stack, as pytest does
+heard = []
+signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+def aside(call):
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+def here(call): call()
+for opens in (here, aside):
+    for closes in (here, aside):
+        made = []
+        opens(lambda: made.append(Sampler.open(sys.argv[1], "openvino", precision="fp32", threads=1)))
+        opens(lambda: made[0].sample(1, steps=2))
+        closes(lambda: made.pop().close())
+        gc.collect()
+        signal.raise_signal(signal.SIGUSR1)
+assert len(heard) == 4
+"""
+    done = run_python(code, small_bundle_path, env={"EPSRT_CACHE": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (0, "")

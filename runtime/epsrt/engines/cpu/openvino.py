@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from math import gcd
 from typing import Any
 
@@ -25,27 +24,20 @@ from epsrt.engines.cache.store import EngineCache
 from epsrt.engines.cpu.addressed import addressed
 from epsrt.engines.cpu.compiled import Compiled, CompiledModels
 from epsrt.engines.cpu.lanes import HostLanes, Run
-from epsrt.engines.libraries import errors_of, importing
+from epsrt.engines.cpu.plugin import ERRORS, core, has_bf16, opset13, ov, processor, unload
 from epsrt.engines.proof import Kept, Proof
 from epsrt.engines.signature import FREE, Signature, Tensor
 from epsrt.errors import EngineError, one_line
-from epsrt.forks import SPAWN, keep, living
+from epsrt.forks import living
 from epsrt.machine import physical_cores
 from epsrt.manifest import StepGraph
 from epsrt.raised import foreign, passed_over
 from epsrt.types import Arrays, OnProgress, Size, UInt8
 
-with importing("openvino", "engine openvino", 'pip install "epsrt[openvino]"'):
-    import openvino as ov
-    from openvino import _pyopenvino as bindings
-    from openvino import opset13
-
 LARGE = 4096  # elements of a weight that is worth to be halved
 DTYPES = {"f32": "float32", "i64": "int64"}  # OpenVINO's words, and NumPy's
 KEEPING = 60.0  # seconds that another process is given to keep a model
 KEPT_MODELS = 4  # of an engine: for each batch and size that it met last, each with weights of its own
-
-ERRORS = errors_of(bindings)
 
 log = logging.getLogger("epsrt")
 
@@ -102,8 +94,7 @@ class OpenVino(Closing):
             self._models.clear()
         self._open = False
         if not any(each._open for each in living(OpenVino)):
-            with passed_over(RuntimeError):  # it was not loaded
-                core().unload_plugin("CPU")
+            unload()
 
     def proof(self) -> Proof:
         """Of what the engine is worth for this bundle, by this library on this processor."""
@@ -286,30 +277,3 @@ def halve_weights(model: Any) -> None:
             wide.get_rt_info()["decompression_0"] = ""  # or it would be folded, and the weight be FP32 again
             for user in users:
                 user.replace_source_output(wide.output(0))
-
-
-def core() -> Any:
-    """OpenVINO's core, one a process: it loads the plugin. Raises EngineError in a fork of a process that has one."""
-    process, made = _core()
-    if os.getpid() != process:
-        raise EngineError(f"a fork of a process that has used OpenVINO cannot use it: {SPAWN}, or take onnxruntime")
-    return made
-
-
-@cache
-def _core() -> tuple[int, Any]:
-    """It, and the process that it is of."""
-    made = os.getpid(), ov.Core()
-    keep(made)
-    return made
-
-
-@cache
-def processor() -> str:
-    return str(core().get_property("CPU", "FULL_DEVICE_NAME")).strip()
-
-
-@cache
-def has_bf16() -> bool:
-    """Whether the plugin computes in bf16 here, which takes AVX512-BF16 or AMX."""
-    return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
