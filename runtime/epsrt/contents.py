@@ -7,17 +7,19 @@ overwritten in place, is refused from then on; what was loaded before goes on as
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
 
 from epsrt.errors import BundleError, EpsrtError, one_line
-from epsrt.files import sha256
 from epsrt.manifest import MANIFEST, SIGNATURE, FileEntry
 from epsrt.raised import foreign, passed_over
 
@@ -33,11 +35,11 @@ class Stamp(NamedTuple):
     size: int
     modified: int  # ns since 1970
     changed: int  # ns since 1970; nobody sets this one back
+    settled: bool  # whether a write after the stamp was taken would be seen in the times
 
-    @property
-    def settled(self) -> bool:
-        """Whether a later write would be seen in the times."""
-        return time.time_ns() - max(self.modified, self.changed) > TICK
+    def is_of(self, file: Stamp) -> bool:
+        """Whether nobody has touched the file between two stamps."""
+        return self[:-1] == file[:-1]
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Contents:
     def read(self, name: str) -> bytes:
         """A file's bytes. Raises BundleError if they are not those that the manifest says."""
         entry = self.entries.get(name)
-        with standing(self.path) as place, self._reading(name), (place / name).open("rb") as file:
+        with standing(self.path) as place, self._reading(name), open_plain(place / name) as file:
             data = file.read() if entry is None else file.read(entry.size + 1)
         if entry is not None and hashlib.sha256(data).hexdigest() != entry.sha256:
             raise self._replaced(name)
@@ -87,7 +89,8 @@ class Contents:
         """A file's stamp, once it is known that its bytes are those of the manifest."""
         with self._reading(name):
             stamp = stamp_of(place / name)
-        if stamp != self._seen.get(name):  # copied back, say, or touched
+        seen = self._seen.get(name)
+        if seen is None or not stamp.is_of(seen):  # copied back, say, or touched
             try:
                 return self._hash(place, name)
             except BundleError as error:
@@ -97,9 +100,9 @@ class Contents:
     def _compare(self, place: Path, before: dict[str, Stamp], error: Exception | None = None) -> None:
         for name, stamp in before.items():
             with self._reading(name):
-                same = stamp_of(place / name) == stamp
+                same = stamp_of(place / name).is_of(stamp)
                 if same and not stamp.settled:
-                    same = sha256(place / name) == self.entries[name].sha256
+                    same = _sha256(place / name) == self.entries[name].sha256
             if not same:
                 raise self._replaced(name) from error
 
@@ -113,7 +116,7 @@ class Contents:
             stamp = stamp_of(file)
             if stamp.size != entry.size:
                 raise BundleError(f"{shown} has {stamp.size} bytes, the manifest says {entry.size}: {AGAIN}")
-            if sha256(file) != entry.sha256:
+            if _sha256(file) != entry.sha256:
                 raise BundleError(f"{shown} was changed (its SHA-256 differs from the manifest's): {AGAIN}")
         if stamp.settled:
             self._seen[name] = stamp
@@ -126,7 +129,7 @@ class Contents:
         except OSError as error:
             if foreign(error):
                 raise
-            if isinstance(error, FileNotFoundError):
+            if error.errno in (errno.ENOENT, errno.ELOOP):  # ELOOP: it is a link now
                 raise self._replaced(name) from error
             raise unreadable(self.path / name, error) from error
 
@@ -135,14 +138,29 @@ class Contents:
 
 
 def stamp_of(path: Path) -> Stamp:
-    found = os.stat(path, follow_symlinks=False)
-    return Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    found, now = os.stat(path, follow_symlinks=False), time.time_ns()
+    settled = now - max(found.st_mtime_ns, found.st_ctime_ns) > TICK
+    return Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, settled)
+
+
+def open_plain(path: Path) -> BufferedReader:
+    """Open a file to be read. FileNotFoundError for what is none: a pipe would be waited for."""
+    held = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    if not stat.S_ISREG(os.fstat(held).st_mode):
+        os.close(held)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return os.fdopen(held, "rb")
+
+
+def _sha256(path: Path) -> str:
+    with open_plain(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unreadable(path: Path, error: OSError) -> BundleError:
     """The sentence of a file or directory that the system does not let this process read."""
-    reason = error.strerror or str(error)
-    return BundleError(f"{path} cannot be read ({reason}): give this user the right to, or {AGAIN}")
+    ways = {errno.EACCES: "give this user the right to", errno.EMFILE: "raise the limit on open files"}
+    return BundleError(f"{path} cannot be read ({error.strerror or error}): {ways.get(error.errno or 0, AGAIN)}")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from epsrt.contents import unreadable
+from epsrt.contents import open_plain, unreadable
 from epsrt.errors import BundleError
 from epsrt.manifest import FORMAT, MANIFEST, READABLE, SIGNATURE, Manifest, digest, render
 from epsrt.raised import foreign
@@ -48,7 +48,8 @@ def read_manifest(
         size = file.stat().st_size
         if size > LIMIT:
             raise BundleError(f"{path} is {size} bytes, more than any manifest: it is damaged")
-        raw = file.read_bytes()
+        with open_plain(file) as opened:
+            raw = opened.read(LIMIT)
     except OSError as error:
         if foreign(error):
             raise
