@@ -22,7 +22,7 @@ from safetensors.numpy import load
 from epsrt import operators, solvers
 from epsrt.contents import Contents, absolute, check_names, is_at, standing
 from epsrt.errors import BundleError, InputError, is_whole, one_line
-from epsrt.manifest import FEATURES_OF_ALL, GOLDEN, PARITY, Manifest, Rung, StepGraph, check_fields
+from epsrt.manifest import FEATURES_OF_ALL, GOLDEN, MANIFEST, PARITY, Manifest, Rung, StepGraph, check_fields
 from epsrt.manifest_file import read_manifest
 from epsrt.parity.golden import Golden
 from epsrt.plan import FEATURES, Plan
@@ -102,7 +102,7 @@ class Bundle:
         with standing(self.path) as place:
             found, _ = read_manifest(self.path, place)
             if found.digest != self.manifest.digest:
-                raise BundleError(f"{self.path} was replaced since it was opened: open it again")
+                raise self.contents.replaced(MANIFEST)
             self.contents.check(place)
 
     def graph(self, precision: str, features: Iterable[str] = ()) -> StepGraph:

@@ -65,7 +65,7 @@ class Contents:
         with standing(self.path) as place, self._reading(name), open_plain(place / name) as file:
             data = file.read() if entry is None else file.read(entry.size + 1)
         if entry is not None and hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise self._replaced(name)
+            raise self.replaced(name)
         return data
 
     @contextmanager
@@ -94,7 +94,7 @@ class Contents:
             try:
                 return self._hash(place, name)
             except BundleError as error:
-                raise self._replaced(name) from error
+                raise self.replaced(name) from error
         return stamp
 
     def _compare(self, place: Path, before: dict[str, Stamp], error: Exception | None = None) -> None:
@@ -104,7 +104,7 @@ class Contents:
                 if same and not stamp.settled:
                     same = _sha256(place / name) == self.entries[name].sha256
             if not same:
-                raise self._replaced(name) from error
+                raise self.replaced(name) from error
 
     def _hash(self, place: Path, name: str) -> Stamp:
         """The stamp of a file that has the manifest's bytes. Raises BundleError."""
@@ -130,10 +130,11 @@ class Contents:
             if foreign(error):
                 raise
             if error.errno in (errno.ENOENT, errno.ELOOP):  # ELOOP: it is a link now
-                raise self._replaced(name) from error
+                raise self.replaced(name) from error
             raise unreadable(self.path / name, error) from error
 
-    def _replaced(self, name: str) -> BundleError:
+    def replaced(self, name: str) -> BundleError:
+        """What to raise where a file is not what it was."""
         return BundleError(f"{self.path} was replaced since it was opened (its {name} is another): open it again")
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from epsrt.bundle import Bundle
 from epsrt.engines.cache.brought import ship_proof
 from epsrt.engines.cache.store import EngineCache
-from epsrt.errors import BundleError, InputError
+from epsrt.errors import InputError
 from epsrt.files import whole_file
-from epsrt.manifest import MANIFEST, SIGNATURE
+from epsrt.manifest import MANIFEST, SIGNATURE, render
 from epsrt.types import OnProgress, Size
 from epsrt.warming import engines_of, kept_of, wanted_of
 
@@ -47,8 +47,9 @@ def pack(
     version and the threads are those of here. Engine files that came with the bundle are left out. `private_key` signs
     all that is packed: see epsrt.signing.sign.
 
-    Raises EngineError where the engine does not run here, or the cache keeps nothing, and InputError for an engine that
-    has nothing to pack, and for an `out` in the bundle itself.
+    Raises EngineError where the engine does not run here, or the cache keeps nothing, BundleError where the bundle was
+    replaced since it was opened, and InputError for an engine that has nothing to pack, and for an `out` in the bundle
+    itself.
     """
     if out.resolve().is_relative_to(bundle.path.resolve()):
         raise InputError(f"{out} lies in the bundle itself: give a place outside of it")
@@ -56,8 +57,12 @@ def pack(
     with whole_file(out) as beside:
         copy = beside.with_name("copy") / bundle.path.name
         copy.mkdir(parents=True)
+        if private_key is None and (signature := bundle.path / SIGNATURE).is_file():
+            shutil.copyfile(signature, copy / SIGNATURE)  # before the files, which so must be those that it signs
         for name in (MANIFEST, *bundle.manifest.files):
-            shutil.copyfile(bundle.path / name, copy / name)
+            (copy / name).write_bytes(bundle.contents.read(name))
+        if (copy / MANIFEST).read_bytes() != render(bundle.manifest):
+            raise bundle.contents.replaced(MANIFEST)
         with engines_of(bundle, engine, precision, features, threads, on_progress) as engines:
             for running in engines:
                 for batch, size in wanted:
@@ -73,10 +78,6 @@ def pack(
             from epsrt.signing import sign  # with its libraries, which nobody else needs
 
             sign(copy, private_key)
-        elif (signature := bundle.path / SIGNATURE).is_file():
-            shutil.copyfile(signature, copy / SIGNATURE)
-        if Bundle.open(copy).manifest != bundle.manifest:
-            raise BundleError(f"{bundle.path} was replaced while it was packed: pack it again")
         with tarfile.open(beside, "w") as archive:
             archive.add(copy, bundle.path.name, filter=_anyones)
     return Pack(out, len(models), len(proofs))

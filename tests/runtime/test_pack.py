@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import tarfile
@@ -20,6 +21,7 @@ from epsrt.pack import pack
 from helpers import forge, tree, write_keys
 
 PROVES = openvino_cpu.has_bf16()
+AGAIN = r"small.epsrt was replaced since it was opened \(its {} is another\): open it again"
 
 
 @pytest.fixture(scope="module")
@@ -232,13 +234,39 @@ def test_a_pack_that_fails_leaves_nothing(small_bundle_path, tmp_path, monkeypat
     assert (tmp_path / "out.tar").read_text() == "an older one"
 
 
-def test_a_bundle_that_was_replaced_meanwhile_is_not_packed(copy_of, small_bundle_path, tmp_path):
+def replace_file(path):
+    file = path / "golden.safetensors"
+    file.unlink()
+    return file
+
+
+@pytest.mark.parametrize(
+    ("replace", "words"),
+    [
+        (lambda path: replace_file(path).write_bytes(b"another"), AGAIN.format("golden.safetensors")),
+        (replace_file, AGAIN.format("golden.safetensors")),
+        (lambda path: replace_file(path).mkdir(), AGAIN.format("golden.safetensors")),
+        (lambda path: os.mkfifo(replace_file(path)), AGAIN.format("golden.safetensors")),
+        (lambda path: forge(path, lambda manifest: manifest.update(max_batch=3)), AGAIN.format("manifest.json")),
+        (shutil.rmtree, "small.epsrt does not exist: a bundle is a directory"),
+    ],
+    ids=["damaged", "other names", "a folder", "a pipe", "another manifest", "removed"],
+)
+def test_a_bundle_that_was_replaced_meanwhile_is_not_packed(
+    packed, copy_of, small_bundle_path, tmp_path, monkeypatch, replace, words
+):
+    """Nothing of it is needed but for the archive itself: its model and its proof are in the cache."""
+    monkeypatch.setenv("EPSRT_CACHE", str(packed[0].path.with_name("cache")))
     path = copy_of(small_bundle_path)
     opened = Bundle.open(path)
-    forge(path, lambda manifest: manifest.update(max_batch=3))
-    with pytest.raises(BundleError, match="replaced"):
-        pack(opened, tmp_path / "out.tar", [1], threads=1)
-    assert not (tmp_path / "out.tar").exists()
+    replace(path)
+    for _ in range(2):
+        with pytest.raises(BundleError, match=words):
+            pack(opened, tmp_path / "out.tar", [2], threads=1)
+    assert not list(tmp_path.glob("*out*"))
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(small_bundle_path, path)
+    assert pack(Bundle.open(path), tmp_path / "out.tar", [2], threads=1).models == 1  # as the sentence says
 
 
 class TestSigned:
