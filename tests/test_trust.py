@@ -17,7 +17,8 @@ import pytest
 
 pytest.importorskip("onnx")
 
-from epsrt import Bundle, BundleError
+from epsrt import Bundle, BundleError, control
+from epsrt.machine import has_bf16
 from trust import bundles, damage, fuzz, hostile, kills, mutations, parts, replacement, results, soak, workers
 from trust.targets import TARGETS
 
@@ -32,8 +33,8 @@ def own_cache(monkeypatch, tmp_path):
 
 
 def trust(*words, out):
-    """`python tests/trust` in a process of its own."""
-    command = [sys.executable, ROOT / "tests" / "trust", "--out", out, *words]
+    """`python tests/trust` in a process of its own, which ignores SIGHUP as nohup makes it."""
+    command = ["nohup", sys.executable, ROOT / "tests" / "trust", "--out", out, *words]
     return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600, check=False)
 
 
@@ -70,7 +71,8 @@ def test_commands_that_are_killed_leave_nothing_half_made(short):
         ("sample", 4, 1),
         ("compile", 4, 1),
     }
-    signals = {f"by {name.name}" for name in kills.SIGNALS}
+    signals = Counter(f"by {sent.name}" for sent in kills.SIGNALS)
+    assert all({name: row["counts"][name] for name in signals} == signals for row in rows.values())
     assert findings(rows, {"kills", "whole runs", *signals}) == {}, short[1].stdout
 
 
@@ -126,6 +128,29 @@ def test_damage_always_changes_something():
     rng = random.Random(1)
     for raw in (b"", b"a", b"\0" * 100, bytes(range(256)) * 20):
         assert all(damage.bytes_damaged(raw, rng) != raw for _ in range(50))
+
+
+def test_a_third_of_the_cases_on_openvino_run_in_bf16(monkeypatch):
+    def share(which, engine="openvino", name="tiny"):
+        drawn = [bundles.precision(random.Random(i), engine, name) for i in range(1000)]
+        return drawn.count(which) / 1000
+
+    monkeypatch.setattr(bundles, "has_bf16", lambda: True)
+    assert share("bf16") == pytest.approx(0.3, abs=0.05)
+    assert share(None) == pytest.approx(0.03, abs=0.02)
+    assert (share(None, name="digits"), share("fp32", "onnxruntime")) == (0, 1)
+    monkeypatch.setattr(bundles, "has_bf16", lambda: False)
+    assert share("fp32") == 1
+
+
+@pytest.mark.skipif(not has_bf16(), reason="the processor has no bf16")
+def test_a_case_in_bf16_draws_other_images_and_notices_other_weights(tmp_path):
+    drawn = [bundles.images(bundles.path_of("tiny"), "openvino", p) for p in ("fp32", "bf16")]
+    assert (drawn[0] != drawn[1]).any()
+    other = bundles.other(bundles.path_of("tiny"), tmp_path / "net.epsrt")
+    done = mutations.Mutation("other weights", False, "weights-fp32.bin")
+    assert mutations.used(bundles.path_of("tiny"), "tiny", "openvino", done, False, "bf16") == ("harmless", "")
+    assert mutations.used(other, "tiny", "openvino", done, False, "bf16") == ("wrong image", "bf16 ()")
 
 
 # --- workers ---
@@ -190,12 +215,30 @@ def test_a_soak_sees_the_same_images_and_no_errors():
     assert found.findings == []
     assert found.before == found.after
     assert found.counts["requests"] > 20
+    assert found.slope is None  # six seconds tell none
+
+
+def test_calls_that_a_flag_or_a_deadline_does_not_end_are_findings(monkeypatch):
+    tried = soak.Soak("onnxruntime")
+    with tried.all_open():
+
+        def both():
+            for _ in range(8):  # before the first step, and after it
+                tried._cancel("plain", 1)
+                tried._pass_deadline("plain", 1)
+
+        both()
+        assert tried.found.findings == []
+        assert tried.found.counts == {"cancelled": 8, "late": 8}
+        monkeypatch.setattr(control.Control, "_look", lambda self, lanes=(): None)
+        both()
+        assert tried.found.counts["not ended"] == 16
 
 
 def test_memory_that_grows_is_a_slope():
-    found = soak.Found(memory=[(t, 1024 * t // 60) for t in range(0, 1800, 2)])  # a MiB a minute
+    found = soak.Soaked(seconds=1800, memory=[(t, 1024 * t // 60) for t in range(0, 1800, 2)])  # a MiB a minute
     assert found.slope == pytest.approx(10, rel=0.01)
-    flat = soak.Found(memory=[(t, 50_000 + 5_000 * (t < 300)) for t in range(0, 1800, 2)])  # it warms up
+    flat = soak.Soaked(seconds=1800, memory=[(t, 50_000 + 5_000 * (t < 300)) for t in range(0, 1800, 2)])  # it warms up
     assert abs(flat.slope) < 1e-6
 
 
@@ -276,10 +319,18 @@ def tables():
 def test_the_page_has_every_table_of_the_committed_results(tables):
     found = json.loads(tables.FILE.read_text())
     assert set(found["tables"]) == set(tables.COLUMNS)
-    for name in tables.COLUMNS:
+    for name in ("machine", *tables.COLUMNS):
         assert PAGE.read_text().count(f"<!-- docs/tools/trust.py {name} -->") == 1
-        for row in found["tables"][name]:
-            assert f"| {row} |" in tables.table(name, found)
+
+
+def test_the_page_says_how_much_of_the_whole_was_run(tables):
+    found = json.loads(tables.FILE.read_text())
+    said = {scale: tables.table("machine", {**found, "scale": scale}) for scale in (1, 0.06, 0.005)}
+    assert "those of the whole, run on" in said[1]
+    assert "those of 6 % of it, run on" in said[0.06]
+    assert "those of 0.5 % of it, run on" in said[0.005]
+    minutes = {row["figures"]["minutes"] for row in found["tables"]["soak"].values()}
+    assert minutes == {round(30 * found["scale"], 1)}  # so the scale is that of the counts
 
 
 def test_every_count_that_is_a_finding_has_a_column(tables):
@@ -304,4 +355,8 @@ def test_sources_of_another_day_have_another_digest(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "ROOT", tmp_path)
     other = results.digest()
     (copy / "version.py").write_text("__version__ = '9'\n")
-    assert len({before, other, results.digest()}) == 3
+    third = results.digest()
+    shutil.copytree(ROOT / "tests" / "data" / "tiny.epsrt", tmp_path / "tests" / "data" / "tiny.epsrt")
+    fourth = results.digest()
+    shutil.copy(ROOT / "tests" / "helpers.py", tmp_path / "tests")
+    assert len({before, other, third, fourth, results.digest()}) == 5

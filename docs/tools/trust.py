@@ -50,12 +50,13 @@ COLUMNS = {  # of each table: what its rows are, the head of each column, and th
             "minutes": ("minutes",),
             "requests": ("requests",),
             "stopped, left, failed, wrong": ("stopped", "left", "raised", "refused"),
+            "cancelled, late": ("cancelled", "late"),
             "MiB": ("MiB",),
             "MiB in 10 minutes": ("MiB in 10 minutes",),
             "descriptors": ("descriptors",),
             "threads": ("threads",),
             "other images": ("other images",),
-            "errors": ("tracebacks", "swallowed errors", "accepted"),
+            "errors": ("tracebacks", "swallowed errors", "accepted", "not ended"),
         },
     ),
     "fuzz": (
@@ -75,9 +76,10 @@ def table(name: str, found: dict[str, Any]) -> str:
     """A table of the results in Markdown; "machine": a sentence about where and when they were made."""
     if name == "machine":
         m = found["machine"]
-        share = "" if found["scale"] == 1 else f", {found['scale']:.1%} of the whole"
+        share = "the whole" if found["scale"] == 1 else f"{100 * found['scale']:g} % of it"
         where = f"{m['cores']} cores of {m['processor']}"
-        return f"Measured on {found['date']} in {found['seconds'] / 60:.0f} minutes on {where}{share}."
+        took = f"{found['seconds'] / 60:.0f} minutes"
+        return f"The counts below are those of {share}, run on {found['date']} in {took} on {where}."
     of, columns = COLUMNS[name]
     rows = [[row, *(_cell(each, names) for names in columns.values())] for row, each in found["tables"][name].items()]
     if name == "mutations":

@@ -233,18 +233,22 @@ def tried(case: int, kinds: tuple[str, ...] = tuple(KINDS)) -> Verdict:
         os.environ["EPSRT_CACHE"] = str(Path(place, "cache"))
         path = Path(shutil.copytree(bundles.path_of(name), Path(place, "net.epsrt")))
         done = KINDS[kind][1](path, rng)
-        verdict, says = used(path, name, engine, done, rng.random() < 0.2)
+        proven, opens = rng.random() < 0.2, bundles.precision(rng, engine, name)
+        verdict, says = used(path, name, engine, done, proven, opens)
     return Verdict(case, kind, name, f"{done.file}: {done.what}"[:200], engine, verdict, says)
 
 
-def used(path: Path, name: str, engine: str, done: Mutation, proven: bool) -> tuple[str, str]:
-    """The verdict of one bundle on one engine, and what was said."""
+def used(
+    path: Path, name: str, engine: str, done: Mutation, proven: bool, opens: str | None = "fp32"
+) -> tuple[str, str]:
+    """The verdict of one bundle on one engine, and what was said. `opens` is the precision of its FP32 graphs."""
     try:
         bundle = Bundle.open(path)
         bundle.parity()
         bundle.golden()
         precision, features = _shows(bundle, engine, done.file)
-        with bundles.opened(path, engine, precision) as sampler:
+        opens = opens if precision == "fp32" else precision
+        with bundles.opened(path, engine, opens) as sampler:
             images = bundles.draw(sampler, features)
             if proven:
                 verify(sampler.engine if not features else sampler.engine.on(bundle.graph(precision, features)))
@@ -253,8 +257,8 @@ def used(path: Path, name: str, engine: str, done: Mutation, proven: bool) -> tu
     except Exception as error:  # whatever else comes out is a finding
         place = traceback.extract_tb(error.__traceback__)[-1]
         return "traceback", f"{bundles.says(error)} ({Path(place.filename).name}:{place.lineno})"
-    if not done.signed and images.tobytes() != _undamaged(name, engine, precision, features):
-        return "wrong image", f"{precision} {features}"
+    if not done.signed and images.tobytes() != _undamaged(name, engine, opens, features):
+        return "wrong image", f"{opens} {features}"
     return "harmless", ""
 
 
@@ -266,5 +270,5 @@ def _shows(bundle: Bundle, engine: str, file: str) -> tuple[str, tuple[str, ...]
 
 
 @cache
-def _undamaged(name: str, engine: str, precision: str, features: tuple[str, ...]) -> bytes:
+def _undamaged(name: str, engine: str, precision: str | None, features: tuple[str, ...]) -> bytes:
     return bundles.images(bundles.path_of(name), engine, precision, features).tobytes()

@@ -87,12 +87,12 @@ def mutations(cases: range, out: Path) -> dict[str, Any]:
 
 
 def kills(program: str, rounds: range, out: Path) -> dict[str, Any]:
-    from trust import kills
+    from trust import kills, programs
 
-    kills.warm(program)
+    programs.warm(program)
     with tempfile.TemporaryDirectory(prefix="trust-") as place:
         found = kills.tried(program, rounds, Path(place))
-    return {"counts": found.counts, "findings": found.findings}
+    return {"counts": found.counts, "findings": [f"{program}: {each}" for each in found.findings]}
 
 
 def replacement(kind: str, engine: str, numbers: range, out: Path) -> dict[str, Any]:
@@ -111,11 +111,12 @@ def soak(engine: str, seconds: float, out: Path) -> dict[str, Any]:
         found = Soak(engine).run(seconds)
     figures = {
         "minutes": round(seconds / 60, 1),
-        "MiB in 10 minutes": round(found.slope, 3),
+        "MiB in 10 minutes": "too short to say" if found.slope is None else round(found.slope, 3),
         "MiB": found.memory[-1][1] >> 10,
     }
     held = {name: f"{found.before[name]} → {found.after[name]}" for name in found.before}
-    return {"counts": found.counts, "figures": figures | held, "findings": found.findings, "memory": found.memory}
+    findings = [f"{engine}: {each}" for each in found.findings]
+    return {"counts": found.counts, "figures": figures | held, "findings": findings, "memory": found.memory}
 
 
 def fuzz(reader: str, seconds: float, seed: int, out: Path) -> dict[str, Any]:

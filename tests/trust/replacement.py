@@ -6,34 +6,26 @@ meanwhile must not be taken for another bundle's later, by a fresh process with 
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import random
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from epsrt import Bundle
+from epsrt import Bundle, Sampler, files
 from epsrt.errors import EpsrtError
 from epsrt.verify import verify
 from trust import bundles
+from trust.found import Found
 from trust.workers import FORK, Worker
 
 OPENS = 10  # of a job, while files are replaced all the time
-EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE, AT_FDCWD
 FEATURES: tuple[tuple[str, ...], ...] = ((), ("guidance",), ("mask",), ("classifier",), ("guidance", "mask"))
-
-
-def _exchange(a: Path, b: Path) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(HERE, os.fsencode(a), HERE, os.fsencode(b), EXCHANGE):
-        raise OSError(ctypes.get_errno(), "renameat2")
 
 
 @dataclass
@@ -74,7 +66,7 @@ class Stage:
         (self.place / "aside.epsrt").rename(self.place / "beside.epsrt")
 
     def exchanged(self, rng: random.Random) -> None:
-        _exchange(self.path, self.place / "beside.epsrt")
+        assert files._exchanged(self.path, self.place / "beside.epsrt")
 
     def copied_over(self, rng: random.Random) -> None:
         """As `cp` does: each file is cut to nothing, and written."""
@@ -98,9 +90,9 @@ class Stage:
         (self.place / "link").rename(self.path)
 
     def _files(self, rng: random.Random) -> list[Path]:
-        files = sorted(self.whole(self.now).iterdir())
-        rng.shuffle(files)
-        return files
+        whole = sorted(self.whole(self.now).iterdir())
+        rng.shuffle(whole)
+        return whole
 
 
 WAYS: dict[str, Callable[[Stage, random.Random], None]] = {
@@ -113,46 +105,43 @@ WAYS: dict[str, Callable[[Stage, random.Random], None]] = {
 }
 
 
-@dataclass
-class Found:
-    """What came of a job: how often each thing happened, and findings in words."""
+@dataclass(frozen=True)
+class Call:
+    """What is drawn: the engine and the precision that a bundle is opened with, the graph's features, and how many."""
 
-    counts: Counter[str] = field(default_factory=Counter)
-    findings: list[str] = field(default_factory=list)
+    engine: str
+    precision: str | None
+    features: tuple[str, ...] = ()
+    n: int = 2
 
-    def note(self, what: str, sentence: str) -> None:
-        self.counts[what] += 1
-        self.findings.append(f"{what}: {sentence}"[:400])
+    def opened(self, path: Path) -> Sampler:
+        return bundles.opened(path, self.engine, self.precision)
 
-    def add(self, other: Found) -> None:
-        self.counts += other.counts
-        self.findings += other.findings
-
-
-def _right(path: Path, engine: str, features: tuple[str, ...], n: int) -> bytes:
-    """What a whole bundle draws, with an engine cache of its own."""
-    return _drawn(Bundle.open(path).manifest.digest, str(path), engine, features, n)
+    def drawn(self, sampler: Sampler) -> bytes:
+        return bundles.draw(sampler, self.features, self.n).tobytes()
 
 
 @cache
-def _drawn(digest: str, path: str, engine: str, features: tuple[str, ...], n: int) -> bytes:
+def _right(path: Path, digest: str, call: Call) -> bytes:
+    """What the whole bundle at a path draws, with an engine cache of its own."""
     kept = os.environ["EPSRT_CACHE"]
-    os.environ["EPSRT_CACHE"] = str(Path(path).parent / "cache-of-the-right")
+    os.environ["EPSRT_CACHE"] = str(path.parent / "cache-of-the-right")
     try:
-        return bundles.images(Path(path), engine, "fp32", features, n).tobytes()
+        with call.opened(path) as sampler:
+            return call.drawn(sampler)
     finally:
         os.environ["EPSRT_CACHE"] = kept
 
 
-def _compared(stage: Stage, digest: str, drawn: bytes, engine: str, features: tuple[str, ...], n: int) -> str:
+def _compared(stage: Stage, digest: str, drawn: bytes, call: Call) -> str:
     """ "" where images are those of the bundle of a digest; else whose they are."""
     whole = {Bundle.open(stage.whole(i)).manifest.digest: stage.whole(i) for i in range(2)}
     if digest not in whole:
         return "a digest of neither bundle"
-    if drawn == _right(whole[digest], engine, features, n):
+    if drawn == _right(whole[digest], digest, call):
         return ""
     (another,) = set(whole) - {digest}
-    return "the other bundle's" if drawn == _right(whole[another], engine, features, n) else "of neither bundle"
+    return "the other bundle's" if drawn == _right(whole[another], another, call) else "of neither bundle"
 
 
 @dataclass(frozen=True)
@@ -172,11 +161,12 @@ class Job:
         return list(WAYS)[self.number % len(WAYS)]
 
     @property
-    def calls(self) -> list[tuple[tuple[str, ...], int]]:
-        """The features and the batches that it draws with."""
+    def calls(self) -> list[Call]:
+        precision = bundles.precision(random.Random(f"trust 1: precision {self.number}"), self.engine)
         if self.kind == "opening":
-            return [(features, 2) for features in self.rng.choices(FEATURES, k=OPENS)]
-        return self.rng.sample([(features, n) for features in FEATURES for n in (1, 2, 3)], 6)
+            return [Call(self.engine, precision, features) for features in self.rng.choices(FEATURES, k=OPENS)]
+        asked = [Call(self.engine, precision, features, n) for features in FEATURES for n in (1, 2, 3)]
+        return self.rng.sample(asked, 6)
 
 
 def work(job: Job) -> Found:
@@ -189,43 +179,42 @@ def work(job: Job) -> Found:
 def _opening(job: Job, stage: Stage) -> Found:
     """Open and draw again and again, while another process replaces the files."""
     found = Found()
-    for features, n in job.calls:
+    for call in job.calls:
         found.counts["opens"] += 1
         try:
-            with bundles.opened(stage.path, job.engine) as sampler:
-                drawn, digest = bundles.draw(sampler, features, n).tobytes(), sampler.bundle.manifest.digest
+            with call.opened(stage.path) as sampler:
+                drawn, digest = call.drawn(sampler), sampler.bundle.manifest.digest
         except Exception as error:
-            _note_error(found, error, f"{job.way}, {features}")
+            _note_error(found, error, f"{job.way}, {call}")
             continue
         found.counts["opened"] += 1
-        if wrong := _compared(stage, digest, drawn, job.engine, features, n):
-            found.note("another run than the digest's", f"{job.engine}, {job.way}, {features}: images are {wrong}")
+        if wrong := _compared(stage, digest, drawn, call):
+            found.note("another run than the digest's", f"{job.way}, {call}: images are {wrong}")
     return found
 
 
 def _open(job: Job, stage: Stage) -> Found:
     """Open, replace the files, and go on."""
-    found = Found()
+    found, first = Found(), replace(job.calls[0], features=(), n=2)
     found.counts["opens"] += 1
-    with bundles.opened(stage.path, job.engine) as sampler:
+    with first.opened(stage.path) as sampler:
         digest = sampler.bundle.manifest.digest
-        bundles.draw(sampler)
+        first.drawn(sampler)
         stage.replace(job.way, job.rng)
-        for features, n in job.calls:
+        for call in job.calls:
             found.counts["calls"] += 1
             try:
-                drawn = bundles.draw(sampler, features, n).tobytes()
+                drawn = call.drawn(sampler)
             except Exception as error:
-                _note_error(found, error, f"{job.way}, {features}")
+                _note_error(found, error, f"{job.way}, {call}")
                 continue
             found.counts["drawn"] += 1
-            if wrong := _compared(stage, digest, drawn, job.engine, features, n):
-                what = f"{job.engine}, {job.way}, {features}, {n}: images are {wrong}"
-                found.note("another run than the digest's", what)
+            if wrong := _compared(stage, digest, drawn, call):
+                found.note("another run than the digest's", f"{job.way}, {call}: images are {wrong}")
         try:
             missed = [rung.name for rung in verify(sampler.engine) if not rung.passed]
             if missed:
-                found.note("another run than the digest's", f"{job.engine}, {job.way}: verify misses {missed}")
+                found.note("another run than the digest's", f"{job.way}, {first}: verify misses {missed}")
         except Exception as error:
             _note_error(found, error, f"{job.way}, verify")
     return found
@@ -235,12 +224,11 @@ def _cached(job: Job, stage: Stage) -> Found:
     """A fresh process, the same engine cache, the whole bundles: each must draw what it draws."""
     found = Found()
     for which in range(2):
-        with bundles.opened(stage.whole(which), job.engine) as sampler:
-            for features, n in sorted(set(job.calls)):
-                drawn = bundles.draw(sampler, features, n).tobytes()
+        with job.calls[0].opened(stage.whole(which)) as sampler:
+            for call in dict.fromkeys(job.calls):
                 found.counts["drawn from the cache"] += 1
-                if wrong := _compared(stage, sampler.bundle.manifest.digest, drawn, job.engine, features, n):
-                    found.note("another's in the cache", f"{job.way}, {features}, {n}: images are {wrong}")
+                if wrong := _compared(stage, sampler.bundle.manifest.digest, call.drawn(sampler), call):
+                    found.note("another's in the cache", f"{job.way}, {call}: images are {wrong}")
     return found
 
 

@@ -1,7 +1,8 @@
 """Random requests for a long time in one process: memory, descriptors, threads and images stay as they are.
 
 Several bundles are open at once, and now and then one is closed and opened again. Between requests that end there are
-wrong ones, ones that their caller stops, streams that nobody reads to their end, and errors that a callback raises.
+wrong ones, ones that their caller stops or cancels, ones whose deadline passes, streams that nobody reads to their end,
+and errors that a callback raises.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 import random
 import threading
 import time
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from epsrt import Sampler
-from epsrt.errors import InputError
+from epsrt.errors import Cancelled, DeadlineExceeded, InputError
 from trust import bundles
+from trust.found import Found
 
 NAMES = ("format-5", "sized", "learned", "plain")
 METHODS = ("ddim", "ddpm", "dpmpp-2m", "euler", "heun")
@@ -31,6 +32,7 @@ SLOPE = 1.0  # MiB in ten minutes, at most
 LONG = 600  # seconds: in less, memory says nothing
 WARM = 0.4  # the share of the time after which memory is looked at
 EVERY = 2.0  # seconds between two looks
+SOON = 0.05  # seconds until a deadline that passes in a call
 
 
 class Stopped(Exception):
@@ -38,22 +40,19 @@ class Stopped(Exception):
 
 
 @dataclass
-class Found:
-    """What was seen: counts of what was asked, looks at memory (seconds, KiB), and findings in words."""
+class Soaked(Found):
+    """What was seen: besides counts and findings, the seconds that it took, and looks at memory (seconds, KiB)."""
 
-    counts: Counter[str] = field(default_factory=Counter)
-    findings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
     memory: list[tuple[float, int]] = field(default_factory=list)
     before: dict[str, int] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
 
-    def note(self, what: str, sentence: str) -> None:
-        self.counts[what] += 1
-        self.findings.append(f"{what}: {sentence}"[:400])
-
     @property
-    def slope(self) -> float:
-        """MiB in ten minutes, by least squares over the looks after the warm-up."""
+    def slope(self) -> float | None:
+        """MiB in ten minutes, by least squares over the looks after the warm-up; None where it took less than LONG."""
+        if self.seconds < LONG:
+            return None
         end = self.memory[-1][0]
         late = np.array([look for look in self.memory if look[0] >= WARM * end])
         return float(np.polyfit(late[:, 0], late[:, 1], 1)[0] * 600 / 1024)
@@ -92,13 +91,17 @@ class Soak:
     """One process's soak of an engine."""
 
     def __init__(self, engine: str, seed: int = 1):
-        self.engine, self.rng, self.found = engine, random.Random(f"trust 1: soak {engine} {seed}"), Found()
+        self.engine, self.rng, self.found = engine, random.Random(f"trust 1: soak {engine} {seed}"), Soaked()
         self.first: dict[tuple[str, int], int] = {}  # hashes of images
         self.lock = threading.Lock()
 
+    def _opened(self, name: str) -> Sampler:
+        """In the precision that an engine takes by itself: OpenVINO proves bf16 once, and the cache keeps it."""
+        return bundles.opened(bundles.path_of(name), self.engine, None)
+
     @contextmanager
     def all_open(self) -> Any:
-        self.samplers = {name: bundles.opened(bundles.path_of(name), self.engine) for name in NAMES}
+        self.samplers = {name: self._opened(name) for name in NAMES}
         try:
             yield
         finally:
@@ -107,7 +110,7 @@ class Soak:
             self.samplers.clear()
             gc.collect()
 
-    def run(self, seconds: float) -> Found:
+    def run(self, seconds: float) -> Soaked:
         """Every kind of request once, and then at random until the time is over."""
         logging.disable(logging.CRITICAL)
         with self.all_open():  # a library's first use starts what stays
@@ -131,8 +134,10 @@ class Soak:
         for what, amount in self.found.after.items():
             if amount > self.found.before[what]:
                 self.found.note(what, f"{self.found.before[what]} before, {amount} after")
-        if seconds >= LONG and self.found.slope > SLOPE:
-            self.found.note("memory", f"it grows by {self.found.slope:.2f} MiB in 10 minutes")
+        self.found.seconds = seconds
+        slope = self.found.slope
+        if slope is not None and slope > SLOPE:
+            self.found.note("memory", f"it grows by {slope:.2f} MiB in 10 minutes")
         return self.found
 
     def once(self) -> None:
@@ -142,6 +147,8 @@ class Soak:
             self._draw,
             self._draw,
             self._stop,
+            self._cancel,
+            self._pass_deadline,
             self._leave,
             self._raise,
             self._wrong,
@@ -167,6 +174,42 @@ class Soak:
         sampler = self.samplers[name]
         sampler.sample(**request(sampler, kind), on_step=lambda done, total: False)
         self.found.counts["stopped"] += 1
+
+    def _cancel(self, name: str, kind: int) -> None:
+        """A call that is cancelled before its first step, or after it."""
+        sampler, flag = self.samplers[name], threading.Event()
+        if self.rng.random() < 0.5:
+            flag.set()
+
+        def on_step(done: int, total: int) -> None:
+            if done < total:
+                flag.set()
+
+        try:
+            sampler.sample(**request(sampler, kind), cancel=flag, on_step=on_step)
+        except Cancelled:
+            self.found.counts["cancelled"] += 1
+        else:
+            if flag.is_set():
+                self.found.note("not ended", f"{name}, request {kind}: it was cancelled")
+
+    def _pass_deadline(self, name: str, kind: int) -> None:
+        """A call whose deadline has passed, or passes in its first step."""
+        sampler, now = self.samplers[name], time.monotonic()
+        deadline, ends = (now, True) if self.rng.random() < 0.5 else (now + SOON, False)
+
+        def on_step(done: int, total: int) -> None:
+            nonlocal ends
+            time.sleep(max(0.0, deadline - time.monotonic()))
+            ends = ends or done < total
+
+        try:
+            sampler.sample(**request(sampler, kind), deadline=deadline, on_step=on_step)
+        except DeadlineExceeded:
+            self.found.counts["late"] += 1
+        else:
+            if ends:
+                self.found.note("not ended", f"{name}, request {kind}: its deadline had passed")
 
     def _leave(self, name: str, kind: int) -> None:
         """A stream that is not read to its end."""
@@ -221,6 +264,6 @@ class Soak:
         """Close a sampler and open it again; seldom, for it costs as much as many requests."""
         if self.rng.random() < 0.1:
             self.samplers[name].close()
-            self.samplers[name] = bundles.opened(bundles.path_of(name), self.engine)
+            self.samplers[name] = self._opened(name)
             self.found.counts["opened again"] += 1
         self._draw(name, kind)
