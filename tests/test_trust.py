@@ -179,6 +179,19 @@ def test_a_crash_and_a_hang_are_told_and_the_next_job_runs():
     ]
 
 
+# --- kills ---
+
+
+def test_a_leftover_is_seen_wherever_the_folder_lies(tmp_path):
+    """Under a folder named home, too: only the command's own home, beside its folder, does not count."""
+    shop = object.__new__(kills.Shop)
+    shop.place = tmp_path / "home" / "work"
+    (shop.place / "home").mkdir(parents=True)
+    (shop.place / "home" / ".left").touch()
+    (tmp_path / "home" / "beside").touch()
+    assert shop._names() == {"home", "home/.left"}
+
+
 # --- replacement ---
 
 
