@@ -76,7 +76,7 @@ def table(name: str, found: dict[str, Any]) -> str:
     """A table of the results in Markdown; "machine": a sentence about where and when they were made."""
     if name == "machine":
         m = found["machine"]
-        share = "the whole" if found["scale"] == 1 else f"{100 * found['scale']:g} % of it"
+        share = "the whole" if found["scale"] == 1 else f"{100 * found['scale']:g} % of the whole"
         where = f"{m['cores']} cores of {m['processor']}"
         took = f"{found['seconds'] / 60:.0f} minutes"
         return f"The counts below are those of {share}, run on {found['date']} in {took} on {where}."
