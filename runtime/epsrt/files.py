@@ -15,7 +15,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -32,8 +32,7 @@ def whole_file(path: str | Path, mode: int = 0o666) -> Iterator[Path]:
     OSError of the disk names `path`.
     """
     path = _target(path)
-    if path.exists() and not path.is_file():
-        raise FileExistsError(errno.EEXIST, "It is no file that can be replaced", str(path))
+    _check_kind(path, stat.S_ISREG, "file")
     with _folder_of(path) as folder:
         beside = folder / path.name
         os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
@@ -54,8 +53,7 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
     names `path`.
     """
     path = _target(path)
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(errno.EEXIST, "It is no directory that can be replaced", str(path))
+    _check_kind(path, stat.S_ISDIR, "directory")
     with _folder_of(path) as folder:
         beside = folder / path.name
         beside.mkdir()
@@ -86,6 +84,12 @@ def sha256(path: str | Path) -> str:
 
 def _target(path: str | Path) -> Path:
     return Path(os.path.realpath(path))  # a link is followed, not replaced
+
+
+def _check_kind(path: Path, of_kind: Callable[[int], bool], kind: str) -> None:
+    with passed_over(FileNotFoundError, NotADirectoryError):
+        if not of_kind(path.stat().st_mode):  # one look: others may move it away and back
+            raise FileExistsError(errno.EEXIST, f"It is no {kind} that can be replaced", str(path))
 
 
 @contextmanager
@@ -122,7 +126,7 @@ def _clear(folder: Path, path: Path) -> None:
     """Remove a folder, but not what was moved aside into it and is missing in its place."""
     with passed_over(OSError):
         if (aside := _aside(folder / path.name)).exists() and not os.path.lexists(path):
-            aside.rename(path)
+            _moved(aside, path)
         if folder.is_dir():
             shutil.rmtree(folder)
         else:  # of version 0.1
@@ -166,6 +170,7 @@ def _replace(path: Path, beside: Path) -> None:
         shutil.rmtree(_aside(beside), ignore_errors=True)  # another process put its own there, and that is old now
         with suppress(FileNotFoundError):
             path.rename(_aside(beside))
+    shutil.rmtree(_aside(beside), ignore_errors=True)  # or it would come back while another has the new one aside
 
 
 def _moved(beside: Path, path: Path) -> bool:

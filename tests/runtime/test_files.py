@@ -251,6 +251,46 @@ def test_several_threads_replace_one_directory(tmp_path, monkeypatch, exchanges)
     assert sorted(tree(tmp_path / "some")) == ["a", "b"]
 
 
+@pytest.mark.parametrize("make", [whole_file, whole_directory])
+def test_what_another_moves_away_after_a_look_is_no_hindrance(tmp_path, monkeypatch, make):
+    path, looked, look = tmp_path / "some", [], os.stat
+
+    def once(at, *args, **how):
+        found = look(at, *args, **how)
+        if str(at) == str(path) and not looked:
+            looked.append(at)
+            path.rename(tmp_path / "away")
+        return found
+
+    with make(path):
+        pass
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", once)
+        with make(path):
+            pass
+    assert looked
+    assert sorted(os.listdir(tmp_path)) == ["away", "some"]
+
+
+def test_what_another_puts_there_is_kept_and_nothing_is_left(tmp_path, monkeypatch):
+    """Of a killed process that had moved the old one aside, while another writes anew."""
+    path, left, lexists = tmp_path / "a.b", tmp_path / ".a.0123456789ab.b", os.path.lexists
+    (left / "a.b.old").mkdir(parents=True)
+    (left / "a.b.old" / "old").touch()
+
+    def late(at):
+        found = lexists(at)
+        if str(at) == str(path) and not found:
+            path.mkdir()
+            (path / "another").touch()
+        return found
+
+    monkeypatch.setattr(os.path, "lexists", late)
+    with pytest.raises(KeyError), whole_directory(path):
+        raise KeyError
+    assert tree(tmp_path) == {"a.b/another": b""}
+
+
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
     """There nothing is swept, which could be at work."""
     import fcntl
