@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from epsrt.errors import LimitError, is_whole, sane, whole
+from epsrt.errors import InputError, LimitError, is_whole, sane, whole
 
 MOST_SAMPLES = 1 << 24  # values of a request that are one a sample
 MOST_BYTES = 64 << 30
@@ -20,7 +20,9 @@ OWN_ROW_BYTES = 176  # of a sample whose columns differ from its neighbours'
 SAMPLE_BYTES = 512  # besides its images
 LANE_IMAGES, MASKED_IMAGES = 7, 4  # x and m before and after a step, x0, noise twice; known, mask, their noise twice
 
-_WAY = "draw them in several runs, with first="
+_RUNS = "draw them in several runs, with first="
+_SEEDED = "draw them in several runs, of fewer seeds"  # each of which has the index `first`
+_LESS = "ask for fewer steps or a smaller size"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,13 @@ class Limits:
             if value is not None:
                 whole(name, value, least=1)
 
+    @classmethod
+    def of(cls, limits: Self | None) -> Self:
+        """Limits that are given, or none. Raises InputError for anything else."""
+        if not isinstance(limits, cls | None):
+            raise InputError(f"limits = {limits!r} are none: give epsrt.Limits(samples=…, steps=…, bytes=…)")
+        return limits or cls()
+
     @property
     def most_rows(self) -> int:
         """The most rows that a plan may have."""
@@ -62,36 +71,43 @@ class Limits:
             return values.tolist()
         found = [] if isinstance(values, np.ndarray) else list(islice(values, most + 1))
         if isinstance(values, np.ndarray) or len(found) > most:
-            raise LimitError(f"{name}: over {most} values, one a sample, are more than one call takes here: {_WAY}")
+            way = _SEEDED if name == "seeds" else _RUNS
+            raise LimitError(f"{name}: over {most} values, one a sample, are more than one call takes here: {way}")
         return found
 
     def check_asked(self, steps: Any, options: Mapping[str, Any]) -> None:
-        """Raise LimitError for steps or timesteps over `steps`, before a plan is made of them."""
+        """Raise LimitError for more steps or timesteps than `steps` or `bytes` allow, before a plan is made of them."""
         sane("steps", steps)
         timesteps, each = options.get("timesteps"), options.get("each", 1)
         many = length(timesteps) if isinstance(timesteps, Sized) else steps
         if is_whole(many):
-            self.check_rows(many * max(1, each) if is_whole(each) else many, "steps")
+            self.check_rows(min(many * max(1, each) if is_whole(each) else many, sys.maxsize), "steps")
 
     def check_rows(self, rows: int, what: str = "rows of the plan") -> None:
-        """Raise LimitError for more than `steps`."""
+        """Raise LimitError for more than `steps`, or than `bytes` hold."""
         if self.steps is not None and rows > self.steps:
             raise LimitError(f"{rows} {what} are over steps = {self.steps}, this sampler's limit: ask for fewer steps")
+        if rows > self.most_rows:
+            over = f"take {rows * ROW_BYTES} bytes, over bytes = {self.bytes}, this sampler's limit"
+            raise LimitError(f"{rows} {what} {over}: ask for fewer steps")
 
-    def check_samples(self, count: int) -> None:
-        """Raise LimitError for more than `samples`."""
+    def check_samples(self, count: int, seeded: bool) -> None:
+        """Raise LimitError for more than `samples`; `seeded` is whether each has a seed of its own."""
         if self.samples is not None and count > self.samples:
-            raise LimitError(f"n = {count} is over samples = {self.samples}, this sampler's limit: {_WAY}")
+            way = _SEEDED if seeded else _RUNS
+            raise LimitError(f"n = {count} is over samples = {self.samples}, this sampler's limit: {way}")
 
-    def check_bytes(self, count: int, need: int) -> None:
-        """Raise LimitError where `count` samples need more than `bytes`, or than any machine should be asked for."""
-        way = _WAY if count > 1 else "ask for fewer steps or a smaller size"
-        if need > MOST_BYTES:
-            raise LimitError(f"n = {count} samples at once take {need >> 30} GiB: {way}")
-        if self.bytes is not None and need > self.bytes:
-            raise LimitError(
-                f"n = {count} samples at once take {need} bytes, over bytes = {self.bytes}, this sampler's limit: {way}"
-            )
+    def check_bytes(self, count: int, need: Callable[[int], int], seeded: bool) -> None:
+        """Raise LimitError where `count` samples need over `bytes`, or more than any machine should be asked for."""
+        most = MOST_BYTES if self.bytes is None else min(MOST_BYTES, self.bytes)
+        if (needed := need(count)) <= most:
+            return
+        way = _LESS if need(1) > most else _SEEDED if seeded else _RUNS
+        if needed > MOST_BYTES:
+            raise LimitError(f"n = {count} samples at once take {needed >> 30} GiB: {way}")
+        raise LimitError(
+            f"n = {count} samples at once take {needed} bytes, over bytes = {self.bytes}, this sampler's limit: {way}"
+        )
 
 
 def bytes_of(

@@ -61,21 +61,25 @@ def prepare(bundle: Bundle, request: Request, limits: Limits | None = None, at_o
     extent = next((a.shape[2:] for a in given.values() if a is not None and a.ndim == 4), None)
     shape = bundle.image_shape(extent if request.size is None and m.sizes is not None else request.size)
     count = count_of(request, given)
-    limits.check_samples(count)
+    seeded = request.seeds.seeds is not None
+    limits.check_samples(count, seeded)
     masks = None if kept.mask is None else array_of("mask", kept.mask)
-    images = sum(len(a) for a in given.values() if a is not None and a.ndim)
+    images = [len(a) for a in given.values() if a is not None and a.ndim]
+    images += [] if masks is None else [len(masks) if masks.ndim == 4 else 1]
 
     def check_bytes(rows: int) -> None:
-        need = bytes_of(
-            count,
-            shape,
-            given=images if masks is None else images + (min(len(masks), count) if masks.ndim == 4 else 1),
-            lanes=min(count, count if at_once is None else at_once),
-            masked=masks is not None,
-            rows=rows,
-            own=rows * count if guided_apart(request, m.null_label) else 0,
-        )
-        limits.check_bytes(count, need)
+        def need(n: int) -> int:
+            return bytes_of(
+                n,
+                shape,
+                given=sum(min(several, n) for several in images),
+                lanes=n if at_once is None else min(n, at_once),
+                masked=masks is not None,
+                rows=rows,
+                own=rows * n if n > 1 and guided_apart(request, m.null_label) else 0,
+            )
+
+        limits.check_bytes(count, need, seeded)
 
     check_bytes(len(plan))
     within = None if m.clip is None else m.value_range  # what is not clipped has no bounds
@@ -130,8 +134,9 @@ def latents_of(bundle: Bundle, request: Request, limits: Limits) -> Float32:
         if value is not None:
             raise InputError(f"latents are noise, and {name} is where samples begin instead: leave {name} out")
     count, shape = count_of(request, {}), bundle.image_shape(request.size)
-    limits.check_samples(count)
-    limits.check_bytes(count, bytes_of(count, shape))
+    seeded = request.seeds.seeds is not None
+    limits.check_samples(count, seeded)
+    limits.check_bytes(count, lambda n: bytes_of(n, shape, rows=len(plan)), seeded)
     seed, index = zip(*seeds_of(request.seeds, count), strict=True)
     z = noise.normals(list(seed), list(index), noise.START, 0, int(np.prod(shape)))
     return np.float32(plan.start[1] / bundle.own_scale(plan)) * z.reshape(count, *shape)

@@ -46,9 +46,7 @@ class Sampler(Closing):
     """
 
     def __init__(self, engine: Engine, *, limits: Limits | None = None):
-        if not isinstance(limits, Limits | None):
-            raise InputError(f"limits = {limits!r} are none: give epsrt.Limits(samples=…, steps=…, bytes=…)")
-        self.engine, self.limits = engine, limits or Limits()
+        self.engine, self.limits = engine, Limits.of(limits)
         self.bundle = engine.bundle
         self._graphs, self._pool = Graphs(engine), LanePool()
 
@@ -66,6 +64,7 @@ class Sampler(Closing):
         limits: Limits | None = None,
     ) -> Self:
         """Open the bundle at `path` on the engine of that name; see Bundle.open and epsrt.open_engine."""
+        limits = Limits.of(limits)  # before minutes go into an engine
         opened = open_engine(
             Bundle.open(path, require_signature=require_signature),
             engine,
@@ -74,8 +73,12 @@ class Sampler(Closing):
             trust_engines=trust_engines,
             may_build=may_build,
         )
-        sampler = cls(opened, limits=limits)
-        sampler._graphs.own.append(opened)
+        try:
+            sampler = cls(opened, limits=limits)
+            sampler._graphs.own.append(opened)
+        except BaseException:
+            opened.close()
+            raise
         return sampler
 
     def plan(self, method: str | None = None, steps: int | None = None, **options: Unpack[Options]) -> Plan:
@@ -252,7 +255,8 @@ class Sampler(Closing):
         """Whether files and engine are still what was opened, for health checks. Other threads may go on sampling.
 
         Every file of the bundle is hashed, which takes one or two seconds a gigabyte. The engine's own step graph runs
-        the smallest rung of the golden file, in a lane of its own: some 25 evaluations of the network.
+        the smallest rung of the golden file, in a lane of its own: some 25 evaluations of the network. The first check
+        also compiles a model for one sample, on engines that compile (OpenVINO, TensorRT), where none is kept yet.
 
         Returns the rungs that it measured. Raises BundleError where a file was changed, EngineError where the engine
         fails or misses a rung.
@@ -274,8 +278,10 @@ class Sampler(Closing):
 
         An engine that was given to the sampler stays open.
         """
-        self._pool.close()
-        self._graphs.close()
+        try:
+            self._pool.close()
+        finally:
+            self._graphs.close()
 
 
 def _batch(engine: Engine, batch: int | None) -> int:

@@ -19,6 +19,8 @@ IMAGE = np.zeros((1, 1, 2, 4), np.float32)
 MASKED = {"known": IMAGE, "mask": np.ones((2, 4))}
 LIMITS = Limits(bytes=1 << 20, samples=100, steps=60)
 RUNS = "draw them in several runs, with first="
+SEEDED = "draw them in several runs, of fewer seeds"
+LESS = "ask for fewer steps or a smaller size"
 
 
 @pytest.fixture
@@ -58,7 +60,8 @@ def images(*shape):
     return np.broadcast_to(np.float32(0), shape)
 
 
-OVER_SAMPLES = f"over 100 values, one a sample, are more than one call takes here: {RUNS}"
+OVER = "over 100 values, one a sample, are more than one call takes here:"
+OVER_SAMPLES = f"{OVER} {RUNS}"
 HOSTILE = [
     ({"n": 101}, f"n = 101 is over samples = 100, this sampler's limit: {RUNS}"),
     ({"n": 10**18}, "n = 1000000000000000000 is over samples = 100"),
@@ -66,7 +69,7 @@ HOSTILE = [
     ({"labels": count()}, f"labels: {OVER_SAMPLES}"),
     ({"labels": repeat(None)}, f"labels: {OVER_SAMPLES}"),
     ({"labels": np.broadcast_to(1, (1, 10**12))}, f"labels: {OVER_SAMPLES}"),
-    ({"seeds": range(10**30)}, f"seeds: {OVER_SAMPLES}"),
+    ({"seeds": range(10**30)}, f"seeds: {OVER} {SEEDED}"),
     ({"labels": 1, "guidance": repeat(2.0)}, f"guidance: {OVER_SAMPLES}"),
     ({"init": images(10**9, 1, 2, 4), "strength": 0.5}, "n = 1000000000 is over samples = 100"),
     ({"x": images(10**9, 1, 2, 4)}, "n = 1000000000 is over samples = 100"),
@@ -93,7 +96,7 @@ HOSTILE = [
     ),
     ({"n": 1, "size": count(2, 2)}, "is not .height, width., two whole numbers of pixels"),
     ({"n": 1, "size": (HUGE, 2)}, "size is a number of 5001 digits"),
-    ({"n": 2, "size": (128, 512)}, f"n = 2 samples at once take .* over bytes = 1048576, this sampler's limit: {RUNS}"),
+    ({"n": 2, "size": (128, 512)}, f"n = 2 samples at once take .* over bytes = 1048576, this sampler's limit: {LESS}"),
     ({"n": 90, "size": (64, 64)}, f"n = 90 samples at once take .* over bytes = 1048576, this sampler's limit: {RUNS}"),
 ]
 
@@ -117,6 +120,29 @@ class TestRefusals:
         ):
             assert refused(engine, call, message) is LimitError
 
+    @pytest.mark.parametrize(
+        ("asked", "message"),
+        [
+            ({"method": "heun", "steps": 10**6, "spacing": "karras"}, "1000000 steps take 512000000 bytes"),
+            ({"method": "langevin", "steps": 90, "each": 1000}, "90000 steps take 46080000 bytes"),
+            ({"steps": 10**4000, "each": 10**4000}, "9223372036854775807 steps take"),
+            ({"timesteps": np.broadcast_to(3.0, 10**6)}, "1000000 steps take 512000000 bytes"),
+            ({"timesteps": range(10**30, -1, -1)}, "steps take"),
+        ],
+    )
+    def test_bytes_alone_hold_the_plan_before_it_is_made(self, engine, asked, message):
+        sampler = Sampler(engine, limits=Limits(bytes=1 << 20))
+        for call in (sampler.sample, sampler.stream, sampler.latents):
+            said = f"{message}.*over bytes = 1048576, this sampler's limit: ask for fewer steps$"
+            assert refused(engine, lambda call=call: call(1, **asked), said) is LimitError
+        assert refused(engine, lambda: sampler.plan(**asked), message) is LimitError
+
+    def test_a_plan_that_somebody_made_is_held_to_bytes(self, engine):
+        plan = Plan.of("mine", t=np.arange(70.0, 9, -1), a=1.0)
+        said = "61 rows of the plan take 31232 bytes, over bytes = 31231, this sampler's limit: ask for fewer steps$"
+        sampler = Sampler(engine, limits=Limits(bytes=31231))
+        assert refused(engine, lambda: sampler.sample(1, plan=plan), said) is LimitError
+
     def test_a_request_that_somebody_built_is_held_to_them(self, sampler, engine):
         request = Request(labels=[1] * 101, steps=STEPS)
         assert refused(engine, lambda: sampler.sample(request), "n = 101 is over samples = 100") is LimitError
@@ -132,6 +158,38 @@ class TestRefusals:
         parts = [sampler.sample(min(100, 150 - first), seed=3, steps=STEPS, first=first) for first in (0, 100)]
         np.testing.assert_allclose(np.concatenate(parts), whole, rtol=0, atol=1e-5)
 
+    def test_seeds_go_into_several_runs_without_first(self, engine, free):
+        sampler, seeds = Sampler(engine, limits=Limits(samples=2)), [3, 1, 4]
+        for asked in ({"seeds": seeds}, {"seeds": iter(seeds)}, {"n": Request(seeds=seeds, steps=STEPS)}):
+            with pytest.raises(LimitError, match=f"{SEEDED}$"):
+                sampler.sample(**asked)
+        parts = [sampler.sample(seeds=seeds[:2], steps=STEPS), sampler.sample(seeds=seeds[2:], steps=STEPS)]
+        np.testing.assert_allclose(np.concatenate(parts), free.sample(seeds=seeds, steps=STEPS), rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        "asked",
+        [
+            {},
+            {"init": images(6, 1, 2, 4), "strength": 1.0},
+            {"known": images(6, 1, 2, 4), "mask": np.ones((6, 1, 2, 4))},
+            {"labels": [1] * 5 + [None], "guidance": 2.0},
+            {"seeds": range(6)},
+        ],
+    )
+    def test_several_runs_are_the_way_only_where_one_sample_would_fit(self, engine, asked):
+        def refused_by(most, **asked):
+            with pytest.raises(LimitError) as error:
+                Sampler(engine, limits=Limits(bytes=most)).sample(**asked)
+            return str(error.value)
+
+        whole = {**asked, "n": 6, "steps": STEPS}
+        single = {**{name: value[:1] if np.ndim(value) else value for name, value in asked.items()}, "n": 1}
+        single["steps"] = STEPS
+        least = int(refused_by(5700, **single).split(" take ")[1].split()[0])
+        assert refused_by(least - 1, **whole).endswith(LESS)
+        assert refused_by(least, **whole).endswith(SEEDED if "seeds" in asked else RUNS)
+        assert len(Sampler(engine, limits=Limits(bytes=least)).sample(**single)) == 1
+
     @pytest.mark.parametrize("odd", [0, -1, 1.5, "3", True, np.array([1, 2])])
     @pytest.mark.parametrize("name", ["bytes", "samples", "steps"])
     def test_limits_that_are_none(self, name, odd):
@@ -141,6 +199,11 @@ class TestRefusals:
     def test_what_is_no_limits(self, engine):
         with pytest.raises(InputError, match=r"limits = 3 are none: give epsrt.Limits\("):
             Sampler(engine, limits=3)
+
+    def test_what_is_no_limits_is_refused_before_an_engine_is_opened(self, monkeypatch):
+        monkeypatch.setattr("epsrt.sampler.open_engine", None)  # it would be called
+        with pytest.raises(InputError, match=r"limits = {'samples': 3} are none: give epsrt.Limits\("):
+            Sampler.open("toy.epsrt", limits={"samples": 3})
 
     def test_open_takes_them(self, bundle_path):
         with Sampler.open(bundle_path, "onnxruntime", threads=1, limits=Limits(samples=2)) as opened:
@@ -219,10 +282,10 @@ class TestBytes:
             Sampler(engine, limits=Limits(bytes=need - 1)).sample(**asked)
 
     def test_latents_are_in_no_lanes(self, engine):
-        need = 6 * (32 + 512)
-        assert len(Sampler(engine, limits=Limits(bytes=need)).latents(6)) == 6
+        need = 6 * (32 + 512) + 512 * STEPS
+        assert len(Sampler(engine, limits=Limits(bytes=need)).latents(6, steps=STEPS)) == 6
         with pytest.raises(LimitError, match=f"take {need} bytes"):
-            Sampler(engine, limits=Limits(bytes=need - 1)).latents(6)
+            Sampler(engine, limits=Limits(bytes=need - 1)).latents(6, steps=STEPS)
 
     def test_values_are_read_no_further_than_their_samples_fit(self, engine):
         with pytest.raises(LimitError, match="labels: over 10 values, one a sample"):
