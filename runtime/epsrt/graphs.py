@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from epsrt.engine import Engine
 from epsrt.errors import InputError
 from epsrt.forks import Unforkable
+from epsrt.manifest import StepGraph
 
 
 class Graphs(Unforkable):
@@ -19,7 +20,7 @@ class Graphs(Unforkable):
 
     def __init__(self, engine: Engine):
         self.own: list[Engine] = []
-        self.calls = 0  # in work
+        self.calls: set[object] = set()  # in work
         self._engine, self._engines = engine, {engine.graph.stem: engine}
         self._opening = threading.Lock()
         self._lock = threading.RLock()  # of calls and closed: a stream may be collected anywhere, and a call so end
@@ -34,19 +35,17 @@ class Graphs(Unforkable):
         first = self._engine
         self.check_process()  # before a lock that another thread may have held at the fork
         graph = first.bundle.graph(first.graph.precision, features)
-        with self._lock:
-            if self._closed:
-                raise InputError(f"the sampler of {first.bundle.path.name} is closed: open it again")
-            self.calls += 1
+        call = object()  # a number would stay one too high where a signal's handler raises between it and try
         try:
-            with self._opening:
-                if graph.stem not in self._engines:
-                    self._engines[graph.stem] = first.on(graph)
-                    self.own.append(self._engines[graph.stem])
+            with self._lock:
+                if self._closed:
+                    raise InputError(f"the sampler of {first.bundle.path.name} is closed: open it again")
+                self.calls.add(call)
+            if graph.stem not in self._engines:  # or it waited for others, which a build takes minutes to open
+                self._open(graph)
             yield self._engines[graph.stem]
         finally:
-            with self._lock:
-                self.calls -= 1
+            self.calls.discard(call)
             self._release()
 
     def close(self) -> None:
@@ -55,10 +54,18 @@ class Graphs(Unforkable):
             self._closed = True
         self._release()
 
+    def _open(self, graph: StepGraph) -> None:
+        with self._opening:
+            if graph.stem not in self._engines:
+                engine = self._engine.on(graph)
+                self.own.append(engine)
+                self._engines[graph.stem] = engine
+
     def _release(self) -> None:
         own: list[Engine] = []
         with self._lock:
             if self._closed and not self.calls:
                 own, self.own = self.own, []
-        for engine in own:
-            engine.close()
+        with ExitStack() as stack:
+            for engine in own:
+                stack.callback(engine.close)

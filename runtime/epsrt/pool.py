@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import chain
 
 from epsrt.engine import Engine, Lanes, Sample
 from epsrt.errors import Cancelled, DeadlineExceeded, OutOfMemoryError
@@ -48,12 +49,12 @@ class LanePool:
         self._put(key, lanes)
 
     def drop(self) -> None:
-        """Close the lanes that are free."""
+        """Close the lanes that are free, each, whatever another's close raises."""
         with self._lock:
-            for free in self.free.values():
-                for lanes in free:
-                    lanes.close()
-            self.free.clear()
+            kept, self.free = self.free, {}
+        with ExitStack() as stack:
+            for lanes in chain.from_iterable(kept.values()):
+                stack.callback(lanes.close)
 
     def close(self) -> None:
         """Close the lanes that are free, and from now on those that come back."""

@@ -100,6 +100,38 @@ class TestClosing:
         options = {"precision": None, "threads": None, "trust_engines": False, "may_build": False}
         assert asked[1:] == [("toy.epsrt", "auto", options)]
 
+    def test_an_engine_is_closed_where_the_sampler_cannot_be_made(self, engine, monkeypatch):
+        class Mine(Sampler):
+            def __init__(self, engine, **options):
+                super().__init__(engine, **options)
+                raise LookupError("mine")
+
+        monkeypatch.setattr("epsrt.sampler.open_engine", lambda bundle, name, **options: engine)
+        monkeypatch.setattr("epsrt.sampler.Bundle.open", lambda path, require_signature: path)
+        with pytest.raises(LookupError, match="mine"):
+            Mine.open("toy.epsrt")
+        assert engine.closed == 1
+
+    def test_all_are_closed_where_one_fails(self, engine, monkeypatch):
+        def failing(close):
+            def fail(self):
+                close(self)
+                raise RuntimeError("the driver is gone")
+
+            return fail
+
+        for kind in (NumpyLanes, NumpyEngine):
+            monkeypatch.setattr(kind, "close", failing(kind.close))
+        sampler = Sampler(engine)
+        for features in ({}, {"guidance": 2.0}, {"classifier": 2.0}):
+            sampler.sample(steps=2, labels=[1, 2], **features)
+        with pytest.raises(RuntimeError, match="the driver is gone"):
+            sampler.close()
+        every = [*engine.made, *(lanes for opened in engine.opened for lanes in opened.made)]
+        assert [lanes.closed for lanes in every] == [1, 1, 1]
+        assert [opened.closed for opened in engine.opened] == [1, 1]
+        assert not sampler._pool.free
+
     def test_graphs_that_it_opened_are_closed_once(self, engine):
         with Sampler(engine) as sampler:
             for _ in range(2):
@@ -195,6 +227,37 @@ class TestKeptLanes:
                 np.testing.assert_array_equal(images, alone)
         sampler.close()
         assert [lanes.closed for lanes in engine.made] == [1] * len(engine.made)
+
+
+class TestGraphs:
+    @pytest.mark.parametrize("closes", [False, True])
+    def test_a_call_waits_for_no_other_graph_to_be_opened(self, engine, closes):
+        opening, go, found, on = threading.Event(), threading.Event(), [], engine.on
+
+        def slowly(graph):
+            opening.set()
+            go.wait(60)
+            return on(graph)
+
+        sampler, asked = Sampler(engine), {"steps": 2, "labels": 1}
+        engine.on = slowly
+        with ThreadPoolExecutor(3) as pool:
+            guided = [pool.submit(lambda: found.append(sampler.sample(1, guidance=2.0, **asked))) for _ in range(2)]
+            opening.wait(60)
+            plain = pool.submit(sampler.sample, 1, deadline=time.monotonic() + 30, **asked)
+            try:
+                assert len(plain.result(20)) == 1
+                if closes:
+                    sampler.close()
+            finally:
+                go.set()
+            for each in guided:
+                each.result(60)
+        (opened,) = engine.opened
+        assert opened.closed == closes
+        assert len(found) == 2
+        sampler.close()
+        assert opened.closed == 1
 
 
 class TestChecks:
