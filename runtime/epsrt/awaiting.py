@@ -62,7 +62,10 @@ async def awaited(call: Callable[[], T], stop: AnyOf) -> T:
                 future.cancel()
         except GeneratorExit:  # nobody waits any more
             stop.set()
-            future.add_done_callback(_heard)
+            if future.done():
+                _heard(future)  # a loop that was closed calls nobody back
+            else:
+                future.add_done_callback(_heard)
             raise
     if cancelled is None:
         return future.result()

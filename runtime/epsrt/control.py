@@ -88,7 +88,7 @@ class Control:
         error: Cancelled | DeadlineExceeded
         if cancelled:
             error = Cancelled(f"the call was cancelled {how_far}")
-        elif self.done:
+        elif self.total:
             error = DeadlineExceeded(f"the deadline passed {how_far}: allow more time, or ask for less")
         else:
             error = DeadlineExceeded(f"the deadline had passed by {late:.3g} s {how_far}: give {HOW}")

@@ -66,7 +66,7 @@ def run(make):
 async def free(sampler, engine):
     """No step runs any more, and the lanes wait for the next call."""
     taken = engine.taken
-    assert sampler._graphs.calls == 0
+    assert not sampler._graphs.calls
     await asyncio.sleep(0.03)
     assert engine.taken == taken
 
@@ -214,6 +214,40 @@ class TestSample:
             assert engine.taken < STEPS
 
         run(main)
+
+    @pytest.mark.parametrize("fails", [False, True])
+    @pytest.mark.parametrize("ended", [False, True])
+    def test_a_task_whose_loop_is_closed_stops_its_work_and_complains_of_nothing(self, sampler, engine, ended, fails):
+        complaints, go, loop = [], threading.Event(), asyncio.new_event_loop()
+        loop.set_exception_handler(lambda loop, context: complaints.append(context))
+
+        def wait(taken):
+            if taken == 2 and not ended:
+                go.wait(60)
+            if taken == 2 and fails:
+                raise LookupError("mine")
+
+        engine.after = wait
+
+        async def main():
+            coroutine = sampler.sample_async(1, **ASKED)
+            future = coroutine.send(None)
+            while engine.taken < 2 or (ended and sampler._graphs.calls):
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.01)
+            return coroutine, future
+
+        coroutine, future = loop.run_until_complete(main())
+        threads = loop._default_executor
+        loop.close()
+        coroutine.close()
+        go.set()
+        threads.shutdown()
+        del coroutine, future
+        gc.collect()
+        assert not complaints
+        assert not sampler._graphs.calls
+        assert ended or engine.taken == 2
 
 
 class TestStream:

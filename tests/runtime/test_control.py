@@ -170,6 +170,21 @@ class TestDeadline:
             getattr(Sampler(engine), call)(np.zeros((1, 1, 2, 4)), deadline=5)  # seconds from now, somebody thought
         assert engine.made == []
 
+    def test_one_that_passes_before_the_first_step_asks_for_more_time(self, engine, monkeypatch):
+        """As where a step graph is opened first: the caller did give a time of time.monotonic()."""
+        now, on = [100.0], engine.on
+
+        def slowly(graph):
+            now[0] += 5
+            return on(graph)
+
+        monkeypatch.setattr("epsrt.control.time", SimpleNamespace(monotonic=lambda: now[0]))
+        engine.on, sampler = slowly, Sampler(engine)
+        said = "^the deadline passed before the first step: allow more time, or ask for less$"
+        with pytest.raises(DeadlineExceeded, match=said):
+            sampler.sample(1, labels=1, guidance=2.0, deadline=104.0, **ASKED)
+        assert len(sampler.sample(1, labels=1, guidance=2.0, deadline=109.0, **ASKED)) == 1
+
     def test_it_is_a_timeout_as_others_raise_it(self, engine):
         with pytest.raises(TimeoutError):
             Sampler(engine).sample(1, deadline=time.monotonic() - 1, **ASKED)
