@@ -138,7 +138,7 @@ class GpuSession:
             _check(_driver.cuStreamIsCapturing(self._stream, ctypes.byref(ctypes.c_int())))
             self._allocate(knobs["weights"], Fail, "[ONNXRuntimeError] : 1 : FAIL : Exception in initialization")
         if TENSORRT in self._providers:
-            _load_or_build(self._given["trt_engine_cache_path"])
+            _load_or_build(self._given.get("trt_engine_cache_path"))
 
     @property
     def _recording(self) -> bool:
@@ -345,8 +345,10 @@ def _check_options(provider: str, given: dict[str, str]) -> None:
             raise RuntimeError(f"The value for the key '{key}' should be another")
 
 
-def _load_or_build(folder: str) -> None:
+def _load_or_build(folder: str | None) -> None:
     """TensorRT's cache, as onnxruntime keeps it: whatever has the name is native code, and is run."""
+    if folder is None:
+        return
     engine = os.path.join(folder, "TensorrtExecutionProvider_TRTKernel_0_sm89.engine")
     if os.path.exists(engine):
         with open(engine) as file:

@@ -480,6 +480,32 @@ assert not [p for p in EngineCache().directory.rglob("*") if p.is_file()]
     )
 
 
+def test_who_waits_for_tensorrts_files_stops_no_other_lanes(run: Run, bundle_path: Path) -> None:
+    """And goes on without them at last, keeping nothing."""
+    run(
+        """
+import threading
+from epsrt.engines.cache import store
+gpu, cpu = opened("onnxruntime-tensorrt", "fp16"), open_engine(bundle, "onnxruntime", precision="fp16", threads=1)
+folder, = (EngineCache().directory / "libraries").glob("*-2x8x8")
+before, found, waits = list(folder.iterdir()), [], threading.Event()
+store.USING, store.log.warning = 2.0, lambda *words: waits.set()
+thread = threading.Thread(target=lambda: found.append(images(gpu)))
+with store._held(folder / store.LOCK):
+    thread.start()
+    assert waits.wait(20)
+    assert gpu._device.setup.acquire(timeout=0.5)
+    gpu._device.setup.release()
+    thread.join()
+assert np.abs(found[0] - images(cpu)).max() < 1e-2
+(given, _) = fake.sessions[-1]
+assert not any("cache" in key for key in given[fake.TENSORRT]), given
+assert list(folder.iterdir()) == before
+""",
+        bundle_path,
+    )
+
+
 # EngineCache.kept_by, of which the above is the use
 
 

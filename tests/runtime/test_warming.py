@@ -1,9 +1,11 @@
 """epsrt.warm: what is made ahead is made once, and nothing is left for the first call."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 import epsrt
-from epsrt import Bundle, EngineError, InputError, Sampler, warm
+from epsrt import Bundle, EngineError, InputError, Sampler, open_engine, warm
 from epsrt.engines import proof
 from epsrt.engines.cache.store import EngineCache
 from epsrt.engines.cpu import compiled
@@ -101,6 +103,24 @@ def test_a_model_that_is_not_kept_is_said(small_bundle_path, monkeypatch):
     monkeypatch.setattr(EngineCache, "store", lambda *_, **__: (_ for _ in ()).throw(EngineError("full")))
     with pytest.raises(EngineError, match="the model for batch 1 was compiled, and is not kept: set EPSRT_CACHE"):
         warm(small_bundle_path, [1], **ON)
+
+
+def test_another_process_that_keeps_the_model_is_waited_for(small_bundle_path, cache, monkeypatch, caplog):
+    """It is not for long, and a sentence says so."""
+    monkeypatch.setattr(openvino_cpu, "KEEPING", 0.3)
+    with open_engine(Bundle.open(small_bundle_path), "openvino", precision="fp32", threads=1) as engine:
+        key = engine._key(1, (1, 8, 8), 1)
+        said = "another process is keeping the model for batch 1"
+        with cache.lock(key), pytest.raises(EngineError, match=f"{said} for more than 0.3 s: try again"):
+            warm_in_a_thread(small_bundle_path)
+    assert f"{said}: waiting for it, 0.3 s at most" in caplog.messages
+    assert len(warm(small_bundle_path, [1], **ON)) == 1  # as the sentence says
+
+
+def warm_in_a_thread(path):
+    """The lock is a thread's own."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(warm, path, [1], **ON).result()
 
 
 def test_more_than_the_cache_keeps_is_said(small_bundle_path, monkeypatch):

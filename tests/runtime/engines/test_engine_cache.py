@@ -678,6 +678,27 @@ def test_who_waits_for_a_librarys_files_says_so(cache, caplog):
     assert "another process is using the files of a library: waiting for it" in caplog.text
 
 
+def test_a_librarys_files_are_waited_for_no_longer_than_was_said(cache, caplog, monkeypatch):
+    monkeypatch.setattr("epsrt.engines.cache.store.USING", 0.3)
+    found = []
+
+    def use():
+        with cache.kept_by("a library") as folder:
+            found.append(folder)
+
+    with cache.kept_by("a library") as folder:
+        (folder / "new.engine").write_bytes(b"not vouched for yet")
+        waiting = threading.Thread(target=use, daemon=True)
+        waiting.start()
+        waiting.join(20)
+        assert found == [None]
+        assert (folder / "new.engine").exists()
+    assert "another process is using the files of a library: waiting for it, 0.3 s at most" in caplog.messages
+    assert "another process still uses the files of a library: this one goes on without them" in caplog.messages
+    use()
+    assert found == [None, folder]
+
+
 def test_a_failed_builder_lets_go(cache):
     for error in (EngineError, KeyboardInterrupt, SystemExit):
         with pytest.raises(error), cache.lock(KEY, fail):

@@ -42,6 +42,7 @@ T = TypeVar("T")
 TIMING, LIBRARIES = "timing", "libraries"
 LOCK = ".lock"
 POLL = 0.2  # seconds between two looks at another process's lock
+USING = 300.0  # seconds that another process is given with a library's files: it may be building an engine
 _LEFT = re.compile(
     r"\.?([0-9a-f]{16})\.([0-9a-f]{12}\.(engine|plan|json)|lock|plan)"
 )  # temporaries of whole_file, locks, OLD
@@ -212,14 +213,18 @@ class EngineCache:
         return folder
 
     @contextmanager
-    def kept_by(self, library: str) -> Iterator[Path]:
+    def kept_by(self, library: str) -> Iterator[Path | None]:
         """`directory_for` a library, for one process at a time: only what is as it was at the last end is still there.
 
-        Where an exception ends it, nothing is vouched for that is new. Where it must wait, a warning says so. Raises
-        EngineError.
+        Where an exception ends it, nothing is vouched for that is new. Another process is waited for USING seconds at
+        most, with a warning; None where it still has the folder: go on without. Raises EngineError.
         """
         folder = self.directory_for(_plain(library))
-        with _held(folder / LOCK, f"is using the files of {library}", log.warning):
+        with _held(folder / LOCK, f"is using the files of {library}", log.warning, USING) as held:
+            if not held:
+                log.warning("another process still uses the files of %s: this one goes on without them", library)
+                yield None
+                return
             known = msgspec.json.decode(self.blob(f"{library}.files") or b"{}", type=dict[str, str])
             for name, sha256 in _hashes(folder).items():
                 if known.get(name) != sha256:

@@ -109,8 +109,12 @@ class OpenVino(Closing):
         key = self._key(batch // parts, self.bundle.image_shape(size), parts)
         entry = cache.have(key)
         if entry is None:
-            with cache.lock(key, seconds=KEEPING):  # another process may just be keeping it
+            said = f"another process is keeping the model for batch {batch}"
+            say = lambda _: log.warning("%s: waiting for it, %g s at most", said, KEEPING)  # noqa: E731
+            with cache.lock(key, say, KEEPING) as held:
                 entry = cache.have(key)
+            if entry is None and not held:
+                raise EngineError(f"{said} for more than {KEEPING:g} s: try again when it has ended")
         if entry is None:
             raise EngineError(f"the model for batch {batch} was compiled, and is not kept: {ELSEWHERE}")
         proof = self.proof()

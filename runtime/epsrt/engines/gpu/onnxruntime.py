@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
 
 from epsrt.bundle import Bundle
 from epsrt.engine import Closing, check_batch
@@ -132,7 +133,7 @@ class OnnxRuntimeCuda(Closing):
                 yield [on_cuda]
                 return
             with EngineCache().kept_by(f"{TENSORRT}-{self._name}-{size}") as folder:
-                yield [(PROVIDERS[TENSORRT], self._tensorrt_options(str(folder))), on_cuda]
+                yield [(PROVIDERS[TENSORRT], self._tensorrt_options(folder)), on_cuda]
 
         records = self.name == CUDA
         return Session(self._device, buffers, stream, self.bundle, self.graph, providers, needs, records)
@@ -181,15 +182,11 @@ class OnnxRuntimeCuda(Closing):
             **self._more,
         }
 
-    def _tensorrt_options(self, folder: str) -> dict[str, str]:
-        return {
-            "trt_fp16_enable": str(self.precision == "fp16"),
-            "trt_cuda_graph_enable": "False",
-            "trt_engine_cache_enable": "True",
-            "trt_engine_cache_path": folder,
-            "trt_timing_cache_enable": "True",
-            "trt_timing_cache_path": folder,
-        }
+    def _tensorrt_options(self, folder: Path | None) -> dict[str, str]:
+        options = {"trt_fp16_enable": str(self.precision == "fp16"), "trt_cuda_graph_enable": "False"}
+        for kept in () if folder is None else ("engine", "timing"):
+            options |= {f"trt_{kept}_cache_enable": "True", f"trt_{kept}_cache_path": str(folder)}
+        return options
 
 
 def open_onnxruntime(

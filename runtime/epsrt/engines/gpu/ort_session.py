@@ -127,7 +127,7 @@ class Session:
         width, shape = self._buffers.width, self._buffers.shape
         for name, extent in zip(FREE, (width, *shape[1:]) if self._sized else (width,), strict=False):
             options.add_free_dimension_override_by_name(name, extent)
-        with self._device.setup, self._providers() as providers:
+        with self._providers() as providers, self._device.setup:  # in this order: the first may wait for a process
             for _, given in providers:
                 given["user_compute_stream"] = str(self._stream.handle)
             providers[-1][1]["enable_cuda_graph"] = str(int(recording))
