@@ -69,11 +69,23 @@ def naming(path: str | Path, beside: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if beside is not None and isinstance(error.filename, str) and error.filename.startswith(str(beside)):
-            error.filename, error.filename2 = error.filename.replace(str(beside), str(path), 1), None
+        names = [
+            n for n in (error.filename2, error.filename) if isinstance(n, str)
+        ]  # of a copy, where one writes first
+        if beside is not None and (mine := [n for n in names if n.startswith(str(beside))]):
+            error.filename, error.filename2 = mine[0].replace(str(beside), str(path), 1), None
         elif error.filename is None and error.errno in _DISK:
             error.filename = str(path)
         raise
+
+
+def is_utf8(name: str | Path) -> bool:
+    """Whether a path is text. Linux has files whose names are any bytes, and other people's formats have not."""
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def sha256(path: str | Path) -> str:

@@ -5,15 +5,20 @@ A signature says who made a bundle, which its hashes cannot. Nothing here looks 
 
 from __future__ import annotations
 
+import errno
+import os
+import shlex
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
 from epsrt.errors import BundleError, EpsrtError, InputError, one_line
-from epsrt.files import whole_file
+from epsrt.files import is_utf8, whole_file
 from epsrt.manifest import SIGNATURE
-from epsrt.raised import foreign
+from epsrt.raised import foreign, passed_over
 
 try:
     from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -21,7 +26,7 @@ try:
 except ImportError as error:
     raise InputError(f'signatures need {error.name or error}: pip install "epsrt[signing]"') from error
 
-LIMIT = 1 << 20  # bytes of a signature: a bundle has some twenty files, of 200 bytes each
+LIMIT = 1 << 20  # bytes of a key, and of a signature: a bundle has some twenty files, of 200 bytes each
 CURVES = "curve P-256, P-384 or P-521 as PEM"
 # over files that are damaged or hostile, and the packages whose classes those are besides Python's
 _WRONG = (InvalidSignature, UnsupportedAlgorithm, ValueError, TypeError, LookupError, AttributeError, RecursionError)
@@ -33,18 +38,47 @@ def sign(bundle: Path, private_key: str | Path) -> Path:
 
     It covers each file that is there now, those in engines/ too. `private_key` is a PEM file without a password, on one
     of NIST's curves P-256, P-384 and P-521. Raises InputError for another key, BundleError for a link in the folder,
-    and OSError where the folder or the one that it is in cannot be written.
+    for a name that is no UTF-8 and for a mount point, and OSError where the folder or the one that it is in cannot be
+    written.
     """
-    key, how = Path(private_key), "openssl ecparam -name prime256v1 -genkey -noout -out private.pem"
-    what = f"no private key of {CURVES} without a password"
-    with _refused(lambda why: InputError(f'{key} is {what} ({why}): make one with "{how}"')):
-        config = signing.Config().use_elliptic_key_signer(private_key=key)
+    config = signer(private_key)
+    for path in (bundle, *bundle.rglob("*")):
+        if not is_utf8(path.name):
+            raise BundleError(f"{path} cannot be signed, for its name is no UTF-8: rename it")
     config.set_hashing_config(hashing.Config().set_ignored_paths(paths=[SIGNATURE], ignore_git_paths=False))
-    waiting = bundle.with_name(f".{bundle.name}.{SIGNATURE}")  # what a killed process leaves in the folder were refused
+    place = Path(os.path.realpath(bundle))
+    waiting = place.with_name(f".{place.name}.{SIGNATURE}")  # what a killed process leaves in the folder were refused
     no_file = lambda why: BundleError(f"{bundle} cannot be signed ({why}): take out what is no file")  # noqa: E731
-    with whole_file(waiting) as beside, _refused(no_file, (ValueError,)):
-        config.sign(bundle, beside)
-    return waiting.replace(bundle / SIGNATURE)
+    try:
+        with whole_file(waiting) as beside, _refused(no_file, (ValueError,)):
+            config.sign(bundle, beside)
+        return waiting.replace(bundle / SIGNATURE)
+    except OSError as error:
+        with passed_over(OSError):
+            waiting.unlink(missing_ok=True)
+        if error.errno == errno.EXDEV:
+            raise BundleError(
+                f"{bundle} cannot be signed, for it is a mount point: sign a copy of it, and copy its {SIGNATURE} here"
+            ) from error
+        if error.filename == str(waiting):
+            error.filename, error.filename2 = str(bundle if error.filename2 else place.parent), None
+        raise
+
+
+def signer(private_key: str | Path) -> signing.Config:
+    """A key, read and fit to sign with. Raises InputError like `sign`."""
+    key = Path(private_key)
+    free = next(name for n in count(1) if not Path(name := f"signing{n if n > 1 else ''}.pem").exists())
+
+    def no_key(why: str) -> InputError:
+        how = f'make one with "openssl ecparam -name prime256v1 -genkey -noout -out {free}"'
+        if "is encrypted" in why:
+            how = f'run "openssl pkey -in {shlex.quote(str(key))} -out {free}", and give {free}'
+        return InputError(f"{key} is no private key of {CURVES} without a password ({why}): {how}")
+
+    with _refused(no_key, wordless="it has no curve"):
+        _check_file(key)
+        return signing.Config().use_elliptic_key_signer(private_key=key)
 
 
 def signed_files(bundle: Path, public_key: str | Path) -> dict[str, str]:
@@ -54,7 +88,11 @@ def signed_files(bundle: Path, public_key: str | Path) -> dict[str, str]:
     InputError where `public_key` is no PEM file of such a key.
     """
     key, how = Path(public_key), "openssl ec -in private.pem -pubout -out public.pem"
-    with _refused(lambda why: InputError(f'{key} is no public key of {CURVES} ({why}): its owner runs "{how}"')):
+    with _refused(
+        lambda why: InputError(f'{key} is no public key of {CURVES} ({why}): its owner runs "{how}"'),
+        wordless="it has no curve",
+    ):
+        _check_file(key)
         config = verifying.Config().use_elliptic_key_verifier(public_key=key)
     file, again = bundle / SIGNATURE, f"get the bundle again from who signs it with {key}"
     if file.is_symlink() or not file.is_file():
@@ -87,11 +125,25 @@ class _Signed:
         return True
 
 
+def _check_file(key: Path) -> None:
+    """Raise ValueError for what a key's reader would wait for, or read without end."""
+    found = key.stat()
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise ValueError("it is no regular file")
+    if found.st_size > LIMIT:
+        raise ValueError(f"it is {found.st_size} bytes, more than any key")
+
+
 @contextmanager
 def _refused(
-    sentence: Callable[[str], EpsrtError], errors: tuple[type[Exception], ...] = (OSError, *_WRONG)
+    sentence: Callable[[str], EpsrtError],
+    errors: tuple[type[Exception], ...] = (OSError, *_WRONG),
+    wordless: str = "it is damaged",
 ) -> Iterator[None]:
-    """Around model-signing: what it raises becomes a sentence with the reason in it."""
+    """Around model-signing: what it raises becomes a sentence with the reason in it.
+
+    `wordless` is the reason where it stumbles over what is not there, and speaks of its own objects.
+    """
     try:
         yield
     except errors as error:
@@ -100,4 +152,6 @@ def _refused(
         reason = error.strerror if isinstance(error, OSError) else one_line(error, 200)
         if isinstance(error, InvalidSignature):  # which says nothing
             reason = "it was made with another key, or changed since"
+        elif isinstance(error, (LookupError, AttributeError, TypeError)) and "encrypted" not in str(error):
+            reason = wordless
         raise sentence(reason or type(error).__name__) from error

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shutil
 import stat
 import threading
 
@@ -43,6 +44,19 @@ def test_permissions_follow_the_umask(tmp_path):
         assert stat.S_IMODE((tmp_path / "directory").stat().st_mode) == 0o750
     finally:
         os.umask(before)
+
+
+def test_a_full_disk_names_what_is_written_not_what_is_copied(tmp_path, monkeypatch):
+    (tmp_path / "source").write_bytes(b"1")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "sendfile", full)
+    monkeypatch.setattr(os, "copy_file_range", full)
+    with pytest.raises(OSError) as error, whole_file(tmp_path / "target") as beside:  # noqa: PT011
+        shutil.copyfile(tmp_path / "source", beside)
+    assert (error.value.filename, error.value.filename2) == (str(tmp_path / "target"), None)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])

@@ -1,10 +1,13 @@
 """epsrt.signing: whose bundle it is, and that nothing of another's is trusted."""
 
 import base64
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,12 +15,13 @@ from epsrt import Bundle, BundleError, EngineError, InputError, Sampler
 from epsrt.engines.cache.entry import shipped
 from epsrt.engines.cache.key import Key
 from epsrt.engines.cache.store import EngineCache
+from epsrt.errors import of_system
 from epsrt.manifest import MANIFEST, SIGNATURE
 from helpers import forge, run_python, tree, write_keys
 
 pytest.importorskip("model_signing")
 
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from epsrt.signing import LIMIT, sign, signed_files
 
@@ -241,6 +245,98 @@ def test_the_advised_commands_make_keys(bundle, tmp_path):
         subprocess.run(str(error.value).split('"')[1], shell=True, cwd=tmp_path, check=True, capture_output=True)
     sign(bundle, tmp_path / "private.pem")
     assert Bundle.open(bundle, require_signature=tmp_path / "public.pem")
+
+
+def test_the_advised_commands_leave_the_user_s_key(bundle, tmp_path, monkeypatch):
+    """Each is followed where the key lies, under the name that we advise, and the next one after it."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl here")
+    monkeypatch.chdir(tmp_path)
+    kinds = [rsa.generate_private_key(65537, 2048), ed25519.Ed25519PrivateKey.generate()]
+    kinds.append(ec.generate_private_key(ec.SECP256K1()))
+    for name in ("private.pem", "signing.pem", "with space.pem"):
+        for key, password in [*((key, b"") for key in kinds), (None, b"secret")]:
+            write_keys(tmp_path, key, password)
+            path = (tmp_path / "private.pem").rename(name)
+            before = tree(tmp_path)
+            with pytest.raises(InputError) as error:
+                sign(bundle, name)
+            assert "object" not in str(error.value)
+            command = str(error.value).split('"')[1].replace("openssl pkey", "openssl pkey -passin pass:secret")
+            subprocess.run(command, shell=True, check=True, capture_output=True)
+            after = tree(tmp_path)
+            (made,) = after.keys() - before.keys()
+            assert {key: after[key] for key in before} == before
+            sign(bundle, made)
+            Path(made).unlink()
+            path.unlink()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_key_is_no_pipe_and_not_endless(bundle, tmp_path, which):
+    def use(key):
+        return sign(bundle, key) if which == 0 else Bundle.open(bundle, require_signature=key)
+
+    os.mkfifo(tmp_path / "pipe")
+    for key in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(InputError, match=r"is no p.* key .* \(it is no regular file\)"):
+            use(key)
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(LIMIT + 1)
+    with pytest.raises(InputError, match=rf"huge is no p.* key .* \(it is {LIMIT + 1} bytes, more than any key\)"):
+        use(tmp_path / "huge")
+
+
+def test_names_that_are_no_utf8_are_not_signed(bundle, keys):
+    other = bundle.rename(bundle.with_name(os.fsdecode(b"b\xff.epsrt")))
+    with pytest.raises(BundleError, match=r"cannot be signed, for its name is no UTF-8: rename it"):
+        sign(other, keys[0])
+    sign(other.rename(bundle), keys[0])
+    (bundle / "engines").mkdir()
+    (bundle / "engines" / os.fsdecode(b"\xff.engine")).touch()
+    with pytest.raises(BundleError, match=r"engines/\\udcff.engine cannot be signed, for its name is no UTF-8"):
+        sign(bundle, keys[0])
+
+
+def fail_at_the_end(monkeypatch, number):
+    """The rename into the bundle fails."""
+    rename = Path.replace
+
+    def replace(path, target):
+        if target.name == SIGNATURE:
+            raise OSError(number, os.strerror(number), str(path), None, str(target))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+
+
+def test_a_mount_point_is_not_signed(bundle, keys, monkeypatch):
+    before = tree(bundle.parent)
+    fail_at_the_end(monkeypatch, errno.EXDEV)
+    with pytest.raises(BundleError, match="cannot be signed, for it is a mount point: sign a copy of it, and copy its"):
+        sign(bundle, keys[0])
+    assert tree(bundle.parent) == before
+    monkeypatch.undo()
+    copy = shutil.copytree(bundle, bundle.parent / "copy")  # the advice, followed
+    shutil.copy(sign(copy, keys[0]), bundle)
+    assert Bundle.open(bundle, require_signature=keys[1])
+
+
+def test_a_folder_that_cannot_be_written_is_named(bundle, keys, monkeypatch):
+    """Not the file in work, which nobody knows."""
+    fail_at_the_end(monkeypatch, errno.EACCES)
+    with pytest.raises(PermissionError) as error:
+        sign(bundle, keys[0])
+    assert of_system(error.value).startswith(f"{bundle}: Permission denied")
+
+    def mkdir(path, *_, **__):
+        if path.name.startswith("."):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(PermissionError) as error:
+        sign(bundle, keys[0])
+    assert of_system(error.value).startswith(f"{bundle.parent}: Permission denied")
 
 
 def test_what_a_signal_s_handler_raises_comes_out(bundle, keys, monkeypatch):
