@@ -107,6 +107,7 @@ def _check_kind(path: Path, of_kind: Callable[[int], bool], kind: str) -> None:
 @contextmanager
 def _folder_of(path: Path) -> Iterator[Path]:
     """A temporary folder of a target, held until the end, when it is removed with what is left in it."""
+    made = [each for each in path.parents if not each.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
     held = None
@@ -118,9 +119,13 @@ def _folder_of(path: Path) -> Iterator[Path]:
     try:
         with naming(path, folder / path.name):
             yield folder
+            made.clear()
     finally:
         _clear(folder, path)
         os.close(held)
+        with passed_over(OSError):  # another writes there too
+            for each in made:
+                each.rmdir()
 
 
 def _sweep(path: Path) -> None:

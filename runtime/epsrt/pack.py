@@ -48,11 +48,17 @@ def pack(
     all that is packed: see epsrt.signing.sign.
 
     Raises EngineError where the engine does not run here, or the cache keeps nothing, BundleError where the bundle was
-    replaced since it was opened, and InputError for an engine that has nothing to pack, and for an `out` in the bundle
-    itself.
+    replaced since it was opened, and InputError for an engine that has nothing to pack, for an `out` in the bundle
+    itself, and for one that is the private key.
     """
     if out.resolve().is_relative_to(bundle.path.resolve()):
         raise InputError(f"{out} lies in the bundle itself: give a place outside of it")
+    if private_key is not None:
+        if out.resolve() == Path(private_key).resolve():
+            raise InputError(f"{out} is the private key itself: give another place")
+        from epsrt.signing import sign, signer  # with its libraries, which nobody else needs
+
+        signer(private_key)  # before all work
     wanted, models, proofs = wanted_of(bundle, batches, sizes), set(), set()
     with whole_file(out) as beside:
         copy = beside.with_name("copy") / bundle.path.name
@@ -73,10 +79,8 @@ def pack(
                         models.add(EngineCache().ship(kept.entry, copy).path)
                     for proof in kept.proofs:
                         if (rungs := proof.kept()) is not None:
-                            proofs.add(ship_proof(proof.key, rungs, copy))
+                            proofs.add(ship_proof(proof.key, rungs, copy, bundle_name=bundle.name))
         if private_key is not None:
-            from epsrt.signing import sign  # with its libraries, which nobody else needs
-
             sign(copy, private_key)
         with tarfile.open(beside, "w") as archive:
             archive.add(copy, bundle.path.name, filter=_anyones)

@@ -24,6 +24,14 @@ def test_a_file_appears_at_the_end(tmp_path):
     assert os.listdir(path.parent) == ["some.bin"]
 
 
+def test_an_error_leaves_no_folder_that_it_made(tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match="half"), whole_file(tmp_path / "there" / "deep" / "down" / "some.bin"):
+        raise ValueError("half")
+    assert os.listdir(tmp_path) == ["there"]
+    assert os.listdir(tmp_path / "there") == []
+
+
 def test_a_directory_appears_at_the_end(tmp_path):
     path = tmp_path / "deep" / "some.epsrt"
     with whole_directory(path) as beside:
@@ -54,7 +62,7 @@ def test_a_full_disk_names_what_is_written_not_what_is_copied(tmp_path, monkeypa
 
     monkeypatch.setattr(os, "sendfile", full)
     monkeypatch.setattr(os, "copy_file_range", full)
-    with pytest.raises(OSError) as error, whole_file(tmp_path / "target") as beside:  # noqa: PT011
+    with pytest.raises(OSError) as error, whole_file(tmp_path / "target") as beside:
         shutil.copyfile(tmp_path / "source", beside)
     assert (error.value.filename, error.value.filename2) == (str(tmp_path / "target"), None)
 

@@ -269,6 +269,14 @@ def test_a_bundle_that_was_replaced_meanwhile_is_not_packed(
     assert pack(Bundle.open(path), tmp_path / "out.tar", [2], threads=1).models == 1  # as the sentence says
 
 
+def test_a_bundle_in_a_folder_that_is_no_utf8_is_packed(bundle_path, copy_of, tmp_path, packed):
+    path = copy_of(bundle_path)
+    path = path.rename(path.with_name(os.fsdecode(b"b\xff.epsrt")))
+    made = pack(Bundle.open(path), tmp_path / "out.tar", [1], features=(), threads=1)
+    assert made.proofs == int(PROVES)
+    assert unpacked(made.path, tmp_path / "there").name == path.name
+
+
 class TestSigned:
     @pytest.fixture
     def keys(self, tmp_path):
@@ -279,6 +287,20 @@ class TestSigned:
     def signed(self, keys, small_bundle_path, tmp_path, packed):
         made = pack(Bundle.open(small_bundle_path), tmp_path / "out.tar", [2], threads=1, private_key=keys[0])
         return unpacked(made.path, tmp_path / "there")
+
+    def test_a_key_is_read_before_all_work_and_not_replaced(self, keys, small_bundle_path, tmp_path, monkeypatch):
+        monkeypatch.setattr("epsrt.pack.engines_of", lambda *_: pytest.fail("an engine was opened"))
+        before = tree(tmp_path)
+        bundle = Bundle.open(small_bundle_path)
+        (tmp_path / "link").symlink_to(keys[0])
+        for out in (keys[0], tmp_path / "link"):
+            with pytest.raises(InputError, match="is the private key itself: give another place"):
+                pack(bundle, out, [1], threads=1, private_key=keys[0])
+        (tmp_path / "link").unlink()
+        with pytest.raises(InputError, match="nosuch.pem is no private key"):
+            pack(bundle, tmp_path / "deep" / "out.tar", [1], threads=1, private_key=tmp_path / "nosuch.pem")
+        assert tree(tmp_path) == before
+        assert not (tmp_path / "deep").exists()
 
     def test_what_is_signed_is_used(self, packed, signed, keys, work):
         np.testing.assert_array_equal(draw(signed, require_signature=keys[1]), packed[1])

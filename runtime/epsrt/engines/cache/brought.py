@@ -72,11 +72,11 @@ class Brought:
             return None
 
 
-def ship_proof(key: Key, rungs: list[Rung], folder: Path) -> Path:
+def ship_proof(key: Key, rungs: list[Rung], folder: Path, *, bundle_name: str) -> Path:
     """Write a proof into a bundle's own engines/, where Brought finds it. Raises OSError."""
     data, path = msgspec.json.encode(rungs), folder / ENGINES / f"{key.name}{PROOF}"
     built = datetime.now(UTC).isoformat(timespec="microseconds")
-    record = Record(key, hashlib.sha256(data).hexdigest(), len(data), built, folder.name, {})
+    record = Record(key, hashlib.sha256(data).hexdigest(), len(data), built, bundle_name, {})
     private.write(path, data, path.with_suffix(".json"), record, mode=0o666)
     return path
 
