@@ -87,7 +87,10 @@ class Bundle:
         """The ONNX file of a step graph that an engine may be given: see epsrt.operators. Raises BundleError."""
         data = self.contents.read(graph.file)
         if graph.file in self.manifest.files:  # else an export makes it
-            operators.check(data, graph.file, self.manifest)
+            try:
+                operators.check(data, graph.file, self.manifest)
+            except BundleError as error:
+                raise BundleError(f"{self.path}/{error}") from error
         return data
 
     @contextmanager

@@ -586,3 +586,15 @@ assert len([f for f in os.listdir(EngineCache().directory / "libraries") if f.en
 """,
         sized_bundle_path,
     )
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt"])
+def test_an_engine_takes_its_graph_by_way_of_the_check(run: Run, bundle_path: Path, engine: str) -> None:
+    run(
+        f"""
+def hostile(data, file, manifest): raise epsrt.BundleError(file + " is hostile")
+epsrt.operators.check = hostile
+assert "onnx is hostile" in refused(lambda: opened({engine!r}, "fp16").lanes(1))
+""",
+        bundle_path,
+    )

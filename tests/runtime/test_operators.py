@@ -8,8 +8,9 @@ import pytest
 
 from epsrt import Bundle
 from epsrt.errors import BundleError
-from epsrt.operators import MOST_NODES, Refused, check, examine
+from epsrt.operators import Refused, check, examine
 from epsrt.operators.listed import LIST
+from epsrt.operators.wire import MOST
 from helpers import DATA, EXAMPLES
 from onnx_by_hand import attribute, constant, field, graph, model, node, of_node, outside, value
 
@@ -70,6 +71,8 @@ HOSTILE = {
     "a trap in Div": of_node("Div", whole(-1), inputs=["label"]),
     "a trap in Mod": of_node("Mod", whole(-1), inputs=["label"]),
     "a division by an input": of_node("Div", inputs=["label", "label"]),
+    "a division by 0": of_node("Mod", whole(0), inputs=["label"]),
+    "a divisor of 64 bits": of_node("Div", whole(2**32), inputs=["label"]),
     "groups of ConvTranspose": of_node("ConvTranspose", np.ones((1, 1, 3, 3), np.float32), group=0),
     "groups of Conv": of_node("Conv", np.ones((4, 1, 3, 3), np.float32), group=3),
     "a stride": of_node("Conv", np.ones((1, 1, 3, 3), np.float32), strides=[0, 1]),
@@ -171,7 +174,10 @@ HOSTILE = {
         )
     ),
     "a constant of a text": model(graph([node("Add", ["x", "c"], ["y"])], [field(1, 0) + field(2, 8) + field(8, "c")])),
-    "many nodes": model(graph([node("Relu", ["x"], ["y"])] * (MOST_NODES + 1))),
+    "pads by an input": of_node("Pad", inputs=["x", "label"]),
+    "parts by an input": of_node("Split", inputs=["x", "label"], outputs=["y", "z"]),
+    "a depth by an input": of_node("OneHot", np.array([0, 1], np.float32), inputs=["label", "label"]),
+    "many nodes": model(graph([node("Relu", ["x"], ["y"])] * (MOST + 1))),
 }
 
 
@@ -213,16 +219,39 @@ def test_what_is_computed_counts_as_what_constants_make_of_it():
     examine(expanded([1, 1, 2, 2]), WEIGHTS)
     assert "says how much it makes, from data" in refusal(expanded([1, 1, 2**30, 2**30]))
 
-    def clipped(high):
-        nodes = [
-            node("Cast", ["x"], ["i"], to=7),
-            node("Clip", ["i", "low", "high"], ["k"]),
-            node("Div", ["label", "k"], ["y"]),
-        ]
-        return model(graph(nodes, [constant("low", whole(high - 8)[0]), constant("high", whole(high)[0])]))
 
-    examine(clipped(9), WEIGHTS)
-    assert "may be negative" in refusal(clipped(7))
+TRAPS = {  # a node that takes p, a computed number
+    "Div": node("Div", ["label", "p"], ["y"]),
+    "Mod": node("Mod", ["label", "p"], ["y"]),
+    "the step of Range": node("Range", ["zero", "many", "p"], ["y"]),
+    "the steps of Slice": node("Slice", ["x", "many", "many", "many", "p"], ["y"]),
+    "the length of DFT": node("DFT", ["x", "p"], ["y"]),
+    "the sizes of Col2Im": node("Col2Im", ["x", "p", "p"], ["y"]),
+    "Pad": node("Pad", ["x", "p"], ["y"]),
+    "OneHot": node("OneHot", ["label", "p", "x"], ["y"]),
+}
+COMPUTED = {  # p, positive by all that constants say, and −1 or 0 when it runs
+    "a product of a large extent": [
+        node("ConstantOfShape", ["many"], ["t"]),
+        node("Shape", ["t"], ["s"]),
+        node("Mul", ["s", "factor"], ["p"]),
+    ],
+    "the largest of nothing": [node("Slice", ["many", "many", "many"], ["e"]), node("ReduceMax", ["e"], ["p"])],
+    "NaN in bounds": [
+        node("Sqrt", ["x"], ["n"]),
+        node("Clip", ["n", "one", "one"], ["c"]),
+        node("Cast", ["c"], ["p"], to=6),
+    ],
+    "an extent": [node("Shape", ["x"], ["s"]), node("Max", ["s", "many"], ["p"])],
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+@pytest.mark.parametrize("how", COMPUTED)
+def test_no_range_stands_in_for_a_constant_where_a_number_crashes_an_engine(trap, how):
+    held = {"many": whole(65537), "factor": whole(65535), "zero": whole(0)[0], "one": np.float32(1)}
+    constants = [constant(name, values) for name, values in held.items()]
+    assert "'p'" in refusal(model(graph([*COMPUTED[how], TRAPS[trap]], constants)))
 
 
 def test_a_dialects_operators_are_taken_in_its_own_file_alone():
@@ -330,11 +359,20 @@ def test_thousands_of_mutated_files_are_taken_or_refused_in_a_sentence(seed):
 
 def test_a_large_constant_is_not_looked_into_again_and_again():
     """20,000 nodes that are each asked for what one constant of a megabyte says."""
-    nodes = [node("Reshape", ["x", "c"], [f"y{i}"]) for i in range(MOST_NODES)]
+    nodes = [node("Reshape", ["x", "c"], [f"y{i}"]) for i in range(MOST)]
     data = model(graph(nodes, [constant("c", np.ones(1 << 17, np.int64))], outputs=[value("y9")]))
     start = time.process_time()
     examine(data, WEIGHTS)
     assert time.process_time() - start < 5
+
+
+def test_constants_are_counted_before_they_are_read():
+    """26 MiB of 1.5 million constants."""
+    one = field(5, field(2, 1) + field(8, "c") + field(9, b"\0" * 4))
+    data = model(graph([]) + one * 1_500_000)
+    start = time.process_time()
+    assert f"has more than {MOST} constants" in refusal(data)
+    assert time.process_time() - start < 2
 
 
 def test_bytes_that_are_no_graph_are_refused():

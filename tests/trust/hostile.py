@@ -11,6 +11,7 @@ from functools import partial
 import onnx
 from onnx import TensorProto, helper
 
+from trust.computed import INT_MIN, counts_by, divides_by, folds_columns, largest_of_nothing, nan_in_bounds, product
 from trust.nodes import (
     FLOAT,
     INT64,
@@ -27,8 +28,6 @@ from trust.nodes import (
     to_output,
     vector,
 )
-
-INT_MIN = -(2**31)
 
 
 def lies_elsewhere(model: onnx.ModelProto, location: str, offset: str = "0", length: str | None = None) -> None:
@@ -113,6 +112,13 @@ GRAPHS: dict[str, Edit] = {
     },
     "Div of int64": partial(divides, op="Div", a=-(2**63), b=-1, kind=INT64),
     "Mod of int64": partial(divides, op="Mod", a=-(2**63), b=-1, kind=INT64),
+    **{
+        f"{op} by {by.__name__}": partial(divides_by, op=op, by=by)
+        for op in ("Div", "Mod")
+        for by in (product, largest_of_nothing, nan_in_bounds)
+    },
+    **{f"{op} by a product that is 0": partial(counts_by, op=op) for op in ("Range", "DFT")},
+    "Col2Im of computed sizes": folds_columns,
     **{
         f"{op} of group {group}": partial(convolves, op=op, group=group)
         for op in ("Conv", "ConvTranspose")

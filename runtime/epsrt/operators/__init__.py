@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from epsrt.errors import BundleError
 from epsrt.manifest import Manifest
 from epsrt.operators import listed
-from epsrt.operators.graph import FLOAT, INT64, MOST_EXTENT, SIZES, Graph, Node, Tensor, Value, read
+from epsrt.operators.graph import FLOAT, INT64, MOST_AXES, MOST_EXTENT, SIZES, Graph, Node, Tensor, Value, read
 from epsrt.operators.listed import DIALECTS
 from epsrt.operators.ranges import Known
 from epsrt.operators.rules import Refused
@@ -20,8 +20,7 @@ from epsrt.operators.wire import Damaged
 
 OPSETS = (21, 22)  # of ONNX
 LARGEST_FILE = 64 << 20  # bytes: weights lie elsewhere
-MOST_NODES = 20_000
-MOST_AXES = 4  # of inputs and outputs
+IMAGE_AXES = 4  # the most of inputs and outputs
 
 __all__ = ["Refused", "check", "examine"]
 
@@ -66,15 +65,13 @@ def examine(data: bytes, weights: Mapping[str, int | None], dialect: str = "cpu"
             raise Refused(f"it takes operators of {domain!r} {version}, which a {dialect} graph does not")
     if graph.opsets.get("") not in OPSETS:
         raise Refused(f"its operator set is {graph.opsets.get('', 'missing')}, not {' or '.join(map(str, OPSETS))}")
-    if len(graph.nodes) > MOST_NODES:
-        raise Refused(f"it has {len(graph.nodes)} nodes, and {MOST_NODES} are the most")
     for tensor in graph.constants.values():
         _lies(tensor, weights)
     known, made = Known(graph.constants), set(graph.constants)
     for value in (*graph.inputs, *graph.outputs):
-        _bounded(value, (FLOAT, INT64), MOST_AXES)
+        _bounded(value, (FLOAT, INT64), IMAGE_AXES)
     for value in graph.between:
-        _bounded(value, SIZES, 2 * MOST_AXES)
+        _bounded(value, SIZES, MOST_AXES)
     for value in graph.inputs:
         known.types[value.name] = value.dtype
         _make(value.name, made)

@@ -85,10 +85,10 @@ _PLAIN = (
     "Sub", "Sum", "Xor",
     # sums and norms
     "GlobalAveragePool", "GlobalMaxPool", "LogSoftmax", "LpNormalization", "LRN", "BatchNormalization",
-    "InstanceNormalization", "Softmax", "Einsum",
-    "Gemm", "MatMul",
+    "InstanceNormalization", "Softmax", "Gemm", "MatMul",
     # other places
-    "Concat", "Flatten", "Gather", "GridSample", "Transpose", )  # fmt: skip
+    "Concat", "Flatten", "Gather", "GridSample", "Transpose",
+)  # fmt: skip
 _ALONG = (
     "CumSum", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin",
     "ReduceProd", "ReduceSum", "ReduceSumSquare", "Squeeze", "Trilu", "Unsqueeze",
@@ -113,7 +113,7 @@ LIST: dict[str, Entry] = {
     "Einsum": Entry(rule=rules.einsum),
     "EyeLike": Entry(),
     "Expand": Entry(rule=rules.asks(1, least=-1, product=True)),
-    "OneHot": Entry(_as(2), rules.asks(1, least=1)),
+    "OneHot": Entry(_as(2), rules.depth),
     "Pad": Entry(rule=rules.pads),
     "QuantizeLinear": Entry(_as(2)),
     "Range": Entry(rule=rules.steps),

@@ -1,4 +1,8 @@
-"""What can be said of a graph's numbers without running it: each tensor's type, and the range that constants imply."""
+"""What can be said of a graph's numbers without running it: each tensor's type, and the range that constants imply.
+
+A range is that of sizes which memory holds: it bounds how much a graph asks for, and proves nothing to an engine that
+crashes on a number.
+"""
 
 from __future__ import annotations
 
@@ -113,9 +117,9 @@ def _quotient(node: Node, known: Known) -> Range | None:
 
 def _remainder(node: Node, known: Known) -> Range | None:
     found = _all(node, known)
-    if found is None or len(found) != 2 or found[1][0] <= 0:
+    if found is None or len(found) != 2 or found[1][0] <= 0 or node.attributes.get("fmod"):
         return None
-    return (-found[1][1] if node.attributes.get("fmod") and found[0][0] < 0 else 0, found[1][1])
+    return (0, found[1][1])
 
 
 def _extreme(of: Callable[[Iterable[float]], float]) -> Callable[[Node, Known], Range | None]:
@@ -128,14 +132,6 @@ def _extreme(of: Callable[[Iterable[float]], float]) -> Callable[[Node, Known], 
     return between
 
 
-def _clipped(node: Node, known: Known) -> Range | None:
-    least, largest = (known.range(name) if name else None for name in (*node.inputs, "", "")[1:3])
-    given = _first(node, known) or (-math.inf, math.inf)
-    low = max(given[0], least[0]) if least else given[0]
-    high = min(given[1], largest[1]) if largest else given[1]
-    return (min(low, high), high) if math.isfinite(low) and math.isfinite(high) else None
-
-
 def _each(of: Callable[[float], float]) -> Callable[[Node, Known], Range | None]:
     """Of a function of one number that nowhere falls, or nowhere rises."""
 
@@ -144,11 +140,6 @@ def _each(of: Callable[[float], float]) -> Callable[[Node, Known], Range | None]
         return None if found is None or not all(map(math.isfinite, found)) else _hull(map(of, found))
 
     return mapped
-
-
-def _absolute(node: Node, known: Known) -> Range | None:
-    found = _first(node, known)
-    return None if found is None else (max(0, found[0], -found[1]), max(map(abs, found)))
 
 
 def _cast(node: Node, known: Known) -> Range | None:
@@ -165,15 +156,13 @@ def _filled(node: Node, known: Known) -> Range | None:
 
 _MOVES = (
     "Expand", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
-    "DepthToSpace", "SpaceToDepth", "ReduceMax", "ReduceMin",
 )  # fmt: skip
 _RANGES: dict[str, Callable[[Node, Known], Range | None]] = {
     **dict.fromkeys(_MOVES, _first),
-    **dict.fromkeys(("Shape", "Size", "ArgMax", "ArgMin"), lambda node, known: EXTENT),
+    **dict.fromkeys(("Shape", "Size"), lambda node, known: EXTENT),
     "Gather": _picked,
     "Concat": _union,
     "Where": _chosen,
-    "Range": _union,
     "Add": _corners(lambda a, b: a + b),
     "Sub": _corners(lambda a, b: a - b),
     "Mul": _corners(lambda a, b: a * b),
@@ -181,12 +170,9 @@ _RANGES: dict[str, Callable[[Node, Known], Range | None]] = {
     "Mod": _remainder,
     "Max": _extreme(max),
     "Min": _extreme(min),
-    "Clip": _clipped,
     "Neg": _each(lambda a: -a),
     "Floor": _each(math.floor),
     "Ceil": _each(math.ceil),
-    "Round": _each(round),
-    "Abs": _absolute,
     "Cast": _cast,
     "ConstantOfShape": _filled,
 }

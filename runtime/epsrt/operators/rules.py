@@ -105,17 +105,27 @@ def window(node: Node, known: Known) -> None:
         raise Refused(f"has group = {given['group']} on a weight {list(weight.dims)}")
 
 
+def _fixed(
+    node: Node, known: Known, place: int, does: str, least: float, most: float = LARGEST, zero: bool = True
+) -> None:
+    """An input of constants, where an engine crashes on other numbers. A range proves nothing of a computed one:
+    products wrap around, and extents have no bound."""
+    name = input_of(node, place)
+    numbers = known.numbers(name)
+    if not numbers or not all(least <= n <= most and (n or zero) for n in numbers):
+        given = _told(numbers) if numbers else repr(name)
+        raise Refused(f"{does} {given}: give it constants from {least} to {most}{'' if zero else ', but not 0'}")
+
+
 def division(node: Node, known: Known) -> None:
-    """Of whole numbers: the least of 64 bits by −1 is a trap of the processor's, in Div and in Mod."""
-    if known.types.get(input_of(node, 0)) not in INTEGERS:
-        return
-    by = known.range(input_of(node, 1))
-    if by is None or by[0] < 0:
-        raise Refused("divides whole numbers by what may be negative: divide by a positive constant, or round floats")
+    """Of whole numbers: by 0, and of the least of 64 bits by −1, it is a trap of the processor's, in Div and in Mod."""
+    if known.types.get(input_of(node, 0)) in INTEGERS:
+        _fixed(node, known, 1, "divides whole numbers by", 1, WHOLE - 1)
 
 
 def asks(*places: int, least: float = -WHOLE, product: bool = False) -> Rule:
-    """Inputs that say how much there will be: they follow from constants and extents, and stay below 2^31."""
+    """Inputs that say how much there will be, for an engine that only fails where it is too much: they follow from
+    constants and extents, and stay below 2^31."""
 
     def rule(node: Node, known: Known) -> None:
         for place in places:
@@ -143,14 +153,11 @@ def _told(numbers: tuple[float, ...]) -> str:
 def pads(node: Node, known: Known) -> None:
     """OpenVINO crashes where an axis is cropped at one end by more than it has and padded at the other."""
     _word(node, "mode", "constant", "reflect", "edge", "wrap")
-    asks(1, 3, least=-LARGEST)(node, known)
-    between, numbers = known.range(input_of(node, 1)), known.numbers(input_of(node, 1))
-    if between is None or between[1] > LARGEST:
-        raise Refused(f"pads by {_told(numbers or between or ())}")
-    if between[0] >= 0:
-        return
-    half = len(numbers or ()) // 2
-    if numbers is None or any(a * b < 0 for a, b in zip(numbers[:half], numbers[half:], strict=False)):
+    constant(node, known, 1, 3)
+    _fixed(node, known, 1, "pads by", -LARGEST)
+    numbers = known.numbers(input_of(node, 1)) or ()
+    half = len(numbers) // 2
+    if len(numbers) > 2 * MOST_AXES or any(a * b < 0 for a, b in zip(numbers[:half], numbers[half:], strict=False)):
         raise Refused("pads an axis at one end and crops it at the other: slice it first")
 
 
@@ -171,10 +178,8 @@ def resize(node: Node, known: Known) -> None:
 
 def steps(node: Node, known: Known) -> None:
     """OpenVINO divides by the step."""
-    asks(0, 1, 2)(node, known)
-    step = known.range(input_of(node, 2))
-    if step is None or step[0] <= 0 <= step[1]:
-        raise Refused("steps by what may be 0")
+    asks(0, 1)(node, known)
+    _fixed(node, known, 2, "steps by", -LARGEST, zero=False)
 
 
 def blocks(node: Node, known: Known) -> None:
@@ -231,6 +236,7 @@ def cast(node: Node, known: Known) -> None:
 def split(node: Node, known: Known) -> None:
     """With fewer parts than outputs, or more, onnxruntime writes beyond a list's end."""
     _whole(node, "num_outputs", len(node.outputs), len(node.outputs))
+    constant(node, known, 1)
     asks(1, least=0)(node, known)
     numbers = known.numbers(input_of(node, 1))
     if numbers is not None and len(numbers) != len(node.outputs):
@@ -240,23 +246,25 @@ def split(node: Node, known: Known) -> None:
 def slices(node: Node, known: Known) -> None:
     """Starts and ends may be any numbers: engines cut them. OpenVINO does not bound its steps."""
     if input_of(node, 4):
-        steps = known.range(input_of(node, 4))
-        if steps is None or max(map(abs, steps)) > LARGEST or steps[0] <= 0 <= steps[1]:
-            raise Refused("steps by what is 0, too large or not known")
+        _fixed(node, known, 4, "steps by", -LARGEST, zero=False)
 
 
 def dft(node: Node, known: Known) -> None:
     """A length of 0 is a division by zero in OpenVINO."""
     if input_of(node, 1):
-        length = known.range(input_of(node, 1))
-        if length is None or not 0 < length[0] <= length[1] <= LARGEST:
-            raise Refused("transforms a length that is not known to be 1 … 65536")
+        _fixed(node, known, 1, "transforms by a length of", 1, LARGEST)
+
+
+def depth(node: Node, known: Known) -> None:
+    _fixed(node, known, 1, "is asked for a depth of", 1, WHOLE - 1)
 
 
 def columns(node: Node, known: Known) -> None:
+    """OpenVINO crashes on computed sizes."""
     for name in ("strides", "dilations"):
         _wholes(node, name, 1)
     _wholes(node, "pads", 0)
+    constant(node, known, 1, 2)
     asks(1, 2, least=1, product=True)(node, known)
 
 

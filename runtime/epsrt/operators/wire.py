@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4 are groups, which ONNX does not have
+MOST = 20_000  # fields of one name in a message, such as a graph's nodes or its constants
 
 Message = dict[str, Any]
 
@@ -74,7 +75,10 @@ def message(data: bytes, schema: Schema) -> Message:
             if packed:
                 found.setdefault(name, []).extend(of(value))
             elif many:
-                found.setdefault(name, []).append(of(value))
+                values = found.setdefault(name, [])
+                if len(values) == MOST:
+                    raise Damaged(f"has more than {MOST} {name}")
+                values.append(of(value))
             elif name in found:
                 raise Damaged(f"has two fields {name}")
             else:
