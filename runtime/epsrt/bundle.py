@@ -100,6 +100,12 @@ class Bundle:
         with self.contents.reading(graph.file, graph.weights) as place:
             yield place / graph.file
 
+    def check_graphs(self) -> None:
+        """Look into every step graph, in every dialect, as an engine's is: see epsrt.operators. Raises BundleError."""
+        for graph in self.manifest.graphs:
+            for dialect in graph.files():
+                self.graph_bytes(graph.in_dialect(dialect))
+
     def check(self) -> None:
         """Hash every file again. Raises BundleError naming the first that is not what it was at opening."""
         with standing(self.path) as place:

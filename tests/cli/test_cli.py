@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from epsrt import Bundle, Sampler
-from helpers import run_python
+from helpers import forge, run_python
+from onnx_by_hand import of_node
 
 EPSRT = str(Path(sys.executable).with_name("epsrt"))
 LABELS = "0,1,2,3,4,5,6,7,8,9"
@@ -200,6 +201,18 @@ def test_verify_passes_and_says_so(bundle_path: Path) -> None:
     assert report["passed"] is True
     assert {r["name"] for r in report["rungs"]} >= {"network", "batch", "guidance"}
     assert {r["graph"] for r in report["rungs"]} == {"", "guidance"}
+
+
+@pytest.mark.parametrize("how", [("--engine", "onnxruntime"), ("--layers",)])
+def test_verify_first_looks_into_every_graph(refused, copy_of, bundle_path, how):
+    """Those too that no engine here runs: the refusal must not come at the first guided call on a GPU."""
+    path = copy_of(bundle_path)
+    (path / "step-guidance-fp16.cuda.onnx").write_bytes(of_node("GatherND"))
+    forge(path)
+    said = refused("verify", path, *how, cwd=path.parent)
+    assert (
+        "step-guidance-fp16.cuda.onnx: its node 'a GatherND for y', GatherND, is not on the list of operators" in said
+    )
 
 
 def test_train_export_sample(tmp_path: Path) -> None:

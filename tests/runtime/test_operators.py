@@ -11,7 +11,7 @@ from epsrt.errors import BundleError
 from epsrt.operators import Refused, check, examine
 from epsrt.operators.listed import LIST
 from epsrt.operators.wire import MOST
-from helpers import DATA, EXAMPLES
+from helpers import DATA, EXAMPLES, forge
 from onnx_by_hand import attribute, constant, field, graph, model, node, of_node, outside, value
 
 LEAST = -(2**63)
@@ -35,10 +35,18 @@ def refusal(data, dialect="cpu", weights=WEIGHTS):
 
 @pytest.mark.parametrize("path", BUNDLES, ids=lambda p: p.stem)
 def test_every_graph_that_was_ever_exported_is_taken(path):
-    bundle = Bundle.open(path)
-    files = [file for g in bundle.manifest.graphs for file in g.files().values()]
-    for file in files:
-        check((path / file).read_bytes(), file, bundle.manifest)
+    Bundle.open(path).check_graphs()
+
+
+def test_every_graph_of_a_bundle_is_looked_into(copy_of):
+    path = copy_of(DATA / "tiny.epsrt")
+    for file in sorted(path.glob("*.onnx")):
+        good = file.read_bytes()
+        file.write_bytes(of_node("GatherND", whole(5000)[None]))
+        forge(path)
+        with pytest.raises(BundleError, match=f"^{file.name}: its node .*, GatherND, is not on the list of operators"):
+            Bundle.open(path).check_graphs()
+        file.write_bytes(good)
 
 
 def test_the_sentence_names_the_file_the_node_and_the_way_out():

@@ -42,6 +42,7 @@ def verify(
 ) -> None:
     """Prove parity of every step graph with PyTorch, without PyTorch. Exits 1 on a miss.
 
+    First it looks into every graph of the bundle: one that no engine may be given is refused.
     With --layers, tell instead where precision is lost.
     """
     from epsrt.bundle import Bundle
@@ -49,6 +50,7 @@ def verify(
     from epsrt.verify import verify_all
 
     opened = Bundle.open(bundle, require_signature=key)
+    opened.check_graphs()  # those too that no engine here runs
     if by_layer.layers:
         if not by_layer.run(opened, engine, precision, threads, as_json):
             raise typer.Exit(1)
