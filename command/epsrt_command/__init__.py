@@ -15,6 +15,8 @@ from epsrt_command.foreign import needs
 
 def main() -> None:
     """Entry point. Bad input: one sentence on stderr, exit 1 (2 for what is no option), nothing half-written."""
+    if sys.stderr is None:  # it was closed: print(file=None) is for stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         with needs("the epsrt command", "cli"):
             from epsrt_command.app import app

@@ -29,7 +29,7 @@ class Layers:
         Option(
             "--layers",
             help="Compare the plainest step graph's tensors with those of onnxruntime in FP32, and name the first over "
-            "a limit; needs epsrt[debug].",
+            "a limit; needs epsrt\\[debug].",
         ),
     ] = False
     against: Annotated[

@@ -83,7 +83,7 @@ class Ahead:
     features: Annotated[
         list[str] | None,
         Option(
-            metavar=",".join(FEATURE_CHOICES),
+            metavar="|".join(("plain", *FEATURE_CHOICES)),
             help="For the step graph with these alone, or plain: without any; may be repeated. By default for all.",
         ),
     ] = None
@@ -94,7 +94,10 @@ class Ahead:
         """What they are of the arguments of epsrt.warm."""
         features = None
         if self.features is not None:
-            features = [] if self.features == ["plain"] else features_of(self.features)
+            names = [name.strip() for words in self.features for name in words.split(",")]
+            if "plain" in names and len(names) > 1:
+                raise InputError("--features plain is the step graph without any: ask for it alone, in another call")
+            features = [] if names == ["plain"] else features_of(names)
         return {
             "batches": None if self.batches is None else whole_numbers("--batches", self.batches),
             "sizes": [None] if self.size is None else [size_of(size) for size in self.size],
@@ -196,6 +199,7 @@ def classes_of(what: str, text: str | None, names: tuple[str, ...]) -> list[Any]
             found.append(int(word))
         else:
             known = f"; the classes are {', '.join(names)}" if names else ""
+            known += "; none is for no label" if what == "label" else ""
             raise InputError(f"{what} {word!r} is neither a number nor a class name{known}")
     return found
 

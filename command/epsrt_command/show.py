@@ -30,8 +30,19 @@ TrustOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
 
 
+class _Console(Console):
+    """Shows what strange bundles and files have in their names and notes, and obeys none of it."""
+
+    def print(self, *objects: Any, **more: Any) -> None:
+        super().print(*map(_plain, objects), **more)
+
+
+def _plain(shown: Any) -> Any:
+    return "\n".join(map(escaped, shown.split("\n"))) if isinstance(shown, str) else shown
+
+
 def out() -> Console:
-    return Console(highlight=False, markup=False)  # paths and provenance may hold brackets
+    return _Console(highlight=False, markup=False)  # paths and provenance may hold brackets
 
 
 def note(sentence: str) -> None:
@@ -75,11 +86,10 @@ def progress() -> Iterator[Callable[[str, float], None]]:
 
 
 class _Table(Table):
-    """Shows what strange bundles and files have in their names and notes, and obeys none of it."""
+    """The same for its cells."""
 
     def add_row(self, *cells: RenderableType | None, **more: Any) -> None:
-        plain = ("\n".join(map(escaped, c.split("\n"))) if isinstance(c, str) else c for c in cells)
-        super().add_row(*plain, **more)
+        super().add_row(*map(_plain, cells), **more)
 
 
 def table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:

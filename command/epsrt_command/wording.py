@@ -83,7 +83,7 @@ def misused(error: Exception) -> str | None:
     message, context = getattr(error, "format_message", None), getattr(error, "ctx", None)
     if message is None:
         return None
-    what = message().rstrip(".?").replace(". D", ": d")
+    what = message().rstrip(".?").replace(". D", ": d").replace("Value error, ", "")
     if (parameter := getattr(error, "param", None)) is not None and (kind := re.search("valid (integer|number)", what)):
         given = _given(sys.argv[1:], parameter.opts)
         what = f"{parameter.opts[0]} {given} is no {'whole ' if kind[1] == 'integer' else ''}number"

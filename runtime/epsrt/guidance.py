@@ -58,7 +58,7 @@ def columns_of(
     if not np.all((phi >= 0) & (phi <= 1)):
         raise InputError(f"guidance_rescale = {asked.rescale} is outside [0, 1]: 0.7 is usual")
     if asked.weight is not None and np.any(w != 1) and not labelled.any():
-        raise InputError("guidance weighs a label against none: give labels")
+        raise InputError("guidance weighs a label against none: give labels that are classes")
     w = np.where(labelled, w, 1.0)  # the null label has nothing to be weighed against
     weighed, classified = bool(np.any(w != 1)), bool(np.any(s))
     if classified and not np.any(plan["j"]):

@@ -10,8 +10,9 @@ from epsrt import Bundle, Sampler
 from epsrt.engines import proof
 from epsrt.engines.cache.store import EngineCache
 from epsrt.engines.cpu import openvino as openvino_cpu
+from epsrt.manifest import SIGNATURE
 from epsrt_command.app import app
-from helpers import write_keys
+from helpers import run_python, write_keys
 
 FOR = ("--batches", "1,2", "--precision", "fp32", "--threads", "1")
 
@@ -37,7 +38,7 @@ def test_warm_makes_what_is_missing(small_bundle_path, cache):
     assert len(paths) == 2
     again = json.loads(run("warm", small_bundle_path, "--engine", "openvino", *FOR, "--json"))
     assert again == {"bundle": Bundle.open(small_bundle_path).manifest.digest, "made": []}
-    assert run("warm", small_bundle_path, "--engine", "openvino", *FOR).endswith(": ready, all was there\n")
+    assert run("warm", small_bundle_path, "--engine", "openvino", *FOR).endswith(": ready, nothing was to be made\n")
 
 
 def test_features_and_sizes(bundle_path, sized_bundle_path, cache):
@@ -98,9 +99,25 @@ def test_a_pack_is_signed(small_bundle_path, tmp_path):
     assert len([name for name in opened.signed or () if name.endswith(".engine")]) == 2
 
 
+def test_for_knows_here_alone(small_bundle_path):
+    done = run_python("from epsrt_command import main; main()", "pack", small_bundle_path, "--for", "there")
+    assert done.returncode == 2
+    assert done.stderr.startswith("epsrt: invalid value for '--for': 'there' is not one of 'here': see ")
+
+
+def test_a_pack_of_here_has_a_name_and_says_what_is_not_signed(copy_of, small_bundle_path, tmp_path, monkeypatch):
+    path = copy_of(small_bundle_path)
+    (path / SIGNATURE).write_bytes(b"of before")
+    monkeypatch.chdir(path)
+    done = CliRunner().invoke(app, ["pack", ".", "--out", str(tmp_path / "a.tar"), "--batches", "1", *FOR[2:]])
+    assert done.stdout.startswith(f"{tmp_path / 'a.tar'}: small.epsrt, 1 model, 0 proofs, ")
+    assert "the bundle's signature covers nothing that was compiled or proven: sign it all with --key" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
+        (("--features", "plain", "--features", "guidance"), "--features plain is the step graph without any: ask for"),
         (("--batches", "9"), "a batch of 9 is outside 1 … 4"),
         (("--batches", "one"), "--batches: 'one' is not a whole number"),
         (("--size", "9"), "--size '9' is not HEIGHTxWIDTH"),

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from epsrt_command import main
+from epsrt_command.app import app
 from helpers import forge, weights
 
 LAYERS = ("--layers", "--engine", "onnxruntime", "--threads", "1")
@@ -94,3 +96,8 @@ def test_one_precision_and_a_missing_extra(refused, plain_bundle_path: Path, bun
     assert "has fp32 alone" in refused("verify", plain_bundle_path, *LAYERS, cwd=tmp_path)
     monkeypatch.setitem(sys.modules, "polygraphy", None)
     assert 'needs polygraphy: pip install "epsrt[debug]"' in refused("verify", bundle_path, *LAYERS, cwd=tmp_path)
+
+
+def test_help_names_the_extra() -> None:
+    shown = CliRunner().invoke(app, ["verify", "--help"], env={"COLUMNS": "200"}).stdout
+    assert "needs epsrt[debug]" in " ".join(shown.replace("│", " ").split())

@@ -97,3 +97,10 @@ def test_what_a_bundle_says_of_itself_is_shown_and_not_obeyed(bundle_path: Path,
     for shown in (r"\x1b]0;yours\x07", r"\x1b[2J\u202egnp.exe", r"a\rb", r"a\x1b[31m.epsrt"):
         assert shown in text
     assert not set("\x1b\x07\r\u202e") & set(text)
+
+
+def test_a_checkpoint_s_path_is_text(tmp_path: Path, refused: Refused) -> None:
+    """Known before the training, after which safetensors would refuse it."""
+    out = os.fsdecode(b"d\xff/n.safetensors")
+    assert r"d\udcff/n.safetensors is no UTF-8, and so no path" in refused("train", "--out", out, cwd=tmp_path)
+    assert not list(tmp_path.iterdir())

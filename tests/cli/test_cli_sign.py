@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from epsrt import Bundle
 from epsrt.manifest import SIGNATURE
 from epsrt_command.app import app
-from helpers import tree, write_keys
+from helpers import run_python, tree, write_keys
 
 pytest.importorskip("model_signing")
 ON = ("--engine", "onnxruntime")
@@ -42,6 +42,19 @@ def test_sign_then_verify(bundle, keys):
     text = run("verify", bundle, "--key", public, *ON)
     assert f"{bundle}: signed with the private key of {public}\n{bundle}: verified on onnxruntime" in text
     assert "signed" not in run("verify", bundle, *ON)
+
+
+def test_names_are_shown_and_not_obeyed(bundle, keys):
+    other = bundle.rename(bundle.with_name("\x1b[31m.epsrt"))
+    for text in (run("sign", other, "--key", keys[0]), run("verify", other, "--key", keys[1], *ON)):
+        assert "\x1b" not in text
+        assert "\\x1b[31m.epsrt: " in text
+
+
+def test_a_closed_stderr_leaves_stdout_alone(bundle, keys, tmp_path):
+    code = "import sys; sys.stderr = None; from epsrt_command import main; main()"
+    done = run_python(code, "sign", tmp_path, "--key", keys[0])
+    assert (done.returncode, done.stdout) == (1, "")
 
 
 def test_as_json(bundle, keys):

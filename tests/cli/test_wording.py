@@ -16,7 +16,10 @@ OPTIONS = {"n": "-n", "x": "--latents"} | {
         ("n = 0: ask for at least 1 sample", "-n 0: ask for at least 1 sample"),
         ("draw them in several runs, with first=", "draw them in several runs, with --first"),
         ("give its weight, classifier=, or labels", "give its weight, --classifier, or labels"),
-        ("guidance weighs a label against none: give labels", "guidance weighs a label against none: give --labels"),
+        (
+            "guidance weighs a label against none: give labels that are classes",
+            "guidance weighs a label against none: give --labels that are classes",
+        ),
         ("is unconditional: leave labels out", "is unconditional: leave --labels out"),
         (
             "guidance_rescale is for guided samples: give guidance",

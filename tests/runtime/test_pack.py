@@ -47,6 +47,7 @@ def work(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("EPSRT_CACHE", str(tmp_path / "nowhere" / "cache"))
     (tmp_path / "nowhere").write_text("so no folder can be made in it")
     brought._say.cache_clear()
+    brought._say_unsigned.cache_clear()
     done, compile, verify = [], openvino_cpu.OpenVino._compile, proof.verify
     monkeypatch.setattr(openvino_cpu.OpenVino, "_compile", lambda *a: done.append("compiled") or compile(*a))
     monkeypatch.setattr(proof, "verify", lambda *a: done.append("proven") or verify(*a))
@@ -319,7 +320,9 @@ class TestSigned:
         assert "compiled" in work
         assert ("proven" in work) == PROVES
 
-    def test_a_signature_from_before_covers_no_models(self, keys, copy_of, small_bundle_path, tmp_path, work, packed):
+    def test_a_signature_from_before_covers_no_models(
+        self, keys, copy_of, small_bundle_path, tmp_path, work, packed, caplog
+    ):
         from epsrt.signing import sign  # which needs its libraries
 
         path = copy_of(small_bundle_path)
@@ -331,4 +334,5 @@ class TestSigned:
         assert (there / SIGNATURE).read_bytes() == (path / SIGNATURE).read_bytes()
         np.testing.assert_array_equal(draw(there, require_signature=keys[1]), packed[1])
         assert "compiled" in work
+        assert lines(caplog, "brings") == ["small.epsrt brings what its signature does not cover: it is not used"]
         assert (there / MANIFEST).exists()

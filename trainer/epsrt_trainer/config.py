@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from epsrt.errors import InputError
+from epsrt.files import is_utf8
 from epsrt.manifest import check_outside
 from epsrt.schedule import Schedule
 from epsrt_trainer.classifier import ClassifierConfig
@@ -88,6 +89,8 @@ def check(data: Images, network: NetworkConfig, schedule: Schedule, config: Trai
         raise InputError(f"the images are {shapes[0]} but the network takes {shapes[1]}: set network.image_size")
     if out.suffix != ".safetensors":
         raise InputError(f"{out} is no name for a checkpoint: end it in .safetensors")
+    if not is_utf8(out):
+        raise InputError(f"{out} is no UTF-8, and so no path that a checkpoint can have: choose another")
     check_outside(out)
     if network.classes and data.classes > network.classes:
         raise InputError(f"the data have {data.classes} classes but the network {network.classes}: set network.classes")

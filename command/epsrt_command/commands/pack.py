@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from typer import Option
 
+from epsrt.engines import ENGINES
+from epsrt.manifest import SIGNATURE
 from epsrt_command import show
 from epsrt_command.foreign import needs
 from epsrt_command.options import Ahead
@@ -25,7 +27,9 @@ def pack(
         Literal["here"], Option("--for", help="For which machines: those with this processor or GPU, and engine.")
     ] = "here",
     out: Annotated[Path | None, Option(help="The archive; by default BUNDLE.tar.")] = None,
-    engine: Annotated[str, Option(help="The engine whose models and proofs are packed.")] = "openvino",
+    engine: Annotated[
+        str, Option(help=f"The engine whose models and proofs are packed: {', '.join(ENGINES[:-1])}.")
+    ] = "openvino",
     ahead: Ahead,
     key: Annotated[
         Path | None, Option(metavar="PEM", help="Sign all that is packed with this private key; see epsrt sign.")
@@ -47,4 +51,9 @@ def pack(
         show.print_json({"bundle": opened.manifest.digest, **facts})
         return
     size = show.size(out.stat().st_size)
-    show.out().print(f"{out}: {bundle.name}, {made.models} models, {made.proofs} proofs, {size}", soft_wrap=True)
+    counts = ", ".join(
+        f"{n} {what}{'' if n == 1 else 's'}" for n, what in ((made.models, "model"), (made.proofs, "proof"))
+    )
+    show.out().print(f"{out}: {opened.path.name}, {counts}, {size}", soft_wrap=True)
+    if key is None and (opened.path / SIGNATURE).is_file():
+        show.note(f"{out}: the bundle's signature covers nothing that was compiled or proven: sign it all with --key")

@@ -28,4 +28,4 @@ def warm(
     console = show.out()
     for path in made:
         console.print(f"made {path}", soft_wrap=True)
-    console.print(f"{bundle}: {'ready' if made else 'ready, all was there'}", soft_wrap=True)
+    console.print(f"{bundle}: {'ready' if made else 'ready, nothing was to be made'}", soft_wrap=True)

@@ -63,7 +63,10 @@ class Brought:
         if not self.trusted:
             return None
         entry = look(self.bundle.path / ENGINES / f"{key.name}{suffix}", shipped=True)
-        if not entry.path.is_file() or (self.bundle.signed is not None and not entry.is_in(self.bundle.signed)):
+        if not entry.path.is_file():
+            return None
+        if self.bundle.signed is not None and not entry.is_in(self.bundle.signed):
+            _say_unsigned(self.bundle.name)
             return None
         try:
             return EngineCache(entry.path.parent).load(entry)
@@ -99,6 +102,11 @@ def _say(name: str, theirs: Kind, here: Kind) -> None:
     )
     differ = [word for word, a, b in zip(words, theirs, here, strict=True) if a != b]
     log.warning("%s brings models %s: they are not used", name, " and ".join(differ))
+
+
+@cache
+def _say_unsigned(name: str) -> None:
+    log.warning("%s brings what its signature does not cover: it is not used", name)
 
 
 def _list(names: Iterable[str]) -> str:
