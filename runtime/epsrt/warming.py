@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from epsrt.bundle import Bundle
 from epsrt.engine import Engine
-from epsrt.engines import open_engine
-from epsrt.errors import EngineError, InputError
+from epsrt.engines import ENGINES, open_engine
+from epsrt.errors import EngineError, InputError, whole
 from epsrt.types import OnProgress, Size
 
 if TYPE_CHECKING:
@@ -43,17 +43,25 @@ def warm(
     before, wanted = set(_files(opened)), wanted_of(opened, batches, sizes)
     with engines_of(opened, engine, precision, features, threads, on_progress) as engines:
         for running in engines:
-            kept = [kept_of(running, batch, size) for batch, size in wanted]
-            if not all(each is None or each.entry is None or each.entry.path.exists() for each in kept):
-                raise InputError(f"the engine cache does not keep all {len(kept)} models of a graph: ask for fewer")
+            most = running.most_kept if isinstance(running, Keeping) else None
+            if most is not None and len(wanted) > most:
+                raise InputError(f"the engine cache keeps {most} models of a graph, not {len(wanted)}: ask for fewer")
+            for batch, size in wanted:
+                kept_of(running, batch, size)
     return [path for path in _files(opened) if path not in before]
 
 
 def wanted_of(
     bundle: Bundle, batches: Iterable[int] | None, sizes: Iterable[Size | None]
 ) -> list[tuple[int, Size | None]]:
-    """Each batch, or those that are made by default, in each size."""
-    counts, many = (1, bundle.manifest.max_batch) if batches is None else tuple(batches), tuple(sizes)
+    """Each batch, or those that are made by default, in each size. Raises InputError for what the bundle has not."""
+    most = bundle.manifest.max_batch
+    counts, many = (1, most) if batches is None else tuple(batches), tuple(sizes)
+    for batch in counts:
+        if not 1 <= whole("batch", batch) <= most:
+            raise InputError(f"a batch of {batch} is outside 1 … {most}, the bundle's largest")
+    for size in many:
+        bundle.image_shape(size)
     return list(dict.fromkeys((batch, size) for size in many for batch in counts))
 
 
@@ -68,7 +76,9 @@ def kept_of(running: Engine, batch: int, size: Size | None) -> Kept | None:
 
 @runtime_checkable
 class Keeping(Protocol):
-    """An engine that compiles or proves, and has the engine cache keep it."""
+    """An engine that compiles or proves, and has the engine cache keep it: so many models of a graph, None for all."""
+
+    most_kept: int | None
 
     def kept(self, batch: int, size: Size | None = None) -> Kept: ...
 
@@ -83,6 +93,12 @@ def engines_of(
     on_progress: OnProgress | None,
 ) -> Iterator[Iterator[Engine]]:
     """The engines that samplers with these arguments open: one a step graph, or that of the features alone."""
+    from epsrt.engines import probe  # which looks about: importing epsrt does not
+    from epsrt.engines.cache import entry, private
+
+    chosen = next(iter(probe.available()), "") if name == "auto" else name
+    if chosen in ENGINES[:-1]:  # which keep something: a cache that cannot be made is known before the work
+        private.folder(private.cache_directory().resolve(), entry.ENGINES)
     with ExitStack() as stack:
         first = open_engine(bundle, name, precision=precision, threads=threads, on_progress=on_progress)
         stack.enter_context(first)

@@ -8,7 +8,6 @@ import epsrt
 from epsrt import Bundle, EngineError, InputError, Sampler, open_engine, warm
 from epsrt.engines import proof
 from epsrt.engines.cache.store import EngineCache
-from epsrt.engines.cpu import compiled
 from epsrt.engines.cpu import openvino as openvino_cpu
 from helpers import run_python
 
@@ -84,16 +83,18 @@ def test_without_filelock_onnxruntime_is_opened(small_bundle_path):
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_bad_arguments(small_bundle_path, tmp_path):
+def test_bad_arguments(small_bundle_path, tmp_path, no_work):
+    no_work()
     with pytest.raises(InputError, match="a batch of 9 is outside 1 … 4"):
-        warm(small_bundle_path, [9], **ON)
+        warm(small_bundle_path, [1, 9], **ON)
     with pytest.raises(InputError, match="a size of 9 × 9 is not 8 × 8"):
         warm(small_bundle_path, [1], sizes=[(9, 9)], **ON)
     with pytest.raises(epsrt.BundleError, match="does not exist"):
         warm(tmp_path / "nowhere.epsrt")
 
 
-def test_a_cache_that_keeps_nothing_is_said(small_bundle_path, cache, monkeypatch):
+def test_a_cache_that_keeps_nothing_is_said(small_bundle_path, cache, monkeypatch, no_work):
+    no_work()
     cache.directory.write_text("a file")
     with pytest.raises(EngineError, match="cannot be made .*: set EPSRT_CACHE to a directory that you can write"):
         warm(small_bundle_path, [1], **ON)
@@ -123,7 +124,8 @@ def warm_in_a_thread(path):
         return pool.submit(warm, path, [1], **ON).result()
 
 
-def test_more_than_the_cache_keeps_is_said(small_bundle_path, monkeypatch):
-    monkeypatch.setattr(compiled, "KEPT_FILES", 2)
-    with pytest.raises(InputError, match="the engine cache does not keep all 3 models of a graph: ask for fewer"):
+def test_more_than_the_cache_keeps_is_said_before_the_work(small_bundle_path, monkeypatch, no_work):
+    no_work()
+    monkeypatch.setattr(openvino_cpu.OpenVino, "most_kept", 2)
+    with pytest.raises(InputError, match="the engine cache keeps 2 models of a graph, not 3: ask for fewer"):
         warm(small_bundle_path, [1, 2, 3], **ON)

@@ -22,7 +22,7 @@ from epsrt.engines.cache.key import Key, Options
 from epsrt.engines.cache.private import ELSEWHERE
 from epsrt.engines.cache.store import EngineCache
 from epsrt.engines.cpu.addressed import addressed
-from epsrt.engines.cpu.compiled import Compiled, CompiledModels
+from epsrt.engines.cpu.compiled import KEPT_FILES, Compiled, CompiledModels
 from epsrt.engines.cpu.lanes import HostLanes, Run
 from epsrt.engines.cpu.plugin import ERRORS, core, has_bf16, opset13, ov, processor, unload
 from epsrt.engines.proof import Kept, Proof
@@ -52,6 +52,7 @@ class OpenVino(Closing):
     name = "openvino"
     batch_limit = "the bundle's largest"
     device = "cpu"
+    most_kept = KEPT_FILES
     _open = False
 
     def __init__(

@@ -48,6 +48,7 @@ class OnnxRuntimeCuda(Closing):
 
     batch_limit = "the bundle's largest"
     device = "cuda"
+    most_kept = None
 
     def __init__(
         self,

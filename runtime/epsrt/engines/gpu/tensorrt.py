@@ -48,6 +48,7 @@ class TensorRt(Closing):
     """
 
     device = "cuda"
+    most_kept = None
 
     def __init__(
         self,
