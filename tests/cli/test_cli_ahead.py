@@ -99,6 +99,24 @@ def test_a_pack_is_signed(small_bundle_path, tmp_path):
     assert len([name for name in opened.signed or () if name.endswith(".engine")]) == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--batches", "999"), "a batch of 999 is outside 1 … 4, the bundle's largest"),
+        (("--engine", "nope"), "engine 'nope' is unknown"),
+        (("--engine", "onnxruntime"), "engine onnxruntime compiles and proves nothing"),
+        (("--key", "nosuch.pem"), "nosuch.pem is no private key"),
+    ],
+)
+def test_a_pack_that_is_refused_leaves_no_folder(small_bundle_path, tmp_path, refused, options, sentence):
+    if options[0] == "--key":
+        pytest.importorskip("model_signing")
+    (tmp_path / "in").mkdir()
+    out = ("--out", "sub/dir/x.tar")
+    assert sentence in refused("pack", small_bundle_path, *FOR, *options, *out, cwd=tmp_path / "in")
+    assert not list((tmp_path / "in").iterdir())
+
+
 def test_for_knows_here_alone(small_bundle_path):
     done = run_python("from epsrt_command import main; main()", "pack", small_bundle_path, "--for", "there")
     assert done.returncode == 2

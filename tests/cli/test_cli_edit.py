@@ -279,6 +279,7 @@ BEGUN = ("--strength", 0.5, "--init")
         (("--labels", 3, "--guidance", 2, "--guidance-interval", "500:"), "holds none of the plan's timesteps"),
         (("--classifier", 1), "a classifier guides to a class: give --targets, or labels"),
         (("--targets", 3), "--targets are what a classifier guides to: give --classifier, its weight"),
+        (("--labels", "None"), "eight, nine; none is for no label"),
         (("--classifier", 1, "--targets", "cat"), "target 'cat' is neither a number nor a class name"),
         (("--classifier", 1, "--targets", 10), "target 10 is outside 0 … 9"),
         (("--classifier", 1, "--labels", 3, "--guidance", 2), "no step graph with guidance and classifier at once"),
