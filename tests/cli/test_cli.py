@@ -233,7 +233,11 @@ def test_export_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
 
 def begun_export(checkpoint: Path, out: Path) -> "subprocess.Popen[bytes]":
     before = set(out.parent.iterdir())
-    process = subprocess.Popen([EPSRT, "export", str(checkpoint), str(out)], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [EPSRT, "export", str(checkpoint), str(out)],
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup it would be ignored
+    )
     deadline = time.monotonic() + 60
     while set(out.parent.iterdir()) <= before and time.monotonic() < deadline:
         time.sleep(0.05)
