@@ -24,7 +24,8 @@ def test_samples_are_pytorchs(sampler, network, schedule, loop):
     truth = loop(network, schedule, x, ts, draw, label=torch.tensor(label))
     method = loop.__name__.removesuffix("_loop")
     own = {"rederive": False} if method == "ddim" else {}  # the loop takes the network's own ε
-    mine = sampler.sample(method=method, steps=STEPS, spacing="linspace", seed=11, labels=label, **own)
+    asked = [None if each == 10 else each for each in label]
+    mine = sampler.sample(method=method, steps=STEPS, spacing="linspace", seed=11, labels=asked, **own)
     np.testing.assert_allclose(mine, truth.numpy(), rtol=0, atol=3e-5)
 
 
