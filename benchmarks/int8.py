@@ -67,7 +67,7 @@ def in_place(source: Bundle, model: onnx.ModelProto, folder: Path) -> Bundle:
     (folder / graph.file).write_bytes(data)
     shutil.copy(source.path / GOLDEN, folder)
     digest = hashlib.sha256(data).hexdigest()  # by which OpenVINO's compiled models are kept
-    return Bundle(folder, msgspec.structs.replace(source.manifest, graphs=(graph,), digest=digest))
+    return Bundle(folder, msgspec.structs.replace(source.manifest, graphs=(graph,), digest=digest, files={}))
 
 
 def psnrs(images: NDArray[np.float32], truth: NDArray[np.float32], value_range: tuple[float, float]) -> list[float]:

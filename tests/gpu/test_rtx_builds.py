@@ -43,6 +43,7 @@ def graphs(request, tmp_path_factory, small_bundle_path) -> Bundle:
     made = [graph for precision in ("fp32", "fp16") for graph in write_graphs(recipe, precision, folder)]
     manifest = msgspec.structs.replace(
         Bundle.open(small_bundle_path).manifest,
+        files={},
         shape=shape,
         max_batch=256,
         graphs=tuple(made),
@@ -106,7 +107,7 @@ def test_thresholding_builds_up_to_the_largest_topk(tmp_path, small_bundle_path,
 
     shape, threshold = (3, size, size), DynamicThreshold(ratio, 1.5)
     (graph,) = write_graphs(Recipe(tiny(channels=3), shape, threshold=threshold), "fp32", tmp_path)
-    manifest = msgspec.structs.replace(Bundle.open(small_bundle_path).manifest, shape=shape, graphs=(graph,))
+    manifest = msgspec.structs.replace(Bundle.open(small_bundle_path).manifest, shape=shape, graphs=(graph,), files={})
     lib = library("tensorrt-rtx")
     assert build(lib, Bundle(tmp_path, manifest), graph, BuildOptions(((1, 2, 4),), targets=("sm_89",))).layers > 20
 
@@ -162,7 +163,7 @@ def test_each_family_builds(tmp_path, small_bundle_path, name: str) -> None:
     recipe = Recipe(network.eval(), shape, name != "lucidrains", variance)
     (graph,) = write_graphs(recipe, "fp16", tmp_path)
     manifest = msgspec.structs.replace(
-        Bundle.open(small_bundle_path).manifest, shape=shape, graphs=(graph,), variance=variance
+        Bundle.open(small_bundle_path).manifest, shape=shape, graphs=(graph,), variance=variance, files={}
     )
     lib = library("tensorrt-rtx")
     for each in (graph, graph.in_dialect(DIALECT)):
@@ -227,13 +228,15 @@ def test_half_precision_is_what_the_graph_says(graphs: Bundle) -> None:
     assert "HALF" in types["MATRIX_MULTIPLY"]
 
 
-def test_refusals_are_sentences(small_bundle_path) -> None:
+def test_refusals_are_sentences(small_bundle_path, tmp_path) -> None:
     bundle, lib = Bundle.open(small_bundle_path), library("tensorrt-rtx")
     graph = bundle.graph("fp32")
     with pytest.raises(EngineError, match="tensorrt-rtx .* has no target sm_90: use one of sm75, sm80, sm86"):
         build(lib, bundle, graph, BuildOptions(targets=("sm_90",)))
-    with pytest.raises(EngineError, match="cannot parse .*weights-fp32.onnx"):
-        build(lib, bundle, msgspec.structs.replace(graph, file="weights-fp32.onnx"), BuildOptions(targets=("sm_89",)))
+    (tmp_path / graph.file).write_bytes(b"no model")
+    being_made = Bundle(tmp_path, msgspec.structs.replace(bundle.manifest, files={}))
+    with pytest.raises(EngineError, match="cannot parse .*step-fp32.onnx"):
+        build(lib, being_made, graph, BuildOptions(targets=("sm_89",)))
 
 
 def test_an_exception_from_the_progress_ends_the_build(small_bundle_path) -> None:
@@ -261,7 +264,9 @@ def test_dynamic_sizes_build(tmp_path, small_bundle_path, precision: str, featur
     recipe = Recipe(network, (3, 8, 8), True, sizes=sizes, variants=(features,), null_label=3)
     (graph,) = write_graphs(recipe, precision, tmp_path)
     manifest = Bundle.open(small_bundle_path).manifest
-    manifest = msgspec.structs.replace(manifest, shape=(3, 8, 8), graphs=(graph,), sizes=sizes, classes=3, null_label=3)
+    manifest = msgspec.structs.replace(
+        manifest, shape=(3, 8, 8), graphs=(graph,), sizes=sizes, classes=3, null_label=3, files={}
+    )
     bundle, lib = Bundle(tmp_path, manifest), library("tensorrt-rtx")
     graph = graph.in_dialect(DIALECT)
     assert build(lib, bundle, graph, BuildOptions(targets=("sm_89",))).layers > 500
