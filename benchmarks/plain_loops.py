@@ -105,11 +105,11 @@ def openvino_loop(
 
     precision   fp32, bf16, or "" for OpenVINO's own choice, bf16 where the processor has it; what it took is returned
     """
-    import openvino as ov
+    from epsrt.engines.cpu.plugin import core as shared  # several cores in a thread take each other's signal stacks
 
     names = {"f32": "fp32", "bf16": "bf16"}
     hints = {name: hint for hint, name in names.items()}
-    core = ov.Core()
+    core = shared()
     model = core.read_model(path)
     model.reshape({p.any_name: x_T.shape if p.any_name == "x" else x_T.shape[:1] for p in model.inputs})
     config = {"PERFORMANCE_HINT": "LATENCY", **({"INFERENCE_PRECISION_HINT": hints[precision]} if precision else {})}
