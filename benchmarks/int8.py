@@ -65,6 +65,7 @@ def in_place(source: Bundle, model: onnx.ModelProto, folder: Path) -> Bundle:
     graph = msgspec.structs.replace(source.graph("fp32"), file="step-int8.onnx")
     data = model.SerializeToString(deterministic=True)
     (folder / graph.file).write_bytes(data)
+    (folder / graph.weights).write_bytes(b"\0")  # they are in the model
     shutil.copy(source.path / GOLDEN, folder)
     digest = hashlib.sha256(data).hexdigest()  # by which OpenVINO's compiled models are kept
     return Bundle(folder, msgspec.structs.replace(source.manifest, graphs=(graph,), digest=digest, files={}))
