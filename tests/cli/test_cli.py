@@ -352,7 +352,7 @@ def test_a_terminal_without_its_characters_is_no_traceback(bundle_path: Path, tm
     """Nor is a name that is no UTF-8."""
     path = shutil.copytree(bundle_path, tmp_path / "b\udcff.epsrt")
     for encoding, times in (("ascii", rb"\xd7"), ("utf-8", "×".encode())):
-        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "500"}  # a path is not wrapped
         done = subprocess.run([EPSRT, "inspect", os.fsencode(path)], capture_output=True, env=environment)
         assert (done.returncode, done.stderr) == (0, b"")
         assert times in done.stdout
