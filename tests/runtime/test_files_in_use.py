@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,7 +146,7 @@ def test_the_same_bytes_again_are_the_same_bundle(name: str, net: Path, bundle_p
 
 def test_swapped_while_it_is_opened(name: str, wanted: Made, net: Path, other: Path) -> None:
     """Each open that succeeds draws what its own digest stands for."""
-    aside, stop, swaps = net.with_name("aside"), threading.Event(), 0
+    aside, stop, swaps, opens, lost = net.with_name("aside"), threading.Event(), 0, 0, 0
 
     def swap() -> None:
         nonlocal swaps
@@ -156,13 +155,13 @@ def test_swapped_while_it_is_opened(name: str, wanted: Made, net: Path, other: P
             other.rename(net)
             aside.rename(other)
             swaps += 1
-            time.sleep(0.005)
+            stop.wait(0.005 * (1 + lost))  # a slow machine's opens come between two swaps at last
 
     thread = threading.Thread(target=swap)
     thread.start()
-    seen, opens, lost = set(), 0, 0
+    seen = set()
     try:
-        while (opens < 12 or swaps <= 12) and thread.is_alive():  # one that is refused is over before the next swap
+        while (opens < 12 or swaps <= 12 or not seen) and thread.is_alive():
             opens += 1
             try:
                 with opened(net, name) as sampler:
@@ -176,7 +175,7 @@ def test_swapped_while_it_is_opened(name: str, wanted: Made, net: Path, other: P
         stop.set()
         thread.join()
     assert swaps > 12
-    assert seen, f"{lost} opens, and each was refused"
+    assert seen
 
 
 def test_swapped_in_the_middle_of_a_load(name: str, net: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
