@@ -13,14 +13,16 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from epsrt.condition import LABEL, Condition
 from epsrt.errors import BundleError, InputError
 from epsrt.noise_levels import Prediction
+from epsrt.part import PARTS, Latent, Part
 from epsrt.plan import FEATURES, STEP_COLUMNS
 from epsrt.schedule import Schedule
 from epsrt.types import Float64, Shape
 
-FORMAT = 5
-READABLE = (4, FORMAT)  # in format 4 step graphs have no dialects
+FORMAT = 6
+READABLE = (4, 5, FORMAT)  # in format 4 step graphs have no dialects; before 6 a guided one holds the null label itself
 MANIFEST, GOLDEN, PARITY = "manifest.json", "golden.safetensors", "parity.json"
 SIGNATURE = "model.sig"  # who made it: no part of the bundle, and not in every one
 FEATURES_OF_ALL = ("learned variance", "thresholding")  # all graphs of a bundle have them, or none does
@@ -39,7 +41,7 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StepGraph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A step graph: inputs x, m, z [batch, C, H, W], rows [batch, len(columns)] and what Bundle.inputs lists besides.
+    """A step graph: inputs x, m, z [batch, C, …], rows [batch, len(columns)] and what epsrt.engines.signature adds.
 
     Its outputs are x', m', x0. `features` are among epsrt.plan.FEATURES. `dialects` are files of the same step in the
     operators that an engine has the fastest kernels for, where those differ from `file`, which every engine runs.
@@ -85,10 +87,25 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Sizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Other heights and widths that the graphs take: multiples of `multiple`, `multiple` … `largest` pixels."""
+    """Other extents that the graphs take: multiples of `multiple`, `multiple` … `largest` pixels.
 
-    multiple: int
-    largest: int
+    Both are numbers for all axes, or one for each; an axis is fixed where they are equal.
+    """
+
+    multiple: int | tuple[int, ...]
+    largest: int | tuple[int, ...]
+
+    def axes(self, count: int) -> list[tuple[int, int]]:
+        """(multiple, largest) of each of `count` axes, height and width say; [] where they do not fit so many."""
+        each = [(n,) * count if isinstance(n, int) else tuple(n) for n in (self.multiple, self.largest)]
+        return list(zip(*each, strict=True)) if all(len(n) == count for n in each) else []
+
+    def fits(self, extents: tuple[int, ...]) -> bool:
+        """Whether the graphs take samples of these extents."""
+        axes = self.axes(len(extents))
+        return bool(axes) and all(
+            m > 0 and m <= n <= most and n % m == 0 for n, (m, most) in zip(extents, axes, strict=True)
+        )
 
 
 class Classifier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -119,7 +136,7 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: int
-    shape: Shape  # C, H, W
+    shape: Shape  # C, then the extents: [C, L], [C, H, W] or [C, D, H, W]
     max_batch: int
     schedule: Schedule
     prediction: Prediction
@@ -138,7 +155,20 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sizes: Sizes | None = None  # None: images are of `shape` alone
     classifier: Classifier | None = None
     latents: bool | msgspec.UnsetType = msgspec.UNSET  # true: samples are latents of an autoencoder, not images
+    conditions: tuple[Condition, ...] | msgspec.UnsetType = msgspec.UNSET  # what the network takes beyond the label
+    latent: Latent | msgspec.UnsetType = msgspec.UNSET  # where samples are latents whose autoencoder is at hand
+    parts: dict[str, tuple[Part, ...]] | msgspec.UnsetType = msgspec.UNSET  # by name, a Part a precision
     digest: str = ""
+
+    @property
+    def takes(self) -> tuple[Condition, ...]:
+        """What the network takes besides x and t: the label, where there are classes, and its other conditions."""
+        label = Condition(LABEL, (), "int64", "label", self.null_label is not None, self.null_label)
+        return (*((label,) if self.classes else ()), *(self.conditions or ()))
+
+    def nulls(self, features: Iterable[str]) -> tuple[Condition, ...]:
+        """The conditions whose nulls a step graph with some features takes, one a sample."""
+        return tuple(c for c in self.takes if c.guided) if "guidance" in features and self.format >= 6 else ()
 
     @property
     def bound(self) -> float:
@@ -210,7 +240,8 @@ def check_fields(path: Path, m: Manifest) -> None:
         if not truth:
             raise BundleError(f"{path / MANIFEST}: {what}: export it again")
 
-    demand(all(0 < n <= 65536 for n in m.shape), f"shape {list(m.shape)} is not C, H, W ≥ 1")
+    sane = 2 <= len(m.shape) <= 4 and all(0 < n <= 65536 for n in m.shape)
+    demand(sane, f"shape {list(m.shape)} is not C and one to three extents, each 1 … 65536")
     demand(0 < m.max_batch <= 65536, f"max_batch = {m.max_batch} is outside 1 … 65536")
     demand(m.value_range[0] < m.value_range[1], f"value_range {list(m.value_range)} does not ascend")
     demand(m.clip is None or 0 < m.clip < math.inf, f"clip = {m.clip} is no bound")
@@ -223,25 +254,38 @@ def check_fields(path: Path, m: Manifest) -> None:
         demand(0 < ratio <= 1 <= maximum < math.inf, f"thresholding at {ratio} up to {maximum} is none")
         demand(m.clip is not None, "thresholding has no clip to scale to")
     if m.sizes is not None:
-        fits = m.sizes.multiple > 0 and all(n % m.sizes.multiple == 0 and n <= m.sizes.largest for n in m.shape[1:])
-        demand(fits, f"sizes {m.sizes.multiple} … {m.sizes.largest} do not hold {m.shape[1]} × {m.shape[2]}")
+        own = " × ".join(map(str, m.shape[1:]))
+        demand(m.sizes.fits(m.shape[1:]), f"sizes {m.sizes.multiple} … {m.sizes.largest} do not hold {own}")
+    names = [c.name for c in m.takes]
+    demand(len(set(names)) == len(names), f"conditions {', '.join(names)} are not told apart")
+    for c in m.takes:
+        demand((fault := c.fault(m.shape)) is None, f"condition {c.name!r} {fault}")
     demand(bool(m.graphs), "it lists no step graph")
     for name, entry in m.files.items():
         plain = bool(_PLAIN_NAME.fullmatch(name)) and name not in (MANIFEST, SIGNATURE)
         demand(plain, f"file name {name!r} is not a plain name inside the bundle")
         demand(bool(_SHA256.fullmatch(entry.sha256)) and entry.size >= 0, f"the entry of {name} is no hash and size")
     named = [GOLDEN, PARITY, *(f for g in m.graphs for f in g.files().values()), *(g.weights for g in m.graphs)]
+    named += [file for parts in (m.parts or {}).values() for part in parts for file in (part.file, part.weights)]
     for name in named:
         demand(name in m.files, f"{name} is used but not listed under files")
     if m.classifier is not None:
         demand(m.classifier.classes > 1, f"classifier.classes = {m.classifier.classes} is below 2")
         named_all = len(m.classifier.class_names) in (0, m.classifier.classes)
         demand(named_all, f"{len(m.classifier.class_names)} class names for {m.classifier.classes} classes")
+    for name, parts in (m.parts or {}).items():
+        demand(name in PARTS, f"part {name!r} is none of {', '.join(PARTS)}")
+        told_apart = parts and len({part.precision for part in parts}) == len(parts)
+        demand(bool(told_apart), f"part {name} has {len(parts)} graphs that are not told apart")
+    if m.latent:
+        scales = (len(v) in (1, m.shape[0]) and all(map(math.isfinite, v)) for v in (m.latent.scale, m.latent.shift))
+        demand(m.latents is True and m.latent.factor > 0 and all(scales), "latent is not of these samples")
     demand(0 <= abs(m.sampling.guidance) < math.inf, f"sampling.guidance = {m.sampling.guidance} is not finite")
     for g in m.graphs:
         known = set(g.features) <= set(FEATURES) and len(set(g.features)) == len(g.features)
         demand(known, f"graph {g.file} has features that are no step's: {', '.join(g.features)}")
-        demand("guidance" not in g.features or m.null_label is not None, f"graph {g.file} guides without a null label")
+        guides = any(c.guided for c in m.takes)
+        demand("guidance" not in g.features or guides, f"graph {g.file} guides, and nothing says against what")
         demand("classifier" not in g.features or m.classifier is not None, f"graph {g.file} lacks its classifier")
         for feature in FEATURES_OF_ALL:
             here, there = feature in g.features, feature in step_features(m.variance, m.thresholding)

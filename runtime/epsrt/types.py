@@ -14,8 +14,8 @@ Int64 = NDArray[np.int64]
 UInt8 = NDArray[np.uint8]  # pixels, bytes
 Arrays = dict[str, NDArray[Any]]  # by name
 
-Shape = tuple[int, int, int]  # C, H, W
-Size = tuple[int, ...]  # height and width, in pixels
+Shape = tuple[int, ...]  # C, then the extents: [C, L], [C, H, W] or [C, D, H, W]
+Size = tuple[int, ...]  # the extents alone: height and width, in pixels, of an image
 
 OnProgress = Callable[[str, float], object]  # (what, the fraction that is done)
 OnStep = Callable[[int, int], object]  # (done, total)

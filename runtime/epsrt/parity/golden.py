@@ -4,16 +4,19 @@ On disk each array is named by its record and its field: `network.x`, `trajector
 exporter fills these classes, and `Bundle.golden` reads them. An annotation holds the axes of an array; a letter stands
 for the same extent throughout a record:
 
-    C, H, W   the manifest's shape (in a record of another size, that size)
+    C …       the manifest's shape, in a record of another size that one's. The extents of O … are the same
     O         the channels that the network returns: C, or 2C where its variance is learned
     K         the manifest's columns without a graph's own: epsrt.manifest.step_columns
     n, s      any number from 1: of states or images, and of steps
+
+What a network takes beyond the label is kept once: `condition.NAME` [k, *shape] has k values of a condition, `null.NAME`
+what it is guided against, and a record's `given` and `null_given` say which of them each state has.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -22,10 +25,11 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 
+from epsrt.condition import LABEL, Condition
 from epsrt.errors import BundleError, EpsrtError
 from epsrt.manifest import Manifest, step_columns
 from epsrt.noise_levels import visit
-from epsrt.types import Arrays, Float32, Float64, Int64
+from epsrt.types import Arrays, Float32, Float64, Int64, Size
 
 UInt64 = NDArray[np.uint64]
 
@@ -34,22 +38,24 @@ UInt64 = NDArray[np.uint64]
 class Network:
     """The network's outputs for states x ~ N(0, I), at timesteps across the schedule, t as the network is told it."""
 
-    x: Annotated[Float32, "n C H W"]
+    x: Annotated[Float32, "n C …"]
     t: Annotated[Float32, "n"]
     label: Annotated[Int64, "n"]
-    out: Annotated[Float32, "n O H W"]
+    out: Annotated[Float32, "n O …"]
+    given: Annotated[Int64, "n"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
     """Noised images at the timesteps of `Network`, and one DDPM step of each; z is of (seed, index)."""
 
-    x: Annotated[Float32, "n C H W"]
+    x: Annotated[Float32, "n C …"]
     rows: Annotated[Float32, "n K"]
     seed: Annotated[UInt64, "n"]
     index: Annotated[Int64, "n"]
     label: Annotated[Int64, "n"]
-    x_next: Annotated[Float32, "n C H W"]
+    x_next: Annotated[Float32, "n C …"]
+    given: Annotated[Int64, "n"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +67,7 @@ class Trajectory:
     w         the weight of guidance; None: the run is not guided
     rounding  how far PyTorch's float32 ends from its own float64, by the same rows and noise: the RMS of x − x64 in the
               image where that is largest. None: it was not measured
+    null_label, null_given   what a guided one is guided against. None: the manifest's nulls
     """
 
     rows: Annotated[Float32, "s K"]
@@ -68,17 +75,22 @@ class Trajectory:
     seed: Annotated[UInt64, "n"]
     index: Annotated[Int64, "n"]
     label: Annotated[Int64, "n"]
-    x: Annotated[Float32, "n C H W"]
-    init: Annotated[Float32, "n C H W"] | None = None
+    x: Annotated[Float32, "n C …"]
+    init: Annotated[Float32, "n C …"] | None = None
     w: Annotated[Float32, "1"] | None = None
     rounding: Annotated[Float64, "1"] | None = None
+    given: Annotated[Int64, "n"] | None = None
+    null_label: Annotated[Int64, "n"] | None = None
+    null_given: Annotated[Int64, "n"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Guidance:
-    """The network's outputs for the null label, at the states of `Network`."""
+    """The network's outputs at the states of `Network` for what they are guided against: see Trajectory."""
 
-    null: Annotated[Float32, "n C H W"]
+    null: Annotated[Float32, "n C …"]
+    null_label: Annotated[Int64, "n"] | None = None
+    null_given: Annotated[Int64, "n"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,15 +98,15 @@ class Classifier:
     """∇ log p(target | x) at the states of `Network`, by autograd."""
 
     target: Annotated[Int64, "n"]
-    gradient: Annotated[Float32, "n C H W"]
+    gradient: Annotated[Float32, "n C …"]
 
 
 @dataclass(frozen=True, eq=False)
 class Threshold:
     """Images x whose quantiles lie below the bound, between it and the maximum, and above; x0 is what they become."""
 
-    x: Annotated[Float32, "n C H W"]
-    x0: Annotated[Float32, "n C H W"]
+    x: Annotated[Float32, "n C …"]
+    x0: Annotated[Float32, "n C …"]
 
 
 Record = Network | Step | Trajectory | Guidance | Classifier | Threshold
@@ -111,7 +123,9 @@ class Golden:
     guidance: Guidance | None = None
     classifier: Classifier | None = None
     threshold: Threshold | None = None
-    sizes: dict[tuple[int, int], Network] = field(default_factory=dict)  # by height and width
+    sizes: dict[Size, Network] = field(default_factory=dict)  # by their extents
+    conditions: Arrays = field(default_factory=dict)  # by name, [k, *shape]
+    nulls: Arrays = field(default_factory=dict)
 
     def to_arrays(self) -> Arrays:
         """The arrays by their names on disk."""
@@ -122,10 +136,33 @@ class Golden:
             "classifier": self.classifier,
             "threshold": self.threshold,
             **{f"trajectory.{name}": run for name, run in self.trajectories.items()},
-            **{f"size.{height}x{width}": states for (height, width), states in self.sizes.items()},
+            **{f"size.{'x'.join(map(str, extents))}": states for extents, states in self.sizes.items()},
         }
-        fields = ((prefix, vars(record)) for prefix, record in records.items() if record is not None)
+        fields = [(prefix, vars(record)) for prefix, record in records.items() if record is not None]
+        fields += [("condition", self.conditions), ("null", self.nulls)]
         return {f"{prefix}.{name}": a for prefix, named in fields for name, a in named.items() if a is not None}
+
+    def given(self, m: Manifest, record: Network | Step | Trajectory, i: int) -> Arrays:
+        """What the network is given for a record's state or image, by name. Images follow the record's extents."""
+        return {c.name: self._value(c, self.conditions, record.label, record.given, i, record.x) for c in m.takes}
+
+    def against(self, m: Manifest, record: Trajectory | Guidance, i: int) -> Arrays:
+        """What it is guided against there, by name."""
+        x = record.null if isinstance(record, Guidance) else record.x
+        guided = (c for c in m.takes if c.guided)
+        return {c.name: self._value(c, self.nulls, record.null_label, record.null_given, i, x) for c in guided}
+
+    @staticmethod
+    def _value(
+        c: Condition, kept: Arrays, labels: Int64 | None, given: Int64 | None, i: int, x: Float32
+    ) -> NDArray[Any]:
+        if c.name == LABEL and labels is not None:
+            return labels[i]
+        if c.name != LABEL and given is not None:
+            return np.resize(kept[c.name][given[i]], c.of(x.shape[1:]))
+        filled = c.filled(x.shape[1:])
+        assert filled is not None  # from_arrays asks for what has no null
+        return filled
 
     @classmethod
     def from_arrays(cls, arrays: Arrays, manifest: Manifest, path: Path) -> Golden:
@@ -145,7 +182,9 @@ class Golden:
             read(Classifier, "classifier", n=n) if "classifier" in graphs else None,
             read(Threshold, "threshold") if manifest.thresholding is not None else None,
             dict(read.sizes()) if manifest.sizes is not None else {},
+            *read.conditions("guidance" in graphs),
         )
+        read.check_given(golden)
         if all(run.w is not None for run in golden.trajectories.values()):
             raise read.lacks("a trajectory")
         if "guidance" in graphs and all(run.w is None for run in golden.trajectories.values()):
@@ -162,16 +201,18 @@ class _Reader:
     manifest: Manifest
     path: Path  # of the bundle
 
-    def __call__(self, kind: type[R], prefix: str, **extents: int) -> R:
-        """One record. `extents` of its letters are known; those of the manifest need not be told."""
-        channels, height, width = self.manifest.shape
+    def __call__(self, kind: type[R], prefix: str, extents: Size | None = None, **numbers: int) -> R:
+        """One record, of other extents than the manifest's if they are given. `numbers` are known of its letters."""
+        channels, *own = self.manifest.shape
         outputs = channels if self.manifest.variance is None else 2 * channels
         columns = len(step_columns(self.manifest.variance))
-        known = {"C": channels, "H": height, "W": width, "O": outputs, "K": columns, **extents}
+        known = {"C": channels, "O": outputs, "K": columns, **numbers}
         found = {}
         for name, (dtype, axes, optional) in _fields(kind).items():
             key = f"{prefix}.{name}"
             if key in self.arrays:
+                free = map(str, own if extents is None else extents)
+                axes = (*axes[:-1], *free) if axes[-1] == "…" else axes
                 found[name] = self._checked(key, dtype, axes, known)
             elif not optional:
                 raise self.lacks(key)
@@ -198,11 +239,43 @@ class _Reader:
         parts = (key.split(".") for key in self.arrays)
         return sorted({name[1] for name in parts if len(name) == 3 and name[0] == kind})
 
-    def sizes(self) -> Iterator[tuple[tuple[int, int], Network]]:
+    def sizes(self) -> Iterator[tuple[Size, Network]]:
         for name in self.names("size"):
-            if re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", name):
-                height, width = map(int, name.split("x"))
-                yield (height, width), self(Network, f"size.{name}", H=height, W=width)
+            if re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})*", name):
+                extents = tuple(map(int, name.split("x")))
+                yield extents, self(Network, f"size.{name}", extents)
+
+    def conditions(self, guides: bool) -> tuple[Arrays, Arrays]:
+        """The values of each condition beyond the label, and where a graph guides those that it is guided against."""
+        others = [c for c in self.manifest.takes if c.name != LABEL]
+        return self._values("condition", others), self._values("null", [c for c in others if c.guided and guides])
+
+    def _values(self, prefix: str, conditions: Iterable[Condition]) -> Arrays:
+        found = {}
+        for c in conditions:
+            if (key := f"{prefix}.{c.name}") not in self.arrays:
+                raise self.lacks(key)
+            found[c.name] = self._checked(key, np.dtype(c.dtype), ("k", *map(str, c.shape)), {})
+        return found
+
+    def check_given(self, golden: Golden) -> None:
+        """Raise BundleError unless each state has one of the values that are kept."""
+        runs = {f"trajectory.{name}": run for name, run in golden.trajectories.items()}
+        sized = {f"size.{'x'.join(map(str, extents))}": states for extents, states in golden.sizes.items()}
+        records: dict[str, Record] = {"network": golden.network, "step": golden.step, **runs, **sized}
+        if golden.guidance is not None:
+            records["guidance"] = golden.guidance
+        for prefix, record in records.items():
+            for name, kept in (("given", golden.conditions), ("null_given", golden.nulls)):
+                which = getattr(record, name, None)
+                guides = isinstance(record, Guidance) or getattr(record, "w", None) is not None
+                if which is None and kept and (guides if name == "null_given" else not isinstance(record, Guidance)):
+                    raise self.lacks(f"{prefix}.{name}")
+                most = min((len(values) for values in kept.values()), default=0)
+                if which is not None and kept and not (0 <= which.min() and which.max() < most):
+                    raise BundleError(
+                        f"{self.path}: the golden file's {prefix}.{name} is outside 0 … {most - 1}: export again"
+                    )
 
     def lacks(self, what: str) -> BundleError:
         return BundleError(f"{self.path}: the golden file lacks {what}: export again")
