@@ -69,7 +69,10 @@ class Watch:
 
 def samples(engine: Engine, plan: Plan, batch: int) -> list[Sample]:
     classes = engine.bundle.manifest.classes
-    return [Sample(seed=1, index=i, start=plan.start, label=i % classes if classes else 0) for i in range(batch)]
+    return [
+        Sample(seed=1, index=i, start=plan.start, conditions={"label": i % classes} if classes else {})
+        for i in range(batch)
+    ]
 
 
 def whole(stack: ExitStack, lanes: DeviceLanes, engine: Engine, method: str, steps: int) -> Run:

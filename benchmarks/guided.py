@@ -68,7 +68,7 @@ def begin(lanes: Lanes, masked: bool, shape: tuple[int, ...]) -> None:
     half[:, : shape[1] // 2] = 1
     for i in range(lanes.batch):
         more = {"known": known, "mask": half} if masked else {}
-        lanes.write(i, Sample(seed=0, index=i, label=i % 10, **more))
+        lanes.write(i, Sample(seed=0, index=i, conditions={"label": i % 10}, **more))
 
 
 def rows_of(plan: Plan, columns: tuple[str, ...], batch: int) -> np.ndarray:

@@ -92,7 +92,7 @@ def kept_of(bundle: Bundle, work: Work) -> dict[str, Any]:
     return {
         "seed": np.array([s.seed for s in each], np.uint64),
         "index": [s.index for s in each],
-        "label": [s.label for s in each] if bundle.labelled else [],
+        "label": [s.conditions["label"] for s in each] if bundle.labelled else [],
         **({"target": [s.target for s in each]} if "classifier" in work.features else {}),
     }
 

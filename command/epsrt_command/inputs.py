@@ -228,7 +228,7 @@ def _most_pixels(bundle: Bundle | None, size: Size | None) -> int:
         return math.prod(size)
     assert bundle is not None
     m = bundle.manifest
-    return math.prod(m.shape[1:]) if m.sizes is None else m.sizes.largest**2
+    return math.prod(m.shape[1:]) if m.sizes is None else math.prod(most for _, most in m.sizes.axes(len(m.shape) - 1))
 
 
 def _check_size(path: Path, found: tuple[int, ...], bundle: Bundle | None, size: Size | None, smaller: bool) -> None:

@@ -22,7 +22,7 @@ from safetensors.numpy import load
 from epsrt import operators, solvers
 from epsrt.contents import Contents, absolute, check_names, is_at, standing
 from epsrt.errors import BundleError, InputError, is_whole, one_line
-from epsrt.manifest import FEATURES_OF_ALL, GOLDEN, MANIFEST, PARITY, Manifest, Rung, StepGraph, check_fields
+from epsrt.manifest import AXES, FEATURES_OF_ALL, GOLDEN, MANIFEST, PARITY, Manifest, Rung, StepGraph, check_fields
 from epsrt.manifest_file import read_manifest
 from epsrt.parity.golden import Golden
 from epsrt.plan import FEATURES, Plan
@@ -32,6 +32,7 @@ from epsrt.timesteps import SPACINGS, respaced
 from epsrt.types import Shape
 
 TRIES = 20  # to open a bundle that is replaced meanwhile
+_COUNTS = {1: "a whole number", 2: "two whole numbers", 3: "three whole numbers"}
 HOW_TO_EXPORT = {"mask": "--masked (masked=True)", "classifier": "--classifier (classifier=)"}
 
 
@@ -126,10 +127,10 @@ class Bundle:
         if not any(g.precision == precision for g in self.manifest.graphs):
             have = " and ".join(dict.fromkeys(g.precision for g in self.manifest.graphs))
             raise BundleError(f"{self.path} has no {precision} step graph, only {have}: export it again with that one")
-        if "guidance" in wanted and self.manifest.null_label is None:
+        if "guidance" in wanted and not any(c.guided for c in self.manifest.takes):
             raise BundleError(
                 f"{self.path.name} has no null label, so guidance has nothing to compare with: export a network that "
-                "was trained with one (null_label=), or guide it by a classifier"
+                "was trained with one (null_label=, or a condition with guided=True), or guide it by a classifier"
             )
         asked = " and ".join(f for f in FEATURES if f in wanted)
         for feature in FEATURES_OF_ALL:
@@ -178,34 +179,33 @@ class Bundle:
         return float(plan.level[1] / sigma[0])
 
     def image_shape(self, size: Sequence[int] | None = None) -> Shape:
-        """C, H, W of images of a size (height, width); None: the bundle's own.
+        """[C, …] of samples of a size, (height, width) say; None: the bundle's own.
 
         Raises InputError for a size that the bundle's step graphs do not take.
         """
         channels, *own = self.manifest.shape
-        sizes = self.manifest.sizes
+        sizes, axes = self.manifest.sizes, AXES[len(own)]
         if size is None:
             return self.manifest.shape
+        wanted = f"({', '.join(axes)}), {_COUNTS[len(axes)]} of pixels"
         try:
-            extents = tuple(islice(size, 3))  # which may have no end
+            extents = tuple(islice(size, len(own) + 1))  # which may have no end
         except TypeError as error:
-            raise InputError(f"size = {size!r} is not (height, width), two whole numbers of pixels") from error
-        if len(extents) != 2 or not all(map(is_whole, extents)):
-            raise InputError(f"size = {extents} is not (height, width), two whole numbers of pixels")
-        height, width = map(int, extents)
-        if [height, width] == own:
-            return channels, height, width
-        what = f"a size of {height} × {width}"
+            raise InputError(f"size = {size!r} is not {wanted}") from error
+        if len(extents) != len(own) or not all(map(is_whole, extents)):
+            raise InputError(f"size = {extents} is not {wanted}")
+        extents = tuple(map(int, extents))
+        if list(extents) == own:
+            return channels, *extents
+        what = f"a size of {' × '.join(map(str, extents))}"
         if sizes is None:
             raise InputError(
-                f"{what} is not {own[0]} × {own[1]}, the one that {self.path.name} has: export it with sizes for others"
+                f"{what} is not {' × '.join(map(str, own))}, the one that {self.path.name} has: export it with sizes "
+                "for others"
             )
-        if not all(sizes.multiple <= n <= sizes.largest and n % sizes.multiple == 0 for n in (height, width)):
-            raise InputError(
-                f"{what} is none of {self.path.name}: height and width are multiples of {sizes.multiple} up to "
-                f"{sizes.largest}"
-            )
-        return channels, height, width
+        if not sizes.fits(extents):
+            raise InputError(f"{what} is none of {self.path.name}: {sizes.words(len(own))}")
+        return channels, *extents
 
     def has(self, feature: str) -> bool:
         """Whether some step graph has a feature of epsrt.plan.FEATURES."""

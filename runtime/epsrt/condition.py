@@ -28,9 +28,9 @@ class Condition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name    an identifier: the keyword of the network's forward, and the input of the step graph
     shape   of one sample; () is a number. Of role image it is [C′, …] with the sample's own extents
     dtype   at the door; the step graph casts floats to what the network computes in
-    role    what it is: a class (label), a sequence of vectors [L, D] (context), a vector [D], which places of a sequence
-            count (mask, true where they do), pixels that are concatenated behind in_scale·x, not scaled (image; SR3,
-            arXiv 2104.07636), or a number (scalar)
+    role    what it is: a class (label), a sequence of vectors [L, D] (context), a vector [D], which places of a
+            sequence count (mask, true where they do), pixels that are concatenated behind in_scale·x, not scaled
+            (image; SR3, arXiv 2104.07636), or a number (scalar)
     guided  a guided step graph also takes NAME_null: what the network reads as nothing, or a negative
     null    fills NAME_null where a caller gives none, and the condition itself; None: a caller gives both
     """

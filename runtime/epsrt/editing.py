@@ -137,9 +137,9 @@ def _rows(plan: Plan, levels: Float64, row: int, back: int | None) -> list[Float
 
 
 def slerp(a: Float32, b: Float32, fractions: Sequence[float] | NDArray[np.floating]) -> Float32:
-    """Spherical interpolation between two latents (DDIM, arXiv 2010.02502, eq. 67): float32 [len(fractions), C, H, W].
+    """Spherical interpolation between two latents (DDIM, arXiv 2010.02502, eq. 67): float32 [len(fractions), C, …].
 
-    a, b       float32 [C, H, W] each
+    a, b       float32 [C, …] each
     fractions  0 is a, 1 is b; beyond, the great circle goes on
 
     The norm of normal latents is nearly the same everywhere. A straight line between two cuts inside that sphere, and
@@ -155,9 +155,9 @@ def slerp(a: Float32, b: Float32, fractions: Sequence[float] | NDArray[np.floati
         f = np.asarray(fractions, np.float64)
     except (TypeError, ValueError, OverflowError):
         f = np.array(np.nan)
-    if f.ndim != 1 or a.ndim != 3:
+    if f.ndim != 1 or a.ndim not in (2, 3, 4):
         raise InputError("slerp takes two latents [C, H, W] and a list of fractions, such as [0, 0.5, 1]")
-    f = f.reshape(-1, 1, 1, 1)
+    f = f.reshape(-1, *[1] * a.ndim)
     one, two = a.astype(np.float64), b.astype(np.float64)
     if not (np.isfinite(one).all() and np.isfinite(two).all() and np.isfinite(f).all()):
         raise InputError("slerp was given NaN or infinity")

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Literal, NoReturn, Protocol, Self
+from typing import Any, Literal, NoReturn, Protocol, Self
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from epsrt import noise
 from epsrt.bundle import Bundle
-from epsrt.errors import EngineError, InputError, whole
+from epsrt.condition import Condition
+from epsrt.errors import EngineError, InputError, one_of, whole
 from epsrt.forks import Unforkable
-from epsrt.manifest import StepGraph
-from epsrt.types import Float32, Shape, Size
+from epsrt.manifest import Manifest, StepGraph
+from epsrt.types import Arrays, Float32, Shape, Size
 
 
 class Closing(Unforkable, ABC):
@@ -45,29 +48,48 @@ class Closing(Unforkable, ABC):
 class Sample:
     """What a lane begins with: x = start[0]·init + start[1]·z, where z is drawn from (seed, index, stream); m = 0.
 
-    init         float32 [C, H, W], or None for zeros
-    label        the network's own number, as Bundle.label_of gives it
+    init         float32 [C, …], or None for zeros
     stream       the noise stream of z: noise.START, or noise.FORWARD where init is noised
     target       the classifier's class, for step graphs that have a classifier
-    known, mask  float32 [C, H, W] both, for step graphs with a mask: x follows known where mask is 1. None: nowhere
+    known, mask  float32 [C, …] both, for step graphs with a mask: x follows known where mask is 1. None: nowhere
+    conditions   what the network takes besides, by name, each of the shape and dtype that Manifest.takes says; a label
+                 is the network's own number, as Bundle.label_of gives it. Without one it is its null, or zeros
+    null_conditions   what guided ones are guided against, by their own names; without one it is the null, or zeros
     """
 
     seed: int = 0
     index: int = 0
     start: tuple[float, float] = (0.0, 1.0)
     init: Float32 | None = None
-    label: int = 0
     stream: int = noise.START
     target: int = 0
     known: Float32 | None = None
     mask: Float32 | None = None
+    conditions: Mapping[str, ArrayLike] = field(default_factory=dict)
+    null_conditions: Mapping[str, ArrayLike] = field(default_factory=dict)
+
+    def inputs(self, m: Manifest, graph: StepGraph, shape: Shape) -> Arrays:
+        """Its conditions as a step graph's inputs, by the inputs' names, beside samples of a shape."""
+        found: Arrays = {}
+        for c in m.takes:
+            found[c.name] = _input(c, self.conditions, shape)
+        for c in m.nulls(graph.features):
+            found[c.null_name] = _input(c, self.null_conditions, shape)
+        return found
+
+
+def _input(c: Condition, given: Mapping[str, ArrayLike], shape: Shape) -> NDArray[Any]:
+    if c.name in given:
+        return np.asarray(given[c.name])
+    filled = c.filled(shape)
+    return np.zeros(c.of(shape), c.dtype) if filled is None else filled
 
 
 class Lanes(Protocol):
     """An engine's batch, its state on the device. It is a context manager for one thread, and owns its stream."""
 
     batch: int
-    shape: Shape  # C, H, W of its images
+    shape: Shape  # of one sample
 
     def write(self, index: int, sample: Sample) -> None:
         """Begin a sample in lane `index`. The other lanes are not touched."""
@@ -85,7 +107,7 @@ class Lanes(Protocol):
         """
 
     def read(self, index: int, what: Literal["x", "x0"] = "x") -> Float32:
-        """A copy of a lane's x or of its estimate of x0, float32 [C, H, W]; zeros where no step has estimated x0 yet.
+        """A copy of a lane's x or of its estimate of x0, float32 [C, …]; zeros where no step has estimated x0 yet.
 
         It waits for the device.
 
@@ -114,7 +136,7 @@ class Engine(Protocol):
     batch_limit: str  # what set max_batch, e.g. "the bundle's largest"
 
     def lanes(self, batch: int, size: Size | None = None) -> Lanes:
-        """Lanes for `batch` images of a height and width; by default those of the manifest's shape.
+        """Lanes for `batch` samples of some extents, height and width say; by default those of the manifest's shape.
 
         Raises InputError for a batch or a size that the engine does not take.
         """
@@ -162,8 +184,8 @@ def check_whole(whole: bool) -> None:
         raise EngineError("an earlier advance of these lanes failed: what they hold is lost, make new lanes")
 
 
-def check_sample(sample: Sample, shape: tuple[int, ...], graph: StepGraph) -> None:
-    """Raise InputError unless the images of a sample are of `shape`, and the graph takes them."""
+def check_sample(sample: Sample, shape: Shape, graph: StepGraph, m: Manifest) -> None:
+    """Raise InputError unless a sample's images are of `shape`, and the graph takes them and its conditions."""
     for name in ("init", "known", "mask"):
         image = getattr(sample, name)
         if image is not None and image.shape != shape:
@@ -172,6 +194,15 @@ def check_sample(sample: Sample, shape: tuple[int, ...], graph: StepGraph) -> No
         raise InputError("known and mask go together: give both, or neither")
     if sample.mask is not None and "mask" not in graph.features:
         raise InputError(f"{graph.file} takes no mask: open the engine with features=['mask']")
+    known = {c.name: c for c in m.takes}
+    for what, values in (("condition", sample.conditions), ("null_condition", sample.null_conditions)):
+        for name, value in values.items():
+            if name not in known:
+                way = one_of(name, known) if known else "leave it out"
+                raise InputError(f"{graph.file} takes no condition {name!r}: {way}")
+            want = known[name].of(shape)
+            if np.shape(value) != want:
+                raise InputError(f"{what} {name} has shape {list(np.shape(value))}, the network wants {list(want)}")
 
 
 def check_rows(rows: Float32, batch: int, columns: int) -> None:

@@ -1,4 +1,4 @@
-"""Guidance as columns of the rows: each sample's weight of its label against none, and of a classifier."""
+"""Guidance as columns of the rows: each sample's weight of its conditions against none, and of a classifier."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from epsrt.conditioning import Conditioned
 from epsrt.errors import InputError, is_whole
 from epsrt.manifest import Manifest
 from epsrt.plan import COLUMNS, Plan
@@ -25,41 +26,43 @@ def judged(guidance: Guidance) -> bool:
 
 
 def guided_apart(request: Request, null_label: int | None) -> bool:
-    """Whether guidance is given one a sample, or only some of the samples have a label to be guided by."""
+    """Whether guidance is given one a sample, or only some of the samples may have something to be guided by."""
     asked, labels = request.guidance, request.labels
+    if request.conditions or request.null_conditions:
+        return True
     several = (values for values in (asked.weight, asked.classifier, asked.rescale) if isinstance(values, list))
     without = [x is None or (is_whole(x) and x == null_label) for x in labels] if isinstance(labels, list) else []
     return any(len(values) > 1 for values in several) or len({*without}) > 1
 
 
 def columns_of(
-    m: Manifest,
-    plan: Plan,
-    rederived: Callable[[], Plan | None],
-    asked: Guidance,
-    asks_labels: bool,
-    labels: list[int],
-    count: int,
+    m: Manifest, plan: Plan, rederived: Callable[[], Plan | None], asked: Guidance, asks: bool, given: Conditioned
 ) -> Columns:
     """The columns of each sample, float64 [steps, n], where they are not the plan's own: w, phi, s.
 
-    rederived    makes the plan for samples that are guided, where that is another: the columns that differ are theirs
-    asks_labels  whether the caller gave labels; then the bundle's own weight is the default
-    labels       the network's label of each sample
+    rederived  makes the plan for samples that are guided, where that is another: the columns that differ are theirs
+    asks       whether the caller says what is drawn, by labels say; then the bundle's own weight is the default
+    given      the samples' conditions
 
     Raises InputError for weights, interval or rescale that are none, or that nothing takes.
     """
-    weight = asked.weight
+    weight, guides, count = asked.weight, [c for c in m.takes if c.guided], given.count
     if weight is None:
-        weight = m.sampling.guidance if asks_labels and m.null_label is not None else 1.0
+        weight = m.sampling.guidance if asks and guides else 1.0
     each = {"guidance": weight, "classifier": asked.classifier, "guidance_rescale": asked.rescale}
     w, s, phi = (np.broadcast_to(_numbers(name, value), (count,)) for name, value in each.items())
-    labelled = np.array([label != m.null_label for label in labels])
+    told = given.told if guides else np.ones(count, np.bool_)  # without any, Bundle.graph says what is lacking
     if not np.all((phi >= 0) & (phi <= 1)):
         raise InputError(f"guidance_rescale = {asked.rescale} is outside [0, 1]: 0.7 is usual")
-    if asked.weight is not None and np.any(w != 1) and not labelled.any():
-        raise InputError("guidance weighs a label against none: give labels that are classes")
-    w = np.where(labelled, w, 1.0)  # the null label has nothing to be weighed against
+    if np.any(w != 1) and (bare := given.lacks(guides)) is not None:
+        raise InputError(
+            f"guidance weighs the condition {bare.name!r} against another, and {bare.name!r} has no null of its own: "
+            f"give null_conditions={{{bare.name!r}: …}}, or guidance=1"
+        )
+    if asked.weight is not None and np.any(w != 1) and not told.any():
+        what = "give labels that are classes" if m.null_label is not None else "give conditions that differ"
+        raise InputError(f"guidance weighs a label against none: {what}")
+    w = np.where(told, w, 1.0)  # the null label has nothing to be weighed against
     weighed, classified = bool(np.any(w != 1)), bool(np.any(s))
     if classified and not np.any(plan["j"]):
         raise InputError(f"plan {plan.name!r} has no column j, what a classifier's gradient adds: take one of a method")

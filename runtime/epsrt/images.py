@@ -26,18 +26,18 @@ def array_of(name: str, given: ArrayLike) -> NDArray[Any]:
 def images_of(
     name: str, given: NDArray[Any] | None, count: int, shape: Shape, within: tuple[float, float] | None
 ) -> Float32 | None:
-    """float32 [count, C, H, W] from [count, C, H, W] or [1, C, H, W], or None.
+    """float32 [count, C, …] from [count, C, …] or [1, C, …], or None.
 
     Raises InputError for another shape or dtype, NaN, or values that are not `within` a value range.
     """
     if given is None:
         return None
-    if given.ndim != 4 or given.shape[1:] != shape or len(given) not in (1, count) or given.dtype.kind != "f":
+    if given.ndim == 0 or given.shape[1:] != shape or len(given) not in (1, count) or given.dtype.kind != "f":
         want = ", ".join(map(str, shape))
         raise InputError(f"{name} is {given.dtype} {list(given.shape)}, not float [{count}, {want}]")
     with np.errstate(over="ignore"):
         images = np.array(given, np.float32, order="C")  # a copy: the caller's may change before it is drawn
-    bad = np.flatnonzero(~np.isfinite(images).all((1, 2, 3)))
+    bad = np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(1))
     if len(bad):
         raise InputError(f"{name} image {bad[0]} holds NaN or infinity")
     if within is not None:
@@ -52,25 +52,27 @@ def images_of(
 
 
 def mask_of(given: ArrayLike | None, count: int, shape: Shape) -> Float32 | None:
-    """float32 [count, C, H, W], 1 where known pixels are kept, 0 where they are redrawn, from bool or float.
+    """float32 [count, C, …], 1 where known pixels are kept, 0 where they are redrawn, from bool or float.
 
-    [H, W], or [n, c, H, W] where n is 1 or count and c is 1 or C. Raises InputError for another shape or dtype, NaN, or
-    values outside [0, 1].
+    […], say [H, W], or [n, c, …] where n is 1 or count and c is 1 or C. Raises InputError for another shape or dtype,
+    NaN, or values outside [0, 1].
     """
     if given is None:
         return None
     mask = array_of("mask", given)
-    channels, height, width = shape
-    fits = mask.shape == (height, width) or (
-        mask.ndim == 4
-        and mask.shape[2:] == (height, width)
+    channels, *extents = shape
+    own = tuple(extents)
+    fits = mask.shape == own or (
+        mask.ndim == len(own) + 2
+        and mask.shape[2:] == own
         and len(mask) in (1, count)
         and mask.shape[1] in (1, channels)
     )
     if not fits or mask.dtype.kind not in "fb":
+        want = ", ".join(map(str, own))
         raise InputError(
-            f"mask is {mask.dtype} {list(mask.shape)}, not bool or float [{count}, 1, {height}, {width}] or "
-            f"[{height}, {width}] (of 0 and 1: mask.astype(bool))"
+            f"mask is {mask.dtype} {list(mask.shape)}, not bool or float [{count}, 1, {want}] or [{want}] "
+            "(of 0 and 1: mask.astype(bool))"
         )
     values = mask.astype(np.float32)
     if not np.all((values >= 0) & (values <= 1)):

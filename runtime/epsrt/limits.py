@@ -31,9 +31,9 @@ class Limits:
 
     bytes    of the host's memory for a request's arrays. They are counted as 4·C·H·W for the result of each sample, for
              each image that is given (init, x, known, mask; one for all is one), and for 7 images in each lane at once,
-             11 with a mask; 512 a sample and 512 a row of the plan; and where guidance is given one a sample, or only
-             some have labels, 176 for each row of each sample. A stream has all its samples in lanes. What the network
-             itself takes is not in it: `batch` and the engine bound that
+             11 with a mask; 512 a sample and 512 a row of the plan; conditions as they are given and in lanes; and
+             where guidance is given one a sample, or only some have labels, 176 for each row of each sample. A stream
+             has all its samples in lanes. What the network itself takes is not in it: `batch` and the engine bound that
     samples  n
     steps    rows of the plan: Heun has two a step. They are counted before strength leaves some out, and with those
              that resampling adds
@@ -119,10 +119,14 @@ def bytes_of(
     masked: bool = False,
     rows: int = 0,
     own: int = 0,
+    conditions: int = 0,
 ) -> int:
-    """What Limits counts as bytes. `given` images, `lanes` at once, `rows` of the plan, and `own` rows of samples."""
+    """What Limits counts as bytes. `given` images, `lanes` at once, `rows` of the plan, and `own` rows of samples.
+
+    `conditions` are bytes themselves.
+    """
     images = count + given + lanes * (LANE_IMAGES + MASKED_IMAGES * masked)
-    return images * 4 * math.prod(shape) + count * SAMPLE_BYTES + rows * ROW_BYTES + own * OWN_ROW_BYTES
+    return images * 4 * math.prod(shape) + count * SAMPLE_BYTES + rows * ROW_BYTES + own * OWN_ROW_BYTES + conditions
 
 
 def length(values: Sized) -> int:

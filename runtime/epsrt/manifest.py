@@ -25,6 +25,7 @@ FORMAT = 6
 READABLE = (4, 5, FORMAT)  # in format 4 step graphs have no dialects; before 6 a guided one holds the null label itself
 MANIFEST, GOLDEN, PARITY = "manifest.json", "golden.safetensors", "parity.json"
 SIGNATURE = "model.sig"  # who made it: no part of the bundle, and not in every one
+AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}  # of samples, by how many they have
 FEATURES_OF_ALL = ("learned variance", "thresholding")  # all graphs of a bundle have them, or none does
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -99,6 +100,15 @@ class Sizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """(multiple, largest) of each of `count` axes, height and width say; [] where they do not fit so many."""
         each = [(n,) * count if isinstance(n, int) else tuple(n) for n in (self.multiple, self.largest)]
         return list(zip(*each, strict=True)) if all(len(n) == count for n in each) else []
+
+    def words(self, count: int) -> str:
+        """What it says of `count` axes, for people."""
+        each, names = self.axes(count), AXES[count]
+        if len(set(each)) == 1:
+            are = "are multiples" if count > 1 else "is a multiple"
+            return f"{' and '.join(names)} {are} of {each[0][0]} up to {each[0][1]}"
+        one = ("is {1}" if m == most else "is a multiple of {0} up to {1}" for m, most in each)
+        return ", ".join(f"{name} {say.format(*of)}" for name, say, of in zip(names, one, each, strict=True))
 
     def fits(self, extents: tuple[int, ...]) -> bool:
         """Whether the graphs take samples of these extents."""

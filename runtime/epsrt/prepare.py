@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from epsrt import editing, noise, solvers
 from epsrt.bundle import Bundle
+from epsrt.conditioning import conditioned, lengths_of, nbytes_of
 from epsrt.engine import Sample
 from epsrt.errors import InputError, is_whole, whole
 from epsrt.guidance import columns_of, guided_apart, judged
@@ -58,14 +60,16 @@ def prepare(bundle: Bundle, request: Request, limits: Limits | None = None, at_o
         for name, value in (("init", begin.init), ("x", begin.x), ("known", kept.images))
     }
     editing.check_begin(plan, begin)
-    extent = next((a.shape[2:] for a in given.values() if a is not None and a.ndim == 4), None)
+    extent = next((a.shape[2:] for a in given.values() if a is not None and a.ndim == len(m.shape) + 1), None)
     shape = bundle.image_shape(extent if request.size is None and m.sizes is not None else request.size)
-    count = count_of(request, given)
+    count = count_of(request, given, bundle)
     seeded = request.seeds.seeds is not None
     limits.check_samples(count, seeded)
     masks = None if kept.mask is None else array_of("mask", kept.mask)
     images = [len(a) for a in given.values() if a is not None and a.ndim]
-    images += [] if masks is None else [len(masks) if masks.ndim == 4 else 1]
+    images += [] if masks is None else [len(masks) if masks.ndim == len(m.shape) + 1 else 1]
+    conditions = nbytes_of(request.conditions, request.null_conditions)
+    beside = sum(np.dtype(c.dtype).itemsize * math.prod(c.of(shape)) * (1 + c.guided) for c in m.takes)
 
     def check_bytes(rows: int) -> None:
         def need(n: int) -> int:
@@ -77,6 +81,7 @@ def prepare(bundle: Bundle, request: Request, limits: Limits | None = None, at_o
                 masked=masks is not None,
                 rows=rows,
                 own=rows * n if n > 1 and guided_apart(request, m.null_label) else 0,
+                conditions=conditions + beside * (n if at_once is None else min(n, at_once)),
             )
 
         limits.check_bytes(count, need, seeded)
@@ -103,7 +108,9 @@ def prepare(bundle: Bundle, request: Request, limits: Limits | None = None, at_o
     limits.check_rows(len(plan))
     check_bytes(len(plan))
     labels, targets = _classes(bundle, request, count)
-    own = columns_of(m, plan, rederived, request.guidance, request.labels is not None, labels, count)
+    told = conditioned(bundle, labels, request.conditions, request.null_conditions, count, shape)
+    asks = request.labels is not None or any(c.guided and c.name in told.given for c in m.takes)
+    own = columns_of(m, plan, rederived, request.guidance, asks, told)
     first = latents if init is None else init
     stream = noise.FORWARD if noised else noise.START
     samples = [
@@ -112,13 +119,15 @@ def prepare(bundle: Bundle, request: Request, limits: Limits | None = None, at_o
             index=i,
             start=plan.start,
             init=None if first is None else first[k],
-            label=labels[k],
             stream=stream,
             target=targets[k],
             known=None if known is None else known[k],
             mask=None if mask is None else mask[k],
+            conditions=given_to,
+            null_conditions=against,
         )
         for k, (s, i) in enumerate(seeds_of(request.seeds, count))
+        for given_to, against in [told.of(k)]
     ]
     wanted = {*plan.features, *(f for f, names in FEATURES.items() if set(names) & set(own))}
     wanted |= set() if mask is None else {"mask"}
@@ -133,7 +142,7 @@ def latents_of(bundle: Bundle, request: Request, limits: Limits) -> Float32:
     for name, value in (("init", request.begin.init), ("x", request.begin.x)):
         if value is not None:
             raise InputError(f"latents are noise, and {name} is where samples begin instead: leave {name} out")
-    count, shape = count_of(request, {}), bundle.image_shape(request.size)
+    count, shape = count_of(request, {}, bundle), bundle.image_shape(request.size)
     seeded = request.seeds.seeds is not None
     limits.check_samples(count, seeded)
     limits.check_bytes(count, lambda n: bytes_of(n, shape, rows=len(plan)), seeded)
@@ -177,7 +186,7 @@ def _rederived(bundle: Bundle, request: Request, limits: Limits) -> Plan | None:
     return plan_of(bundle, request, limits, rederive=True) if "rederive" in solvers.options_of(method) else None
 
 
-def count_of(request: Request, given: dict[str, NDArray[Any] | None]) -> int:
+def count_of(request: Request, given: dict[str, NDArray[Any] | None], bundle: Bundle) -> int:
     """How many samples: n, or what is given one a sample; `given` are images by name."""
     r = request
     each = {
@@ -190,6 +199,7 @@ def count_of(request: Request, given: dict[str, NDArray[Any] | None]) -> int:
     }
     lengths = {name: len(value) for name, value in each.items() if isinstance(value, list)}
     of_images = {f"{name} images": len(a) for name, a in given.items() if a is not None and a.ndim}
+    of_images |= lengths_of(r.conditions, r.null_conditions, bundle)
     n, several = r.n, [k for k in (lengths | of_images).values() if k != 1]
     if n is None:
         n = next(iter(several), 1)

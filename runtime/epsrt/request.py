@@ -27,10 +27,14 @@ class Arguments(Options, total=False):
     seed, first     sample i is (seed, first + i), the same in any batch and after any restart
     seeds           one seed a sample instead, each with index `first`
     labels          the class of each sample, or one for all; None alone is a conditional network's null label
+    conditions      what the network takes besides, by name: {"context": [n, 77, 768], …}, or one for all; float, whole
+                    numbers or bool as the bundle says. One that has a null may be left out
+    null_conditions   what guided ones are guided against, likewise: a negative, in place of the bundle's null. Of
+                    "label" classes
 
     guidance        weight w of classifier-free guidance, u + w·(c − u), one for all or one a sample: 1 is none, 0
-                    ignores the label; by default the bundle's (arXiv 2207.12598). A guided step is one engine call at
-                    twice the batch. Where samples are guided, here or by a classifier, ddim derives ε anew from the
+                    ignores what is guided; by default the bundle's (arXiv 2207.12598). A guided step is one engine call
+                    at twice the batch. Where samples are guided, here or by a classifier, ddim derives ε anew from the
                     clipped x0 (rederive) unless told otherwise
     guidance_rescale    φ in [0, 1], towards the deviation of c (arXiv 2305.08891, section 3.4)
     guidance_interval   (low, high): only timesteps low ≤ t ≤ high are guided (arXiv 2404.07724)
@@ -46,10 +50,12 @@ class Arguments(Options, total=False):
                     [H, W] or [n, 1, H, W]. Where it is 1 pixels come back exactly. The bundle was exported masked
     resample, jump  RePaint's resampling: each `jump` steps are run `resample` times (arXiv 2201.09865)
 
-    size            height and width, of a bundle with sizes; by default those of init, x or known, else the bundle's.
-                    Noise goes by an element's place in the flat [C, H, W]: another size is another picture, no crop
+    size            the extents, height and width say, of a bundle with sizes; by default those of init, x or known,
+                    else the bundle's. Noise goes by an element's place in the flat [C, …]: another size is another
+                    picture, no crop
 
-    Images are float [n, C, H, W] in the bundle's value range, or [1, C, H, W] for all.
+    Images are float [n, C, H, W] in the bundle's value range, or [1, C, H, W] for all; other samples likewise,
+    [n, C, L] or [n, C, D, H, W].
     """
 
     method: str | None
@@ -59,6 +65,8 @@ class Arguments(Options, total=False):
     seeds: Iterable[int] | None
     first: int
     labels: int | Iterable[int | None] | None
+    conditions: Mapping[str, ArrayLike] | None
+    null_conditions: Mapping[str, ArrayLike] | None
     guidance: float | Iterable[float] | None
     guidance_rescale: float | Iterable[float]
     guidance_interval: tuple[float, float] | None
@@ -151,6 +159,8 @@ class Request:
         )
         self.seeds = Seeds(**of(seed="seed", first="first", seeds="seeds"))
         self.labels: int | list[int | None] | None = given.get("labels")
+        self.conditions: Mapping[str, ArrayLike] | None = given.get("conditions")
+        self.null_conditions: Mapping[str, ArrayLike] | None = given.get("null_conditions")
         self.guidance = Guidance(
             **of(
                 weight="guidance",

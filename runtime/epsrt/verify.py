@@ -17,6 +17,7 @@ def verify(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
     """Measure an engine against PyTorch's recorded outputs. Never raises for a miss: see Rung.passed.
 
     network       relative L2 of the network's output on N(0, I), at each golden timestep
+    conditions    where it takes any, such as a label: what another value of one changes, which must not be nothing
     variance      where it is learned: relative L2 of noise that it has scaled, at the same timesteps
     threshold     with dynamic thresholding: relative L2 of images whose quantiles lie below, in and above its range
     sizes         where the bundle has other sizes: relative L2 of the network's output at each of two
@@ -63,26 +64,28 @@ def _verify(engine: Engine, golden: Golden, tell: OnProgress) -> list[Rung]:
 def _ladder(engine: Engine, golden: Golden, tell: OnProgress) -> Iterator[Check]:
     """The rungs of an engine's step graph, in order."""
     limit, has = limits(engine)[0], engine.graph.features
-    yield Check("network", partial(rungs.network, engine, golden.network), limit)
+    yield Check("network", partial(rungs.network, engine, golden), limit)
+    if engine.bundle.manifest.takes:
+        yield Check("conditions", partial(rungs.conditions, engine, golden), rungs.DIFFERS, at_least=True)
     if engine.bundle.manifest.variance is not None:
-        yield Check("variance", partial(rungs.variance, engine, golden.network), limit)
+        yield Check("variance", partial(rungs.variance, engine, golden), limit)
     if golden.threshold is not None:
         yield Check("threshold", partial(rungs.threshold, engine, golden.threshold, golden.network.t), limit)
     if golden.sizes:
-        yield Check("sizes", partial(rungs.sizes, engine, golden.sizes), limit)
+        yield Check("sizes", partial(rungs.sizes, engine, golden), limit)
     if golden.guidance is not None and "guidance" in has:
-        yield Check("guidance", partial(features.guidance, engine, golden.network, golden.guidance), limit)
+        yield Check("guidance", partial(features.guidance, engine, golden, golden.guidance), limit)
     if golden.classifier is not None and "classifier" in has:
-        measure = partial(features.classifier, engine, golden.network, golden.classifier)
+        measure = partial(features.classifier, engine, golden, golden.classifier)
         yield Check("classifier", measure, features.GRADIENT_LIMIT)
     if "mask" in has:
-        yield Check("mask", partial(features.mask, engine, golden.step), limit)
-    yield Check("step", partial(rungs.step, engine, golden.step), limit)
+        yield Check("mask", partial(features.mask, engine, golden), limit)
+    yield Check("step", partial(rungs.step, engine, golden), limit)
     for name, run in golden.trajectories.items():
         if engine.graph.stem == ("" if run.w is None else "guidance"):
-            measure = partial(rungs.trajectory, engine, run, partial(_tell_share, tell, name))
+            measure = partial(rungs.trajectory, engine, golden, run, partial(_tell_share, tell, name))
             yield Check(name, measure, rungs.psnr_limit(engine, run), "dB", at_least=True)
-    yield Check("batch", partial(rungs.batches, engine, golden.network), limit)
+    yield Check("batch", partial(rungs.batches, engine, golden), limit)
 
 
 def _tell_share(tell: OnProgress, name: str, done: int, total: int) -> None:

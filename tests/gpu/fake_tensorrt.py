@@ -38,6 +38,7 @@ class DataType(enum.Enum):
     FLOAT = 0
     HALF = 1
     INT64 = 5
+    BOOL = 6
 
 
 class NetworkDefinitionCreationFlag(enum.IntEnum):
@@ -178,7 +179,7 @@ class ILayer:
 
 
 def _tensors(values: Any) -> list[ITensor]:
-    kinds = {"tensor(float)": DataType.FLOAT, "tensor(int64)": DataType.INT64}
+    kinds = {"tensor(float)": DataType.FLOAT, "tensor(int64)": DataType.INT64, "tensor(bool)": DataType.BOOL}
     shapes = [tuple(d if isinstance(d, int) else -1 for d in v.shape) for v in values]
     return [ITensor(v.name, kinds[v.type], shape) for v, shape in zip(values, shapes, strict=True)]
 

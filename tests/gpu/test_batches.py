@@ -129,7 +129,7 @@ def test_few_stay_loaded_and_lanes_keep_theirs(on_stand_in, bundle_path) -> None
 def loaded(): return gc.collect() and None or len(trt.loaded)
 engine = opened()
 first = engine.lanes(1)
-first.write(0, Sample(seed=1, label=1))
+first.write(0, Sample(seed=1, conditions={"label": 1}))
 for batch in range(2, 9):
     engine.lanes(batch).close()
 assert loaded() == KEPT_FILES + 1  # the first lanes hold theirs

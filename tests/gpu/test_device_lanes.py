@@ -79,7 +79,7 @@ with Sampler(gpu) as sampler, Sampler(cpu) as plain:
 rows = rows_of(gpu, 2, "dpmpp-2m", 15)
 with gpu.lanes(2) as lanes, cpu.lanes(2) as plain:
     for each in (lanes, plain):
-        for i in range(2): each.write(i, Sample(seed=i, label=i))
+        for i in range(2): each.write(i, Sample(seed=i, conditions={"label": i}))
         for first in range(0, 15, 3): each.advance(rows[first : first + 3])
     close(state(lanes, 2), state(plain, 2))
 """,
@@ -152,7 +152,7 @@ def run(engine, spoil):
     with engine.lanes(2) as lanes:
         kept = init.copy()
         lanes.write(0, Sample(seed=5, start=(0.7, 0.3), init=kept))
-        lanes.write(1, Sample(seed=6, label=2))
+        lanes.write(1, Sample(seed=6, conditions={"label": 2}))
         if spoil:
             kept[...] = np.nan
         for _ in range(4):  # more often than there are staging buffers
@@ -179,7 +179,8 @@ def alone(engine, sample, rows):
         lanes.advance(rows[:, None])
         return lanes.read(0)
 idle = idle_row(gpu.columns)
-a, b, c = Sample(seed=1, index=3, label=1), Sample(seed=2, label=2), Sample(seed=1 << 63, index=9, label=3)
+one, two, three = ({"label": label} for label in (1, 2, 3))
+a, b, c = Sample(1, 3, conditions=one), Sample(2, conditions=two), Sample(1 << 63, 9, conditions=three)
 with gpu.lanes(3) as lanes:
     lanes.write(0, a)
     lanes.write(2, b)

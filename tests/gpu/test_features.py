@@ -33,7 +33,7 @@ def sample(i, masked=None, **more):
         more.update(known=known[i], mask=mask[i])
     if "classifier" in features:
         more.update(target=(3 * i + 1) % 10)
-    return Sample(seed=90 + i, index=7 * i, label=(2 * i + 1) % 11, **more)
+    return Sample(seed=90 + i, index=7 * i, conditions={"label": (2 * i + 1) % 11}, **more)
 
 def state(lanes, what="x"):
     return np.stack([lanes.read(i, what) for i in range(lanes.batch)])
@@ -87,7 +87,7 @@ assert len({lane.tobytes() for lane in want[0]}) == 5
 plain = rows_of(5, "ddim", 13)
 with gpu.lanes(5) as lanes:  # each lane alone would not be the same without its settings
     for i in range(5):
-        lanes.write(i, Sample(seed=90 + i, index=7 * i, label=(2 * i + 1) % 11))
+        lanes.write(i, Sample(seed=90 + i, index=7 * i, conditions={"label": (2 * i + 1) % 11}))
     lanes.advance(plain)
     changed = np.abs(state(lanes) - got[0]).max((1, 2, 3)) > 1e-3
 settings = [name for name in own if name in at]
@@ -116,10 +116,10 @@ with gpu.lanes(4) as lanes, gpu.lanes(4) as fresh:
     assert inside[1].sum() == 32 and (after[inside] == known[:4][inside]).all()
     assert (np.abs(after - known[:4])[~inside] > 1e-3).mean() > 0.9
     for i in range(4):
-        lanes.write(i, Sample(seed=i, label=1)), fresh.write(i, Sample(seed=i, label=1))
+        lanes.write(i, Sample(seed=i, conditions={"label": 1})), fresh.write(i, Sample(seed=i, conditions={"label": 1}))
         lanes.advance(rows_of(4, "ddpm", 5)[:i])  # not all begin at once
     for each in (lanes, fresh):
-        for i in range(4): each.write(i, Sample(seed=i, label=1))
+        for i in range(4): each.write(i, Sample(seed=i, conditions={"label": 1}))
         each.advance(rows_of(4, "ddpm", 15))
     assert (state(lanes) == state(fresh)).all()
 said = refused(lanes.write, 0, Sample(known=known[0]))
@@ -236,7 +236,7 @@ def test_another_graph_of_the_same_bundle(run: Run, engine: str) -> None:
         """
 def samples(engine):
     with engine.lanes(2) as lanes:
-        for i in range(2): lanes.write(i, Sample(seed=i, label=i))
+        for i in range(2): lanes.write(i, Sample(seed=i, conditions={"label": i}))
         rows = Sampler(engine).plan("ddpm", 12).rows(engine.columns)
         lanes.advance(np.repeat(rows[:, None], 2, axis=1))
         return state(lanes)

@@ -129,9 +129,9 @@ def test_begin_fills_lanes_and_leaves_the_others(on_stand_in) -> None:
         + BEGUN
         + """
 uploaded = begin({
-    2: Sample(11, 21, label=3, target=7),
-    0: Sample(12, 22, start=(0.5, 2.0), init=b, label=1, stream=noise.FORWARD),
-    3: Sample(13, 23, start=(1.0, 0.0), init=a, label=2, target=1 << 40),
+    2: Sample(11, 21, conditions={"label": 3}, target=7),
+    0: Sample(12, 22, start=(0.5, 2.0), init=b, conditions={"label": 1}, stream=noise.FORWARD),
+    3: Sample(13, 23, start=(1.0, 0.0), init=a, conditions={"label": 2}, target=1 << 40),
 }, labels, targets)
 assert uploaded == 2
 got = down(x.pointer, (lanes, size))

@@ -37,7 +37,7 @@ def images(engine, batch=2, method="ddim", seed=0):
 
 def sampled(lanes, rows, seed=0):
     for i in range(lanes.batch):
-        lanes.write(i, Sample(seed, i, label=i))
+        lanes.write(i, Sample(seed, i, conditions={"label": i}))
     lanes.advance(rows)
     return read(lanes)
 
@@ -197,7 +197,7 @@ def test_lanes_move_between_threads(run: Run, bundle_path: Path, captured: bool)
         + f"fake.knobs['captured'] = {captured}"
         + """
 lanes, rows = gpu.lanes(2), rows_of(gpu, 2, "ddpm")
-for i in range(2): lanes.write(i, Sample(1, i, label=i))
+for i in range(2): lanes.write(i, Sample(1, i, conditions={"label": i}))
 fake.runs.clear()
 fake.knobs["capture"] = 0.05
 idents = set()

@@ -76,7 +76,7 @@ def run(engine: Engine, rows: np.ndarray, plain: bool = False) -> np.ndarray:
         if plain:
             lanes.capturing = False
         for i in range(batch):
-            lanes.write(i, Sample(seed=9, index=i, label=i % 10))
+            lanes.write(i, Sample(seed=9, index=i, conditions={"label": i % 10}))
         lanes.advance(rows)
         return np.stack([lanes.read(i) for i in range(batch)])
 
@@ -119,7 +119,7 @@ def test_one_row_at_a_time_is_the_whole_plan(gpu: Engine) -> None:
     rows = rows_of(gpu, 2, "ddpm", 12)
     with gpu.lanes(2) as lanes:
         for i in range(2):
-            lanes.write(i, Sample(seed=9, index=i, label=i))
+            lanes.write(i, Sample(seed=9, index=i, conditions={"label": i}))
         for row in rows:
             lanes.advance(row[None])
         stepped = np.stack([lanes.read(i) for i in range(2)])
@@ -225,7 +225,7 @@ def edits(engine: Engine, method: str = "ddpm", steps: int = 50) -> np.ndarray:
         for masked in ((0, 1), (2, 3)):
             for i in range(4):
                 more = {"known": known[i], "mask": mask[i]} if "mask" in engine.graph.features and i in masked else {}
-                lanes.write(i, Sample(seed=6, index=i, label=i, target=9 - i, **more))
+                lanes.write(i, Sample(seed=6, index=i, conditions={"label": i}, target=9 - i, **more))
             lanes.advance(rows)
             seen += [lanes.read(i) for i in range(4)]
             if "mask" in engine.graph.features:

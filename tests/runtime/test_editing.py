@@ -111,7 +111,7 @@ class TestMasks:
             lanes.write(0, Sample(seed=1, known=digits[0], mask=np.ones((1, 8, 8), np.float32)))
             lanes.advance(rows)
             np.testing.assert_array_equal(lanes.read(0), digits[0])
-            lanes.write(0, Sample(seed=1, label=10))
+            lanes.write(0, Sample(seed=1, conditions={"label": 10}))
             lanes.advance(rows)
             np.testing.assert_allclose(lanes.read(0), sampler.sample(1, steps=3, seed=1)[0], rtol=0, atol=1e-5)
 

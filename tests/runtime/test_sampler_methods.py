@@ -55,7 +55,7 @@ def test_samples_of_different_methods_can_share_a_batch(sampler):
         rows[: len(plan), lane] = plan.rows(columns)
     with sampler.engine.lanes(2) as lanes:
         for lane, plan in enumerate(plans):
-            lanes.write(lane, Sample(seed=9, index=lane, start=plan.start, label=lane))
+            lanes.write(lane, Sample(seed=9, index=lane, start=plan.start, conditions={"label": lane}))
         lanes.advance(rows)
         together = [lanes.read(lane) for lane in range(2)]
     for lane, plan in enumerate(plans):

@@ -11,6 +11,7 @@ from typer import Option
 from epsrt.bundle import Bundle
 from epsrt.errors import InputError
 from epsrt.manifest import Sizes, StepGraph
+from epsrt.types import Shape
 from epsrt_command import show
 from epsrt_command.foreign import needs
 from epsrt_command.options import FEATURE_CHOICES, features_of
@@ -154,10 +155,10 @@ def _profile(text: str) -> tuple[int, int, int]:
     return least, likely, most
 
 
-def _sizes(shape: tuple[int, int, int], sizes: Sizes) -> str:
-    """The least, likely and largest height × width of the engine file's profiles."""
-    least, largest = sizes.multiple, sizes.largest
-    return f"{least}x{least}:{shape[1]}x{shape[2]}:{largest}x{largest}"
+def _sizes(shape: Shape, sizes: Sizes) -> str:
+    """The least, likely and largest extents of the engine file's profiles."""
+    least, largest = zip(*sizes.axes(len(shape) - 1), strict=True)
+    return ":".join("x".join(map(str, extents)) for extents in (least, shape[1:], largest))
 
 
 def _information(bundle: Bundle, name: str, graph: StepGraph, entry: Entry) -> str:

@@ -56,7 +56,7 @@ def inspect(path: PathArgument, as_json: show.JsonOption = False) -> None:
         what, f"{' × '.join(map(str, m.shape))} (C × H × W), values {m.value_range[0]:g} … {m.value_range[1]:g}"
     )
     if m.sizes is not None:
-        facts.add_row("sizes", f"height and width: multiples of {m.sizes.multiple} up to {m.sizes.largest}")
+        facts.add_row("sizes", m.sizes.words(len(m.shape) - 1))
     facts.add_row("classes", classes)
     variance = {None: "", "learned": ", and log σ²", "learned_range": ", and log σ² as a fraction from log β̃ to log β"}
     facts.add_row("predicts", f"{m.prediction}{variance[m.variance]}")

@@ -22,7 +22,11 @@ __all__ = ["ERRORS", "check_signature", "in_memory", "ort", "refuse_both_package
 
 ERRORS = errors_of(bindings)  # its own share no base class but Exception; see epsrt.raised.foreign
 
-DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}  # onnxruntime's words, and NumPy's
+DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}  # onnxruntime's words, and NumPy's
 
 
 def refuse_both_packages() -> None:

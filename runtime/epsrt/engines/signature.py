@@ -52,26 +52,27 @@ class Signature:
 
     @classmethod
     def of(cls, bundle: Bundle, graph: StepGraph, batch: int = FREE, shape: Shape | None = None) -> Signature:
-        """What the manifest implies for a graph, with free extents, or for a batch and a shape C, H, W.
+        """What the manifest implies for a graph, with free extents, or for a batch and a shape [C, …].
 
-        Without a shape, height and width are the bundle's where it has one size, else free.
+        Without a shape, the extents that other sizes change are free.
         """
         m = bundle.manifest
-        own = m.shape if m.sizes is None else (m.shape[0], FREE, FREE)
-        image = Tensor("float32", (batch, *(shape or own)))
-        label = Tensor("int64", (batch,))
+        axes = [] if m.sizes is None else m.sizes.axes(len(m.shape) - 1)
+        free = [FREE if n < most else n for n, most in axes] or m.shape[1:]
+        extents = shape or (m.shape[0], *free)
+        image = Tensor("float32", (batch, *extents))
         inputs = {"x": image, "m": image, "z": image, "rows": Tensor("float32", (batch, len(graph.columns)))}
-        if bundle.labelled:
-            inputs["label"] = label
+        inputs |= {c.name: Tensor(c.dtype, (batch, *c.of(extents))) for c in m.takes}
+        inputs |= {c.null_name: Tensor(c.dtype, (batch, *c.of(extents))) for c in m.nulls(graph.features)}
         if "classifier" in graph.features:
-            inputs["target"] = label
+            inputs["target"] = Tensor("int64", (batch,))
         if "mask" in graph.features:
             inputs |= dict.fromkeys(("known", "mask", "z2"), image)
         return cls(inputs, dict.fromkeys(OUTPUTS, image))
 
     @property
     def fixed(self) -> dict[str, Tensor]:
-        """The inputs that stay at one address: z, label, target, known, mask, z2, those that there are."""
+        """The inputs that stay at one address: z, conditions, target, known, mask, z2, those that there are."""
         return {name: tensor for name, tensor in self.inputs.items() if name not in MOVING}
 
     def check(self, found: Mapping[str, Tensor], where: object, way_out: str) -> None:

@@ -9,8 +9,8 @@ for the same extent throughout a record:
     K         the manifest's columns without a graph's own: epsrt.manifest.step_columns
     n, s      any number from 1: of states or images, and of steps
 
-What a network takes beyond the label is kept once: `condition.NAME` [k, *shape] has k values of a condition, `null.NAME`
-what it is guided against, and a record's `given` and `null_given` say which of them each state has.
+What a network takes beyond the label is kept once: `condition.NAME` [k, *shape] has k values of a condition,
+`null.NAME` what it is guided against, and a record's `given` and `null_given` say which of them each state has.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class Golden:
         c: Condition, kept: Arrays, labels: Int64 | None, given: Int64 | None, i: int, x: Float32
     ) -> NDArray[Any]:
         if c.name == LABEL and labels is not None:
-            return labels[i]
+            return np.asarray(labels[i])
         if c.name != LABEL and given is not None:
             return np.resize(kept[c.name][given[i]], c.of(x.shape[1:]))
         filled = c.filled(x.shape[1:])
@@ -208,12 +208,12 @@ class _Reader:
         columns = len(step_columns(self.manifest.variance))
         known = {"C": channels, "O": outputs, "K": columns, **numbers}
         found = {}
+        free = tuple(map(str, own if extents is None else extents))
         for name, (dtype, axes, optional) in _fields(kind).items():
             key = f"{prefix}.{name}"
             if key in self.arrays:
-                free = map(str, own if extents is None else extents)
-                axes = (*axes[:-1], *free) if axes[-1] == "…" else axes
-                found[name] = self._checked(key, dtype, axes, known)
+                whole = (*axes[:-1], *free) if axes[-1] == "…" else axes
+                found[name] = self._checked(key, dtype, whole, known)
             elif not optional:
                 raise self.lacks(key)
         return kind(**found)
@@ -272,7 +272,7 @@ class _Reader:
                 if which is None and kept and (guides if name == "null_given" else not isinstance(record, Guidance)):
                     raise self.lacks(f"{prefix}.{name}")
                 most = min((len(values) for values in kept.values()), default=0)
-                if which is not None and kept and not (0 <= which.min() and which.max() < most):
+                if which is not None and kept and not (which.min() >= 0 and which.max() < most):
                     raise BundleError(
                         f"{self.path}: the golden file's {prefix}.{name} is outside 0 … {most - 1}: export again"
                     )

@@ -13,7 +13,7 @@ from epsrt.engine import Engine, Sample
 from epsrt.errors import NotFiniteError
 from epsrt.manifest import Rung, step_columns
 from epsrt.plan import DEFAULTS, idle_row
-from epsrt.types import Float32, Int64
+from epsrt.types import Arrays, Float32, Int64
 
 # (largest relative L2 of a step, least PSNR of a trajectory in dB)
 LIMITS = {
@@ -77,7 +77,7 @@ def relative_l2(value: NDArray[Any], truth: NDArray[Any]) -> float:
 
 
 def worst_psnr(images: Float32, truth: Float32, value_range: tuple[float, float]) -> float:
-    """PSNR in dB of the worst of [n, C, H, W], peak = the width of the value range; at most PSNR_CEILING."""
+    """PSNR in dB of the worst of [n, C, …], peak = the width of the value range; at most PSNR_CEILING."""
     error = np.square(images.astype(np.float64) - truth).reshape(len(images), -1).mean(axis=1).max()
     return psnr(float(error), value_range)
 
@@ -88,23 +88,25 @@ def psnr(error: float, value_range: tuple[float, float]) -> float:
     return float(min(20 * np.log10(peak) - 10 * np.log10(max(error, 1e-300)), PSNR_CEILING))
 
 
-def network_outputs(engine: Engine, x: Float32, t: Float32, label: Int64, batch: int) -> Float32:
-    """The network's prediction for states x [n, C, H, W] at t [n], through the step graph: h = 1 gives x' = out."""
-    return one_step(engine, x, t, label, batch, h=1.0)
+def network_outputs(engine: Engine, x: Float32, t: Float32, given: Sequence[Arrays], batch: int) -> Float32:
+    """The network's prediction for states x [n, C, …] at t [n], through the step graph: h = 1 gives x' = out."""
+    return one_step(engine, x, t, given, batch, h=1.0)
 
 
 def one_step(
     engine: Engine,
     x: Float32,
     t: Float32,
-    label: Int64,
+    given: Sequence[Arrays],
     batch: int,
     target: Int64 | None = None,
+    against: Sequence[Arrays] | None = None,
     **columns: np.float32 | float | NDArray[Any],
 ) -> Float32:
-    """x' of states x [n, C, H, W] at t [n], by rows of these columns, each a number or [n], and zeros.
+    """x' of states x [n, C, …] at t [n], by rows of these columns, each a number or [n], and zeros.
 
-    z is the same in all; `target` [n] are the classifier's classes.
+    z is the same in all; `given` are each state's conditions by name, `against` what guided ones are guided against,
+    and `target` [n] the classifier's classes.
     """
     out = np.empty_like(x)
     at = {name: i for i, name in enumerate(engine.columns)}
@@ -114,12 +116,13 @@ def one_step(
     with engine.lanes(batch, x.shape[2:]) as lanes:
         for first in range(0, len(x), batch):
             part = range(first, min(first + batch, len(x)))
-            given = np.tile(idle_row(engine.columns), (1, batch, 1))
+            table = np.tile(idle_row(engine.columns), (1, batch, 1))
             for lane, i in enumerate(part):
-                chosen = 0 if target is None else int(target[i])
-                lanes.write(lane, Sample(start=(1.0, 0.0), init=x[i], label=int(label[i]), target=chosen))
-                given[0, lane] = rows[i]
-            lanes.advance(given)
+                chosen, null = 0 if target is None else int(target[i]), against[i] if against is not None else {}
+                sample = Sample(start=(1.0, 0.0), init=x[i], target=chosen, conditions=given[i], null_conditions=null)
+                lanes.write(lane, sample)
+                table[0, lane] = rows[i]
+            lanes.advance(table)
             for lane, i in enumerate(part):
                 out[i] = lanes.read(lane)
     return out

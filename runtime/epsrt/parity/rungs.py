@@ -9,7 +9,7 @@ import numpy as np
 from epsrt.engine import Engine, Sample
 from epsrt.errors import NotFiniteError
 from epsrt.manifest import Manifest
-from epsrt.parity.golden import Network, Step, Threshold, Trajectory
+from epsrt.parity.golden import Golden, Network, Step, Threshold, Trajectory
 from epsrt.parity.measure import (
     BATCH,
     ROOM,
@@ -26,26 +26,59 @@ from epsrt.parity.measure import (
     worst_psnr,
 )
 from epsrt.plan import STEP_COLUMNS
-from epsrt.types import Float32, OnStep
+from epsrt.types import Arrays, Float32, OnStep
 
 CHUNKS = 50  # of a trajectory, after each of which it tells how far it is
+FEW = 6  # of the states one in so many has its conditions changed
+DIFFERS = 1e-5  # relative L2: the least that another condition must change
 
 
-def network(engine: Engine, states: Network) -> Found:
+def given_of(engine: Engine, golden: Golden, record: Network | Step | Trajectory | None = None) -> list[Arrays]:
+    """What the network is given for each state of a record, of `golden.network` unless another is named."""
+    m, record = engine.bundle.manifest, golden.network if record is None else record
+    return [golden.given(m, record, i) for i in range(len(record.x))]
+
+
+def network(engine: Engine, golden: Golden) -> Found:
     """The network's output at each timestep."""
-    out = network_outputs(engine, states.x, states.t, states.label, min(engine.max_batch, BATCH))
+    states = golden.network
+    out = network_outputs(engine, states.x, states.t, given_of(engine, golden), min(engine.max_batch, BATCH))
     return by_timestep(engine, out, states.out[:, : states.x.shape[1]], states.t)
 
 
-def variance(engine: Engine, states: Network) -> Found:
+def conditions(engine: Engine, golden: Golden) -> Found:
+    """Relative L2 of what the network returns where a condition is another state's, of that which changes it least.
+
+    It is measured against the engine's own output, so that a condition that the graph has lost changes nothing at all.
+    """
+    states, given = golden.network, given_of(engine, golden)
+    some, found = range(0, len(given), FEW), dict[str, float]()
+    batch = min(engine.max_batch, len(some))
+
+    def outputs(given: list[Arrays]) -> Float32:
+        return network_outputs(engine, states.x[some], states.t[some], given, batch)
+
+    own = outputs([given[i] for i in some])
+    for c in engine.bundle.manifest.takes:
+        others = [[g[c.name] for g in given if not np.array_equal(g[c.name], given[i][c.name])] for i in some]
+        if not all(others):
+            return Found(None, f"all states have the same {c.name}")
+        changed = [{**given[i], c.name: other[0]} for i, other in zip(some, others, strict=True)]
+        found[c.name] = relative_l2(outputs(changed), own)
+    least = min(found, key=found.__getitem__)
+    return Found(found[least], f"another {least}")
+
+
+def variance(engine: Engine, golden: Golden) -> Found:
     """The output's second half v, as exp(r·v)·z with z the engine's own, which r = 0 shows.
 
     r = 1/max(1, max|v|), so that neither a log σ² of −20 nor a v of 1e-9 makes the figure blind or needlessly strict.
     """
+    states, given = golden.network, given_of(engine, golden)
     v, batch = states.out[:, states.x.shape[1] :], min(engine.max_batch, BATCH)
     r = np.float32(1 / max(1.0, float(np.abs(v).max())))
-    z = one_step(engine, states.x, states.t, states.label, batch, d=1.0)
-    scaled = one_step(engine, states.x, states.t, states.label, batch, d=1.0, r=r)
+    z = one_step(engine, states.x, states.t, given, batch, d=1.0)
+    scaled = one_step(engine, states.x, states.t, given, batch, d=1.0, r=r)
     return by_timestep(engine, scaled, np.exp(np.float64(r) * v) * z, states.t)
 
 
@@ -53,30 +86,32 @@ def threshold(engine: Engine, images: Threshold, told: Float32) -> Found:
     """x0 as the step graph bounds it, of images that p = 1 passes around the network. `told` are t that it knows."""
     n = len(images.x)
     t = np.repeat(told[:1], n)  # any will do, but a flow has no t = 0
-    x0 = one_step(engine, images.x, t, np.zeros(n, np.int64), min(engine.max_batch, n), p=1.0, b=1.0)
+    x0 = one_step(engine, images.x, t, [{}] * n, min(engine.max_batch, n), p=1.0, b=1.0)
     errors = [relative_l2(a, b) for a, b in zip(x0, images.x0, strict=True)]
     return worst(errors, [f"image {i}" for i in range(n)])
 
 
-def sizes(engine: Engine, recorded: dict[tuple[int, int], Network]) -> Found:
-    """The network at other heights and widths; each size's states together, for the smallest have few numbers."""
-    errors, places = [], [f"{height} × {width}" for height, width in recorded]
-    for states, place in zip(recorded.values(), places, strict=True):
+def sizes(engine: Engine, golden: Golden) -> Found:
+    """The network at other extents; each size's states together, for the smallest have few numbers."""
+    errors, places = [], [" × ".join(map(str, extents)) for extents in golden.sizes]
+    for states, place in zip(golden.sizes.values(), places, strict=True):
         try:
-            out = network_outputs(engine, states.x, states.t, states.label, min(engine.max_batch, len(states.x)))
+            given = given_of(engine, golden, states)
+            out = network_outputs(engine, states.x, states.t, given, min(engine.max_batch, len(states.x)))
         except NotFiniteError as error:
             raise NotFiniteError(f"{place}: {error}") from error
         errors.append(relative_l2(out, states.out[:, : states.x.shape[1]]))
     return worst(errors, places)
 
 
-def step(engine: Engine, states: Step) -> Found:
+def step(engine: Engine, golden: Golden) -> Found:
     """One DDPM step of each state. Teacher-forced: each state is PyTorch's, so that errors do not add up."""
+    states, given = golden.step, given_of(engine, golden, golden.step)
     rows, out = rows_for(engine, states.rows), np.empty_like(states.x_next)
     with engine.lanes(1) as lanes:
         for i, x in enumerate(states.x):
-            seed, index, label = (int(values[i]) for values in (states.seed, states.index, states.label))
-            lanes.write(0, Sample(seed, index, (1.0, 0.0), x, label))
+            seed, index = int(states.seed[i]), int(states.index[i])
+            lanes.write(0, Sample(seed, index, (1.0, 0.0), x, conditions=given[i]))
             lanes.advance(rows[i][None, None])
             out[i] = lanes.read(0)
     return by_timestep(engine, out, states.x_next, states.rows[:, STEP_COLUMNS.index("t")])
@@ -121,18 +156,20 @@ def value_range(manifest: Manifest, images: Float32) -> tuple[float, float]:
     return min(low, float(images.min())), max(high, float(images.max()))
 
 
-def trajectory(engine: Engine, run: Trajectory, on_step: OnStep) -> Found:
+def trajectory(engine: Engine, golden: Golden, run: Trajectory, on_step: OnStep) -> Found:
     """PSNR in dB of the worst image, free-running. `on_step` is told of the steps of all images together."""
-    images, truth = _ran(engine, run, on_step), run.x
+    images, truth = _ran(engine, golden, run, on_step), run.x
     peaks = value_range(engine.bundle.manifest, truth)
     each = [worst_psnr(images[i : i + 1], truth[i : i + 1], peaks) for i in range(len(truth))]
     i = int(np.argmin(each))
     return Found(each[i], f"image {i}, relative L2 {relative_l2(images, truth):.1e}")
 
 
-def _ran(engine: Engine, run: Trajectory, on_step: OnStep) -> Float32:
+def _ran(engine: Engine, golden: Golden, run: Trajectory, on_step: OnStep) -> Float32:
     """The images that an engine makes by the rows of a recorded trajectory."""
-    rows, n = rows_for(engine, run.rows), len(run.x)
+    rows, n, m = rows_for(engine, run.rows), len(run.x), engine.bundle.manifest
+    given = given_of(engine, golden, run)
+    against = [{} if run.w is None else golden.against(m, run, i) for i in range(n)]
     if run.w is not None:
         rows[:, engine.columns.index("w")] = run.w
     batch, chunk = min(engine.max_batch, n), max(1, len(rows) // CHUNKS)
@@ -142,8 +179,8 @@ def _ran(engine: Engine, run: Trajectory, on_step: OnStep) -> Float32:
         for first in range(0, n, batch):
             part = range(first, min(first + batch, n))
             for lane, i in enumerate(part):
-                seed, index, label = (int(values[i]) for values in (run.seed, run.index, run.label))
-                lanes.write(lane, Sample(seed, index, start, None if run.init is None else run.init[i], label))
+                seed, index, init = int(run.seed[i]), int(run.index[i]), None if run.init is None else run.init[i]
+                lanes.write(lane, Sample(seed, index, start, init, conditions=given[i], null_conditions=against[i]))
             for begin in range(0, len(rows), chunk):
                 some = rows[begin : begin + chunk, None]
                 lanes.advance(np.broadcast_to(some, (len(some), batch, rows.shape[1])))
@@ -153,12 +190,13 @@ def _ran(engine: Engine, run: Trajectory, on_step: OnStep) -> Float32:
     return images
 
 
-def batches(engine: Engine, states: Network) -> Found:
+def batches(engine: Engine, golden: Golden) -> Found:
     """Rung 6: the middle state, repeated in batches of 1, 2 and the largest."""
-    i = len(states.x) // 2
+    states, i = golden.network, len(golden.network.x) // 2
+    given = golden.given(engine.bundle.manifest, states, i)
     outs: dict[int, Float32] = {}
     for batch in sorted({1, min(2, engine.max_batch), engine.max_batch}):
         middle = np.repeat(i, batch)
-        outs[batch] = network_outputs(engine, states.x[middle], states.t[middle], states.label[middle], batch)
+        outs[batch] = network_outputs(engine, states.x[middle], states.t[middle], [given] * batch, batch)
     errors = [max(relative_l2(lane, outs[1][0]) for lane in out) for out in outs.values()]
     return worst(errors, [f"batches {', '.join(map(str, outs))}"] * len(outs))

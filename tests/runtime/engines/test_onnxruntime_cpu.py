@@ -200,7 +200,7 @@ class TestLanes:
 
     def test_reads_are_copies(self, engine, rows_of):
         with engine.lanes(1) as lanes:
-            lanes.write(0, Sample(seed=1, label=3))
+            lanes.write(0, Sample(seed=1, conditions={"label": 3}))
             before = lanes.read(0)
             kept = before.copy()
             before[:] = 7
@@ -208,7 +208,7 @@ class TestLanes:
             x, x0 = lanes.read(0), lanes.read(0, "x0")
             lanes.advance(rows_of["ddim"][2:, None])
             assert not np.array_equal(lanes.read(0), x)
-            lanes.write(0, Sample(seed=1, label=3))
+            lanes.write(0, Sample(seed=1, conditions={"label": 3}))
             np.testing.assert_array_equal(lanes.read(0), kept)
             assert np.abs(x0).max() <= 1
             assert x.dtype == x0.dtype == np.float32
@@ -234,9 +234,9 @@ class TestLanes:
 
     def test_rows_may_be_reused_and_cut_anywhere(self, engine, rows_of):
         rows = rows_of["ddpm"]
-        whole = alone(engine, Sample(seed=9, label=1), rows)
+        whole = alone(engine, Sample(seed=9, conditions={"label": 1}), rows)
         with engine.lanes(1) as lanes:
-            lanes.write(0, Sample(seed=9, label=1))
+            lanes.write(0, Sample(seed=9, conditions={"label": 1}))
             for i in range(len(rows)):
                 mine = rows[i : i + 1, None].copy()
                 lanes.advance(mine)
@@ -244,9 +244,9 @@ class TestLanes:
             np.testing.assert_array_equal(lanes.read(0), whole)
 
     def test_a_batch_larger_than_the_noise_block_draws_the_same(self, engine, rows_of, monkeypatch):
-        whole = alone(engine, Sample(seed=9, label=1), rows_of["ddpm"])
+        whole = alone(engine, Sample(seed=9, conditions={"label": 1}), rows_of["ddpm"])
         monkeypatch.setattr(host, "NOISE_BLOCK", 100)
-        np.testing.assert_array_equal(alone(engine, Sample(seed=9, label=1), rows_of["ddpm"]), whole)
+        np.testing.assert_array_equal(alone(engine, Sample(seed=9, conditions={"label": 1}), rows_of["ddpm"]), whole)
 
     def test_no_rows_change_nothing(self, engine):
         with engine.lanes(1) as lanes:
@@ -338,7 +338,7 @@ class TestLanes:
 
     def test_a_label_that_the_network_lacks_is_an_engine_error(self, engine, rows_of):
         with engine.lanes(1) as lanes:
-            lanes.write(0, Sample(label=99))
+            lanes.write(0, Sample(conditions={"label": 99}))
             with pytest.raises(EngineError, match="onnxruntime failed in a step of .*tiny.epsrt"):
                 lanes.advance(rows_of["ddim"][:, None])
 
@@ -348,19 +348,21 @@ class TestContinuousBatching:
         idle = np.tile(idle_row(engine.columns), (STEPS, 1))
         with engine.lanes(3) as lanes:
             for i in range(3):
-                lanes.write(i, Sample(seed=i, label=i))
+                lanes.write(i, Sample(seed=i, conditions={"label": i}))
             lanes.advance(together(rows_of["ddpm"][:5], rows_of["ddim"][:5], rows_of["ddim"][:5]))
             kept = lanes.read(1).copy()
             lanes.advance(together(rows_of["ddpm"][5:], idle[5:], rows_of["ddim"][5:]))
             np.testing.assert_array_equal(lanes.read(1).view(np.uint32), kept.view(np.uint32))
             lanes.advance(together(idle[5:], rows_of["ddim"][5:], idle[5:]))
             finished = lanes.read(1)
-        np.testing.assert_allclose(finished, alone(engine, Sample(seed=1, label=1), rows_of["ddim"]), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(
+            finished, alone(engine, Sample(seed=1, conditions={"label": 1}), rows_of["ddim"]), rtol=0, atol=1e-5
+        )
 
     def test_samples_do_not_depend_on_their_neighbours(self, engine, rows_of):
         """Bitwise in a batch of the same size; to FP32's rounding alone."""
         names = ["ddpm", "ddim", "noisy ddim", "ddpm"]
-        samples = [Sample(seed=10 + i, index=i, label=i) for i in range(4)]
+        samples = [Sample(seed=10 + i, index=i, conditions={"label": i}) for i in range(4)]
         with engine.lanes(4) as lanes:
             for i, sample in enumerate(samples):
                 lanes.write(i, sample)
@@ -371,7 +373,11 @@ class TestContinuousBatching:
                 np.testing.assert_allclose(in_batch, alone(engine, sample, rows_of[name]), rtol=0, atol=1e-5)
 
     def test_a_lane_refilled_while_its_neighbours_go_on(self, engine, rows_of):
-        first, late, other = Sample(seed=1, label=1), Sample(seed=2, index=7, label=2), Sample(seed=3, label=3)
+        first, late, other = (
+            Sample(seed=1, conditions={"label": 1}),
+            Sample(seed=2, index=7, conditions={"label": 2}),
+            Sample(seed=3, conditions={"label": 3}),
+        )
         ddpm, ddim, half = rows_of["ddpm"], rows_of["ddim"], STEPS // 2
         idle = np.tile(idle_row(engine.columns), (STEPS, 1))
         with engine.lanes(2) as lanes:

@@ -54,7 +54,7 @@ def engine(bundle_path):
 def drawn(engine, batch, rows, label=0):
     with engine.lanes(batch) as lanes:
         for i in range(batch):
-            lanes.write(i, Sample(seed=3, index=i, label=(label + i) % 10))
+            lanes.write(i, Sample(seed=3, index=i, conditions={"label": (label + i) % 10}))
         lanes.advance(np.repeat(rows[:, None], batch, axis=1))
         return np.stack([lanes.read(i) for i in range(batch)])
 
@@ -96,7 +96,7 @@ class TestSteps:
         with engine.lanes(2) as lanes:
             lanes.write(0, Sample(seed=9))
             lanes.advance(np.stack([rows, idle], axis=1)[:3])
-            lanes.write(1, Sample(seed=3, label=0))
+            lanes.write(1, Sample(seed=3, conditions={"label": 0}))
             lanes.advance(np.stack([idle, rows], axis=1))
             np.testing.assert_allclose(lanes.read(1), whole[0], atol=1e-6)
 

@@ -28,7 +28,7 @@ class HostLanes(Closing):
     """
 
     def __init__(self, engine: Engine, batch: int, image: Shape, bind: Bind):
-        self.batch, self.shape, self._graph = batch, image, engine.graph
+        self.batch, self.shape, self._graph, self._manifest = batch, image, engine.graph, engine.bundle.manifest
         self._columns = {name: i for i, name in enumerate(engine.columns)}
         shape = (batch, *image)
         self._x = [np.zeros(shape, np.float32) for _ in range(2)]
@@ -56,7 +56,7 @@ class HostLanes(Closing):
     def write(self, index: int, sample: Sample) -> None:
         check_lane(index, self.batch)
         x, (signal, scale) = self._x[self._now][index], sample.start
-        check_sample(sample, x.shape, self._graph)
+        check_sample(sample, x.shape, self._graph, self._manifest)
         x.fill(0)
         if scale:
             x += np.float32(scale) * noise.normals(sample.seed, sample.index, sample.stream, 0, x.size).reshape(x.shape)
@@ -64,7 +64,9 @@ class HostLanes(Closing):
             x += np.float32(signal) * sample.init
         self._m[self._now][index] = 0
         self._x0[index] = 0
-        for name in ("label", "target", "known", "mask"):
+        for name, value in sample.inputs(self._manifest, self._graph, self.shape).items():
+            self._fixed[name][index] = value
+        for name in ("target", "known", "mask"):
             if name in self._fixed:
                 given = getattr(sample, name)
                 self._fixed[name][index] = 0 if given is None else given
@@ -111,7 +113,7 @@ class HostLanes(Closing):
         return np.array([sample.mask is not None for sample in self._samples])
 
     def _draw(self, rows: Float32, stream: int, column: str, lanes: NDArray[np.bool_] | bool = True) -> Float32 | None:
-        """Noise [steps, batch, C, H, W] for rows [steps, batch, columns], where a column is not 0, in some lanes.
+        """Noise [steps, batch, C, …] for rows [steps, batch, columns], where a column is not 0, in some lanes.
 
         None where that is nowhere.
         """

@@ -32,10 +32,10 @@ from epsrt.forks import living
 from epsrt.machine import physical_cores
 from epsrt.manifest import StepGraph
 from epsrt.raised import foreign, passed_over
-from epsrt.types import Arrays, OnProgress, Size, UInt8
+from epsrt.types import Arrays, OnProgress, Shape, Size, UInt8
 
 LARGE = 4096  # elements of a weight that is worth to be halved
-DTYPES = {"f32": "float32", "i64": "int64"}  # OpenVINO's words, and NumPy's
+DTYPES = {"f32": "float32", "i64": "int64", "boolean": "bool"}  # OpenVINO's words, and NumPy's
 KEEPING = 60.0  # seconds that another process is given to keep a model
 KEPT_MODELS = 4  # of an engine: for each batch and size that it met last, each with weights of its own
 
@@ -121,11 +121,11 @@ class OpenVino(Closing):
         proof = self.proof()
         return Kept(entry, (replace(proof, key=msgspec.structs.replace(proof.key, precision="bf16")),))
 
-    def _key(self, batch: int, image: tuple[int, int, int], parts: int) -> Key:
-        options: Options = {"parts": parts, "threads": self.threads, "size": "{}x{}".format(*image[1:])}
+    def _key(self, batch: int, image: Shape, parts: int) -> Key:
+        options: Options = {"parts": parts, "threads": self.threads, "size": "x".join(map(str, image[1:]))}
         return self._kept.key(((batch, batch, batch),), options)
 
-    def _model(self, batch: int, image: tuple[int, int, int], parts: int) -> Compiled:
+    def _model(self, batch: int, image: Shape, parts: int) -> Compiled:
         """The model for `parts` requests at once, each of `batch` images, on all threads together."""
         key = (batch, *image, parts)
         config = {
@@ -148,7 +148,7 @@ class OpenVino(Closing):
                 self._models.popitem(last=False)
             return self._models[key]
 
-    def _compile(self, batch: int, image: tuple[int, int, int], config: dict[str, Any]) -> Any:
+    def _compile(self, batch: int, image: Shape, config: dict[str, Any]) -> Any:
         weights = self.bundle.contents.read(self.graph.weights)
         model = self._read(weights)
         self._check_signature(model)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from epsrt.condition import LABEL
 from epsrt.engine import Sample
 from epsrt.engines.signature import Signature
 from epsrt.types import Float32, Shape
@@ -42,7 +43,7 @@ class Buffers:
     """
 
     width: int
-    shape: Shape  # C, H, W
+    shape: Shape
     signature: Signature
     x: tuple[int, int]
     m: tuple[int, int]
@@ -76,5 +77,6 @@ def pack(samples: Mapping[int, Sample]) -> tuple[NDArray[Any], list[Float32]]:
     for i, (lane, s) in enumerate(samples.items()):
         init = placed(s.init if s.start[0] != 0 else None)
         known = placed(s.known, s.mask)
-        begins[i] = (s.seed, s.label, s.target, s.index, s.stream, lane, *s.start, init, known, 0)
+        label = int(np.asarray(s.conditions.get(LABEL, 0)))
+        begins[i] = (s.seed, label, s.target, s.index, s.stream, lane, *s.start, init, known, 0)
     return begins, images

@@ -17,6 +17,7 @@ import numpy as np
 
 from epsrt import noise
 from epsrt.bundle import Bundle
+from epsrt.condition import LABEL
 from epsrt.engine import Closing, Sample, check_lane, check_rows, check_sample, check_whole, not_finite
 from epsrt.engines.gpu import cuda
 from epsrt.engines.gpu.buffers import Buffers, pack
@@ -58,7 +59,7 @@ class DeviceLanes(Closing):
         make: MakeRunner,
         chunk: int = CHUNK,
     ):
-        self.batch, self.shape, self.graph = batch, shape, graph
+        self.batch, self.shape, self.graph, self._manifest = batch, shape, graph, bundle.manifest
         self.capturing = True  # until a capture fails
         self._whole = True  # False while steps are given to the stream, and for good where that failed
         self._device, self._columns, self._width, self._chunk = device, graph.columns, width, chunk
@@ -120,9 +121,11 @@ class DeviceLanes(Closing):
 
     def write(self, index: int, sample: Sample) -> None:
         check_lane(index, self.batch)
-        check_sample(sample, self.shape, self.graph)
+        check_sample(sample, self.shape, self.graph, self._manifest)
         given = ((name, getattr(sample, name)) for name in ("init", "known", "mask"))
         kept: dict[str, Any] = {name: np.array(image, np.float32) for name, image in given if image is not None}
+        for name in ("conditions", "null_conditions"):
+            kept[name] = {condition: np.array(value) for condition, value in getattr(sample, name).items()}
         self._pending[index] = replace(sample, **kept)  # the caller's may change
         self._masked[index] = sample.mask is not None
         self._samples[index] = sample
@@ -214,7 +217,23 @@ class DeviceLanes(Closing):
         own = s.x[0], s.m[0], s.x0, self._seeds, self._indices, self._broken
         addresses = (*own, *s.optional("label", "target", "known", "mask"), at, at + begins.nbytes)
         self._stream.launch("begin", len(begins), self._size, *map(_pointer, addresses), _i32(self._size))
+        self._place_conditions()
         self._pending = {}
+
+    def _place_conditions(self) -> None:
+        """Copy what a sample has besides its label into its lane; the label is part of what the kernel is given."""
+        lanes, s = sorted(self._pending), self._state
+        given = [self._pending[lane].inputs(self._manifest, self.graph, self.shape) for lane in lanes]
+        inputs = [name for name in given[0] if name != LABEL]
+        if not inputs:
+            return
+        values = [np.array([one[name] for one in given], s.signature.inputs[name].dtype) for name in inputs]
+        at = self._table.upload(*values)
+        for name, stacked in zip(inputs, values, strict=True):
+            for run in np.split(lanes, np.flatnonzero(np.diff(lanes) != 1) + 1):  # of lanes beside each other
+                size = len(run) * stacked[0].nbytes
+                self._stream.copy(s.fixed[name] + int(run[0]) * stacked[0].nbytes, at, size)
+                at += size
 
     def _table_of(self, rows: Float32) -> Float32:
         """Rows for the device, float32 [steps, row_bytes / 4]: a step has its rows [width, columns], then numbers."""

@@ -26,10 +26,9 @@ from epsrt.engines.gpu import cuda
 from epsrt.engines.gpu.buffers import Buffers
 from epsrt.engines.ort_library import ERRORS, check_signature, in_memory, ort
 from epsrt.errors import EngineError, OutOfMemoryError, one_line
-from epsrt.manifest import StepGraph
+from epsrt.manifest import AXES, StepGraph
 from epsrt.raised import foreign
 
-FREE = ("batch", "height", "width")  # what the export calls the free dimensions
 MEMORY = re.compile("failed to allocate|out of memory|alloc_failed", re.I)  # how onnxruntime says that it lacks some
 
 Providers = list[tuple[str, dict[str, str]]]  # names and their options, the first one first
@@ -61,7 +60,7 @@ class Session:
         self.capturable = True
         self._device, self._buffers, self._stream = device, buffers, stream
         self._bundle, self._graph, self._path = bundle, graph, bundle.path / graph.file
-        self._sized = bundle.manifest.sizes is not None  # height and width are free in the graph
+        self._sized = bundle.manifest.sizes is not None  # extents are free in the graph
         self._providers, self._needs, self._records = providers, needs, records
         self._session: Any = None
         self._bindings: dict[tuple[int, int], Any] = {}  # by now and the address of the rows
@@ -125,7 +124,8 @@ class Session:
         options.log_severity_level = 3
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         width, shape = self._buffers.width, self._buffers.shape
-        for name, extent in zip(FREE, (width, *shape[1:]) if self._sized else (width,), strict=False):
+        free = zip(AXES[len(shape) - 1], shape[1:], strict=True) if self._sized else ()
+        for name, extent in (("batch", width), *free):
             options.add_free_dimension_override_by_name(name, extent)
         with self._providers() as providers, self._device.setup:  # in this order: the first may wait for a process
             for _, given in providers:

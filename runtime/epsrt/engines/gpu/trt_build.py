@@ -13,6 +13,7 @@ from typing import Any, Literal
 from epsrt.bundle import Bundle
 from epsrt.engines.cache.key import Profile, Profiles, profile_words
 from epsrt.engines.gpu.trt_library import Library
+from epsrt.engines.signature import FREE
 from epsrt.errors import EngineError, OutOfMemoryError
 from epsrt.manifest import StepGraph
 from epsrt.types import OnProgress
@@ -153,12 +154,12 @@ def _add_profile(library: Library, builder: Any, config: Any, network: Any, bund
 
 
 def _extents(bundle: Bundle, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """The least, likely and largest extents of an input beside its batch. Only height and width are free in it."""
+    """The least, likely and largest extents of an input beside its batch. Only an image's own are free in it."""
     m = bundle.manifest
-    if m.sizes is None or len(shape) != len(m.shape):
+    if m.sizes is None or FREE not in shape:
         return shape, shape, shape
-    channels, least, most = shape[0], m.sizes.multiple, m.sizes.largest
-    return (channels, least, least), m.shape, (channels, most, most)
+    least, most = zip(*m.sizes.axes(len(m.shape) - 1), strict=True)
+    return (shape[0], *least), (shape[0], *m.shape[1:]), (shape[0], *most)
 
 
 def describe(library: Library, bundle: Bundle, graph: StepGraph) -> list[dict[str, Any]]:

@@ -122,7 +122,7 @@ class LoadedEngineFile:
 
     def _check_signature(self, command: str) -> None:
         trt, engine = self.library.module, self.engine
-        words = {trt.DataType.FLOAT: "float32", trt.DataType.INT64: "int64"}
+        words = {trt.DataType.FLOAT: "float32", trt.DataType.INT64: "int64", trt.DataType.BOOL: "bool"}
         found = {}
         for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors)):
             dtype, extents = engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name))
