@@ -130,7 +130,7 @@ class NumpyEngine(Closing):
         scaled, t = k["in_scale"] * x, given["rows"][:, self.columns.index("t")]
         out = network(scaled, t, label)
         if "w" in k:
-            c, u = out, network(scaled, t, np.full_like(label, self.bundle.manifest.null_label))
+            c, u = out, network(scaled, t, given["label_null"])
             out = u + k["w"] * (c - u)
             over = (1, 2, 3)
             ratio = c.std(over, keepdims=True) / np.maximum(out.std(over, keepdims=True), 1e-12)

@@ -69,7 +69,7 @@ def prepare(bundle: Bundle, request: Request, limits: Limits | None = None, at_o
     images = [len(a) for a in given.values() if a is not None and a.ndim]
     images += [] if masks is None else [len(masks) if masks.ndim == len(m.shape) + 1 else 1]
     conditions = nbytes_of(request.conditions, request.null_conditions)
-    beside = sum(np.dtype(c.dtype).itemsize * math.prod(c.of(shape)) * (1 + c.guided) for c in m.takes)
+    beside = sum(np.dtype(c.dtype).itemsize * math.prod(c.of(shape)) * (1 + c.guided) for c in m.conditions or ())
 
     def check_bytes(rows: int) -> None:
         def need(n: int) -> int:

@@ -33,7 +33,7 @@ def test_opens_by_str_and_path(bundle_path):
     assert opened == Bundle.open(bundle_path)
     assert opened.path == bundle_path
     m = opened.manifest
-    assert (m.format, m.shape, m.classes, m.null_label, m.max_batch) == (FORMAT, (1, 8, 8), 10, 10, 8)
+    assert (m.format, m.shape, m.classes, m.null_label, m.max_batch) == (5, (1, 8, 8), 10, 10, 8)
     assert m.digest == digest(m)
     assert m.class_names[3] == "three"
     assert {g.precision for g in m.graphs} == {"fp32", "fp16"}
@@ -210,11 +210,12 @@ def rename(old, new):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (change(format=6), "has format 6, written by epsrt .*, and this one reads formats 4 to 5: update epsrt"),
+        (change(format=7), "has format 7, written by epsrt .*, and this one reads formats 4 to 6: update epsrt"),
         (change(format=3), "has format 3, written by epsrt .*: export the network again, or open the bundle with"),
         (change(format="1"), "is not a manifest .*format"),
         (change(max_batch="8"), r"is not a manifest \(Expected `int`, got `str` - at `\$.max_batch`"),
-        (change(shape=[1, 8]), "is not a manifest .*shape"),
+        (change(shape=[1]), r"shape \[1\] is not C and one to three extents"),
+        (change(shape=[1] * 5), r"shape \[1, 1, 1, 1, 1\] is not C and one to three extents"),
         (change(shape=[1, 8, 8.5]), "is not a manifest .*shape"),
         (change(graphs=None), "is not a manifest .*graphs"),
         (change(prediction="noise"), "is not a manifest .*'noise'.*prediction"),
@@ -226,7 +227,7 @@ def rename(old, new):
         (lambda m: m["schedule"].update(T=0), "is not a manifest .*T = 0"),
         (lambda m: m["schedule"].update(kind="exponential"), "is not a manifest .*exponential"),
         (lambda m: m["schedule"].update(beta_end=1.5), r"is not a manifest .*beta\["),
-        (change(shape=[0, 8, 8]), r"shape \[0, 8, 8\] is not C, H, W"),
+        (change(shape=[0, 8, 8]), r"shape \[0, 8, 8\] is not C and one to three extents"),
         (change(shape=[1, -8, 8]), r"shape \[1, -8, 8\] is not"),
         (change(max_batch=0), "max_batch = 0 is outside"),
         (change(value_range=[1.0, -1.0]), r"value_range \[1.0, -1.0\] does not ascend"),
@@ -249,7 +250,7 @@ def rename(old, new):
         (graph(features=["mask"]), "takes other columns than its features: t, .*, n"),
         (graph(features=["swirls"]), "step-fp32.onnx has features that are no step's: swirls"),
         (graph(features=["mask", "mask"]), "has features that are no step's: mask, mask"),
-        (graph(features=["guidance"]), "step-fp32.onnx guides without a null label"),
+        (graph(features=["guidance"]), "step-fp32.onnx guides, and nothing says against what"),
         (graph(features=["classifier"]), "step-fp32.onnx lacks its classifier"),
         (change(classifier={"classes": 2}), "is not a manifest .*missing required field"),
         (change(classifier=JUDGE | {"classes": 1}), "classifier.classes = 1 is below 2"),
@@ -339,7 +340,7 @@ def test_any_field_of_any_value_is_opened_or_refused(bundle, small_bundle_path):
         (
             "fp32",
             ("guidance",),
-            r"small.epsrt has no null label, .*: export a network .*\(null_label=\), or guide it by a",
+            r"small.epsrt has no null label, .*: export a network .*\(null_label=, or a condition with guided=True\), or guide it by a",
         ),
         ("fp32", ("mask",), r"small.epsrt has no step graph with mask: export it again with --masked \(masked=True\)"),
         ("fp32", ("classifier", "mask"), "classifier and mask: export it again with --masked .* and --classifier"),

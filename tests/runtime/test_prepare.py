@@ -30,6 +30,10 @@ def work(*args, on=None, **asked):
     return prepare(on or bundle(), Request(*args, **asked))
 
 
+def labels_of(made):
+    return [sample.conditions["label"] for sample in made.samples]
+
+
 def ddim(seed, index, label, steps=STEPS, w=1.0, s=0.0, target=0, rederive=True, inside=lambda t: True):
     """One sample by DDIM's equation 12 in float64, guided."""
     schedule, plan = bundle().manifest.schedule, make("ddim", bundle().manifest.schedule, steps=steps)
@@ -181,11 +185,11 @@ class TestGuidance:
 
     def test_targets(self):
         made = work(labels=[1, 2], steps=STEPS, classifier=2.0)
-        assert [s.target for s in made.samples] == [s.label for s in made.samples] == [1, 2]
+        assert [s.target for s in made.samples] == labels_of(made) == [1, 2]
         alone = work(steps=STEPS, classifier=2.0, targets=[0, 2])
-        assert [(s.label, s.target) for s in alone.samples] == [(NULL, 0), (NULL, 2)]
+        assert [(label, s.target) for label, s in zip(labels_of(alone), alone.samples)] == [(NULL, 0), (NULL, 2)]
         one = work(3, steps=STEPS, classifier=[2.0, 0.0, 1.0], targets=2, labels=3)
-        assert [(s.label, s.target) for s in one.samples] == [(3, 2)] * 3
+        assert [(label, s.target) for label, s in zip(labels_of(one), one.samples)] == [(3, 2)] * 3
         with pytest.raises(InputError, match="targets are what the classifier guides to: give its weight"):
             work(steps=STEPS, labels=1, targets=2)
         with pytest.raises(InputError, match="a classifier guides to a class: give targets, or labels"):
@@ -198,7 +202,7 @@ class TestGuidance:
     def test_labels_of_an_unconditional_network_are_the_classifiers(self):
         on = bundle(classes=0, null_label=None, features=("classifier", "mask"))
         made = work(on=on, labels=[1, 2], classifier=2.0, steps=STEPS)
-        assert [(s.label, s.target) for s in made.samples] == [(0, 1), (0, 2)]
+        assert [(dict(s.conditions), s.target) for s in made.samples] == [({}, 1), ({}, 2)]
 
 
 class TestCount:

@@ -194,7 +194,8 @@ class TestTypedArguments:
 
         def fields(request):
             parts = (request.choice, request.seeds, request.guidance, request.begin, request.known)
-            return [*(vars(part) for part in parts), request.labels, request.size]
+            others = request.labels, request.size, request.conditions, request.null_conditions
+            return [*(vars(part) for part in parts), *others]
 
         assert set(Arguments.__annotations__) - set(Options.__annotations__) == OWN
         for name in OWN:

@@ -250,5 +250,5 @@ class TestOtherProcesses:
 
     def test_samples_and_work_too(self):
         work = pickle.loads(pickle.dumps(prepare(bundle(), Request(2, labels=[1, 2], guidance=[2.0, 3.0], **ASKED))))
-        assert [s.label for s in work.samples] == [1, 2]
+        assert [s.conditions["label"] for s in work.samples] == [1, 2]
         assert pickle.loads(pickle.dumps(Sample(seed=3))) == Sample(seed=3)

@@ -261,27 +261,28 @@ class TestGraphs:
 
 
 class TestChecks:
-    def test_a_sample_is_noise_without_label_unless_told(self):
+    def test_a_sample_is_noise_without_conditions_unless_told(self):
         fresh = Sample()
-        assert (fresh.seed, fresh.index, fresh.label, fresh.target, fresh.stream) == (0, 0, 0, 0, noise.START)
+        assert (fresh.seed, fresh.index, fresh.target, fresh.stream) == (0, 0, 0, noise.START)
+        assert fresh.conditions == fresh.null_conditions == {}
         assert fresh.start == (0.0, 1.0)
         assert fresh.init is fresh.known is fresh.mask is None
 
     def test_a_mask_is_for_a_graph_that_has_one(self, engine):
         image = np.zeros((1, 2, 4), np.float32)
         plain, masked = engine.graph, engine.bundle.graph("fp32", ("mask",))
-        check_sample(Sample(known=image, mask=image), image.shape, masked)
-        check_sample(Sample(init=image), image.shape, plain)
-        check_sample(Sample(), image.shape, masked)
+        check_sample(Sample(known=image, mask=image), image.shape, masked, engine.bundle.manifest)
+        check_sample(Sample(init=image), image.shape, plain, engine.bundle.manifest)
+        check_sample(Sample(), image.shape, masked, engine.bundle.manifest)
         with pytest.raises(EpsrtError, match=r"step-fp32.onnx takes no mask: open the engine with features=\['mask'\]"):
-            check_sample(Sample(known=image, mask=image), image.shape, plain)
+            check_sample(Sample(known=image, mask=image), image.shape, plain, engine.bundle.manifest)
         for one in ({"known": image}, {"mask": image}):
             with pytest.raises(EpsrtError, match="known and mask go together: give both, or neither"):
-                check_sample(Sample(**one), image.shape, masked)
+                check_sample(Sample(**one), image.shape, masked, engine.bundle.manifest)
         for name in ("init", "known", "mask"):
             given = {"known": image, "mask": image, name: image[:, :1]}
             with pytest.raises(EpsrtError, match=rf"{name} has shape \[1, 1, 4\], the network wants \[1, 2, 4\]"):
-                check_sample(Sample(**given), image.shape, masked)
+                check_sample(Sample(**given), image.shape, masked, engine.bundle.manifest)
 
     def test_threads_are_at_most_the_cores(self, monkeypatch):
         for cores, most in ((4, 4), (None, 1)):
