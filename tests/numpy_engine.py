@@ -23,7 +23,7 @@ NULL = 4
 
 def network(x, t, label):
     """ε of x [B, C, H, W] at t [B] for labels [B]; smooth, of order 1, and another for each label."""
-    t, label = (np.asarray(v, np.float64).reshape(-1, 1, 1, 1) for v in (t, label))
+    t, label = (np.asarray(v, np.float64).reshape(-1, *[1] * (x.ndim - 1)) for v in (t, label))
     return 0.7 * x + 0.3 * np.tanh(np.roll(x, 1, -1) + t / 50 + label - 2) + 0.05 * label
 
 
@@ -120,19 +120,27 @@ class NumpyEngine(Closing):
     def close(self):
         self.closed += 1
 
+    def predicted(self, x, t, given):
+        """`network` of the label, and a tenth of the mean of every other condition."""
+        out = network(x, t, given.get("label", np.zeros(len(x))))
+        for c in self.bundle.manifest.conditions or ():
+            out = out + 0.1 * given[c.name].reshape(len(x), -1).mean(1).reshape(-1, *[1] * (x.ndim - 1))
+        return out
+
     def step(self, given, made):
         """epsrt.plan's formulas, in float64."""
-        k = {name: given["rows"][:, i].reshape(-1, 1, 1, 1).astype(np.float64) for i, name in enumerate(self.columns)}
+        one = (-1, *[1] * (given["x"].ndim - 1))
+        k = {name: given["rows"][:, i].reshape(one).astype(np.float64) for i, name in enumerate(self.columns)}
         if self.fails_at is not None and np.any(k["t"] == self.fails_at):
             raise RuntimeError("the step failed")
         x, m = given["x"].astype(np.float64), given["m"].astype(np.float64)
-        label = given.get("label", np.zeros(len(x)))
         scaled, t = k["in_scale"] * x, given["rows"][:, self.columns.index("t")]
-        out = network(scaled, t, label)
+        out = self.predicted(scaled, t, given)
         if "w" in k:
-            c, u = out, network(scaled, t, given["label_null"])
+            nulls = {name.removesuffix("_null"): a for name, a in given.items() if name.endswith("_null")}
+            c, u = out, self.predicted(scaled, t, {**given, **nulls})
             out = u + k["w"] * (c - u)
-            over = (1, 2, 3)
+            over = tuple(range(1, c.ndim))
             ratio = c.std(over, keepdims=True) / np.maximum(out.std(over, keepdims=True), 1e-12)
             out = out * (1 + k["phi"] * (ratio - 1))
         if "s" in k:

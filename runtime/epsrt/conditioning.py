@@ -79,7 +79,7 @@ def conditioned(
     Raises InputError for conditions that are missing, surplus, of another shape or dtype, or that hold NaN, and for a
     null of one that is not guided.
     """
-    m, given, negatives = bundle.manifest, _named("conditions", given), _named("null_conditions", negatives)
+    m, given, negatives = bundle.manifest, given or {}, negatives or {}
     known = {c.name: c for c in m.takes}
     for kind, named in (("conditions", given), ("null_conditions", negatives)):
         for name in named:
@@ -152,9 +152,3 @@ def _all(one: NDArray[Any] | None, count: int) -> NDArray[Any]:
 
 def _want(c: Condition, count: int, shape: Shape) -> str:
     return f"{KINDS[c.dtype][1]} [{', '.join(map(str, (count, *c.of(shape))))}]"
-
-
-def _named(name: str, given: Mapping[str, ArrayLike] | None) -> Mapping[str, Any]:
-    if given is not None and not isinstance(given, Mapping):
-        raise InputError(f"{name} is a {type(given).__name__}, not a dict of arrays by the conditions' names")
-    return given or {}

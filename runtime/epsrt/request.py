@@ -139,7 +139,8 @@ class Request:
     n may be left out where something else says how many. `asked` are the Arguments as they were given; choice, seeds,
     guidance, begin and known hold the same, sorted by what they are for. Iterables among them become lists.
 
-    Raises InputError for lists of more than 2^24 values, and for numbers that no float holds.
+    Raises InputError for lists of more than 2^24 values, for numbers that no float holds, and for conditions that have
+    no names.
     """
 
     def __init__(self, n: int | None = None, **asked: Unpack[Arguments]) -> None:
@@ -148,6 +149,10 @@ class Request:
             sane(name, *(value if isinstance(value, (list, tuple)) else [value]))
         if given.get("seeds") is not None and not isinstance(given["seeds"], list):
             raise InputError(f"seeds = {given['seeds']!r} are not one a sample: give a list, or seed=")
+        for name in ("conditions", "null_conditions"):
+            if not isinstance(given.get(name), Mapping | None):
+                kind = type(given[name]).__name__
+                raise InputError(f"{name} is a {kind}, not a dict of arrays by the conditions' names")
         self.n, self.asked = n, MappingProxyType(given)
 
         def of(**names: str) -> dict[str, Any]:

@@ -46,20 +46,20 @@ class TestWrittenByAnotherVersion:
     [
         (
             {"format": 7, "provenance": {"versions": {"epsrt": "3.1"}, "new": 1}, "other": []},
-            "has format 7, written by epsrt 3.1, and this one reads formats 4 to 5: update epsrt to 3.1 or newer$",
+            "has format 7, written by epsrt 3.1, and this one reads formats 4 to 6: update epsrt to 3.1 or newer$",
         ),
         (
             {"format": 7, "provenance": {"versions": ["3.1"]}},
-            "has format 7, written by another version of epsrt, and this one reads formats 4 to 5: update epsrt$",
+            "has format 7, written by another version of epsrt, and this one reads formats 4 to 6: update epsrt$",
         ),
         (
             {"format": 2, "provenance": {"versions": {"epsrt": "0.1.0"}}},
-            "has format 2, written by epsrt 0.1.0, and this one reads formats 4 to 5: export the network "
+            "has format 2, written by epsrt 0.1.0, and this one reads formats 4 to 6: export the network "
             "again, or open the bundle with the version that wrote it$",
         ),
         (
             {"format": 2},
-            "has format 2, written by another version of epsrt, and this one reads formats 4 to 5: export the",
+            "has format 2, written by another version of epsrt, and this one reads formats 4 to 6: export the",
         ),
     ],
 )

@@ -66,8 +66,8 @@ FINE = [
     {"classes": 0, "null_label": None, "graphs": (StepGraph("step.onnx", "w", "fp32", STEP_COLUMNS),)},
 ]
 WRONG = [
-    ({"shape": (0, 1, 1)}, r"shape \[0, 1, 1\] is not C, H, W ≥ 1"),
-    ({"shape": (1, 65537, 1)}, "is not C, H, W"),
+    ({"shape": (0, 1, 1)}, r"shape \[0, 1, 1\] is not C and one to three extents"),
+    ({"shape": (1, 65537, 1)}, "is not C and one to three extents"),
     ({"max_batch": 0}, "max_batch = 0 is outside 1 … 65536"),
     ({"max_batch": 65537}, "max_batch = 65537 is outside"),
     ({"value_range": (1.0, 1.0)}, r"value_range \[1.0, 1.0\] does not ascend"),
@@ -92,7 +92,7 @@ WRONG = [
     ({"classifier": Classifier(1, (), "C", 0, "module", "")}, "classifier.classes = 1 is below 2"),
     ({"classifier": Classifier(3, ("a", "b"), "C", 0, "module", "")}, "2 class names for 3 classes"),
     ({"classifier": None}, "lacks its classifier"),
-    ({"null_label": None}, "guides without a null label"),
+    ({"null_label": None}, "guides, and nothing says against what"),
     ({"sampling": Sampling(guidance=math.inf)}, "sampling.guidance = inf is not finite"),
     ({"sampling": Sampling(guidance=math.nan)}, "sampling.guidance = nan is not finite"),
 ]

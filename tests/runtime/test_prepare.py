@@ -187,9 +187,12 @@ class TestGuidance:
         made = work(labels=[1, 2], steps=STEPS, classifier=2.0)
         assert [s.target for s in made.samples] == labels_of(made) == [1, 2]
         alone = work(steps=STEPS, classifier=2.0, targets=[0, 2])
-        assert [(label, s.target) for label, s in zip(labels_of(alone), alone.samples)] == [(NULL, 0), (NULL, 2)]
+        assert [(label, s.target) for label, s in zip(labels_of(alone), alone.samples, strict=True)] == [
+            (NULL, 0),
+            (NULL, 2),
+        ]
         one = work(3, steps=STEPS, classifier=[2.0, 0.0, 1.0], targets=2, labels=3)
-        assert [(label, s.target) for label, s in zip(labels_of(one), one.samples)] == [(3, 2)] * 3
+        assert [(label, s.target) for label, s in zip(labels_of(one), one.samples, strict=True)] == [(3, 2)] * 3
         with pytest.raises(InputError, match="targets are what the classifier guides to: give its weight"):
             work(steps=STEPS, labels=1, targets=2)
         with pytest.raises(InputError, match="a classifier guides to a class: give targets, or labels"):

@@ -36,17 +36,22 @@ def states(size=(2, 4), wrong=None):
     return Network(x, TS, LABELS, out.astype(np.float32))
 
 
+def golden(network=None, step=None, **more):
+    """A golden file of some records alone."""
+    return Golden(network or states(), step, {}, **more)
+
+
 def test_the_network_at_each_timestep(engine):
-    found = rungs.network(engine, states())
+    found = rungs.network(engine, golden())
     assert found.figure < 3e-7
-    found = rungs.network(engine, states(wrong=3))
+    found = rungs.network(engine, golden(states(wrong=3)))
     assert found.figure == pytest.approx(1e-3, rel=0.01)
     assert found.where == "t = 70"
 
 
 def test_figures_are_relative_to_the_truth(engine):
     given = states()
-    found = rungs.network(engine, replace(given, out=given.out / 2))
+    found = rungs.network(engine, golden(replace(given, out=given.out / 2)))
     assert found.figure == pytest.approx(1.0, rel=1e-4)
     assert relative_l2(np.array([2e-5]), np.array([1e-5])) == pytest.approx(1.0)
     assert relative_l2(np.zeros(2), np.zeros(2)) == 0
@@ -54,20 +59,20 @@ def test_figures_are_relative_to_the_truth(engine):
 
 def test_states_are_measured_eight_at_a_time():
     engine = NumpyEngine(bundle(max_batch=20))
-    rungs.network(engine, states())
+    rungs.network(engine, golden())
     assert [lanes.batch for lanes in engine.made] == [8]
 
 
 def test_of_other_sizes_the_worst_is_named():
     engine = NumpyEngine(bundle(sizes=Sizes(2, 8)))
     right = {(4, 4): states((4, 4)), (2, 6): states((2, 6))}
-    assert rungs.sizes(engine, right).figure < 3e-7
+    assert rungs.sizes(engine, golden(sizes=right)).figure < 3e-7
     for size in right:
-        found = rungs.sizes(engine, {**right, size: states(size, wrong=2)})
+        found = rungs.sizes(engine, golden(sizes={**right, size: states(size, wrong=2)}))
         assert found.where == f"{size[0]} × {size[1]}"
         assert 1e-4 < found.figure < 1e-3  # one state of five
     learned = {size: replace(s, out=np.concatenate([s.out, 9 + s.out], 1)) for size, s in right.items()}
-    assert rungs.sizes(engine, learned).figure < 3e-7  # of a learned variance the first half counts
+    assert rungs.sizes(engine, golden(sizes=learned)).figure < 3e-7  # of a learned variance the first half counts
 
 
 def test_of_other_sizes_the_one_that_is_not_finite_is_named():
@@ -81,7 +86,7 @@ def test_of_other_sizes_the_one_that_is_not_finite_is_named():
 
     engine.step = wrong
     with pytest.raises(NotFiniteError, match=r"^2 × 6: lane 0 \(seed 0, index 0\) is not finite since its step 1"):
-        rungs.sizes(engine, {(4, 4): states((4, 4)), (2, 6): states((2, 6))})
+        rungs.sizes(engine, golden(sizes={(4, 4): states((4, 4)), (2, 6): states((2, 6))}))
 
 
 def a_step(engine):
@@ -101,9 +106,9 @@ def a_step(engine):
 
 def test_each_step_is_from_the_recorded_state(engine):
     step = a_step(engine)
-    assert rungs.step(engine, step).figure < 1e-6
+    assert rungs.step(engine, golden(step=step)).figure < 1e-6
     step.x_next[1] *= 1.001
-    found = rungs.step(engine, step)
+    found = rungs.step(engine, golden(step=step))
     assert found.figure == pytest.approx(1e-3, rel=0.01)
     assert found.where == "t = 20"
 
@@ -129,7 +134,7 @@ class TestTrajectory:
     @pytest.mark.parametrize("steps", [3, 100])
     def test_what_is_right_has_the_ceiling_and_all_steps_are_told(self, engine, steps):
         told = []
-        found = rungs.trajectory(engine, run(engine, steps), lambda done, total: told.append((done, total)))
+        found = rungs.trajectory(engine, golden(), run(engine, steps), lambda done, total: told.append((done, total)))
         assert found.figure == PSNR_CEILING
         chunk = 2 if steps == 100 else 1
         first = [(4 * (i + chunk), 6 * steps) for i in range(0, steps, chunk)]
@@ -138,15 +143,15 @@ class TestTrajectory:
     def test_images_to_begin_from(self, engine):
         init = np.random.default_rng(1).uniform(-1, 1, (6, 1, 2, 4)).astype(np.float32)
         right = run(engine, 5, init)
-        assert rungs.trajectory(engine, right, lambda *_: None).figure > 110
-        assert rungs.trajectory(engine, replace(right, init=init), lambda *_: None).figure < 40
+        assert rungs.trajectory(engine, golden(), right, lambda *_: None).figure > 110
+        assert rungs.trajectory(engine, golden(), replace(right, init=init), lambda *_: None).figure < 40
 
     @pytest.mark.parametrize("image", [0, 3, 5])
     def test_the_worst_image_is_named(self, engine, image):
         given = run(engine, 3)
         given.x[image] += 0.1
         given.x[(image + 1) % 6] += 0.01
-        found = rungs.trajectory(engine, given, lambda *_: None)
+        found = rungs.trajectory(engine, golden(), given, lambda *_: None)
         assert found.figure == pytest.approx(20 * np.log10(2 / 0.1), abs=1e-3)  # of the range −1 … 1
         assert found.where.startswith(f"image {image}, relative L2 ")
 
@@ -154,12 +159,12 @@ class TestTrajectory:
         engine = NumpyEngine(bundle(clip=None, value_range=(-900.0, 900.0)))
         given = run(engine, 3)
         given.x[2] += 0.1
-        found = rungs.trajectory(engine, given, lambda *_: None).figure
+        found = rungs.trajectory(engine, golden(), given, lambda *_: None).figure
         assert found == pytest.approx(20 * np.log10(18_000), abs=2e-2)
         narrow = NumpyEngine(bundle(clip=None, value_range=(-0.1, 0.1)))
         span = min(given.x.min(), -0.1), max(given.x.max(), 0.1)
         peak = span[1] - span[0]
-        found = rungs.trajectory(narrow, given, lambda *_: None).figure
+        found = rungs.trajectory(narrow, golden(), given, lambda *_: None).figure
         assert found == pytest.approx(20 * np.log10(peak / 0.1), abs=1e-3)
 
     @pytest.mark.parametrize(("w", "limit"), [(2.0, 90.5), (1.0, 100.0), (0.0, 100.0), (-1.0, 90.5), (4.0, 83.1)])
@@ -171,13 +176,13 @@ class TestTrajectory:
     def test_a_guided_run_has_its_weight(self, engine):
         guided = engine.on(engine.bundle.graph("fp32", ("guidance",)))
         given = run(engine, 3)
-        assert rungs.trajectory(guided, given, lambda *_: None).figure > 120  # w = 1: none
-        found = rungs.trajectory(guided, replace(given, w=np.array([3.0], np.float32)), lambda *_: None)
+        assert rungs.trajectory(guided, golden(), given, lambda *_: None).figure > 120  # w = 1: none
+        found = rungs.trajectory(guided, golden(), replace(given, w=np.array([3.0], np.float32)), lambda *_: None)
         assert found.figure < 40
 
 
 def test_batches_agree_and_one_that_does_not_is_found(engine):
-    found = rungs.batches(engine, states())
+    found = rungs.batches(engine, golden())
     assert found.figure == 0
     assert found.where == "batches 1, 2, 4"
     step = engine.step
@@ -188,7 +193,23 @@ def test_batches_agree_and_one_that_does_not_is_found(engine):
             made["x_next"][3] *= 1.001
 
     engine.step = wrong
-    assert rungs.batches(engine, states()).figure == pytest.approx(1e-3, rel=0.01)
+    assert rungs.batches(engine, golden()).figure == pytest.approx(1e-3, rel=0.01)
+
+
+class TestConditions:
+    def test_what_another_label_changes_least(self, engine):
+        found = rungs.conditions(engine, golden())
+        assert found.where == "another label"
+        assert 0.01 < found.figure < 10
+
+    def test_a_graph_that_has_lost_its_label_changes_nothing(self, engine):
+        step = engine.step
+        engine.step = lambda given, made: step({**given, "label": np.zeros(len(given["x"]))}, made)
+        assert rungs.conditions(engine, golden()).figure == 0
+
+    def test_states_that_all_have_the_same_say_nothing(self, engine):
+        found = rungs.conditions(engine, golden(replace(states(), label=np.full(5, 2))))
+        assert (found.figure, found.where) == (None, "all states have the same label")
 
 
 def test_limits_are_the_ladders():
@@ -210,9 +231,9 @@ class TestFeatures:
         given, label = states(), np.array([0, 1, 2, 3, 1])
         c, u = (network(given.x.astype(np.float64), TS, labels) for labels in (label, np.full(5, NULL)))
         given, null = replace(given, label=label, out=c.astype(np.float32)), u.astype(np.float32)
-        assert features.guidance(guided, given, Guidance(null)).figure < 1e-6
+        assert features.guidance(guided, golden(given), Guidance(null)).figure < 1e-6
         null[3] *= 1.01
-        found = features.guidance(guided, given, Guidance(null))
+        found = features.guidance(guided, golden(given), Guidance(null))
         assert found.where == "w = 4, rescaled by 0.7"
         right, wrong = (4 * c[3] - 3 * v for v in (u[3], 1.01 * u[3]))
         by = [0.3 + 0.7 * c[3].std() / v.std() for v in (right, wrong)]
@@ -224,9 +245,9 @@ class TestFeatures:
         judged = engine.on(engine.bundle.graph("fp32", ("classifier",)))
         given, target = states(), np.arange(5) % 3
         right = gradient(given.x.astype(np.float64), TS, target).astype(np.float32)
-        assert features.classifier(judged, given, Classifier(target, right)).figure < 1e-5
+        assert features.classifier(judged, golden(given), Classifier(target, right)).figure < 1e-5
         right[3] *= 1.001
-        found = features.classifier(judged, given, Classifier(target, right))
+        found = features.classifier(judged, golden(given), Classifier(target, right))
         assert found.figure == pytest.approx(1e-3, rel=0.05)
         assert found.where == "t = 70"
 
@@ -236,9 +257,9 @@ class TestFeatures:
         x = given.x.astype(np.float64)
         learned = replace(given, out=np.concatenate([given.out, 9 + given.out], 1))
         null = network(x, TS, np.full(5, NULL)).astype(np.float32)
-        assert features.guidance(guided, learned, Guidance(null)).figure < 1e-6
+        assert features.guidance(guided, golden(learned), Guidance(null)).figure < 1e-6
         right = Classifier(target, gradient(x, TS, target).astype(np.float32))
-        assert features.classifier(judged, learned, right).figure < 1e-5
+        assert features.classifier(judged, golden(learned), right).figure < 1e-5
 
     @pytest.mark.parametrize("size", [1.0, 1e-8])
     def test_a_gradient_is_made_a_thousand_times_the_output_however_small_it_is(self, engine, monkeypatch, size):
@@ -253,16 +274,16 @@ class TestFeatures:
         judged.step = seen
         given, target = states(), np.arange(5) % 3
         right = (size * gradient(given.x.astype(np.float64), TS, target)).astype(np.float32)
-        assert features.classifier(judged, given, Classifier(target, right)).figure < 1e-5
+        assert features.classifier(judged, golden(given), Classifier(target, right)).figure < 1e-5
         norms = [np.linalg.norm(values.reshape(5, -1), axis=1) for values in (given.out, right)]
         np.testing.assert_allclose([w for w in weights if w][:5], 1000 * norms[0] / norms[1], rtol=1e-4)
 
     def test_known_pixels_are_measured_and_a_wrong_step_found(self, engine):
         masked = engine.on(engine.bundle.graph("fp32", ("mask",)))
         step = a_step(engine)
-        assert features.mask(masked, step).figure < 1e-6
+        assert features.mask(masked, golden(step=step)).figure < 1e-6
         step.x_next[4] *= 1.01
-        found = features.mask(masked, step)
+        found = features.mask(masked, golden(step=step))
         assert found.where == "state 4"
         assert found.figure > 1e-3
 
@@ -275,7 +296,7 @@ class TestFeatures:
             made["x_next"] += 1e-6 * (given["rows"][:, masked.columns.index("t")] == 50)
 
         masked.step = wrong
-        found = features.mask(masked, a_step(engine))
+        found = features.mask(masked, golden(step=a_step(engine)))
         assert (found.figure, found.where) == (None, "known pixels of state 2 differ")
 
 
@@ -283,7 +304,7 @@ def test_every_graph_runs_its_own_rungs_and_is_closed(monkeypatch):
     engine = NumpyEngine(bundle(features=("guidance", "classifier"), sizes=Sizes(2, 8)))
     given, target = states(), np.arange(5) % 3
     x = given.x.astype(np.float64)
-    golden = Golden(
+    recorded = Golden(
         given,
         a_step(engine),
         {"plain": run(engine, 3), "guided": run(engine, 3, w=np.array([1.0], np.float32))},
@@ -291,15 +312,15 @@ def test_every_graph_runs_its_own_rungs_and_is_closed(monkeypatch):
         Classifier(target, gradient(x, TS, target).astype(np.float32)),
         sizes={(4, 4): states((4, 4))},
     )
-    monkeypatch.setattr("epsrt.bundle.Bundle.golden", lambda self: golden)
+    monkeypatch.setattr("epsrt.bundle.Bundle.golden", lambda self: recorded)
     told = []
     found = verify_all(engine, lambda name, share: told.append((name, share)))
     by_graph = {graph: [r.name for r in found if r.graph == graph] for graph in dict.fromkeys(r.graph for r in found)}
     assert by_graph == {
-        "": ["network", "sizes", "step", "plain", "batch"],
-        "guidance": ["network", "sizes", "guidance", "step", "guided", "batch"],
-        "classifier": ["network", "sizes", "classifier", "step", "batch"],
-        "guidance-classifier": ["network", "sizes", "guidance", "classifier", "step", "batch"],
+        "": ["network", "conditions", "sizes", "step", "plain", "batch"],
+        "guidance": ["network", "conditions", "sizes", "guidance", "step", "guided", "batch"],
+        "classifier": ["network", "conditions", "sizes", "classifier", "step", "batch"],
+        "guidance-classifier": ["network", "conditions", "sizes", "guidance", "classifier", "step", "batch"],
     }
     assert all(r.passed for r in found)
     assert [opened.closed for opened in engine.opened] == [1, 1, 1]

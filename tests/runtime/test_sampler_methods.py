@@ -32,7 +32,9 @@ def walk(plan, network, seed, label, init=None):
 @pytest.fixture
 def network(engine):
     """The network alone, by the step graph."""
-    return lambda x, t, label: network_outputs(engine, x, t, [{"label": one} for one in label], len(x)).astype(np.float64)
+    return lambda x, t, label: network_outputs(engine, x, t, [{"label": one} for one in label], len(x)).astype(
+        np.float64
+    )
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "ddim-inversion"])

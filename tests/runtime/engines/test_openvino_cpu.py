@@ -54,7 +54,8 @@ def engine(bundle_path):
 def drawn(engine, batch, rows, label=0):
     with engine.lanes(batch) as lanes:
         for i in range(batch):
-            lanes.write(i, Sample(seed=3, index=i, conditions={"label": (label + i) % 10}))
+            labels = {"label": (label + i) % 10} if engine.bundle.labelled else {}
+            lanes.write(i, Sample(seed=3, index=i, conditions=labels))
         lanes.advance(np.repeat(rows[:, None], batch, axis=1))
         return np.stack([lanes.read(i) for i in range(batch)])
 

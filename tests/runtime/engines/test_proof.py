@@ -37,7 +37,7 @@ class TestProof:
         made, told = Proof(KEY, "what"), []
         assert made.of(engine, may_measure=False) is None
         rungs = made.of(engine, lambda name, share: told.append(name))
-        assert [rung.name for rung in rungs] == ["network", "step", "ddim-50", "ddpm-100", "batch"]
+        assert [rung.name for rung in rungs] == ["network", "conditions", "step", "ddim-50", "ddpm-100", "batch"]
         assert told[0] == "what network"
         monkeypatch.setattr(proof, "verify", lambda *_: pytest.fail("measured again"))
         assert made.of(engine) == made.of(engine, may_measure=False) == rungs == made.kept()
