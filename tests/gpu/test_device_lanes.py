@@ -39,7 +39,7 @@ def test_the_ladder_holds(on_stand_in, bundle_path) -> None:
     import json
 
     rungs = json.loads(out.splitlines()[0])  # after it: which engine files were built
-    assert [r[0] for r in rungs] == ["network", "step", "ddim-50", "ddpm-100", "batch"]
+    assert [r[0] for r in rungs] == ["network", "conditions", "step", "ddim-50", "ddpm-100", "batch"]
     assert all(r[1:] == ["tensorrt", True] for r in rungs)
 
 

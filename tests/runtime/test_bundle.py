@@ -340,7 +340,7 @@ def test_any_field_of_any_value_is_opened_or_refused(bundle, small_bundle_path):
         (
             "fp32",
             ("guidance",),
-            r"small.epsrt has no null label, .*: export a network .*\(null_label=, or a condition .*\), or guide it by a",
+            r"small.epsrt has no null label, .*: export a network .*\(null_label=, .*\), or guide it by a",
         ),
         ("fp32", ("mask",), r"small.epsrt has no step graph with mask: export it again with --masked \(masked=True\)"),
         ("fp32", ("classifier", "mask"), "classifier and mask: export it again with --masked .* and --classifier"),

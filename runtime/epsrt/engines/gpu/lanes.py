@@ -124,8 +124,8 @@ class DeviceLanes(Closing):
         check_sample(sample, self.shape, self.graph, self._manifest)
         given = ((name, getattr(sample, name)) for name in ("init", "known", "mask"))
         kept: dict[str, Any] = {name: np.array(image, np.float32) for name, image in given if image is not None}
-        for name in ("conditions", "null_conditions"):
-            kept[name] = {condition: np.array(value) for condition, value in getattr(sample, name).items()}
+        inputs = sample.inputs(self._manifest, self.graph, self.shape)
+        kept["conditions"] = {name: np.array(value) for name, value in inputs.items()}  # those of the step graph
         self._pending[index] = replace(sample, **kept)  # the caller's may change
         self._masked[index] = sample.mask is not None
         self._samples[index] = sample
@@ -223,7 +223,7 @@ class DeviceLanes(Closing):
     def _place_conditions(self) -> None:
         """Copy what a sample has besides its label into its lane; the label is part of what the kernel is given."""
         lanes, s = sorted(self._pending), self._state
-        given = [self._pending[lane].inputs(self._manifest, self.graph, self.shape) for lane in lanes]
+        given: list[Any] = [self._pending[lane].conditions for lane in lanes]
         inputs = [name for name in given[0] if name != LABEL]
         if not inputs:
             return

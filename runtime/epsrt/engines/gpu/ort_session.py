@@ -29,6 +29,7 @@ from epsrt.errors import EngineError, OutOfMemoryError, one_line
 from epsrt.manifest import AXES, StepGraph
 from epsrt.raised import foreign
 
+BATCH = "batch"  # what the export calls it, and by epsrt.manifest.AXES the free extents
 MEMORY = re.compile("failed to allocate|out of memory|alloc_failed", re.I)  # how onnxruntime says that it lacks some
 
 Providers = list[tuple[str, dict[str, str]]]  # names and their options, the first one first
@@ -125,7 +126,7 @@ class Session:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         width, shape = self._buffers.width, self._buffers.shape
         free = zip(AXES[len(shape) - 1], shape[1:], strict=True) if self._sized else ()
-        for name, extent in (("batch", width), *free):
+        for name, extent in ((BATCH, width), *free):
             options.add_free_dimension_override_by_name(name, extent)
         with self._providers() as providers, self._device.setup:  # in this order: the first may wait for a process
             for _, given in providers:
