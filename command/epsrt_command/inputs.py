@@ -20,10 +20,9 @@ from epsrt.bundle import Bundle
 from epsrt.editing import canvas
 from epsrt.errors import EpsrtError, InputError
 from epsrt.images import from_images, images_of, mask_of
-from epsrt.types import Float32, UInt8
+from epsrt.manifest import AXES
+from epsrt.types import Float32, Size, UInt8
 from epsrt_command.foreign import reading
-
-Size = tuple[int, int]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # what else Pillow reads, it may run programs for
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
@@ -41,7 +40,7 @@ def images(path: Path, bundle: Bundle, size: Size | None = None, smaller: bool =
     m = bundle.manifest
     check_there(path)
     if path.suffix.lower() == ".npz" and not path.is_dir():
-        found = samples(path)
+        found = samples(path, bundle)
         _check_size(path, found.shape[2:], bundle, size, smaller)
         within = None if m.clip is None else m.value_range
         given = images_of(str(path), found, len(found), (m.shape[0], *found.shape[2:]), within)
@@ -51,9 +50,17 @@ def images(path: Path, bundle: Bundle, size: Size | None = None, smaller: bool =
         raise InputError(
             f"{path} is a picture, and the bundle takes an autoencoder's latents: encode it, and give .npz"
         )
-    if m.shape[0] not in MODES:
-        raise InputError(f"{path}: the bundle's images have {m.shape[0]} channels, a picture has not: give .npz")
-    pictures = [picture_of(file, MODES[m.shape[0]], bundle, size, smaller) for file in picture_files(path)]
+    return pixels(path, bundle, m.shape[0], size, smaller)
+
+
+def pixels(path: Path, bundle: Bundle, channels: int, size: Size | None = None, smaller: bool = False) -> Float32:
+    """float32 [n, channels, H, W] in the bundle's value range, of a picture or a folder of them; `size` as above."""
+    m = bundle.manifest
+    if len(m.shape) != 3 or channels not in MODES:
+        what = f"have {channels} channels" if len(m.shape) == 3 else f"are {', '.join(AXES[len(m.shape) - 1])}"
+        raise InputError(f"{path}: the bundle's samples {what}, a picture has not: give .npz")
+    check_there(path)
+    pictures = [picture_of(file, MODES[channels], bundle, size, smaller) for file in picture_files(path)]
     return from_images(stacked(picture_files(path), pictures), m.value_range)
 
 
@@ -61,7 +68,7 @@ def latents(path: Path, bundle: Bundle, size: Size | None = None) -> tuple[Float
     """float32 [n, C, H, W] of an .npz, and its labels where it has any that are not all the null label."""
     if path.suffix.lower() != ".npz" or path.is_dir():
         raise InputError(f"{path} holds no latents: give the .npz that epsrt invert, or epsrt sample, wrote")
-    found = samples(path)
+    found = samples(path, bundle)
     _check_size(path, found.shape[2:], bundle, size, smaller=False)
     shape = bundle.manifest.shape[0], *found.shape[2:]
     given = images_of(str(path), found, len(found), shape, None)
@@ -81,7 +88,7 @@ def labels_in(path: Path, bundle: Bundle, count: int) -> list[Any] | None:
 
 
 def masked(
-    known: Path | None, mask: str | None, at: Size | None, size: Size | None, bundle: Bundle
+    known: Path | None, mask: str | None, at: tuple[int, int] | None, size: Size | None, bundle: Bundle
 ) -> tuple[Float32 | None, NDArray[Any] | None]:
     """`known` and `mask` of Sampler.sample; where `at` says where the known images lie, on a canvas of `size`."""
     if known is None:
@@ -96,6 +103,8 @@ def masked(
             )
         whole = images(known, bundle, size)
         return whole, _mask(mask, bundle, whole.shape[2:])
+    if len(bundle.manifest.shape) != 3:
+        raise InputError("--at is a place on pictures, and the bundle's samples are none: leave it out")
     height, width = bundle.image_shape(size)[1:]
     small = images(known, bundle, (height, width), smaller=True)
     try:
@@ -110,7 +119,7 @@ def masked(
 def _mask(text: str, bundle: Bundle, size: tuple[int, ...]) -> NDArray[Any]:
     """Of a region in pixels, an .npz, a picture or a folder of them: [H, W] or [n, c, H, W]."""
     region = re.fullmatch(r"(-?\d{0,6}):(-?\d{0,6}),(-?\d{0,6}):(-?\d{0,6})", text.replace(" ", ""))
-    if region is not None:
+    if region is not None and len(size) == 2:
         return _region(text, region.groups(), size)
     path = Path(text)
     if not (path.is_file() or path.is_dir()):
@@ -122,11 +131,13 @@ def _mask(text: str, bundle: Bundle, size: tuple[int, ...]) -> NDArray[Any]:
             raise InputError(f"{path} holds no mask: give an .npz with an array mask, or a black and white picture")
         found = next(arrays[name] for name in ("mask", "samples") if name in arrays)
     else:
-        pictures = [picture_of(file, "L", bundle, (size[0], size[1]), smaller=False) for file in picture_files(path)]
+        if len(size) != 2:
+            raise InputError(f"--mask {path}: a picture is a mask of pictures: give an .npz with an array mask")
+        pictures = [picture_of(file, "L", bundle, size, smaller=False) for file in picture_files(path)]
         found = stacked(picture_files(path), pictures).transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
-    count = len(found) if found.ndim == 4 else 1
+    count = len(found) if found.ndim == len(size) + 2 else 1
     try:
-        mask_of(found, count, (bundle.manifest.shape[0], size[0], size[1]))
+        mask_of(found, count, (bundle.manifest.shape[0], *size))
     except EpsrtError as error:
         raise InputError(f"{path}: {error}") from None
     return found
@@ -150,14 +161,22 @@ def check_there(path: Path, way_out: str = WAY_OUT) -> None:
         raise InputError(f"{path} {'is no file' if path.exists() else 'does not exist'}: {way_out}")
 
 
-def samples(path: Path) -> NDArray[Any]:
+def samples(path: Path, bundle: Bundle) -> NDArray[Any]:
     """The samples of an .npz of epsrt's, as they are. Raises InputError when it is another file."""
+    axes = [name[0].upper() for name in AXES[len(bundle.manifest.shape) - 1]]
     found = arrays_of(path, "samples").get("samples")
     if found is None:
         raise InputError(f"{path} holds no samples: give an .npz that epsrt sample wrote")
-    if found.ndim != 4 or not len(found):
-        raise InputError(f"{path} holds samples {list(found.shape)}, not [n, C, H, W]: give epsrt sample's own")
+    if found.ndim != len(axes) + 2 or not len(found):
+        wanted = ", ".join(["n", "C", *axes])
+        raise InputError(f"{path} holds samples {list(found.shape)}, not [{wanted}]: give epsrt sample's own")
     return found
+
+
+def names_in(path: Path) -> list[str]:
+    """The names of an .npz's arrays."""
+    with reading(path, "is no .npz that can be read", WAY_OUT), zipfile.ZipFile(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
 def arrays_of(path: Path, *names: str) -> dict[str, NDArray[Any]]:
@@ -231,19 +250,18 @@ def _most_pixels(bundle: Bundle | None, size: Size | None) -> int:
     return math.prod(m.shape[1:]) if m.sizes is None else math.prod(most for _, most in m.sizes.axes(len(m.shape) - 1))
 
 
-def _check_size(path: Path, found: tuple[int, ...], bundle: Bundle | None, size: Size | None, smaller: bool) -> None:
-    h, w = found
-    what = f"{path} is {h} × {w}"
+def _check_size(path: Path, found: Size, bundle: Bundle | None, size: Size | None, smaller: bool) -> None:
+    what = f"{path} is {' × '.join(map(str, found))}"
     if size is None:
         assert bundle is not None
         try:
-            bundle.image_shape((h, w))
+            bundle.image_shape(found)
         except EpsrtError as error:
             raise InputError(f"{path}: {error}") from None
-    elif smaller and not (0 < h <= size[0] and 0 < w <= size[1]):
-        raise InputError(f"{what}, more than its canvas of {size[0]} × {size[1]}: give a larger --size")
-    elif not smaller and (h, w) != size:
-        raise InputError(f"{what}, not {size[0]} × {size[1]}: crop or resize it")
+    elif smaller and not all(0 < n <= most for n, most in zip(found, size, strict=True)):
+        raise InputError(f"{what}, more than its canvas of {' × '.join(map(str, size))}: give a larger --size")
+    elif not smaller and tuple(found) != tuple(size):
+        raise InputError(f"{what}, not {' × '.join(map(str, size))}: crop or resize it")
 
 
 @contextmanager

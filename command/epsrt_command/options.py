@@ -17,13 +17,17 @@ from epsrt.errors import InputError, one_of
 from epsrt.manifest import FEATURES_OF_ALL
 from epsrt.plan import FEATURES
 from epsrt.request import Arguments
+from epsrt.types import Size
 from epsrt_command import show
 
 LabelsOption = Annotated[
     str | None, Option(help="Classes, by number or name: one for all, or one an image, with commas; none for no label.")
 ]
 SizeOption = Annotated[
-    str | None, Option(metavar="HxW", help="Height and width, e.g. 16x24, of a bundle with sizes; by default its own.")
+    str | None,
+    Option(
+        metavar="HxW", help="Height and width, e.g. 16x24 (or L, or DxHxW), of a bundle with sizes; by default its own."
+    ),
 ]
 ThreadsOption = Annotated[int | None, Option(help="Threads of a CPU engine; by default all cores.")]
 FEATURE_CHOICES = tuple(f for f in FEATURES if f not in FEATURES_OF_ALL)  # the others come by themselves
@@ -111,7 +115,7 @@ class AheadArguments(TypedDict):
     """Arguments of epsrt.warm and epsrt.pack.pack."""
 
     batches: list[int] | None
-    sizes: list[tuple[int, int] | None]
+    sizes: list[Size | None]
     features: list[str] | None
     precision: str | None
     threads: int | None
@@ -134,14 +138,13 @@ def features_of(given: Iterable[str]) -> list[str]:
     return names
 
 
-def size_of(text: str | None) -> tuple[int, int] | None:
-    """HEIGHTxWIDTH."""
+def size_of(text: str | None) -> Size | None:
+    """HEIGHTxWIDTH; of other samples LENGTH, or DEPTHxHEIGHTxWIDTH."""
     if text is None:
         return None
-    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text.strip().lower())
-    if match is None:
+    if not re.fullmatch(r"[0-9]{1,6}(x[0-9]{1,6}){0,2}", text.strip().lower()):
         raise InputError(f"--size {text!r} is not HEIGHTxWIDTH, such as 16x24")
-    return int(match[1]), int(match[2])
+    return tuple(map(int, text.strip().lower().split("x")))
 
 
 def place_of(text: str | None) -> tuple[int, int] | None:

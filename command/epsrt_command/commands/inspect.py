@@ -32,7 +32,7 @@ def inspect(path: PathArgument, as_json: show.JsonOption = False) -> None:
     Of anything else it says what it looks like, from the names and shapes of its tensors, and the command to export it.
     """
     from epsrt.bundle import Bundle
-    from epsrt.manifest import MANIFEST
+    from epsrt.manifest import AXES, MANIFEST
 
     if path.suffix != ".epsrt" and not (path / MANIFEST).is_file():
         if not path.exists():
@@ -51,13 +51,18 @@ def inspect(path: PathArgument, as_json: show.JsonOption = False) -> None:
     classes = f"{m.classes}{_some(m.class_names)}" if m.classes else "none: unconditional"
     if m.null_label is not None:
         classes += f", null label {m.null_label}"
-    what = "latents" if m.latents else "images"
+    what = "latents" if m.latents else "images" if len(m.shape) == 3 else "samples"
+    axes = " × ".join(["C", *(name[0].upper() for name in AXES[len(m.shape) - 1])])
     facts.add_row(
-        what, f"{' × '.join(map(str, m.shape))} (C × H × W), values {m.value_range[0]:g} … {m.value_range[1]:g}"
+        what, f"{' × '.join(map(str, m.shape))} ({axes}), values {m.value_range[0]:g} … {m.value_range[1]:g}"
     )
     if m.sizes is not None:
         facts.add_row("sizes", m.sizes.words(len(m.shape) - 1))
     facts.add_row("classes", classes)
+    for c in m.conditions or ():
+        null = "" if c.null is None else f", null {c.null}"
+        shape = " × ".join(map(str, c.shape)) or "a number"
+        facts.add_row(c.name, f"{c.role}, {shape}, {c.dtype}{', guided' if c.guided else ''}{null}")
     variance = {None: "", "learned": ", and log σ²", "learned_range": ", and log σ² as a fraction from log β̃ to log β"}
     facts.add_row("predicts", f"{m.prediction}{variance[m.variance]}")
     if by := m.thresholding:

@@ -10,7 +10,7 @@ from typer import Option
 
 from epsrt.errors import InputError
 from epsrt.request import Request
-from epsrt_command import options, show
+from epsrt_command import conditions, options, show, sounds
 from epsrt_command.options import Guiding, Running
 from epsrt_command.planning import AnyPlanning
 
@@ -24,6 +24,8 @@ epsrt sample out/digits.epsrt --init sevens.npz --strength 0.6 --labels 1 --out 
 epsrt sample out/digits.epsrt --latents latents.npz --method ddim --steps 50   # of epsrt invert
 epsrt sample masked.epsrt --known photo.png --mask 0:16,: -n 8 --resample 10   # exported with --masked
 epsrt sample masked.epsrt --known photo.png --size 64x64 --at 0,16 --out wide.png   # and with --sizes
+epsrt sample super.epsrt --image small.png --out large.png   # a network that takes an image
+epsrt sample text.epsrt --condition context=prompts.npz --guidance 5 --null-condition context=negative.npz
 epsrt sample guided.epsrt --classifier 2 --labels 3 -n 8   # exported with --classifier
 """
 
@@ -35,6 +37,9 @@ def sample(
         int | None, Option("-n", help="How many images; by default one a label or given image, or 10.")
     ] = None,
     labels: options.LabelsOption = None,
+    condition: conditions.ConditionOption = None,
+    null_condition: conditions.NullOption = None,
+    image: conditions.ImageOption = None,
     seed: Annotated[int, Option(help="0 to 2^64 − 1. The same seed gives the same images, everywhere.")] = 0,
     first: Annotated[int, Option(help="Index of the first image: continues an earlier run of this seed.")] = 0,
     planning: AnyPlanning,
@@ -65,9 +70,17 @@ def sample(
     resample: Annotated[int, Option(help="How often each stretch of steps is run, with --known (RePaint).")] = 1,
     jump: Annotated[int | None, Option(help="How many steps such a stretch has; by default 10.")] = None,
     size: options.SizeOption = None,
-    out: Annotated[Path, Option("--out", "-o", help=".png: a grid; .npz; no suffix: a folder of PNGs.")] = Path(
-        "samples.png"
-    ),
+    out: Annotated[
+        Path | None,
+        Option(
+            "--out",
+            "-o",
+            show_default="samples.png",
+            help=".png: a grid; .npz; no suffix: a folder of PNGs. Of sounds .wav, or a folder of them; of volumes "
+            ".png, a row a sample, or .gif.",
+        ),
+    ] = None,
+    rate: Annotated[int, Option(help="Of sounds: samples a second.", min=1, max=1_000_000)] = sounds.RATE,
     trajectory: Annotated[
         Path | None, Option(help="Also show how the images form: .png (a strip, a row an image) or .gif.")
     ] = None,
@@ -81,6 +94,7 @@ def sample(
 
     opened = Bundle.open(bundle)
     m, extent = opened.manifest, options.size_of(size)
+    out = pictures.default_target(m) if out is None else out
     pictures.check_target(out, m)
     read = {"init": init, "latents": latents, "known": known, "mask": None if mask is None else Path(mask)}
     options.check_apart({"out": out, "trajectory": trajectory}, read)
@@ -105,6 +119,8 @@ def sample(
         first=first,
         size=extent,
         labels=options.one_or_each(classes),
+        conditions=conditions.conditions_of(opened, condition, image, extent),
+        null_conditions=conditions.nulls_of(opened, null_condition, extent),
         classifier=options.one_or_each(pull) or 0.0,
         targets=options.one_or_each(goals),
         init=begin,
@@ -116,14 +132,15 @@ def sample(
         jump=10 if jump is None else jump,
     ).but(**guiding.asked())
     each = (request.labels, request.guidance.targets, request.guidance.weight, request.guidance.classifier)
-    if n is None and not any(isinstance(values, list) for values in each) and begin is x is pixels is None:
+    several = any(isinstance(values, list) for values in each) or request.conditions or request.null_conditions
+    if n is None and not several and begin is x is pixels is None:
         request = request.but(10)
     work = drawing.checked(opened, request)
     n, name = len(work.samples), work.plan.name.removesuffix("-resampled")
     film = None if trajectory is None else Trajectory(trajectory, len(work.plan), n, m)
     with drawing.sampler_of(opened, work, running) as sampler:
         drawn = drawing.draw(sampler, request, work, running.batch, film)
-    pictures.save(out, drawn.samples, m, **drawing.kept_of(opened, work))
+    pictures.save(out, drawn.samples, m, rate, **drawing.kept_of(opened, work))
     if film is not None:
         film.save()
     weight, pulled = drawing.weights_of(work, "w", 1.0), drawing.weights_of(work, "s", 0.0)
@@ -139,6 +156,9 @@ def sample(
                 "seed": seed,
                 "first": first,
                 "labels": classes,
+                "conditions": condition,
+                "null_conditions": null_condition,
+                "image": _text(image),
                 "guidance": weight,
                 "guidance_rescale": guiding.guidance_rescale,
                 "guidance_interval": guiding.guidance_interval,

@@ -204,16 +204,15 @@ class _Reader:
     def __call__(self, kind: type[R], prefix: str, extents: Size | None = None, **numbers: int) -> R:
         """One record, of other extents than the manifest's if they are given. `numbers` are known of its letters."""
         channels, *own = self.manifest.shape
+        extents = tuple(own) if extents is None else extents
         outputs = channels if self.manifest.variance is None else 2 * channels
         columns = len(step_columns(self.manifest.variance))
         known = {"C": channels, "O": outputs, "K": columns, **numbers}
         found = {}
-        free = tuple(map(str, own if extents is None else extents))
         for name, (dtype, axes, optional) in _fields(kind).items():
             key = f"{prefix}.{name}"
             if key in self.arrays:
-                whole = (*axes[:-1], *free) if axes[-1] == "…" else axes
-                found[name] = self._checked(key, dtype, whole, known)
+                found[name] = self._checked(key, dtype, _with(axes, extents), known)
             elif not optional:
                 raise self.lacks(key)
         return kind(**found)
@@ -279,6 +278,11 @@ class _Reader:
 
     def lacks(self, what: str) -> BundleError:
         return BundleError(f"{self.path}: the golden file lacks {what}: export again")
+
+
+def _with(axes: tuple[str, ...], extents: Size) -> tuple[str, ...]:
+    """Axes, with extents for …"""
+    return (*axes[:-1], *map(str, extents)) if axes[-1] == "…" else axes
 
 
 def _fields(kind: type) -> dict[str, tuple[np.dtype[Any], tuple[str, ...], bool]]:
