@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epsrt.condition import Condition
 from helpers import T
 
 
@@ -37,6 +38,11 @@ def _outputs(network: nn.Module, generator: torch.Generator) -> Tensor:
     t = torch.linspace(0, T - 1, 64).round()
     label = (torch.arange(64) % network.classes_in,) if network.classes_in else ()
     return network(x, t, *label)[:, : network.shape_in[0]]  # a learned variance follows
+
+
+def labels(null: int | None = None) -> tuple[Condition, ...]:
+    """What a network with labels takes, as Manifest.takes has it."""
+    return (Condition("label", (), "int64", "label", null is not None, null),)
 
 
 def unet(seed: int = 0, channels: int = 1, classes: int = 0, **more: Any) -> nn.Module:

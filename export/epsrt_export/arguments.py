@@ -19,6 +19,7 @@ from epsrt_export.source import NoisedClassifier, Source
 from epsrt_trainer.checkpoint import Checkpoint
 
 PRECISIONS = (*DTYPES, "int8")
+Extents = tuple[int | tuple[int, ...], int | tuple[int, ...]]  # multiple and largest: of all axes, or one of each
 
 
 def source_of(given: Source | Checkpoint | str | Path, thresholding: tuple[float, float] | None) -> Source:
@@ -34,19 +35,23 @@ def source_of(given: Source | Checkpoint | str | Path, thresholding: tuple[float
     return source if thresholding is None else dataclasses.replace(source, thresholding=thresholding)
 
 
-def sizes_of(given: tuple[int, int] | None) -> Sizes | None:
+def sizes_of(given: Extents | None) -> Sizes | None:
     """(multiple, largest) as a manifest has it."""
     if given is None:
         return None
     if not isinstance(given, (tuple, list)) or len(given) != 2:
         raise InputError(f"sizes = {given!r} is not (multiple, largest), such as (8, 64)")
-    return Sizes(*(typed("sizes", n, 1) for n in given))
+    each = [tuple(typed("sizes", n, 1) for n in (of if isinstance(of, (tuple, list)) else (of,))) for of in given]
+    if not all(each):
+        raise InputError(f"sizes = {given!r} has no number for any axis: give (multiple, largest), such as (8, 64)")
+    return Sizes(*(n if isinstance(of, (tuple, list)) else n[0] for n, of in zip(each, given, strict=True)))
 
 
 def largest_batch(given: int | None, source: Source, sizes: Sizes | None) -> int:
-    """`max_batch`, or where it is None 64, and fewer where images may exceed 64 × 64 pixels."""
+    """`max_batch`, or where it is None 64, and fewer where samples may exceed 64 × 64 pixels."""
     if given is None:
-        pixels = math.prod(source.shape[1:]) if sizes is None else sizes.largest**2
+        axes = [] if sizes is None else sizes.axes(len(source.shape) - 1)
+        pixels = math.prod(most for _, most in axes) if axes else math.prod(source.shape[1:])
         return max(1, min(64, 64**3 // max(1, pixels)))
     max_batch: int = typed("max_batch", given, 1)
     if not 1 <= max_batch <= 65536:

@@ -30,10 +30,10 @@ def in_double(network: nn.Module, call_of: Callable[[nn.Module], Call]) -> Call:
     except Exception as error:  # somebody else's code, here and below
         raise NoDoubleError from error
 
-    def run(*given: Tensor) -> Tensor:
+    def run(*given: Any, **more: Any) -> Tensor:
         try:
             with _Promoting():
-                out = call(*given)
+                out = call(*given, **more)
             if out.dtype == torch.float64:
                 return out
         except Exception as error:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from epsrt.bundle import Bundle
+from epsrt.condition import Condition
 from epsrt.engines import open_engine
 from epsrt.errors import EpsrtError, InputError, one_of
 from epsrt.files import sha256, whole_directory
@@ -37,14 +38,23 @@ from epsrt.schedule import Schedule
 from epsrt.types import OnProgress, Shape
 from epsrt.verify import verify_all
 from epsrt_export import golden, misses, parity
-from epsrt_export.arguments import check_choices, classifier_for, largest_batch, ready, sizes_of, source_of
+from epsrt_export.arguments import (
+    Extents,
+    check_choices,
+    classifier_for,
+    largest_batch,
+    ready,
+    sizes_of,
+    source_of,
+)
 from epsrt_export.dialect_proof import dialect_rungs
 from epsrt_export.gradient import log_prob_gradient
 from epsrt_export.graphs import FP32_ALONE, Recipe, variants_of, write_graphs
 from epsrt_export.int8 import write_int8
 from epsrt_export.manifest import manifest_of
+from epsrt_export.sizes import check_sizes
 from epsrt_export.source import NoisedClassifier, Source
-from epsrt_export.stepgraph import check_network, check_sizes
+from epsrt_export.stepgraph import check_network
 from epsrt_trainer.checkpoint import Checkpoint
 
 
@@ -53,7 +63,7 @@ def export(
     out: str | Path,
     *,
     thresholding: tuple[float, float] | None = None,
-    sizes: tuple[int, int] | None = None,
+    sizes: Extents | None = None,
     masked: bool = False,
     classifier: NoisedClassifier | str | Path | None = None,
     precisions: Sequence[str] | None = None,
@@ -65,7 +75,8 @@ def export(
 
     thresholding  replaces the source's own: see Source
     sizes         (multiple, largest): the graphs also take other heights and widths, each a multiple of `multiple` up
-                  to `largest` pixels. The network must take them
+                  to `largest` pixels; of signals, other lengths. Each is a number, or one an axis: where an axis has the
+                  same for both, it is fixed. The network must take them
     masked        also writes step graphs that keep known pixels, for inpainting
     classifier    also writes step graphs that a classifier of noised images guides. It is a NoisedClassifier, or the
                   path of epsrt's own checkpoint. Step graphs of classifier-free guidance are written without being
@@ -91,11 +102,12 @@ def export(
     check_outside(out)
     source = dataclasses.replace(source, network=ready(source.network), sha256=source.weights_sha256)
     judge = None if classifier is None else classifier_for(source, classifier)
-    recipe = _recipe(source, others, judge, masked, opset)
-    Bundle(out, manifest_of(source, max_batch, (), others)).plan()  # its defaults make a plan
-    check_network(source.network, source.shape, recipe.labelled, torch.float32, source.variance is not None)
+    described = manifest_of(source, max_batch, (), others)
+    Bundle(out, described).plan()  # its defaults make a plan
+    recipe = _recipe(source, described.takes, others, judge, masked, opset)
+    check_network(source.network, source.shape, described.takes, torch.float32, source.variance is not None)
     if others is not None:
-        check_sizes(source.network, source.shape, recipe.labelled, others, source.variance is not None)
+        check_sizes(source.network, source.shape, described.takes, others, source.variance is not None)
     rungs = parity.numpy_rungs(source)
     parity.require(rungs)
     with whole_directory(out) as beside:
@@ -109,7 +121,8 @@ def export(
                     raise
                 lost[precision] = error
         manifest = manifest_of(source, max_batch, graphs, others, judge)
-        _write_golden(beside, golden.record(source.network, manifest, tell, None if judge is None else judge.network))
+        classify = None if judge is None else judge.network
+        _write_golden(beside, golden.record(source.network, manifest, tell, classify, source.examples))
         if "int8" in wanted:
             tell("graphs int8", 0.0)
             graphs += write_int8(Bundle(beside, manifest), partial(tell, "graphs int8"))
@@ -135,7 +148,7 @@ def export_network(
     out: str | Path,
     *,
     shape: Shape,
-    sizes: tuple[int, int] | None = None,
+    sizes: Extents | None = None,
     masked: bool = False,
     classifier: NoisedClassifier | str | Path | None = None,
     precisions: Sequence[str] | None = None,
@@ -144,9 +157,9 @@ def export_network(
     on_stage: OnProgress | None = None,
     **facts: Any,
 ) -> Bundle:
-    """Turn any module with forward(x [B, C, H, W], t [B] float32[, label [B] int64]) -> [B, C, H, W] into a bundle.
+    """Turn any module with forward(x [B, C, …], t [B] float32[, label [B] int64], **conditions) -> [B, C, …] into a bundle.
 
-    `facts` are fields of Source: prediction, classes, null_label, variance, clip, … The rest is as in `export`.
+    `facts` are fields of Source: prediction, classes, null_label, conditions, variance, clip, … The rest is as in `export`.
     """
     known = [f.name for f in dataclasses.fields(Source)][3:]
     for name in facts:
@@ -166,17 +179,23 @@ def export_network(
     )
 
 
-def _recipe(source: Source, sizes: Sizes | None, judge: NoisedClassifier | None, masked: bool, opset: int) -> Recipe:
+def _recipe(
+    source: Source,
+    takes: Sequence[Condition],
+    sizes: Sizes | None,
+    judge: NoisedClassifier | None,
+    masked: bool,
+    opset: int,
+) -> Recipe:
     return Recipe(
         source.network,
         source.shape,
-        source.classes > 0,
+        takes,
         variance=source.variance,
         threshold=source.threshold,
-        null_label=source.null_label,
         gradient=None if judge is None else log_prob_gradient(judge.network, source.shape, judge.classes),
         sizes=sizes,
-        variants=variants_of(source.null_label is not None, masked, judge is not None),
+        variants=variants_of(any(c.guided for c in takes), masked, judge is not None),
         opset=opset,
     )
 

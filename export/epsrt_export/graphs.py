@@ -11,6 +11,7 @@ import onnx
 import torch
 from torch import nn
 
+from epsrt.condition import Condition
 from epsrt.errors import EpsrtError, InputError
 from epsrt.manifest import LearnedVariance, Sizes, StepGraph, step_columns, step_features
 from epsrt.types import Shape
@@ -25,9 +26,9 @@ FP32_ALONE = '--precision fp32 (precisions=["fp32"])'
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
-def variants_of(null_label: bool, masked: bool, classifier: bool) -> tuple[tuple[str, ...], ...]:
+def variants_of(guided: bool, masked: bool, classifier: bool) -> tuple[tuple[str, ...], ...]:
     """The features of each step graph that a bundle has, beside those of all its graphs."""
-    guides: list[tuple[str, ...]] = [(), *([("guidance",)] if null_label else [])]
+    guides: list[tuple[str, ...]] = [(), *([("guidance",)] if guided else [])]
     guides += [("classifier",)] if classifier else []
     return (*guides, *((*features, "mask") for features in guides if masked))
 
@@ -37,21 +38,20 @@ class Recipe:
     """What the step graphs of a network are made of.
 
     network    in eval mode, float32, on the CPU
-    shape      C, H, W
-    labelled   the network takes label [B] int64
-    variance, threshold, null_label   as in Source
+    shape      C, then the extents
+    takes      what the network takes beside x and t, as in a manifest
+    variance, threshold   as in Source
     gradient   of a classifier: see StepModule
-    sizes      other heights and widths that the graphs take
+    sizes      other extents that the graphs take
     variants   the features of each graph, of guidance, classifier and mask
     opset      of ONNX
     """
 
     network: nn.Module
     shape: Shape
-    labelled: bool = False
+    takes: Sequence[Condition] = ()
     variance: LearnedVariance | None = None
     threshold: DynamicThreshold | None = None
-    null_label: int | None = None
     gradient: nn.Module | None = None
     sizes: Sizes | None = None
     variants: Sequence[tuple[str, ...]] = ((),)
@@ -75,7 +75,7 @@ def write_graphs(
         columns = step_columns(r.variance, bare)
         if bare not in spoken:
             guide = r.gradient if "classifier" in bare else None
-            step = StepModule(network, columns, r.labelled, dtype, r.threshold, r.null_label, guide)
+            step = StepModule(network, columns, r.takes, dtype, r.threshold, guide)
             spoken[bare] = in_dialects(to_onnx(step, r.shape, r.opset, weights, r.sizes))
         all_features = (*step_features(r.variance, r.threshold), *features)
         graph = StepGraph("", weights.name, precision, step_columns(r.variance, features), all_features)  # type: ignore[arg-type]
@@ -106,7 +106,7 @@ def _half(recipe: Recipe) -> nn.Module:
     """A copy of the network in half precision, if it computes in it."""
     network = half_copy(recipe.network)
     try:
-        check_network(network, recipe.shape, recipe.labelled, torch.float16, recipe.variance is not None)
+        check_network(network, recipe.shape, recipe.takes, torch.float16, recipe.variance is not None)
     except EpsrtError as error:
         raise InputError(f"in half precision, {error}; give {FP32_ALONE}") from error
     return network

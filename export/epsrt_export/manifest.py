@@ -61,4 +61,5 @@ def manifest_of(
         sizes=sizes,
         classifier=None if judge is None else judge.described,
         latents=source.latents or msgspec.UNSET,
+        conditions=tuple(source.conditions) or msgspec.UNSET,
     )

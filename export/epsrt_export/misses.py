@@ -53,7 +53,7 @@ def _worst_step(network: nn.Module, engine: Engine, rung: Rung, run: Trajectory,
     start, init = (float(run.start[0]), float(run.start[1])), None if run.init is None else run.init[image]
     errors = []
     with engine.lanes(1) as lanes:
-        for row, after in zip(rows, golden.again(network, m, rung.name, run, image), strict=True):
+        for row, after in zip(rows, golden.again(network, m, engine.bundle.golden(), rung.name, image), strict=True):
             lanes.write(0, Sample(seed, index, start, init, label))
             lanes.advance(row[None, None])
             try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import math
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -20,57 +20,63 @@ import torch
 
 from epsrt.errors import EpsrtError, InputError
 from epsrt.manifest import Sizes
+from epsrt.part import FREE, Port
+from epsrt.types import Shape
 from epsrt_export import onnx_passes, unlisted
 from epsrt_export.folding import fold_constants
 from epsrt_export.gathers import gather_on_one_axis
-from epsrt_export.stepgraph import OUTPUTS, StepModule
+from epsrt_export.guards import check_guards
+from epsrt_export.sizes import axes_of, example, free
+from epsrt_export.stepgraph import OUTPUTS, StepModule, apart
 
 EXTERNAL_FROM = 1024  # bytes; smaller initializers stay in the graph
 ALIGNMENT = 4096  # a page, so that the file can be mapped
-MOST_TRIED = 40  # heights, and as many widths, that torch's conditions are evaluated at
 OPSETS = (21, 22)  # 20 decomposes GroupNorm; from 23 on, the Attention op fails in FP32 and for some head sizes
 
 
 def to_onnx(
     step: StepModule,
-    shape: tuple[int, int, int],
+    shape: Shape,
     opset: int = 21,
     weights: WeightsFile | None = None,
     sizes: Sizes | None = None,
 ) -> onnx.ModelProto:
     """Export a step graph with a dynamic batch; its large weights go to `weights`, if given.
 
-    It has its value_info, and norms as torch exports them: see epsrt_export.dialects. With `sizes`, height and width
-    are dynamic too, each its own. Raises InputError when torch cannot export the network, or froze its batch or size to
+    It has its value_info, and norms as torch exports them: see epsrt_export.dialects. With `sizes`, the extents that may
+    be others are dynamic too, each its own. Raises InputError when torch cannot export the network, or froze its batch or size to
     the example's.
     """
     if opset not in OPSETS:
         raise InputError(f"opset {opset} is not supported: use {' or '.join(map(str, OPSETS))}")
     n = 3  # neither 0 nor 1, which torch.export would treat as constants
-    height, width = size = shape[1:] if sizes is None else _example(shape, sizes)
-    # a tensor each: one passed twice becomes one input
-    makes = {
-        "image": lambda: torch.zeros(n, shape[0], *size),
-        "rows": lambda: torch.zeros(n, len(step.columns)),
-        "label": lambda: torch.zeros(n, dtype=torch.int64),
-    }
-    inputs = {name: makes[kind]() for name, kind in step.inputs.items()}
+    sized, names = free(shape, sizes), axes_of(shape)
+    extents = shape[1:] if sizes is None else example(shape, sizes)
+    ports = step.inputs(sized)
     # AUTO: code like "if len(x) >= 64: x = x.contiguous()" narrows its range; the parity of the largest batch tells
     batch = torch.export.Dim.AUTO
-    image = {0: batch}
-    if sizes is not None:
-        image |= {2: _pixels("height", height, sizes), 3: _pixels("width", width, sizes)}
-    names = list(inputs)
-    dynamic = {name: image if kind == "image" else {0: batch} for name, kind in step.inputs.items()}
+    pixels = [] if sizes is None else sizes.axes(len(extents))
+    symbols = {i: _pixels(names[i], extents[i], *pixels[i]) for i, n in enumerate(sized[1:]) if n == FREE}
+    inputs: dict[str, Any] = {}
+    dynamic: dict[str, Any] = {}
+    for port in ports:  # a tensor each: one passed twice becomes one input
+        made = (extents[i - 1] if extent == FREE else extent for i, extent in enumerate(port.shape))
+        inputs[port.name] = torch.zeros(n, *made, dtype=getattr(torch, port.dtype))
+        dynamic[port.name] = {0: batch, **{i + 2: symbol for i, symbol in symbols.items() if FREE in port.shape}}
     try:
         with _quiet(), torch.no_grad():
             if sizes is None:
-                traced = torch.export.export(step.eval(), (), inputs, dynamic_shapes=dynamic)
+                traced = torch.export.export(step.eval(), (), apart(inputs), dynamic_shapes=apart(dynamic))
             else:
-                traced = _trace(step, inputs, dynamic, sizes)
+                traced = _trace(step, apart(inputs), apart(dynamic), shape, sizes)
             fold_constants(traced)
             program = torch.onnx.export(
-                traced, dynamo=True, opset_version=opset, verbose=False, input_names=names, output_names=list(OUTPUTS)
+                traced,
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                input_names=list(inputs),
+                output_names=list(OUTPUTS),
             )
     except EpsrtError:
         raise
@@ -82,12 +88,12 @@ def to_onnx(
     if weights is not None:
         weights.take(program.model)
     model: onnx.ModelProto = ir.to_proto(program.model)
-    _check_signature(model, step.inputs, sizes is not None)
+    _check_signature(model, ports, names)
     unlisted.check(model, type(step.network).__name__)
     onnx_passes.strip(model)
     if step.dtype == torch.float16:
         onnx_passes.softmax_in_fp32(model)
-    onnx_passes.name_dimensions(model, sizes is not None)
+    onnx_passes.name_dimensions(model, ports, names)
     return model
 
 
@@ -139,22 +145,13 @@ def _bytes(tensor: ir.TensorProtocol) -> np.ndarray:
     return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
 
 
-def _example(shape: tuple[int, int, int], sizes: Sizes) -> tuple[int, int]:
-    """A height and a width to export at, near the trained: unequal, and neither one multiple, for torch takes sizes
-    that are equal for one, and those that are 1 for constants."""
-    most = sizes.largest // sizes.multiple
-    height = max(2, shape[1] // sizes.multiple)
-    width = next((n for n in (height + 1, height - 1) if 1 < n <= most), height + 1)
-    return height * sizes.multiple, width * sizes.multiple
-
-
-def _pixels(name: str, example: int, sizes: Sizes) -> torch.export.Dim:
-    multiples = torch.export.Dim(name, min=1, max=max(sizes.largest, example) // sizes.multiple)
-    return sizes.multiple * multiples if sizes.multiple > 1 else multiples
+def _pixels(name: str, example: int, multiple: int, largest: int) -> torch.export.Dim:
+    multiples = torch.export.Dim(name, min=1, max=max(largest, example) // multiple)
+    return multiple * multiples if multiple > 1 else multiples
 
 
 def _trace(
-    step: StepModule, inputs: dict[str, torch.Tensor], dynamic: dict[str, Any], sizes: Sizes
+    step: StepModule, inputs: dict[str, Any], dynamic: dict[str, Any], shape: Shape, sizes: Sizes
 ) -> torch.export.ExportedProgram:
     """Of dynamic sizes, by torch.export itself, which tells for which of them its graph holds."""
     try:
@@ -163,68 +160,23 @@ def _trace(
         network, reason = type(step.network).__name__, _reason(error)
         if "specialized it to be a constant" in str(error):
             raise InputError(
-                f"{network} fixes its height or width, often by a Python int of x.shape: leave sizes out"
+                f"{network} fixes its {' or '.join(axes_of(shape))}, often by a Python int of x.shape: leave sizes out"
             ) from error
         raise InputError(
             f"torch cannot export {network} at multiples of {sizes.multiple} pixels ({reason}): give a larger "
             "multiple, or leave sizes out"
         ) from error
-    _check_guards(program, step, inputs["x"].shape, sizes)
+    check_guards(program, step, shape, tuple(inputs["x"].shape[2:]), sizes)
     return program
 
 
-def _check_guards(
-    program: torch.export.ExportedProgram, step: StepModule, example: Sequence[int], sizes: Sizes
-) -> None:
-    """A Python `if` on the size is traced one way: refuse a graph that does not hold for all of `sizes`.
-
-    Not where one side is a single multiple: there torch's own conditions on broadcasting (n != 1) fail in any network,
-    and the parity of such a size must tell.
-    """
-    guards = getattr(program, "_guards_code", [])
-    _, channels, *at = example
-    failed = _failing(guards, step, channels, sizes)
-    if failed is None:
-        return
-    guard, (height, width) = failed
-    for axis, name in enumerate(("batch", "channels", "height", "width")):
-        guard = guard.replace(f"L['x'].size()[{axis}]", name)
-    fit = (Sizes(k * sizes.multiple, sizes.largest) for k in range(2, sizes.largest // sizes.multiple // 2 + 1))
-    better = next((s for s in fit if _failing(guards, step, channels, s) is None), None)
-    way = "" if better is None else f"give {better.multiple} for the multiple, or "
-    raise InputError(
-        f"{type(step.network).__name__} takes another path at {height} × {width} pixels than at {at[0]} × {at[1]}, "
-        f"where {guard}: {way}leave sizes out"
-    )
-
-
-def _failing(
-    guards: Sequence[str], step: StepModule, channels: int, sizes: Sizes
-) -> tuple[str, tuple[int, int]] | None:
-    """The first of torch's conditions that some size does not meet, and that size, the smallest."""
-    most = sizes.largest // sizes.multiple
-    tried = np.unique(np.linspace(2, most, min(most, MOST_TRIED)).astype(int)).tolist()
-    given = {"rows": torch.empty(3, len(step.columns), device="meta")}
-    given |= dict.fromkeys(("label", "target"), torch.empty(3, device="meta"))
-    images = [name for name, kind in step.inputs.items() if kind == "image"]
-    code = [compile(guard, "<guard>", "eval") for guard in guards]
-    for height in tried:
-        for width in tried:
-            size = height * sizes.multiple, width * sizes.multiple
-            image = torch.empty(3, channels, *size, device="meta")
-            names = {"L": dict.fromkeys(images, image) | given, "math": math, "torch": torch}
-            for guard, compiled in zip(guards, code, strict=True):
-                if not eval(compiled, names):
-                    return guard, size
-    return None
-
-
-def _check_signature(model: onnx.ModelProto, inputs: Mapping[str, str], sized: bool) -> None:
+def _check_signature(model: onnx.ModelProto, ports: Sequence[Port], axes: Sequence[str]) -> None:
     """torch.export freezes a batch or a size, or merges and drops inputs, without a word."""
-    for kind, want, values in (("input", tuple(inputs), model.graph.input), ("output", OUTPUTS, model.graph.output)):
-        have = [v.name for v in values]
-        if have != list(want):
-            raise InputError(f"the exported graph has the {kind}s {have}, not {list(want)}: is an argument unused?")
+    outputs = [msgspec.structs.replace(ports[0], name=name) for name in OUTPUTS]
+    for kind, want, values in (("input", ports, model.graph.input), ("output", outputs, model.graph.output)):
+        have, names = [v.name for v in values], [port.name for port in want]
+        if have != names:
+            raise InputError(f"the exported graph has the {kind}s {have}, not {names}: is an argument unused?")
         for value in values:
             first = value.type.tensor_type.shape.dim[0]
             if not first.dim_param:
@@ -232,20 +184,22 @@ def _check_signature(model: onnx.ModelProto, inputs: Mapping[str, str], sized: b
                     f"the batch of {kind} {value.name} was frozen to {first.dim_value}: the network fixes its batch "
                     "size, often by chunk() or a Python int of x.shape[0]; slice [:n] and [n:] instead"
                 )
-    if sized:
-        _check_sizes([v for v in (*model.graph.input, *model.graph.output) if inputs.get(v.name, "image") == "image"])
+    sized = {port.name for port in (*ports, *outputs) if FREE in port.shape}
+    _check_sizes([v for v in (*model.graph.input, *model.graph.output) if v.name in sized], ports[0], axes)
 
 
-def _check_sizes(images: Sequence[onnx.ValueInfoProto]) -> None:
-    """Each image has x's height and its width, two symbols."""
-    want = [d.dim_param for d in images[0].type.tensor_type.shape.dim[2:]]
-    for value in images:
+def _check_sizes(samples: Sequence[onnx.ValueInfoProto], x: Port, axes: Sequence[str]) -> None:
+    """Each has x's extents, of which those that are free are symbols, each another."""
+    wanted: list[str | int] = []
+    for value in samples:
         dims = value.type.tensor_type.shape.dim[2:]
         have = [d.dim_param or d.dim_value for d in dims]
-        if not all(want) or len(set(want)) != 2 or have != want:
+        wanted = wanted or have
+        symbols = [n for n, extent in zip(have, x.shape[1:], strict=True) if extent == FREE]
+        if not all(isinstance(n, str) for n in symbols) or len(set(symbols)) != len(symbols) or have != wanted:
             raise InputError(
-                f"the height and width of {value.name} became {' × '.join(map(str, have))} in the graph: the network "
-                "fixes its size, often by a Python int of x.shape: leave sizes out"
+                f"the {' and '.join(axes)} of {value.name} became {' × '.join(map(str, have))} in the graph: the "
+                "network fixes its size, often by a Python int of x.shape: leave sizes out"
             )
 
 

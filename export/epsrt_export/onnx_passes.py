@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from epsrt.part import FREE, Port
 
 
 def strip(model: onnx.ModelProto) -> None:
@@ -60,7 +61,8 @@ def masked(model: onnx.ModelProto, columns: int) -> onnx.ModelProto:
             renamed = [{"rows": "rows.step", "x_next": "x_next.step"}.get(name, name) for name in names]
             del names[:]
             names.extend(renamed)
-    numbers = {"mask.0": [0], "mask.axis": [1], "mask.pixels": [2, 3]}
+    rank = len(x.type.tensor_type.shape.dim)
+    numbers = {"mask.0": [0], "mask.axis": [1], "mask.pixels": [*range(2, rank)]}
     numbers |= {f"mask.{columns + i}": [columns + i] for i in range(3)}
     graph.initializer.extend(numpy_helper.from_array(np.array(v, np.int64), name) for name, v in numbers.items())
     graph.initializer.append(numpy_helper.from_array(np.array(1, np.float32), "mask.one"))
@@ -86,22 +88,19 @@ def masked(model: onnx.ModelProto, columns: int) -> onnx.ModelProto:
     return made
 
 
-def name_dimensions(model: onnx.ModelProto, sized: bool) -> None:
-    """Call the free dimensions batch and, where `sized`, height and width: engines fix them by these names.
+def name_dimensions(model: onnx.ModelProto, ports: Sequence[Port], axes: Sequence[str]) -> None:
+    """Call the free dimensions batch and what the axes of a sample are called: engines fix them by these names.
 
-    torch has names such as s10 and 8*s53 for them.
+    torch has names such as s10 and 8*s53 for them. `ports` are the inputs in order; the outputs are like the first.
     """
     graph = model.graph
-    batch = re.compile(rf"\b{graph.input[0].type.tensor_type.shape.dim[0].dim_param}\b")
-    for value in (*graph.input, *graph.output):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_param = batch.sub("batch", dim.dim_param)
-    if not sized:
-        return
-    for value in (*graph.input, *graph.output):
-        for dim, name in zip(value.type.tensor_type.shape.dim[2:], ("height", "width"), strict=False):
-            dim.dim_param = name
+    for i, value in enumerate((*graph.input, *graph.output)):
+        port = ports[i] if i < len(ports) else ports[0]
+        batch, *dims = value.type.tensor_type.shape.dim
+        batch.dim_param = "batch"
+        for dim, extent, name in zip(dims, port.shape, ("", *axes), strict=False):
+            if extent == FREE:
+                dim.dim_param = name
 
 
 def types_of(model: onnx.ModelProto) -> dict[str, int]:

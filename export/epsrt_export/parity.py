@@ -94,7 +94,7 @@ def plan_rungs(
     mix = torch.randn(16, 16, generator=generator, dtype=torch.float64) / 8
     learned: dict[str, Any] = {} if variance is None else {"variance": variance}
 
-    def toy(x: torch.Tensor, t: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
+    def toy(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         size = 1.0
         if prediction != "edm":  # whose x comes scaled
             alpha, sigma = map(float, schedule.at(float(t[0])))

@@ -10,17 +10,21 @@ from typing import Any, get_args
 
 import msgspec
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from epsrt import solvers
+from epsrt.condition import Condition
 from epsrt.errors import InputError, one_of, typed
 from epsrt.manifest import Classifier, LearnedVariance, Sampling
 from epsrt.noise_levels import visit
 from epsrt.plan import CLIP_OFF
 from epsrt.schedule import Schedule
 from epsrt.timesteps import OPTIONS
-from epsrt_export.stepgraph import LARGEST_SIDE, DynamicThreshold
-from epsrt_export.unfit import FLAT
+from epsrt.types import Shape
+from epsrt_export.conditions import checked
+from epsrt_export.sizes import LARGEST_SIDE
+from epsrt_export.stepgraph import DynamicThreshold
 
 LATENTS = (-4.0, 4.0)  # what an autoencoder's latents span once they are scaled to a deviation of 1
 
@@ -72,9 +76,9 @@ class NoisedClassifier:
 class Source:
     """A network, what it was trained for, and where it came from. Raises InputError where these do not fit together.
 
-    network       forward(x [B, C, H, W], t [B] float32[, label [B] int64]) -> [B, C, H, W], float32
+    network       forward(x [B, C, …], t [B] float32[, label [B] int64], **conditions) -> [B, C, …], float32
     schedule      of the training; t is one of its timesteps
-    shape         C, H, W
+    shape         C, then one to three extents: [C, L] of signals, [C, H, W] of images, [C, D, H, W] of volumes and video
     prediction    what forward returns: epsilon, x0, v, score, edm or velocity: epsrt.noise_levels.Network; of edm,
                   forward takes ¼ ln σ for t, and c_in·x
     value_range   of its images, to make pictures of them
@@ -82,7 +86,11 @@ class Source:
                   |value| of value_range; None: not at all
     classes       0: forward takes no label. `null_label`: the label that means "none", where the network knows one
     class_names   one each, or none
-    variance      forward returns [B, 2C, H, W], and the second half is log σ² of a step (learned; diffusers' scheduler
+    conditions    what else forward takes, a value a sample: see epsrt.condition.Condition. An image is concatenated behind
+                  x, along channels; forward takes the others by their names
+    examples      values of conditions by name, [k, *shape] with k ≥ 2, that parity is proven with. Floats and masks are
+                  drawn where there are none
+    variance      forward returns [B, 2C, …], and the second half is log σ² of a step (learned; diffusers' scheduler
                   of that name wants σ² itself), or says where log σ² lies between log β̃ at −1 and log β at 1
                   (learned_range; arXiv 2102.09672, eq. 15)
     thresholding  (ratio, maximum): x0 is scaled to `clip` by the `ratio` quantile of its |values|, at most `maximum`
@@ -103,13 +111,15 @@ class Source:
 
     network: nn.Module
     schedule: Schedule
-    shape: tuple[int, int, int]
+    shape: Shape
     prediction: str = "epsilon"
     value_range: tuple[float, float] = (-1.0, 1.0)
     clip: float | str | None = "range"
     classes: int = 0
     null_label: int | None = None
     class_names: Sequence[str] = ()
+    conditions: Sequence[Condition] = ()
+    examples: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     variance: LearnedVariance | None = None
     thresholding: tuple[float, float] | None = None
     latents: bool = False
@@ -129,9 +139,9 @@ class Source:
             value = getattr(self, field_name)
             if not isinstance(value, kind):
                 raise InputError(f"{field_name} is a {type(value).__name__}, not a {kind.__name__}: give one")
-        shape = _each("shape", self.shape, 1, "three whole numbers, C, H, W")
-        if len(shape) != 3 or not all(0 < n <= LARGEST_SIDE for n in shape):
-            raise InputError(f"shape = {list(shape)} is not C, H, W, each 1 … {LARGEST_SIDE}{_of_signals(shape)}")
+        shape = _each("shape", self.shape, 1, "whole numbers, C and the extents")
+        if not 2 <= len(shape) <= 4 or not all(0 < n <= LARGEST_SIDE for n in shape):
+            raise InputError(f"shape = {list(shape)} is not C and one to three extents, each 1 … {LARGEST_SIDE}")
         try:
             low_high = tuple(float(v) for v in self.value_range)
         except (TypeError, ValueError, OverflowError):
@@ -142,7 +152,8 @@ class Source:
         classes = typed("classes", self.classes, 0)
         null_label = None if self.null_label is None else typed("null_label", self.null_label, 0)
         settled = {"shape": shape, "value_range": low_high, "class_names": names, "classes": classes}
-        settled |= {"latents": typed("latents", self.latents, False)}
+        settled |= {"latents": typed("latents", self.latents, False), "conditions": _conditions(self.conditions, shape)}
+        settled |= {"examples": checked(self.examples, settled["conditions"], shape)}
         settled |= {"notes": _each("notes", self.notes, "", "a list of sentences")}
         for field_name, value in {**settled, "null_label": null_label}.items():  # a manifest takes no NumPy scalars
             object.__setattr__(self, field_name, value)
@@ -239,11 +250,24 @@ def _weights_sha256(network: nn.Module) -> str:
     return hasher.hexdigest()
 
 
-def _of_signals(shape: Sequence[int]) -> str:
-    if len(shape) != 2:
-        return ""
-    c, length = shape
-    return f": for signals of {c} channels and length {length} give ({c}, 1, {length}) and an adapter, {FLAT}"
+def _conditions(given: Any, shape: Shape) -> tuple[Condition, ...]:
+    given = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(c, Condition) for c in given):
+        raise InputError(f"conditions = {given!r} is no list of Condition: give epsrt.condition.Condition(…) for each")
+    names, found = set[str](), []
+    for c in given:
+        try:
+            found.append(msgspec.convert(msgspec.to_builtins(c), Condition))
+        except (TypeError, msgspec.ValidationError) as error:
+            raise InputError(f"{c} is no condition ({error}): give Python's own words and numbers") from None
+        if c.role == "label":
+            raise InputError(f"condition {c.name!r} has the role label: give classes, and null_label, for it")
+        if (fault := c.fault(shape)) is not None:
+            raise InputError(f"condition {c.name!r} {fault}")
+        if c.name in names:
+            raise InputError(f"two conditions have the name {c.name!r}: give each its own")
+        names.add(c.name)
+    return tuple(found)
 
 
 def _each(name: str, values: Any, like: Any, wanted: str) -> tuple[Any, ...]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from epsrt.errors import EpsrtError, InputError
-from epsrt.manifest import Sizes
+from epsrt.condition import Condition
+from epsrt.errors import InputError
+from epsrt.part import Port
+from epsrt.types import Shape
 from epsrt_export import unfit
+from epsrt_export.conditions import Given, call, trial
 
-Network = Callable[..., Tensor]
 OUTPUTS = ("x_next", "m_next", "x0")
 LARGEST_K = 3840  # of TensorRT's TopK
-LARGEST_SIDE = 65536  # pixels, of a bundle's images
 
 
 @dataclass(frozen=True)
@@ -47,27 +49,27 @@ class DynamicThreshold:
         return k
 
     def __call__(self, x0: Tensor) -> Tensor:
-        """x0 [B, C, H, W], thresholded a sample at a time."""
+        """x0 [B, C, …], thresholded a sample at a time."""
         size = x0[0].numel()
         rank = self.rank(size)
         largest = x0.abs().flatten(1).topk(self.k(size), dim=1).values
         s, weight = largest[:, -1:], float(rank - np.floor(rank))
         if weight:
             s = s + weight * (largest[:, -2:-1] - s)
-        s = s.clamp(self.bound, self.maximum * self.bound)[:, :, None, None]
+        s = _over(s.clamp(self.bound, self.maximum * self.bound), x0)
         return torch.minimum(torch.maximum(x0, -s), s) / (s / self.bound)
 
 
 class StepModule(nn.Module):
-    """x', m', x0 from x, m, z [B, C, H, W], rows [B, len(columns)] and what else its features take.
+    """x', m', x0 from x, m, z [B, C, …], rows [B, len(columns)] and what else its features take.
 
     columns   of epsrt.plan.FEATURES: what they name is what the graph has; a mask is put on later, by onnx_passes
-    labelled  the network takes label [B] int64
+    takes     what the network takes beside x and t: see epsrt_export.conditions.call
     dtype     that the network computes in; everything else is float32
-    guided    with w: the network sees 2B rows, B with their labels, B with `null_label`, and what it returns is
-              u + w·(c − u) (arXiv 2207.12598, eq. 6, with w = 1 + theirs), then scaled towards c's deviation by phi
-              (arXiv 2305.08891, section 3.4)
-    learned   with r: the network returns [B, 2C, H, W], its second half v the learned variance (arXiv 2102.09672,
+    guided    with w: the network sees 2B rows, B as they are given, B with each guided condition's null, and what it
+              returns is u + w·(c − u) (arXiv 2207.12598, eq. 6, with w = 1 + theirs), then scaled towards c's deviation
+              by phi (arXiv 2305.08891, section 3.4)
+    learned   with r: the network returns [B, 2C, …], its second half v the learned variance (arXiv 2102.09672,
               eq. 15), and the noise is d·exp(r·v)·z; a guided one takes c's v
     gradient  with s: module of (x, t, target [B] int64), a classifier's ∇ log p(target | x), float32 (arXiv 2105.05233)
     """
@@ -76,39 +78,37 @@ class StepModule(nn.Module):
         self,
         network: nn.Module,
         columns: Sequence[str],
-        labelled: bool,
+        takes: Sequence[Condition],
         dtype: torch.dtype,
         threshold: DynamicThreshold | None = None,
-        null_label: int | None = None,
         gradient: nn.Module | None = None,
     ):
         super().__init__()
         self.network = network
         self.columns = tuple(columns)
-        self.labelled = labelled
+        self.takes = tuple(takes)
         self.dtype = dtype
         self.threshold = threshold
-        self.null_label = null_label
         self.gradient = gradient
 
-    @property
-    def inputs(self) -> dict[str, str]:
-        """Names of what forward takes, in order, and the kind of each: image, rows or label."""
-        found = dict.fromkeys("xmz", "image") | {"rows": "rows"}
-        if self.labelled:
-            found["label"] = "label"
-        return found | ({"target": "label"} if "s" in self.columns else {})
+    def inputs(self, shape: Shape) -> tuple[Port, ...]:
+        """What the graph takes, in order: the first four are forward's own, the rest is `given`. `shape` is x's."""
+        own = [Port(name, "float32", shape) for name in "xmz"]
+        own += [Port("rows", "float32", (len(self.columns),))]
+        own += [Port(c.name, c.dtype, c.of(shape)) for c in self.takes]
+        if "w" in self.columns:
+            own += [Port(c.null_name, c.dtype, c.of(shape)) for c in self.takes if c.guided]
+        return (*own, *([Port("target", "int64", ())] if "s" in self.columns else []))
 
-    def forward(
-        self, x: Tensor, m: Tensor, z: Tensor, rows: Tensor, label: Tensor | None = None, target: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        # one reshape and one split: [B, 1, 1, 1] a column, so that each broadcasts over the image
-        parts = torch.split(rows[:, :, None, None], 1, dim=1)
+    def forward(self, x: Tensor, m: Tensor, z: Tensor, rows: Tensor, given: Given | None = None) -> tuple[Tensor, ...]:
+        given = given or {}
+        # one reshape and one split: [B, 1, …] a column, so that each broadcasts over the sample
+        parts = torch.split(_over(rows, x), 1, dim=1)
         k = dict(zip(self.columns, parts, strict=True))
         scaled, t = k["in_scale"] * x, k["t"].flatten()
-        out, v = self._predict(scaled.to(self.dtype), t, label, k)
+        out, v = self._predict(scaled.to(self.dtype), t, given, k)
         if self.gradient is not None:
-            out = out + k["s"] * k["j"] * self.gradient(scaled, t, target)
+            out = out + k["s"] * k["j"] * self.gradient(scaled, t, given["target"])
         noise = k["d"] * z
         if v is not None:
             noise = torch.exp(k["r"] * v) * noise  # rows without it have r = 0: their noise times 1
@@ -120,18 +120,14 @@ class StepModule(nn.Module):
         m_next = k["e"] * x + k["f"] * x0 + k["o"] * out + k["g"] * m
         return x_next, m_next, x0
 
-    def _predict(
-        self, x: Tensor, t: Tensor, label: Tensor | None, k: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
+    def _predict(self, x: Tensor, t: Tensor, given: Given, k: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """The network's output, float32, guided where the graph is, and the learned variance."""
         n, channels = x.shape[0], x.shape[1]
+        given = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in given.items()}
         if "w" not in k:
-            out = self.network(x, t, label) if self.labelled else self.network(x, t)
-            return self._halves(out.float(), channels)
-        assert label is not None
-        assert self.null_label is not None
-        labels = torch.cat([label, torch.full_like(label, self.null_label)])
-        both = self.network(torch.cat([x, x]), torch.cat([t, t]), labels).float()
+            return self._halves(call(self.network, self.takes, x, t, given).float(), channels)
+        twice = {c.name: torch.cat([given[c.name], given[c.null_name if c.guided else c.name]]) for c in self.takes}
+        both = call(self.network, self.takes, torch.cat([x, x]), torch.cat([t, t]), twice).float()
         c, v = self._halves(both[:n], channels)  # slices: chunk would freeze the batch
         u, _ = self._halves(both[n:], channels)
         out = u + k["w"] * (c - u)
@@ -142,34 +138,50 @@ class StepModule(nn.Module):
         return (out[:, :channels], out[:, channels:]) if "r" in self.columns else (out, None)
 
 
+def apart(each: Mapping[str, Any]) -> dict[str, Any]:
+    """As StepModule.forward takes it: its own arguments, and the others in a dict."""
+    own = {name: each[name] for name in ("x", "m", "z", "rows")}
+    return {**own, "given": {name: value for name, value in each.items() if name not in own}}
+
+
+def _over(values: Tensor, x: Tensor) -> Tensor:
+    """[B, n] as [B, n, 1, …], which broadcasts over x [B, C, …]."""
+    return values[(..., *[None] * (x.ndim - 2))]
+
+
 def _deviation(x: Tensor) -> Tensor:
-    """Of each image of [B, C, H, W], [B, 1, 1, 1]."""
-    over = (1, 2, 3)
+    """Of each sample of [B, C, …], [B, 1, …]."""
+    over = tuple(range(1, x.ndim))
     return (x - x.mean(over, keepdim=True)).square().mean(over, keepdim=True).sqrt()
 
 
 def check_network(
-    network: nn.Module, shape: tuple[int, int, int], labelled: bool, dtype: torch.dtype, learned: bool = False
+    network: nn.Module, shape: Shape, takes: Sequence[Condition], dtype: torch.dtype, learned: bool = False
 ) -> None:
-    """Run the network twice on two images.
+    """Run the network twice on two samples.
 
     Raises InputError unless it returns one tensor of its input's shape and dtype, with twice the channels where the
     variance is learned, the same each time, and leaves its inputs as they were.
     """
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    given = x, torch.zeros(2), *((torch.zeros(2, dtype=torch.int64),) if labelled else ())
-    copies = [value.clone() for value in given]
+    given = {name: v.to(dtype) if v.is_floating_point() else v for name, v in trial(takes, shape, 2).items()}
+    given = {"x": x, "t": torch.zeros(2), **given}
     name = type(network).__name__
+
+    def run(values: Given) -> Tensor:
+        return call(network, takes, values["x"], values["t"], values)
+
+    copies = {name: value.clone() for name, value in given.items()}
     try:
         with torch.inference_mode():
-            out, again = network(*copies), network(*[value.clone() for value in given])
+            out, again = run(copies), run({name: value.clone() for name, value in given.items()})
     except Exception as error:  # somebody else's code: assertions and missing attributes are as likely as a TypeError
-        raise InputError(unfit.why(network, shape, labelled, error)) from error
+        raise InputError(unfit.why(network, shape, takes, error)) from error
     if not isinstance(out, Tensor):
         raise InputError(f"{name} returns a {type(out).__name__}, not one tensor: wrap it so that it returns ε alone")
     if out.dtype not in (dtype, torch.float32):
         raise InputError(f"{name} returns {out.dtype} for {dtype}: let its last line be out.to(x.dtype)")
-    if not all(torch.equal(a, b) for a, b in zip(given, copies, strict=True)):
+    if not all(torch.equal(value, copies[name]) for name, value in given.items()):
         raise InputError(f"{name} changes its inputs in place: let it work on a copy, x = x.clone()")
     if not torch.allclose(out, again, rtol=1e-3, atol=1e-3, equal_nan=True):
         raise InputError(f"{name} returns another tensor each time: switch its dropout or noise off")
@@ -185,50 +197,3 @@ def check_network(
             'β̃ and β) or variance="learned" (log σ²); if not, return the first half'
         )
     raise InputError(f"{returns}: the output must have the input's shape")
-
-
-def check_sizes(
-    network: nn.Module, shape: tuple[int, int, int], labelled: bool, sizes: Sizes, learned: bool = False
-) -> None:
-    """Run the network at one multiple by three, which a network of a larger stride or of one size alone cannot.
-
-    Raises InputError where the numbers do not fit together, or the network does not take them: which multiple it does
-    take, if any.
-    """
-    multiple, largest = sizes.multiple, sizes.largest
-    given, own = f"sizes = ({multiple}, {largest})", f"{shape[1]} × {shape[2]}"
-    if multiple < 1 or largest > LARGEST_SIDE:
-        raise InputError(f"{given}: give a multiple of at least 1, and a largest of at most {LARGEST_SIDE} pixels")
-    if largest % multiple:
-        below = largest - largest % multiple
-        raise InputError(f"{given}: {largest} is no multiple of {multiple}: give {below} or {below + multiple}")
-    if largest < 2 * multiple:
-        raise InputError(f"{given} are one size alone: raise the largest, or leave sizes out")
-    if any(n % multiple or n > largest for n in shape[1:]):
-        raise InputError(f"{given} do not hold the network's own {own}: give a multiple that divides both, and more")
-    refused = _refusal(network, shape, labelled, learned, sizes)
-    if refused is None:
-        return
-    name = type(network).__name__
-    for k in range(2, min(shape[1:]) // multiple + 1):
-        better = Sizes(k * multiple, largest)
-        fits = all(n % better.multiple == 0 for n in shape[1:])
-        if fits and _refusal(network, shape, labelled, learned, better) is None:
-            raise InputError(
-                f"{name} does not take multiples of {multiple} pixels, but of {better.multiple}: give that for the "
-                f"multiple of sizes ({refused})"
-            ) from refused
-    raise InputError(
-        f"{name} fixes its height and width at {own}, as position embeddings do: leave sizes out ({refused})"
-    ) from refused
-
-
-def _refusal(
-    network: nn.Module, shape: tuple[int, int, int], labelled: bool, learned: bool, sizes: Sizes
-) -> EpsrtError | None:
-    odd = shape[0], sizes.multiple, 3 * sizes.multiple
-    try:
-        check_network(network, odd, labelled, torch.float32, learned)
-    except EpsrtError as error:
-        return error
-    return None

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from epsrt import noise, solvers
+from epsrt.condition import Condition
 from epsrt.manifest import Manifest, step_columns
 from epsrt.parity.golden import Trajectory
 from epsrt.plan import Plan
 from epsrt.timesteps import spaced
 from epsrt.types import Float32, Float64, Int64
+from epsrt_export.conditions import SEED, Choice, Values, call
 from epsrt_export.double import Call, NoDoubleError
 from epsrt_trainer.sample import OnStep, ddim_loop, ddpm_loop
 
-SEED = 2020
 WEIGHT = 2.0  # of the guided trajectory
 
 
@@ -42,19 +45,24 @@ class Course:
 class Runs:
     """The trajectories of some images.
 
-    call       the network; it takes a label
-    label      one an image
+    call       the network, of x, t and what it is given: see `bound`
+    values     of its conditions
+    choice     which of them each image has
     index      of each image's noise
     last_rows  how many of DDPM's rows are run, the last ones; None: all
     dtype      that `call` computes in
     """
 
-    manifest: Manifest
     call: Call
-    label: Int64
+    values: Values
+    choice: Choice
     index: Int64
     last_rows: int | None = None
     dtype: torch.dtype = torch.float32
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.values.manifest
 
     @property
     def kind(self) -> dict[str, Any]:
@@ -81,12 +89,12 @@ class Runs:
         return solvers.ddpm(self.manifest.schedule, every, **self.bounds, **self.learned)
 
     def courses(self) -> Iterator[Course]:
-        """DDIM, guided DDIM where there is a null label, and DDPM. A part of DDPM begins from DDIM's images."""
+        """DDIM, guided DDIM where there is something to guide against, and DDPM. A part of DDPM begins from DDIM's images."""
         schedule = self.manifest.schedule
         ts = spaced(schedule, min(50, schedule.T), "trailing")
         plan, name = solvers.ddim(schedule, ts, **self.bounds), f"ddim-{len(ts)}"
         yield Course(name, ddim_loop, ts, plan, None, {})
-        if self.manifest.null_label is not None:
+        if any(c.guided for c in self.manifest.takes):
             yield Course(f"guided-{name}", ddim_loop, ts, plan, WEIGHT, {})
         low, high = schedule.span
         every: list[float] = list(range(high, low - 1, -1))
@@ -98,8 +106,8 @@ class Runs:
         yield Course(name, ddpm_loop, every, plan, None, self.learned)
 
     def __call__(self, course: Course, init: Float32 | None = None, on_step: OnStep | None = None) -> torch.Tensor:
-        """The images [n, C, H, W] that a course ends with; `init` is what it begins from."""
-        m, images, (signal, scale) = self.manifest, len(self.label), course.plan.start
+        """The images [n, C, …] that a course ends with; `init` is what it begins from."""
+        m, images, (signal, scale) = self.manifest, len(self.index), course.plan.start
         size, first = int(np.prod(m.shape)), int(course.plan["n"][0])
         z = noise.normals(SEED, self.index, noise.START, 0, size).reshape(images, *m.shape)
         x = np.float32(scale) * z + (0 if init is None else np.float32(signal) * init)
@@ -108,18 +116,17 @@ class Runs:
             drawn = noise.normals(SEED, self.index, noise.STEP, first + i, size)
             return torch.from_numpy(drawn.reshape(x.shape)).to(self.dtype)
 
-        call = self.call
+        network = partial(self.call, given=self.values.given(self.choice, m.shape))
         if course.w is not None:
-            assert m.null_label is not None
-            call = guided(call, m.null_label, course.w, m.shape[0])
+            null = self.values.against(self.choice, m.shape)
+            network = guided(network, partial(self.call, given=null), course.w, m.shape[0])
         made: torch.Tensor = course.loop(
-            call,
+            network,
             m.schedule,
             torch.from_numpy(x.astype(np.float32)).to(self.dtype),
             course.ts,
             draw,
             thresholding=self.thresholding,
-            label=torch.from_numpy(self.label) if m.classes else None,
             on_step=on_step,
             **self.bounds,
             **course.more,
@@ -131,13 +138,16 @@ class Runs:
         if not course.plan.start[0]:
             init = None
         last = self(course, init, lambda i, x, x0: tell(course.name, (i + 1) / len(course.ts)))
-        rows, seed = course.plan.rows(step_columns(self.manifest.variance)), np.full(len(self.label), SEED, np.uint64)
-        w = None if course.w is None else np.array([course.w], np.float32)
-        return Trajectory(rows, np.array(course.plan.start), seed, self.index, self.label, last.numpy(), init, w)
+        rows, seed = course.plan.rows(step_columns(self.manifest.variance)), np.full(len(self.index), SEED, np.uint64)
+        start, which = np.array(course.plan.start), self.choice.plain
+        if course.w is None:
+            return Trajectory(rows, start, seed, self.index, x=last.numpy(), init=init, **which)
+        w, which = np.array([course.w], np.float32), which | self.choice.against
+        return Trajectory(rows, start, seed, self.index, x=last.numpy(), init=init, w=w, **which)
 
     def of(self, images: slice) -> Runs:
         """Those of some images alone."""
-        return replace(self, label=self.label[images], index=self.index[images])
+        return replace(self, choice=self.choice[images], index=self.index[images])
 
 
 def rounding(exact: Runs, course: Course, images: Float32, tell: Callable[[str, float], object]) -> Float64 | None:
@@ -154,11 +164,16 @@ def rounding(exact: Runs, course: Course, images: Float32, tell: Callable[[str, 
     return np.sqrt([error]) if np.isfinite(error) else None
 
 
-def guided(network: Call, null_label: int, w: float, channels: int) -> Call:
+def bound(network: nn.Module, takes: Sequence[Condition]) -> Call:
+    """The network as a function of x, t and `given`."""
+    return lambda x, t, given: call(network, takes, x, t, given)
+
+
+def guided(towards: Call, against: Call, w: float, channels: int) -> Call:
     """Classifier-free guidance, two calls: u + w·(c − u) (arXiv 2207.12598, eq. 6); a learned variance is c's."""
 
-    def call(x: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        c, u = network(x, t, label), network(x, t, torch.full_like(label, null_label))
+    def combined(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        c, u = towards(x, t), against(x, t)
         return torch.cat([u[:, :channels] + w * (c - u)[:, :channels], c[:, channels:]], 1)
 
-    return call
+    return combined

@@ -68,7 +68,7 @@ def kinds(model):
 
 def graphs_of(network, half=False, shape=SHAPE):
     module = half_copy(network) if half else network
-    step = StepModule(module, STEP_COLUMNS, False, torch.float16 if half else torch.float32)
+    step = StepModule(module, STEP_COLUMNS, (), torch.float16 if half else torch.float32)
     return in_dialects(to_onnx(step, shape))
 
 

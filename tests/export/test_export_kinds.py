@@ -267,7 +267,7 @@ class TestSamples:
         high = 1.0 if schedule.preserves_variance else float(schedule.at(ts[0])[1])
         network, start = denoiser(kind), np.float32(high) * drawn(noise.START, 0)
         truth = loop(
-            lambda x, t, label: network(x, t),
+            network,
             schedule,
             start,
             ts,

@@ -146,7 +146,7 @@ class TestPlainModules:
         assert Bundle.open(small_bundle_path).manifest.provenance.network == "nets.Tiny"
         x = torch.from_numpy(noise.normals(4, [0, 1, 2], noise.START, 0, 64).reshape(3, 1, 8, 8))
         network = tiny(seed=3)
-        truth = ddim_loop(lambda x, t, label: network(x, t), schedule, x, spaced(schedule.T, 10))
+        truth = ddim_loop(network, schedule, x, spaced(schedule.T, 10))
         with Sampler.open(small_bundle_path, "onnxruntime", threads=1) as sampler:
             np.testing.assert_allclose(sampler.sample(3, steps=10, seed=4), truth.numpy(), rtol=0, atol=3e-5)
 

@@ -54,7 +54,7 @@ def test_a_dit_of_the_trainer(tmp_path, features):
     assert (p.network, p.family, p.config["time_features"]) == ("epsrt_trainer.dit.DiT", "epsrt", features)
     x = torch.from_numpy(noise.normals(7, range(4), noise.START, 0, 64).reshape(4, 1, 8, 8))
     labels = [0, 1, 2, 3]
-    truth = ddim_loop(network, schedule, x, spaced(schedule, 20), label=torch.tensor(labels)).numpy()
+    truth = ddim_loop(lambda x, t: network(x, t, torch.tensor(labels)), schedule, x, spaced(schedule, 20)).numpy()
     with Sampler.open(bundle.path, "onnxruntime", threads=1) as sampler:
         images = sampler.sample(4, steps=20, seed=7, labels=[0, 1, 2, None], rederive=False)
         assert all(rung.passed for rung in verify(sampler.engine))

@@ -724,7 +724,7 @@ class TestFilesThatAreRefused:
 
         theirs = guided_unet()(16, 6, 32, 3, 1, (2,), channel_mult=(1, 2), num_heads=2).eval()
         source = Source(Adapter(theirs, torch.randn(1, 3, 16, 16)).eval(), Schedule("cosine", 40), (3, 16, 16))
-        check_network(source.network, source.shape, False, torch.float32)
+        check_network(source.network, source.shape, (), torch.float32)
 
     def test_classifiers(self, saved):
         path = saved(change=lambda state: {k: v for k, v in state.items() if not k.startswith("output_blocks.")})
@@ -763,7 +763,7 @@ class TestFilesThatAreRefused:
             def forward(self, x, t):
                 return self.net(t, x.unflatten(2, (4, -1))).flatten(2, 3)
 
-        check_network(Adapter(theirs), (2, 32, 8), False, torch.float32)
+        check_network(Adapter(theirs), (2, 32, 8), (), torch.float32)
 
     def test_one_dimension_and_its_way_out(self, tmp_path):
         theirs = guided_unet()(16, 2, 32, 2, 1, (2,), channel_mult=(1, 2), dims=1, num_heads=2).eval()

@@ -66,7 +66,7 @@ def test_the_program_still_runs_at_any_batch():
 def test_a_large_timestep_is_told_exactly():
     """Without folding the angles are 6e-5 off at t = 1000, and out by 8e-6, relative."""
     network = Sinusoidal(noisy=False).eval()
-    model = to_onnx(StepModule(network, STEP_COLUMNS, False, torch.float32), SHAPE)
+    model = to_onnx(StepModule(network, STEP_COLUMNS, (), torch.float32), SHAPE)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     t = np.array([999, 998, 750], np.float32)
     rows = Plan.of("out", t=t, h=1.0).rows(STEP_COLUMNS)

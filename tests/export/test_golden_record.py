@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from epsrt.manifest import Sizes
 from epsrt.plan import STEP_COLUMNS
 from epsrt.timesteps import spaced
 from epsrt_export import NoisedClassifier, Source, golden
+from epsrt_export.conditions import SEED, Choice, Values
 from epsrt_export.golden import _other_sizes
 from epsrt_export.manifest import manifest_of
-from epsrt_export.trajectories import guided
+from epsrt_export.trajectories import Runs, bound, guided
 from epsrt_trainer.sample import ddim_loop
 from nets import Tiny, judge, learned, redraw, restless, tiny
 
@@ -53,7 +55,7 @@ def test_states_span_the_schedule_and_labels_the_classes(kept):
     np.testing.assert_array_equal(kept.network.t, t)
     np.testing.assert_array_equal(kept.network.label, np.resize([0, 3, 6, 10], 25))
     np.testing.assert_array_equal(kept.trajectories["ddim-50"].label, [0, 3, 6, 10])
-    drawn = noise.normals(golden.SEED, np.arange(25), noise.FORWARD, 1, 64).reshape(25, *SHAPE)
+    drawn = noise.normals(SEED, np.arange(25), noise.FORWARD, 1, 64).reshape(25, *SHAPE)
     np.testing.assert_array_equal(kept.network.x, drawn)
 
 
@@ -63,14 +65,17 @@ def test_states_span_the_schedule_and_labels_the_classes(kept):
 def test_which_labels_there_are(classes, null, labels):
     facts = {} if null is None else {"null_label": null}
     manifest = manifest_of(Source(tiny(), SCHEDULE, SHAPE, classes=classes, **facts), 4, ())
-    assert golden._labels(manifest).tolist() == labels
+    assert Values.drawn(manifest, {}).choice(len(labels)).label.tolist() == labels
 
 
 def test_outputs_are_of_their_labels(network, kept):
     np.testing.assert_allclose(kept.network.out, called(network, kept.network, kept.network.label), atol=1e-5)
-    null = np.full(25, 10)
+    null = kept.guidance.null_label
+    np.testing.assert_array_equal(null[::2], 10)  # every other state has a negative label: that of the state before
+    np.testing.assert_array_equal(null[1::2], kept.network.label[:-1:2])
     np.testing.assert_allclose(kept.guidance.null, called(network, kept.network, null), atol=1e-5)
-    assert np.abs(kept.guidance.null - kept.network.out)[kept.network.label != 10].max() > 0.1
+    far = np.abs(kept.guidance.null - kept.network.out).max((1, 2, 3))
+    assert far[kept.network.label != null].min() > 0.01
 
 
 def test_gradients_are_of_the_targets_log_probability(guide, kept):
@@ -92,14 +97,14 @@ def test_steps_are_the_rows_of_noised_images(network, kept):
     k = {name: s.rows[:, i].astype(np.float64)[:, None, None, None] for i, name in enumerate(STEP_COLUMNS)}
     np.testing.assert_array_equal(k["t"].ravel(), kept.network.t)
     alpha, sigma = (level[:, None, None, None] for level in SCHEDULE.at(kept.network.t.astype(int)))
-    forward = noise.normals(golden.SEED, np.arange(25), noise.FORWARD, 0, 64).reshape(25, *SHAPE)
+    forward = noise.normals(SEED, np.arange(25), noise.FORWARD, 0, 64).reshape(25, *SHAPE)
     images = np.resize(kept.trajectories["ddim-50"].x, (25, *SHAPE))
     np.testing.assert_allclose(s.x, alpha * images + sigma * forward, atol=1e-6)
-    assert (s.seed == golden.SEED).all()
+    assert (s.seed == SEED).all()
     np.testing.assert_array_equal(s.index, np.arange(25))
     out = called(network, dataclasses.replace(kept.network, x=s.x), s.label).astype(np.float64)
     n = s.rows[:, STEP_COLUMNS.index("n")].astype(int)
-    z = noise.normals(golden.SEED, np.arange(25), noise.STEP, n, 64).reshape(25, *SHAPE)
+    z = noise.normals(SEED, np.arange(25), noise.STEP, n, 64).reshape(25, *SHAPE)
     x0 = np.clip(k["p"] * s.x + k["q"] * out, -1, 1)
     np.testing.assert_allclose(s.x_next, k["a"] * s.x + k["b"] * x0 + k["d"] * z, atol=1e-5)
     assert (k["d"].ravel() > 0).tolist() == [False] + [True] * 24
@@ -112,15 +117,25 @@ def test_the_guided_run_is_another_with_its_weight(network):
     assert guided.w.tolist() == [2.0]
     assert plain.w is None
     np.testing.assert_array_equal(plain.rows, guided.rows)
+    assert guided.null_label.tolist() == [10, 0, 10, 6]
+    assert plain.null_label is None
     far = np.abs(plain.x - guided.x).max((1, 2, 3)) / np.abs(plain.x).max((1, 2, 3))
-    assert (far[:3] > 0.02).all()
-    assert far[3] < 1e-5  # its label is the null label: c = u
+    assert (far > 0.02).all()
+
+
+def test_an_image_whose_label_is_the_null_label_is_not_guided(network):
+    manifest, null = manifest_of(Source(network, SCHEDULE, SHAPE, classes=10, null_label=10), 4, ()), np.array([10])
+    runs = Runs(bound(network, manifest.takes), Values(manifest, {}, {}), Choice(null, null_label=null), np.arange(1))
+    plain, guided = (runs(course) for course in list(runs.courses())[:2])
+    torch.testing.assert_close(plain, guided, rtol=0, atol=1e-5)
 
 
 def test_guidance_leaves_the_variance_to_the_label():
-    call = guided(lambda x, t, label: torch.cat([label * x, 10 * label * x], 1), 3, 2.0, 1)
-    x, label = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), 5.0)
-    assert call(x, None, label).flatten().tolist() == [3 + 2 * (5 - 3), 50]
+    def network(x, t, label):
+        return torch.cat([label * x, 10 * label * x], 1)
+
+    call = guided(partial(network, label=5.0), partial(network, label=3.0), 2.0, 1)
+    assert call(torch.ones(1, 1, 1, 1), None).flatten().tolist() == [3 + 2 * (5 - 3), 50]
 
 
 def test_other_sizes_are_of_every_sixth_state(kept):
@@ -128,7 +143,7 @@ def test_other_sizes_are_of_every_sixth_state(kept):
     states = kept.sizes[12, 16]
     assert states.x.shape == (5, 1, 12, 16)
     np.testing.assert_array_equal(states.t, kept.network.t[::6])
-    np.testing.assert_array_equal(states.label, kept.network.label[::6])
+    np.testing.assert_array_equal(states.label, kept.network.label[:5])
 
 
 def test_roundings_are_the_distance_from_float64():
@@ -136,14 +151,16 @@ def test_roundings_are_the_distance_from_float64():
     network = restless(classes=11)
     kept = recorded(network, classes=10, null_label=10)
     exact, ts = copy.deepcopy(network).double(), spaced(SCHEDULE, 50)
-    x = torch.from_numpy(noise.normals(golden.SEED, np.arange(4), noise.START, 0, 64).reshape(4, *SHAPE)).double()
+    x = torch.from_numpy(noise.normals(SEED, np.arange(4), noise.START, 0, 64).reshape(4, *SHAPE)).double()
     for name, w in (("ddim-50", None), ("guided-ddim-50", 2.0)):
         run = kept.trajectories[name]
-        call = exact if w is None else guided(exact, 10, w, 1)
-        last = ddim_loop(call, SCHEDULE, x, ts, label=torch.from_numpy(run.label)).numpy()
+        call = partial(exact, label=torch.from_numpy(run.label))
+        if w is not None:
+            call = guided(call, partial(exact, label=torch.from_numpy(run.null_label)), w, 1)
+        last = ddim_loop(call, SCHEDULE, x, ts).numpy()
         rms = np.sqrt(np.square(run.x - last).mean((1, 2, 3)))
         assert run.rounding == pytest.approx(rms.max(), rel=1e-3)
-        assert rms.max() > 2 * rms.min()  # so that it matters which image it is
+        assert rms.max() > 1.2 * rms.min()  # so that it matters which image it is
     assert kept.trajectories["ddpm-100"].rounding is None
 
 
@@ -185,8 +202,9 @@ def test_a_trajectory_is_run_again(monkeypatch, name, image):
         monkeypatch.setattr(golden, "CUT", ((2, 15, 1), (1, 5, 0)))
     network = tiny(seed=3, classes=11)
     manifest = manifest_of(Source(network, SCHEDULE, SHAPE, classes=10, null_label=10), 4, ())
-    run = golden.record(network, manifest, lambda name, share: None).trajectories[name]
-    states = golden.again(network, manifest, name, run, image)
+    kept = golden.record(network, manifest, lambda name, share: None)
+    run = kept.trajectories[name]
+    states = golden.again(network, manifest, kept, name, image)
     assert len(states) == len(run.rows)
     np.testing.assert_allclose(states[-1], run.x[image], atol=1e-5)
 
@@ -233,14 +251,14 @@ def test_a_cut_run_keeps_its_rows_noise(monkeypatch):
     monkeypatch.setattr(golden, "CUT", ((2, 15, 1), (1, 5, 0)))
     network = tiny(seed=3)
     run, index = recorded(network).trajectories["ddpm-100-last-15"], np.arange(2)
-    x = run.start[0] * run.init + run.start[1] * noise.normals(golden.SEED, index, noise.START, 0, 64).reshape(
+    x = run.start[0] * run.init + run.start[1] * noise.normals(SEED, index, noise.START, 0, 64).reshape(
         2, *SHAPE
     )
     for row in run.rows:
         k = dict(zip(STEP_COLUMNS, row.astype(np.float64), strict=True))
         with torch.inference_mode():
             out = network(torch.from_numpy(x).float(), torch.full((2,), k["t"])).numpy()
-        z = noise.normals(golden.SEED, index, noise.STEP, int(k["n"]), 64).reshape(2, *SHAPE)
+        z = noise.normals(SEED, index, noise.STEP, int(k["n"]), 64).reshape(2, *SHAPE)
         x = k["a"] * x + k["b"] * np.clip(k["p"] * x + k["q"] * out, -1, 1) + k["d"] * z
     np.testing.assert_allclose(run.x, x, atol=1e-4)
 

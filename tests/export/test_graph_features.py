@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import numpy as np
 import onnx
@@ -16,7 +17,7 @@ from epsrt.verify import verify, verify_all
 from epsrt_export import NoisedClassifier, ParityError, Source, export, graphs
 from epsrt_export.stepgraph import StepModule
 from helpers import DIALECTS, T, externals, forge
-from nets import judge, tiny
+from nets import judge, labels, tiny
 
 SCHEDULE = Schedule(T=T, beta_start=1e-3, beta_end=0.2)
 KINDS = ["", "guidance", "classifier", "mask", "guidance-mask", "classifier-mask"]
@@ -137,14 +138,19 @@ class TestGate:
         """The graph compares with another label than the golden file; or has another classifier's gradient."""
         real = graphs.StepModule
 
-        def wrong(network, columns, labelled, dtype, threshold, null_label, gradient):
+        def wrong(network, columns, takes, dtype, threshold, gradient):
+            step = real(network, columns, takes, dtype, threshold, gradient)
             if part == "null_label":
-                null_label = 0
+                step._predict = partial(other, step._predict)
             elif gradient is not None:
-                gradient = copy.deepcopy(gradient)
+                step.gradient = copy.deepcopy(gradient)
                 with torch.no_grad():
-                    next(gradient.parameters()).mul_(1.05)
-            return real(network, columns, labelled, dtype, threshold, null_label, gradient)
+                    next(step.gradient.parameters()).mul_(1.05)
+            return step
+
+        def other(predict, x, t, given, k):
+            more = {"label_null": 0 * given["label_null"]} if "w" in k else {}
+            return predict(x, t, given | more, k)
 
         monkeypatch.setattr(graphs, "StepModule", wrong)
         more = {"null_label": 2} if part == "null_label" else {}
@@ -183,12 +189,12 @@ class TestStepGraph:
 
         network = learned(seed=3, classes=4)
         columns = step_columns("learned_range", ["guidance"])
-        step = StepModule(network, columns, True, torch.float32, null_label=3)
+        step = StepModule(network, columns, labels(3), torch.float32)
         x, label = torch.randn(2, 1, 8, 8), torch.tensor([0, 2])
         rows = self.rows(columns, a=0.0, h=1.0, d=1.0, r=1.0, w=3.0, t=7.0)
         z = torch.randn(2, 1, 8, 8)
         with torch.no_grad():
-            mine = step(x, torch.zeros_like(x), z, rows, label)[0]
+            mine = step(x, torch.zeros_like(x), z, rows, {"label": label, "label_null": torch.full_like(label, 3)})[0]
             c = network(x, torch.full((2,), 7.0), label)
             u = network(x, torch.full((2,), 7.0), torch.tensor([3, 3]))
         truth = u[:, :1] + 3 * (c - u)[:, :1] + torch.exp(c[:, 1:]) * z
@@ -199,11 +205,12 @@ class TestStepGraph:
         from epsrt.manifest import step_columns
 
         network, columns = tiny(seed=4, classes=3), step_columns(None, ["guidance"])
-        step = StepModule(network, columns, True, torch.float32, null_label=2)
+        step = StepModule(network, columns, labels(2), torch.float32)
         x, label = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
         with torch.no_grad():
             rows = self.rows(columns, a=0.0, h=1.0, w=5.0, phi=0.7, t=7.0)
-            mine = step(x, torch.zeros_like(x), torch.zeros_like(x), rows, label)[0]
+            given = {"label": label, "label_null": torch.full_like(label, 2)}
+            mine = step(x, torch.zeros_like(x), torch.zeros_like(x), rows, given)[0]
             c, u = (network(x, torch.full((2,), 7.0), each) for each in (label, torch.tensor([2, 2])))
             guided = u + 5.0 * (c - u)
             pulled = guided * c.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
@@ -218,10 +225,11 @@ class TestStepGraph:
                 return 0 * x + label[:, None, None, None]
 
         columns = step_columns(None, ["guidance"])
-        step = StepModule(Flat(), columns, True, torch.float32, null_label=0)
+        step = StepModule(Flat(), columns, labels(0), torch.float32)
         x = torch.randn(2, 1, 8, 8)
         rows = self.rows(columns, a=0.0, h=1.0, w=2.0, phi=0.7)
-        assert torch.isfinite(step(x, x, x, rows, torch.tensor([1, 2]))[0]).all()
+        given = {"label": torch.tensor([1, 2]), "label_null": torch.zeros(2, dtype=torch.int64)}
+        assert torch.isfinite(step(x, x, x, rows, given)[0]).all()
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ class Of(nn.Module):
 def exported(network, sizes=None):
     """The files' bytes by dialect, each of them examined, and the model of the plain one with its weights in it."""
     weights = WeightsFile("weights-fp32.bin")
-    step = StepModule(network.eval(), STEP_COLUMNS, False, torch.float32)
+    step = StepModule(network.eval(), STEP_COLUMNS, (), torch.float32)
     files = {name: m.SerializeToString() for name, m in in_dialects(to_onnx(step, SHAPE, weights=weights)).items()}
     graphs = {name: examine(data, {"weights-fp32.bin": None}, name) for name, data in files.items()}
     return step, graphs["cpu"], to_onnx(step, SHAPE)

@@ -16,7 +16,7 @@ from epsrt_export.onnx_graph import ALIGNMENT, EXTERNAL_FROM, WeightsFile, to_on
 from epsrt_export.precision import half_copy
 from epsrt_export.stepgraph import StepModule
 from helpers import externals
-from nets import Tiny, redraw, tiny
+from nets import Tiny, labels, redraw, tiny
 
 SHAPE = (1, 8, 8)
 
@@ -35,7 +35,7 @@ def types_of(model):
 
 
 def half_graph(network):
-    return to_onnx(StepModule(half_copy(network), STEP_COLUMNS, False, torch.float16), SHAPE)
+    return to_onnx(StepModule(half_copy(network), STEP_COLUMNS, (), torch.float16), SHAPE)
 
 
 def feeds(batch=3, seed=0):
@@ -50,7 +50,7 @@ def feeds(batch=3, seed=0):
 class TestTheStep:
     def test_is_the_designs_formula_with_a_row_a_sample(self):
         network, given = tiny(), feeds()
-        x_next, m_next, x0 = session_of(to_onnx(StepModule(network, STEP_COLUMNS, False, torch.float32), SHAPE)).run(
+        x_next, m_next, x0 = session_of(to_onnx(StepModule(network, STEP_COLUMNS, (), torch.float32), SHAPE)).run(
             ["x_next", "m_next", "x0"], given
         )
         for i in range(3):
@@ -68,8 +68,8 @@ class TestTheStep:
 
     def test_columns_are_found_by_name_not_by_place(self):
         network, given = tiny(), feeds()
-        step = StepModule(network, STEP_COLUMNS, False, torch.float32)
-        turned = StepModule(network, STEP_COLUMNS[::-1], False, torch.float32)
+        step = StepModule(network, STEP_COLUMNS, (), torch.float32)
+        turned = StepModule(network, STEP_COLUMNS[::-1], (), torch.float32)
         args = [torch.from_numpy(given[name]) for name in "xmz"]
         rows = torch.from_numpy(given["rows"])
         with torch.no_grad():
@@ -78,16 +78,16 @@ class TestTheStep:
 
     def test_the_network_gets_the_label(self):
         network = tiny(classes=3)
-        step = StepModule(network, STEP_COLUMNS, True, torch.float32)
+        step = StepModule(network, STEP_COLUMNS, labels(), torch.float32)
         row = dict(zip(STEP_COLUMNS, idle_row(STEP_COLUMNS).tolist(), strict=True)) | {"a": 0.0, "h": 1.0, "t": 7.0}
         rows = torch.from_numpy(Plan.of("out", **row).rows(STEP_COLUMNS)).expand(3, -1)
         x, label = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.tensor([2, 0, 1])
         with torch.no_grad():
-            out = step(x, x * 0, x * 0, rows, label)[0]
+            out = step(x, x * 0, x * 0, rows, {"label": label})[0]
             torch.testing.assert_close(out, network(x, torch.full((3,), 7.0), label), rtol=0, atol=0)
 
     def test_every_batch_runs(self):
-        session = session_of(to_onnx(StepModule(tiny(), STEP_COLUMNS, False, torch.float32), SHAPE))
+        session = session_of(to_onnx(StepModule(tiny(), STEP_COLUMNS, (), torch.float32), SHAPE))
         one = {name: value[:1] for name, value in feeds().items()}
         alone = session.run(None, one)[0]
         for batch in (1, 2, 3, 7, 64):
@@ -151,9 +151,9 @@ class TestWeightsFile:
     def test_two_graphs_of_one_network_share_every_weight(self, tmp_path):
         """What plain and guided graphs do."""
         network, file = tiny(classes=3), WeightsFile("weights.bin")
-        one = to_onnx(StepModule(network, STEP_COLUMNS, True, torch.float32), SHAPE, weights=file)
+        one = to_onnx(StepModule(network, STEP_COLUMNS, labels(), torch.float32), SHAPE, weights=file)
         end = file._end
-        guided = StepModule(network, (*STEP_COLUMNS, "w", "phi"), True, torch.float32, null_label=2)
+        guided = StepModule(network, (*STEP_COLUMNS, "w", "phi"), labels(2), torch.float32)
         two = to_onnx(guided, SHAPE, weights=file)
         assert file._end == end
         assert externals(one) == externals(two) != {}
@@ -209,7 +209,7 @@ class TestHalfPrecision:
     @pytest.mark.parametrize("kind", KINDS)
     def test_graphs_are_valid_run_and_are_near(self, kind):
         network, given = redraw(kind()), feeds()
-        full = to_onnx(StepModule(network, STEP_COLUMNS, False, torch.float32), SHAPE)
+        full = to_onnx(StepModule(network, STEP_COLUMNS, (), torch.float32), SHAPE)
         half = half_graph(network)
         onnx.checker.check_model(half, full_check=True)
         a, b = (session_of(model).run(None, given)[0] for model in (full, half))

@@ -32,7 +32,7 @@ def test_no_parameter_stays_zero_and_the_output_is_of_order_one(redrawn):
 
 def test_a_trajectory_neither_collapses_nor_amplifies_rounding(redrawn, schedule):
     def run(start):
-        return ddim_loop(lambda x, t, label: redrawn(x, t), schedule, start, spaced(schedule.T, 50))
+        return ddim_loop(redrawn, schedule, start, spaced(schedule.T, 50))
 
     x = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(1))
     a, b = run(x), run(x + 1e-6)

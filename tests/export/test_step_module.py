@@ -9,7 +9,10 @@ from torch import nn
 
 from epsrt import InputError
 from epsrt.manifest import Sizes, step_columns
-from epsrt_export.stepgraph import LARGEST_K, DynamicThreshold, StepModule, check_network, check_sizes
+from epsrt.part import Port
+from epsrt_export.sizes import check_sizes
+from epsrt_export.stepgraph import LARGEST_K, DynamicThreshold, StepModule, check_network
+from nets import labels
 
 SHAPE = (2, 3, 4)
 NULL = 5
@@ -93,16 +96,20 @@ def test_the_step_is_the_tables(features, threshold, batch):
     module = StepModule(
         Net(learned),
         columns,
-        labelled=True,
+        labels(NULL),
         dtype=torch.float32,
         threshold=None if threshold is None else DynamicThreshold(*threshold),
-        null_label=NULL if "guidance" in features else None,
         gradient=Gradient() if "classifier" in features else None,
     )
-    assert list(module.inputs) == ["x", "m", "z", "rows", "label", *(["target"] if "classifier" in features else [])]
-    *tensors, target = (torch.from_numpy(a) for a in given)
-    found = module(*tensors, target)
-    wanted = truth(*given[:4], tensors[4], target, columns, learned, threshold)
+    *tensors, label, target = (torch.from_numpy(a) for a in given)
+    more = {"label": label}
+    if "guidance" in features:
+        more["label_null"] = torch.full_like(label, NULL)
+    if "classifier" in features:
+        more["target"] = target
+    assert [port.name for port in module.inputs(SHAPE)] == ["x", "m", "z", "rows", *more]
+    found = module(*tensors, more)
+    wanted = truth(*given[:4], label, target, columns, learned, threshold)
     for a, b in zip(found, wanted, strict=True):
         assert a.dtype == torch.float32
         np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=0, atol=3e-6)
@@ -111,8 +118,11 @@ def test_the_step_is_the_tables(features, threshold, batch):
 def test_without_labels():
     columns = step_columns(None)
     given = drawn(2, columns)
-    module = StepModule(Net(), columns, labelled=False, dtype=torch.float32)
-    assert module.inputs == {"x": "image", "m": "image", "z": "image", "rows": "rows"}
+    module = StepModule(Net(), columns, (), dtype=torch.float32)
+    assert module.inputs(SHAPE) == (
+        *(Port(name, "float32", SHAPE) for name in "xmz"),
+        Port("rows", "float32", (len(columns),)),
+    )
     found = module(*(torch.from_numpy(a) for a in given[:4]))
     wanted = truth(*given[:4], torch.zeros(2, dtype=torch.int64), None, columns)
     for a, b in zip(found, wanted, strict=True):
@@ -129,8 +139,8 @@ def test_only_the_network_computes_in_half_precision():
             return super().forward(x, t.to(x.dtype), label)
 
     given = [torch.from_numpy(a) for a in drawn(2, columns)[:4]]
-    found = StepModule(Watched(), columns, labelled=False, dtype=torch.float16)(*given)
-    full = StepModule(Net(), columns, labelled=False, dtype=torch.float32)(*given)
+    found = StepModule(Watched(), columns, (), dtype=torch.float16)(*given)
+    full = StepModule(Net(), columns, (), dtype=torch.float32)(*given)
     assert seen == [(torch.float16, torch.float32)]
     for a, b in zip(found, full, strict=True):
         assert a.dtype == torch.float32
@@ -167,12 +177,12 @@ def returns(make):
 
 class TestCheckNetwork:
     def test_what_passes(self):
-        check_network(Net(), SHAPE, True, torch.float32)
-        check_network(Net(learned=True), SHAPE, False, torch.float32, learned=True)
-        check_network(returns(lambda x: x.float()), SHAPE, False, torch.float16)
-        check_network(returns(lambda x: x), SHAPE, False, torch.float16)
-        check_network(returns(lambda x: x * torch.nan), SHAPE, False, torch.float32)  # the gate says where
-        check_network(returns(lambda x: x + 1e-5 * torch.rand(())), SHAPE, False, torch.float32)
+        check_network(Net(), SHAPE, labels(), torch.float32)
+        check_network(Net(learned=True), SHAPE, (), torch.float32, learned=True)
+        check_network(returns(lambda x: x.float()), SHAPE, (), torch.float16)
+        check_network(returns(lambda x: x), SHAPE, (), torch.float16)
+        check_network(returns(lambda x: x * torch.nan), SHAPE, (), torch.float32)  # the gate says where
+        check_network(returns(lambda x: x + 1e-5 * torch.rand(())), SHAPE, (), torch.float32)
 
     @pytest.mark.parametrize(
         ("make", "learned", "message"),
@@ -191,7 +201,7 @@ class TestCheckNetwork:
     )
     def test_what_does_not(self, make, learned, message):
         with pytest.raises(InputError, match=message):
-            check_network(returns(make), SHAPE, False, torch.float32, learned)
+            check_network(returns(make), SHAPE, (), torch.float32, learned)
 
     def test_a_labelled_one_is_given_labels(self):
         class Takes(nn.Module):
@@ -200,11 +210,11 @@ class TestCheckNetwork:
                 assert label.tolist() == [0, 0]  # a label that every network knows
                 return x
 
-        check_network(Takes(), SHAPE, True, torch.float32)
+        check_network(Takes(), SHAPE, labels(), torch.float32)
         with pytest.raises(InputError, match=r"Takes cannot run forward\(x, t\) on x"):
-            check_network(Takes(), SHAPE, False, torch.float32)
+            check_network(Takes(), SHAPE, (), torch.float32)
         with pytest.raises(InputError, match=r"cannot run forward\(x, t, label\) on x"):
-            check_network(nn.Linear(1, 1), SHAPE, True, torch.float32)
+            check_network(nn.Linear(1, 1), SHAPE, labels(), torch.float32)
 
 
 def strided(by):
@@ -221,7 +231,7 @@ def strided(by):
 class TestCheckSizes:
     def test_it_is_tried_with_its_own_channels_and_an_odd_shape(self):
         seen = []
-        check_sizes(returns(lambda x: seen.append(tuple(x.shape)) or x + 0), (3, 8, 8), False, Sizes(4, 16))
+        check_sizes(returns(lambda x: seen.append(tuple(x.shape)) or x + 0), (3, 8, 8), (), Sizes(4, 16))
         assert set(seen) == {(2, 3, 4, 12)}
 
     @pytest.mark.parametrize(
@@ -229,7 +239,7 @@ class TestCheckSizes:
         [(1, (1, 8, 8), (1, 8)), (4, (1, 8, 8), (4, 8)), (4, (1, 8, 16), (4, 65536)), (2, (1, 8, 4), (2, 8))],
     )
     def test_what_passes(self, by, shape, sizes):
-        check_sizes(strided(by), shape, False, Sizes(*sizes))
+        check_sizes(strided(by), shape, (), Sizes(*sizes))
 
     @pytest.mark.parametrize(
         ("by", "shape", "sizes", "message"),
@@ -249,7 +259,7 @@ class TestCheckSizes:
     )
     def test_what_does_not(self, by, shape, sizes, message):
         if message is None:
-            check_sizes(strided(by), shape, False, Sizes(*sizes))
+            check_sizes(strided(by), shape, (), Sizes(*sizes))
             return
         with pytest.raises(InputError, match=message):
-            check_sizes(strided(by), shape, False, Sizes(*sizes))
+            check_sizes(strided(by), shape, (), Sizes(*sizes))

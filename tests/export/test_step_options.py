@@ -46,7 +46,7 @@ class TestFormulas:
         given = {name: generator.standard_normal((3, *SHAPE), np.float32) for name in "xmz"}
         rows = generator.standard_normal((3, len(LEARNED))).astype(np.float32)
         rows[:, LEARNED.index("t")], rows[:, LEARNED.index("in_scale")] = [0, 30, 99], 1
-        model = to_onnx(StepModule(network, LEARNED, False, torch.float32), SHAPE)
+        model = to_onnx(StepModule(network, LEARNED, (), torch.float32), SHAPE)
         x_next, m_next, x0 = session_of(model).run(None, given | {"rows": rows})
         k = {name: rows[:, i].astype(np.float64)[:, None, None, None] for i, name in enumerate(LEARNED)}
         with torch.no_grad():
@@ -62,7 +62,7 @@ class TestFormulas:
 
     def test_rows_without_it_and_idle_lanes_do_not_hear_of_it(self):
         """However large v is: exp(0·v) is 1, where exp(v)·0 would be NaN."""
-        step = StepModule(learned(3, channels=2, centre=1e30), LEARNED, False, torch.float32)
+        step = StepModule(learned(3, channels=2, centre=1e30), LEARNED, (), torch.float32)
         x, z = torch.ones(1, *SHAPE), torch.full((1, *SHAPE), 2.0)
         with torch.no_grad():
             same, _, _ = step(x, x, z, torch.from_numpy(idle_row(LEARNED))[None])

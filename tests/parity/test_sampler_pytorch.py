@@ -21,7 +21,7 @@ def test_samples_are_pytorchs(sampler, network, schedule, loop):
     def draw(i):
         return torch.from_numpy(noise.normals(11, index, noise.STEP, i, 64).reshape(4, 1, 8, 8))
 
-    truth = loop(network, schedule, x, ts, draw, label=torch.tensor(label))
+    truth = loop(lambda x, t: network(x, t, torch.tensor(label)), schedule, x, ts, draw)
     method = loop.__name__.removesuffix("_loop")
     own = {"rederive": False} if method == "ddim" else {}  # the loop takes the network's own ε
     asked = [None if each == 10 else each for each in label]

@@ -27,14 +27,14 @@ def noise(i: int) -> torch.Tensor:
     return draw(100 + i, 2, 1, 3, 3)
 
 
-def toy(x, t, label=None):
+def toy(x, t):
     return torch.tanh(x) * (0.5 + t[:, None, None, None].double() / 200)
 
 
 def oracle(mean: float, variance: float, prediction: str = "epsilon"):
     """The exact network for data ~ N(mean, variance)."""
 
-    def network(x, t, label=None):
+    def network(x, t):
         bar = float(S.alpha_bar[int(t[0])])
         a, s = sqrt(bar), sqrt(1 - bar)
         x0 = mean + a * variance / (bar * variance + 1 - bar) * (x - a * mean)
@@ -84,7 +84,7 @@ def test_variance_and_last_step():
 
 def spread(v):
     """`toy` with a learned variance that is v everywhere."""
-    return lambda x, t, label=None: torch.cat([toy(x, t), torch.full_like(x, v)], 1)
+    return lambda x, t: torch.cat([toy(x, t), torch.full_like(x, v)], 1)
 
 
 def test_learned_variances():
@@ -156,7 +156,7 @@ def test_the_law_of_gaussian_data_comes_out():
 def exact(schedule, prediction, mean=0.4, variance=0.09, sigma_data=0.6):
     """The exact network for data ~ N(mean, variance), by what it returns on any schedule."""
 
-    def network(x, t, label=None):
+    def network(x, t):
         if prediction == "edm":  # x is c_in·y and t is ¼ ln s: arXiv 2206.00364, table 1
             a, s = 1.0, exp(4 * float(t[0]))
             x = x * sqrt(s**2 + sigma_data**2)
@@ -212,7 +212,7 @@ def test_eta_1_is_ddpm_on_every_schedule():
 def test_a_flow_takes_fractional_timesteps():
     flow, seen = SCHEDULES["flow"], []
 
-    def network(x, t, label=None):
+    def network(x, t):
         seen.append(float(t[0]))
         return exact(flow, "velocity")(x, t)
 
@@ -230,10 +230,11 @@ def test_labels_dtype_and_no_autograd(network, config, schedule):
     x = torch.randn(2, 1, 4, 4, generator=g().manual_seed(0))
     label = torch.tensor([0, 2])
     network.requires_grad_(True)
-    out = ddim_loop(network, schedule, x, [49, 10], label=label)
+    out = ddim_loop(lambda x, t: network(x, t, label), schedule, x, [49, 10])
     assert out.dtype == torch.float32
     assert not out.requires_grad
-    assert not torch.equal(out, ddim_loop(network, schedule, x, [49, 10], label=label.flip(0)))
+    other = ddim_loop(lambda x, t: network(x, t, label.flip(0)), schedule, x, [49, 10])
+    assert not torch.equal(out, other)
 
 
 @pytest.mark.parametrize("ts", [[], [3, 3], [1, 2], [100], [-1]])

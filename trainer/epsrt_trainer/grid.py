@@ -37,7 +37,7 @@ def save_grid(
         label = (torch.arange(columns) % config.classes).repeat(rows).to(parameter.device)
     steps = min(steps, schedule.T)
     timesteps = sorted({schedule.T - 1 - i * schedule.T // steps for i in range(steps)}, reverse=True)
-    x = ddim_loop(network, schedule, x_T, timesteps, prediction=prediction, label=label)
+    x = ddim_loop(lambda x, t: network(x, t, label), schedule, x_T, timesteps, prediction=prediction)
     with whole_file(path) as beside:
         picture(x, columns).save(beside, format="PNG")
 

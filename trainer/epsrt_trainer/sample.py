@@ -14,16 +14,16 @@ from epsrt.errors import InputError
 from epsrt.schedule import Schedule
 from epsrt_trainer.diffusion import SIGMA_DATA, Output, predicted_epsilon, predicted_x0
 
-Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Network = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
 OnStep = Callable[[int, Tensor, Tensor], object]
 Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
 VARIANCES: tuple[Variance, ...] = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 # Shared by both loops:
-#   network    (x [B, C, H, W], t [B] float32, label [B] int64 or None) -> [B, C, H, W], or [B, 2C, H, W] where the
-#              second half is a learned variance
-#   x_T        [B, C, H, W], in the network's dtype and on its device: standard normal where the schedule preserves
+#   network    (x [B, C, …], t [B] float32) -> [B, C, …], or [B, 2C, …] where the second half is a learned variance; what
+#              else a network takes, its caller has bound to it
+#   x_T        [B, C, …], in the network's dtype and on its device: standard normal where the schedule preserves
 #              variance, else σ of the first timestep times that
 #   timesteps  descending, in the schedule, whole or fractional; where the list ends, α' = 1 and σ' = 0
 #   prediction, sigma_data   what the network returns, and the data's standard deviation for edm: see predicted_x0
@@ -48,7 +48,6 @@ def ddpm_loop(
     clip: float | None = 1.0,
     thresholding: tuple[float, float] | None = None,
     variance: Variance = "fixed_small",
-    label: Tensor | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """DDPM's algorithm 2 on a sub-sequence of the timesteps, for any α and σ (arXiv 2107.00630, appendix A).
@@ -67,7 +66,7 @@ def ddpm_loop(
     x = x_T
     for i, (alpha, sigma), (alpha_next, sigma_next), t in _steps(schedule, x_T, timesteps):
         x_in, time = network_input(prediction, x, t, alpha, sigma, sigma_data)
-        out, v = _halves(network(x_in, time, label), x)
+        out, v = _halves(network(x_in, time), x)
         x0 = predicted_x0(prediction, x, out, alpha, sigma, sigma_data)
         x0 = _bounded(x0, clip, thresholding)
         step = alpha / alpha_next
@@ -107,7 +106,6 @@ def ddim_loop(
     sigma_data: float = SIGMA_DATA,
     clip: float | None = 1.0,
     thresholding: tuple[float, float] | None = None,
-    label: Tensor | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """DDIM (arXiv 2010.02502): eq. 12 with σ of eq. 16. ε stays the network's own where x0 is clamped.
@@ -122,7 +120,7 @@ def ddim_loop(
     x = x_T
     for i, (alpha, sigma), (alpha_next, sigma_next), t in _steps(schedule, x_T, timesteps):
         x_in, time = network_input(prediction, x, t, alpha, sigma, sigma_data)
-        out, _ = _halves(network(x_in, time, label), x)
+        out, _ = _halves(network(x_in, time), x)
         x0 = predicted_x0(prediction, x, out, alpha, sigma, sigma_data)
         eps = predicted_epsilon(prediction, x, out, alpha, sigma, sigma_data)
         x0 = _bounded(x0, clip, thresholding)

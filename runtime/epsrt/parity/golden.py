@@ -29,7 +29,7 @@ from epsrt.condition import LABEL, Condition
 from epsrt.errors import BundleError, EpsrtError
 from epsrt.manifest import Manifest, step_columns
 from epsrt.noise_levels import visit
-from epsrt.types import Arrays, Float32, Float64, Int64, Size
+from epsrt.types import Arrays, Float32, Float64, Int64, Shape, Size
 
 UInt64 = NDArray[np.uint64]
 
@@ -144,25 +144,14 @@ class Golden:
 
     def given(self, m: Manifest, record: Network | Step | Trajectory, i: int) -> Arrays:
         """What the network is given for a record's state or image, by name. Images follow the record's extents."""
-        return {c.name: self._value(c, self.conditions, record.label, record.given, i, record.x) for c in m.takes}
+        extents = record.x.shape[1:]
+        return {c.name: value_of(c, self.conditions, record.label, record.given, i, extents) for c in m.takes}
 
     def against(self, m: Manifest, record: Trajectory | Guidance, i: int) -> Arrays:
         """What it is guided against there, by name."""
-        x = record.null if isinstance(record, Guidance) else record.x
+        extents = (record.null if isinstance(record, Guidance) else record.x).shape[1:]
         guided = (c for c in m.takes if c.guided)
-        return {c.name: self._value(c, self.nulls, record.null_label, record.null_given, i, x) for c in guided}
-
-    @staticmethod
-    def _value(
-        c: Condition, kept: Arrays, labels: Int64 | None, given: Int64 | None, i: int, x: Float32
-    ) -> NDArray[Any]:
-        if c.name == LABEL and labels is not None:
-            return np.asarray(labels[i])
-        if c.name != LABEL and given is not None:
-            return np.resize(kept[c.name][given[i]], c.of(x.shape[1:]))
-        filled = c.filled(x.shape[1:])
-        assert filled is not None  # from_arrays asks for what has no null
-        return filled
+        return {c.name: value_of(c, self.nulls, record.null_label, record.null_given, i, extents) for c in guided}
 
     @classmethod
     def from_arrays(cls, arrays: Arrays, manifest: Manifest, path: Path) -> Golden:
@@ -193,6 +182,19 @@ class Golden:
             raise read.lacks("other sizes")
         _check_rows(step.rows, manifest, path)
         return golden
+
+
+def value_of(
+    c: Condition, kept: Arrays, labels: Int64 | None, given: Int64 | None, i: int, extents: Shape
+) -> NDArray[Any]:
+    """A condition's value for state i of extents [C, …]: its label, or that of the kept values which `given` names."""
+    if c.name == LABEL and labels is not None:
+        return np.asarray(labels[i])
+    if c.name != LABEL and given is not None:
+        return np.resize(kept[c.name][given[i]], c.of(extents))
+    filled = c.filled(extents)
+    assert filled is not None  # from_arrays asks for what has no null
+    return filled
 
 
 @dataclass(frozen=True)
