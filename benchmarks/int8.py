@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from epsrt import Bundle, Sampler, open_engine
 from epsrt.bench.report import paired_ratio
 from epsrt.bench.timing import clocked, rounds
+from epsrt.condition import LABEL
 from epsrt.engines import Engine
 from epsrt.manifest import GOLDEN, Rung
 from epsrt.parity.measure import relative_l2, worst_psnr
@@ -119,8 +120,9 @@ def rungs(engine: Engine) -> dict[str, Any]:
 def quantised(source: Bundle, name: str, samples: int, folder: Path) -> dict[str, Bundle]:
     """The bundle in each variant, and as it is: "none"."""
     with open_engine(source, "onnxruntime", precision="fp32") as engine:
-        labels = classes(source, samples) or [0] * samples
-        states = states_of(engine, source.plan("ddim", STATES), labels, seed=1000)
+        labels = classes(source, samples)
+        given = [{LABEL: np.asarray(label)} for label in labels] if labels else [{}] * samples
+        states = states_of(engine, source.plan("ddim", STATES), given, seed=1000)
     graph, made = source.path / engine.graph.file, {"none": source}
     for variant, more in VARIANTS.items():
         if more.get("ends") and name != "digits":

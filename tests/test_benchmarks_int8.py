@@ -36,7 +36,7 @@ def recorded(bundle_path: Path) -> tuple[Bundle, list[dict[str, Any]]]:
     bundle = Bundle.open(bundle_path)
     engine = open_engine(bundle, "onnxruntime", precision="fp32")
     with Sampler(engine) as sampler:
-        return bundle, int8.states_of(engine, sampler.plan("ddim", 6), [3, 8, 1], seed=4)
+        return bundle, int8.states_of(engine, sampler.plan("ddim", 6), [{"label": n} for n in (3, 8, 1)], seed=4)
 
 
 def test_states_are_those_of_a_sampler(recorded: Any) -> None:

@@ -92,12 +92,12 @@ class Choice:
         return Choice(**parts)
 
     @property
-    def plain(self) -> dict[str, Int64 | None]:
+    def plain(self) -> dict[str, Any]:
         """Of a record that is not guided."""
         return {"label": self.label, "given": self.given}
 
     @property
-    def against(self) -> dict[str, Int64 | None]:
+    def against(self) -> dict[str, Any]:
         return {"null_label": self.null_label, "null_given": self.null_given}
 
 
@@ -115,10 +115,7 @@ class Values:
         others = [c for c in m.takes if c.name != LABEL]
         fewest = min((len(examples[c.name]) for c in others if c.name in examples), default=KEPT[0])
         k = KEPT[0] if fewest >= KEPT[0] else KEPT[1]
-        kept = {
-            c.name: examples[c.name][:k] if c.name in examples else _drawn(c, i, k)
-            for i, c in enumerate(others)
-        }
+        kept = {c.name: examples[c.name][:k] if c.name in examples else _drawn(c, i, k) for i, c in enumerate(others)}
         nulls = {c.name: kept[c.name][[1, 0]] for c in others if c.guided}
         for c in others:
             if c.null is not None:

@@ -24,14 +24,14 @@ def dialect_rungs(bundle: Bundle, precision: str, tell: OnProgress) -> list[Rung
     Each runs on onnxruntime's CPU provider. Of com.microsoft.GroupNorm, for which that has no kernel, it runs what the
     operator is defined as; whether the GPU's kernel keeps to it, the engine's own proof tells. See epsrt.engines.proof.
     """
-    states, found = bundle.golden().network, []
+    golden, found = bundle.golden(), []
     graphs = [g for g in bundle.manifest.graphs if g.precision == precision]
     for i, graph in enumerate(graphs):
         for dialect in graph.files():
             if dialect == "cpu":
                 continue
             with _runnable(bundle, graph, dialect) as plain, OnnxRuntimeCpu(bundle, plain) as engine:
-                check = Check(f"dialect {dialect}", partial(rungs.network, engine, states), limits(engine)[0])
+                check = Check(f"dialect {dialect}", partial(rungs.network, engine, golden), limits(engine)[0])
                 found.append(check.run(engine))
         tell("dialects", (i + 1) / len(graphs))
     return found

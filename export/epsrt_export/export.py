@@ -38,15 +38,7 @@ from epsrt.schedule import Schedule
 from epsrt.types import OnProgress, Shape
 from epsrt.verify import verify_all
 from epsrt_export import golden, misses, parity
-from epsrt_export.arguments import (
-    Extents,
-    check_choices,
-    classifier_for,
-    largest_batch,
-    ready,
-    sizes_of,
-    source_of,
-)
+from epsrt_export.arguments import Extents, check_choices, classifier_for, largest_batch, ready, sizes_of, source_of
 from epsrt_export.dialect_proof import dialect_rungs
 from epsrt_export.gradient import log_prob_gradient
 from epsrt_export.graphs import FP32_ALONE, Recipe, variants_of, write_graphs
@@ -75,8 +67,8 @@ def export(
 
     thresholding  replaces the source's own: see Source
     sizes         (multiple, largest): the graphs also take other heights and widths, each a multiple of `multiple` up
-                  to `largest` pixels; of signals, other lengths. Each is a number, or one an axis: where an axis has the
-                  same for both, it is fixed. The network must take them
+                  to `largest` pixels; of signals, other lengths. Each is a number, or one an axis: an axis that has the
+                  same for both is fixed. The network must take them
     masked        also writes step graphs that keep known pixels, for inpainting
     classifier    also writes step graphs that a classifier of noised images guides. It is a NoisedClassifier, or the
                   path of epsrt's own checkpoint. Step graphs of classifier-free guidance are written without being
@@ -157,9 +149,10 @@ def export_network(
     on_stage: OnProgress | None = None,
     **facts: Any,
 ) -> Bundle:
-    """Turn any module with forward(x [B, C, …], t [B] float32[, label [B] int64], **conditions) -> [B, C, …] into a bundle.
+    """Turn any module with forward(x [B, C, …], t [B] float32[, label [B] int64], **conditions) into a bundle.
 
-    `facts` are fields of Source: prediction, classes, null_label, conditions, variance, clip, … The rest is as in `export`.
+    It returns [B, C, …]. `facts` are fields of Source: prediction, classes, null_label, conditions, clip, … The rest is
+    as in `export`.
     """
     known = [f.name for f in dataclasses.fields(Source)][3:]
     for name in facts:

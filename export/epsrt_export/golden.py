@@ -186,7 +186,7 @@ def _step(runs: Runs, ts: Int64, rows: Float32, images: Float32) -> Step:
     forward = noise.normals(SEED, index, noise.FORWARD, 0, x0[0].size).reshape(x0.shape)
     x = (alpha * x0 + sigma * forward).astype(np.float32)
     z = noise.normals(SEED, index, noise.STEP, rows[:, STEP_COLUMNS.index("n")].astype(np.int64), x0[0].size)
-    loop = partial(ddpm_loop, thresholding=runs.thresholding, **runs.bounds, **runs.learned)
+    loop: Call = partial(ddpm_loop, thresholding=runs.thresholding, **runs.bounds, **runs.learned)
     nexts: list[torch.Tensor] = []
     for i, t in enumerate(ts.tolist()):
         after: list[torch.Tensor] = []

@@ -19,18 +19,19 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from epsrt.errors import InputError, one_line
+from epsrt.types import Shape
 from epsrt_export.backward import table
 
 aten = torch.ops.aten
 LIMIT = 1e-4  # relative L2 of a traced gradient against autograd's
 
 
-def log_prob_gradient(classifier: nn.Module, shape: tuple[int, int, int], classes: int) -> nn.Module:
+def log_prob_gradient(classifier: nn.Module, shape: Shape, classes: int) -> nn.Module:
     """A module whose forward returns ∇_x log p(target | x, t) of softmax(classifier(x, t)) (arXiv 2105.05233, sec. 4).
 
-    classifier  forward(x [B, C, H, W] float32, t [B] float32) -> logits [B, classes] float32
-    shape       C, H, W
-    The module's forward takes x, t as the classifier's does and target [B] int64, and returns [B, C, H, W] float32. A
+    classifier  forward(x [B, C, …] float32, t [B] float32) -> logits [B, classes] float32
+    shape       C, then the extents
+    The module's forward takes x, t as the classifier's does and target [B] int64, and returns [B, C, …] float32. A
     target outside 0 … classes − 1 gives zeros: that row is not guided. It holds the classifier's own parameters under
     their names, or an eval copy's where the classifier is in train mode.
     Raises InputError for a classifier that does not return such logits, whose gradient is not finite, or whose gradient
@@ -44,7 +45,7 @@ def log_prob_gradient(classifier: nn.Module, shape: tuple[int, int, int], classe
     return made
 
 
-def check_classifier(classifier: nn.Module, shape: tuple[int, int, int], classes: int) -> None:
+def check_classifier(classifier: nn.Module, shape: Shape, classes: int) -> None:
     """Run the classifier twice on two images.
 
     Raises InputError unless it returns one tensor of finite float32 logits [2, classes], the same each time.
@@ -84,7 +85,7 @@ def _gradient(logits_of: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tenso
     return torch.autograd.grad(logits, x, slope)[0]
 
 
-def _traced(classifier: nn.Module, shape: tuple[int, int, int]) -> fx.GraphModule:
+def _traced(classifier: nn.Module, shape: Shape) -> fx.GraphModule:
     """_gradient of the classifier as forward operators on its own parameters and buffers."""
     name = type(classifier).__name__
     held = {**dict(classifier.named_parameters()), **dict(classifier.named_buffers())}
@@ -146,7 +147,7 @@ def _transposes(value: Any) -> bool:
     return isinstance(value, fx.Node) and value.target is aten.t.default
 
 
-def _compare(made: fx.GraphModule, classifier: nn.Module, shape: tuple[int, int, int], classes: int) -> None:
+def _compare(made: fx.GraphModule, classifier: nn.Module, shape: Shape, classes: int) -> None:
     """Refuse a trace that holds for its example alone, as a Python `if` on the batch or on values makes it."""
     name, generator = type(classifier).__name__, torch.Generator().manual_seed(1)
     for n in (1, 2, 5):

@@ -10,17 +10,15 @@ import numpy as np
 import torch
 
 from epsrt.errors import InputError
-from epsrt.manifest import Sizes
+from epsrt.manifest import AXES, Sizes
 from epsrt.types import Shape, Size
-from epsrt_export.sizes import axes_of, coarser
+from epsrt_export.sizes import coarser
 from epsrt_export.stepgraph import StepModule, apart
 
 MOST_TRIED = 40  # heights, and as many widths, that torch's conditions are evaluated at; of other ranks as many in all
 
 
-def check_guards(
-    program: torch.export.ExportedProgram, step: StepModule, shape: Shape, at: Size, sizes: Sizes
-) -> None:
+def check_guards(program: torch.export.ExportedProgram, step: StepModule, shape: Shape, at: Size, sizes: Sizes) -> None:
     """A Python `if` on the size is traced one way: refuse a graph that does not hold for all of `sizes`.
 
     Not where one side is a single multiple: there torch's own conditions on broadcasting (n != 1) fail in any network,
@@ -31,7 +29,7 @@ def check_guards(
     if failed is None:
         return
     guard, extents = failed
-    for axis, name in enumerate(("batch", "channels", *axes_of(shape))):
+    for axis, name in enumerate(("batch", "channels", *AXES[len(shape) - 1])):
         guard = guard.replace(f"L['x'].size()[{axis}]", name)
     better = next((s for s in coarser(shape, sizes) if _failing(guards, step, shape, s) is None), None)
     way = "" if better is None else f"give {better.multiple} for the multiple, or "

@@ -18,11 +18,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from epsrt import Bundle, Plan
+from epsrt.condition import LABEL
 from epsrt.engines import Engine, Sample, open_engine
 from epsrt.engines.libraries import importing
-from epsrt.engines.signature import Signature
 from epsrt.errors import InputError
 from epsrt.manifest import StepGraph
+from epsrt.types import Arrays
 from epsrt_export.graphs import check_files
 from epsrt_export.onnx_graph import WeightsFile
 from epsrt_export.onnx_passes import masked, strip
@@ -65,37 +66,41 @@ def write_int8(bundle: Bundle, on_graph: Callable[[float], object] = lambda shar
     return made
 
 
-def calibration(bundle: Bundle) -> tuple[Plan, list[int]]:
-    """The plan and the labels of the trajectories that a bundle is calibrated on: all its classes in turn."""
-    m = bundle.manifest
+def calibration(bundle: Bundle) -> tuple[Plan, list[Arrays]]:
+    """The plan of the trajectories that a bundle is calibrated on, and what each is given: all its classes in turn, and
+    the golden file's values of the other conditions."""
+    m, kept = bundle.manifest, bundle.golden().conditions
     n = min(m.max_batch, CALIBRATION_SAMPLES, max(4, CALIBRATION_SAMPLES * 1024 // int(np.prod(m.shape))))
-    labels = [i % m.classes for i in range(n)] if m.classes else [0] * n
-    if m.null_label is not None and n > 1:
-        labels[-1] = m.null_label
-    return bundle.plan("ddim", min(CALIBRATION_STEPS, m.schedule.T)), labels
+    given = [{name: values[i % len(values)] for name, values in kept.items()} for i in range(n)]
+    for i, each in enumerate(given if m.classes else ()):
+        each[LABEL] = np.asarray(m.null_label if m.null_label is not None and 0 < i == n - 1 else i % m.classes)
+    return bundle.plan("ddim", min(CALIBRATION_STEPS, m.schedule.T)), given
 
 
-def states_of(engine: Engine, plan: Plan, labels: Sequence[int], seed: int = CALIBRATION_SEED) -> list[Feeds]:
-    """What a step graph is fed along real trajectories: for each row of the plan, its inputs for len(labels) samples.
+def states_of(engine: Engine, plan: Plan, given: Sequence[Arrays], seed: int = CALIBRATION_SEED) -> list[Feeds]:
+    """What a step graph is fed along real trajectories: for each row of the plan, its inputs for len(given) samples.
 
     engine   runs a step graph with features of no image inputs but x, m and z
-    labels   the network's own numbers, one a sample; of unconditional networks only their count matters
-    Every second sample is guided, where the graph guides. The registers m and z are zeros: no convolution sees them.
-    Raises what the engine raises.
+    given    the conditions of each sample by name, a label the network's own number; {} where it takes none
+    Every second sample is guided, where the graph guides, against the golden file's values or the manifest's null. The
+    registers m and z are zeros: no convolution sees them. Raises what the engine raises.
     """
-    rows, n = np.repeat(plan.rows(engine.columns)[:, None], len(labels), 1), len(labels)
+    rows, n = np.repeat(plan.rows(engine.columns)[:, None], len(given), 1), len(given)
+    m, graph, nulls, states = engine.bundle.manifest, engine.graph, Arrays(), list[Feeds]()
     if "w" in engine.columns:
         rows[:, 1::2, engine.columns.index("w")] = GUIDANCE
-    named, states = Signature.of(engine.bundle, engine.graph).inputs, list[Feeds]()
+        nulls = {name: values[0] for name, values in engine.bundle.golden().nulls.items()}
+    samples = [
+        Sample(seed, i, (0.0, plan.start[1]), conditions=each, null_conditions=nulls) for i, each in enumerate(given)
+    ]
+    each_input = [sample.inputs(m, graph, m.shape) for sample in samples]
+    more = {name: np.stack([inputs[name] for inputs in each_input]) for name in each_input[0]}
     with engine.lanes(n) as lanes:
-        for i, label in enumerate(labels):
-            lanes.write(i, Sample(seed=seed, index=i, start=(0.0, plan.start[1]), label=label))
+        for i, sample in enumerate(samples):
+            lanes.write(i, sample)
         for row in rows:
             x = np.stack([lanes.read(i) for i in range(n)])
-            given = {"x": x, "m": np.zeros_like(x), "z": np.zeros_like(x), "rows": row}
-            if "label" in named:
-                given["label"] = np.array(labels, np.int64)
-            states.append(given)
+            states.append({"x": x, "m": np.zeros_like(x), "z": np.zeros_like(x), "rows": row, **more})
             lanes.advance(row[None])
     return states
 

@@ -14,6 +14,7 @@ from epsrt.manifest import Rung
 from epsrt.parity.golden import Trajectory
 from epsrt.parity.measure import relative_l2, rows_for
 from epsrt.parity.rungs import allowed, own_psnr
+from epsrt.types import Arrays
 from epsrt_export import golden
 
 CHAOS = (
@@ -46,15 +47,17 @@ def why(network: nn.Module, engine: Engine, rung: Rung) -> str:
 
 def _worst_step(network: nn.Module, engine: Engine, rung: Rung, run: Trajectory, image: int) -> str:
     """The step of the trajectory that the engine gets most wrong, each from PyTorch's state before it."""
-    m, rows = engine.bundle.manifest, rows_for(engine, run.rows)
+    m, kept, rows = engine.bundle.manifest, engine.bundle.golden(), rows_for(engine, run.rows)
+    given, against = kept.given(m, run, image), Arrays()
     if run.w is not None:
         rows[:, engine.columns.index("w")] = run.w
-    seed, index, label = (int(values[image]) for values in (run.seed, run.index, run.label))
+        against = kept.against(m, run, image)
+    seed, index = int(run.seed[image]), int(run.index[image])
     start, init = (float(run.start[0]), float(run.start[1])), None if run.init is None else run.init[image]
     errors = []
     with engine.lanes(1) as lanes:
-        for row, after in zip(rows, golden.again(network, m, engine.bundle.golden(), rung.name, image), strict=True):
-            lanes.write(0, Sample(seed, index, start, init, label))
+        for row, after in zip(rows, golden.again(network, m, kept, rung.name, image), strict=True):
+            lanes.write(0, Sample(seed, index, start, init, conditions=given, null_conditions=against))
             lanes.advance(row[None, None])
             try:
                 errors.append(relative_l2(lanes.read(0), after))

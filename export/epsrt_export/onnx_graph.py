@@ -7,7 +7,7 @@ import io
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ import onnx_ir as ir
 import torch
 
 from epsrt.errors import EpsrtError, InputError
-from epsrt.manifest import Sizes
+from epsrt.manifest import AXES, Sizes
 from epsrt.part import FREE, Port
 from epsrt.types import Shape
 from epsrt_export import onnx_passes, unlisted
 from epsrt_export.folding import fold_constants
 from epsrt_export.gathers import gather_on_one_axis
 from epsrt_export.guards import check_guards
-from epsrt_export.sizes import axes_of, example, free
+from epsrt_export.sizes import example, free
 from epsrt_export.stepgraph import OUTPUTS, StepModule, apart
 
 EXTERNAL_FROM = 1024  # bytes; smaller initializers stay in the graph
@@ -35,22 +35,18 @@ OPSETS = (21, 22)  # 20 decomposes GroupNorm; from 23 on, the Attention op fails
 
 
 def to_onnx(
-    step: StepModule,
-    shape: Shape,
-    opset: int = 21,
-    weights: WeightsFile | None = None,
-    sizes: Sizes | None = None,
+    step: StepModule, shape: Shape, opset: int = 21, weights: WeightsFile | None = None, sizes: Sizes | None = None
 ) -> onnx.ModelProto:
     """Export a step graph with a dynamic batch; its large weights go to `weights`, if given.
 
-    It has its value_info, and norms as torch exports them: see epsrt_export.dialects. With `sizes`, the extents that may
-    be others are dynamic too, each its own. Raises InputError when torch cannot export the network, or froze its batch or size to
-    the example's.
+    It has its value_info, and norms as torch exports them: see epsrt_export.dialects. With `sizes`, the extents that
+    may be others are dynamic too, each its own. Raises InputError when torch cannot export the network, or froze its
+    batch or size to the example's.
     """
     if opset not in OPSETS:
         raise InputError(f"opset {opset} is not supported: use {' or '.join(map(str, OPSETS))}")
     n = 3  # neither 0 nor 1, which torch.export would treat as constants
-    sized, names = free(shape, sizes), axes_of(shape)
+    sized, names = free(shape, sizes), AXES[len(shape) - 1]
     extents = shape[1:] if sizes is None else example(shape, sizes)
     ports = step.inputs(sized)
     # AUTO: code like "if len(x) >= 64: x = x.contiguous()" narrows its range; the parity of the largest batch tells
@@ -160,7 +156,8 @@ def _trace(
         network, reason = type(step.network).__name__, _reason(error)
         if "specialized it to be a constant" in str(error):
             raise InputError(
-                f"{network} fixes its {' or '.join(axes_of(shape))}, often by a Python int of x.shape: leave sizes out"
+                f"{network} fixes its {' or '.join(AXES[len(shape) - 1])}, often by a Python int of x.shape: leave "
+                "sizes out"
             ) from error
         raise InputError(
             f"torch cannot export {network} at multiples of {sizes.multiple} pixels ({reason}): give a larger "

@@ -9,17 +9,12 @@ from torch import nn
 
 from epsrt.condition import Condition
 from epsrt.errors import EpsrtError, InputError
-from epsrt.manifest import Sizes
+from epsrt.manifest import AXES, Sizes
 from epsrt.part import FREE
 from epsrt.types import Shape
 from epsrt_export.stepgraph import check_network
 
 LARGEST_SIDE = 65536  # of a bundle's samples
-
-
-def axes_of(shape: Shape) -> tuple[str, ...]:
-    """What the extents of [C, …] are called, in graphs and in sentences."""
-    return ("length",) if len(shape) == 2 else ("depth", "height", "width")[4 - len(shape) :]
 
 
 def free(shape: Shape, sizes: Sizes | None) -> Shape:
@@ -70,7 +65,7 @@ def check_sizes(
                 f"{name} does not take multiples of {_told(sizes.multiple)} pixels, but of {_told(better.multiple)}: "
                 f"give that for the multiple of sizes ({refused})"
             ) from refused
-    axes = " and ".join(axes_of(shape))
+    axes = " and ".join(AXES[len(shape) - 1])
     raise InputError(
         f"{name} fixes its {axes} at {own}, as position embeddings do: leave sizes out ({refused})"
     ) from refused
@@ -80,7 +75,7 @@ def _check_numbers(shape: Shape, sizes: Sizes) -> None:
     given = f"sizes = ({_told(sizes.multiple)}, {_told(sizes.largest)})"
     own, axes = " × ".join(map(str, shape[1:])), sizes.axes(len(shape) - 1)
     if not axes:
-        raise InputError(f"{given}: give one number each, or one for {' and '.join(axes_of(shape))}")
+        raise InputError(f"{given}: give one number each, or one for {' and '.join(AXES[len(shape) - 1])}")
     for multiple, largest in axes:
         if multiple < 1 or largest > LARGEST_SIDE:
             raise InputError(f"{given}: give a multiple of at least 1, and a largest of at most {LARGEST_SIDE} pixels")

@@ -78,7 +78,7 @@ class Source:
 
     network       forward(x [B, C, …], t [B] float32[, label [B] int64], **conditions) -> [B, C, …], float32
     schedule      of the training; t is one of its timesteps
-    shape         C, then one to three extents: [C, L] of signals, [C, H, W] of images, [C, D, H, W] of volumes and video
+    shape         C, then one to three extents: [C, L] of signals, [C, H, W] of images, [C, D, H, W] of volumes
     prediction    what forward returns: epsilon, x0, v, score, edm or velocity: epsrt.noise_levels.Network; of edm,
                   forward takes ¼ ln σ for t, and c_in·x
     value_range   of its images, to make pictures of them
@@ -86,8 +86,8 @@ class Source:
                   |value| of value_range; None: not at all
     classes       0: forward takes no label. `null_label`: the label that means "none", where the network knows one
     class_names   one each, or none
-    conditions    what else forward takes, a value a sample: see epsrt.condition.Condition. An image is concatenated behind
-                  x, along channels; forward takes the others by their names
+    conditions    what else forward takes, a value a sample: see epsrt.condition.Condition. An image is concatenated
+                  behind x, along channels; forward takes the others by their names
     examples      values of conditions by name, [k, *shape] with k ≥ 2, that parity is proven with. Floats and masks are
                   drawn where there are none
     variance      forward returns [B, 2C, …], and the second half is log σ² of a step (learned; diffusers' scheduler

@@ -89,7 +89,7 @@ class Runs:
         return solvers.ddpm(self.manifest.schedule, every, **self.bounds, **self.learned)
 
     def courses(self) -> Iterator[Course]:
-        """DDIM, guided DDIM where there is something to guide against, and DDPM. A part of DDPM begins from DDIM's images."""
+        """DDIM, guided DDIM where a condition is guided, and DDPM. A part of DDPM begins from DDIM's images."""
         schedule = self.manifest.schedule
         ts = spaced(schedule, min(50, schedule.T), "trailing")
         plan, name = solvers.ddim(schedule, ts, **self.bounds), f"ddim-{len(ts)}"
@@ -116,7 +116,7 @@ class Runs:
             drawn = noise.normals(SEED, self.index, noise.STEP, first + i, size)
             return torch.from_numpy(drawn.reshape(x.shape)).to(self.dtype)
 
-        network = partial(self.call, given=self.values.given(self.choice, m.shape))
+        network: Call = partial(self.call, given=self.values.given(self.choice, m.shape))
         if course.w is not None:
             null = self.values.against(self.choice, m.shape)
             network = guided(network, partial(self.call, given=null), course.w, m.shape[0])

@@ -44,15 +44,19 @@ def why(network: nn.Module, shape: Shape, takes: Sequence[Condition], error: Exc
     if channels:
         rest = int(channels[1]) - joined[0]
         beside = (rest, *shape[1:])
-        second = f'; if the {rest} more are another image, conditions=[Condition("image", {beside}, "float32", "image")]'
+        second = (
+            f'; if the {rest} more are another image, conditions=[Condition("image", {beside}, "float32", "image")]'
+        )
         return f"{name} takes images of {channels[1]} channels, not {joined[0]}: give shape = " + (
             f"{(int(channels[1]) - sum(images), *shape[1:])}{second if rest > 0 else ''}"
         )
-    convolutions = {rank: kind for rank, kind in enumerate(KINDS, 2) if any(type(m) is kind for m in network.modules())}
-    if len(convolutions) == 1 and len(shape) not in convolutions:
-        ((rank, kind),) = convolutions.items()
-        extents = KINDS[kind].split("[B, ")[1].rstrip("]")
-        return f"{name} is for {KINDS[kind]}, not of shape {list(shape)}: give shape = ({extents}), {rank} numbers"
+    types = {type(module) for module in network.modules()}
+    convolves = [(rank, said) for rank, (of, said) in enumerate(KINDS.items(), 2) if of in types]
+    if len(convolves) == 1 and len(shape) != convolves[0][0]:
+        rank, said = convolves[0]
+        return (
+            f"{name} is for {said}, and shape = {list(shape)} has {len(shape)} numbers: give {rank}, its channels first"
+        )
     if labelled and "got Long and Float" in text:
         return (
             f"{name} takes labels as real numbers, and a bundle's are whole, int64 [B]: look them up in an adapter's "

@@ -267,13 +267,7 @@ class TestSamples:
         high = 1.0 if schedule.preserves_variance else float(schedule.at(ts[0])[1])
         network, start = denoiser(kind), np.float32(high) * drawn(noise.START, 0)
         truth = loop(
-            network,
-            schedule,
-            start,
-            ts,
-            lambda i: drawn(noise.STEP, i),
-            prediction=prediction,
-            sigma_data=SIGMA_DATA,
+            network, schedule, start, ts, lambda i: drawn(noise.STEP, i), prediction=prediction, sigma_data=SIGMA_DATA
         )
         assert worst_psnr(images, truth.numpy(), (-1.0, 1.0)) > 100
 

@@ -251,9 +251,7 @@ def test_a_cut_run_keeps_its_rows_noise(monkeypatch):
     monkeypatch.setattr(golden, "CUT", ((2, 15, 1), (1, 5, 0)))
     network = tiny(seed=3)
     run, index = recorded(network).trajectories["ddpm-100-last-15"], np.arange(2)
-    x = run.start[0] * run.init + run.start[1] * noise.normals(SEED, index, noise.START, 0, 64).reshape(
-        2, *SHAPE
-    )
+    x = run.start[0] * run.init + run.start[1] * noise.normals(SEED, index, noise.START, 0, 64).reshape(2, *SHAPE)
     for row in run.rows:
         k = dict(zip(STEP_COLUMNS, row.astype(np.float64), strict=True))
         with torch.inference_mode():

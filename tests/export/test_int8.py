@@ -64,8 +64,9 @@ class TestGraphs:
 
     def test_states_are_those_of_a_trajectory(self, bundle):
         with Sampler(open_engine(bundle, "onnxruntime", precision="fp32", threads=1)) as sampler:
-            plan, labels = calibration(bundle)
-            states = states_of(sampler.engine, plan, labels)
+            plan, given = calibration(bundle)
+            states = states_of(sampler.engine, plan, given)
+            labels = [int(each["label"]) for each in given]
             assert labels[-1] == 10
             assert len(states) == len(plan) == 20
             np.testing.assert_array_equal(states[0]["x"], sampler.latents(len(labels), plan=plan, seed=1000))

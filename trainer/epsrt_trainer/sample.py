@@ -21,8 +21,8 @@ Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
 VARIANCES: tuple[Variance, ...] = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 # Shared by both loops:
-#   network    (x [B, C, …], t [B] float32) -> [B, C, …], or [B, 2C, …] where the second half is a learned variance; what
-#              else a network takes, its caller has bound to it
+#   network    (x [B, C, …], t [B] float32) -> [B, C, …], or [B, 2C, …] where the second half is a learned variance; its
+#              caller has bound to it what else it takes
 #   x_T        [B, C, …], in the network's dtype and on its device: standard normal where the schedule preserves
 #              variance, else σ of the first timestep times that
 #   timesteps  descending, in the schedule, whole or fractional; where the list ends, α' = 1 and σ' = 0
