@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from epsrt.errors import BundleError
 from epsrt.manifest import Manifest
 from epsrt.operators import listed
-from epsrt.operators.graph import FLOAT, INT64, MOST_AXES, MOST_EXTENT, SIZES, Graph, Node, Tensor, Value, read
+from epsrt.operators.graph import BOOL, FLOAT, INT64, MOST_AXES, MOST_EXTENT, SIZES, Graph, Node, Tensor, Value, read
 from epsrt.operators.listed import DIALECTS
 from epsrt.operators.ranges import Known
 from epsrt.operators.rules import Refused
@@ -20,7 +20,7 @@ from epsrt.operators.wire import Damaged
 
 OPSETS = (21, 22)  # of ONNX
 LARGEST_FILE = 64 << 20  # bytes: weights lie elsewhere
-IMAGE_AXES = 4  # the most of inputs and outputs
+SAMPLE_AXES = 5  # the most of inputs and outputs: the batch, and a sample of volumes
 
 __all__ = ["Refused", "check", "examine"]
 
@@ -69,7 +69,7 @@ def examine(data: bytes, weights: Mapping[str, int | None], dialect: str = "cpu"
         _lies(tensor, weights)
     known, made = Known(graph.constants), set(graph.constants)
     for value in (*graph.inputs, *graph.outputs):
-        _bounded(value, (FLOAT, INT64), IMAGE_AXES)
+        _bounded(value, (FLOAT, INT64, BOOL), SAMPLE_AXES)
     for value in graph.between:
         _bounded(value, SIZES, MOST_AXES)
     for value in graph.inputs:
