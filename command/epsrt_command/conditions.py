@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,37 +14,63 @@ from typer import Option
 from epsrt.bundle import Bundle
 from epsrt.condition import LABEL, Condition
 from epsrt.errors import InputError, one_of
+from epsrt.request import Arguments
+from epsrt.types import Size
 from epsrt_command import inputs, options
 from epsrt_command.foreign import reading
-
-ConditionOption = Annotated[
-    list[str] | None,
-    Option(
-        metavar="NAME=VALUE",
-        show_default=False,
-        help="What the network takes besides: numbers with commas, an .npz (array NAME, or its only one), an .npy, or "
-        "of pixels a picture or a folder of them; one for all, or one each. May be repeated; see epsrt inspect.",
-    ),
-]
-NullOption = Annotated[
-    list[str] | None,
-    Option(
-        metavar="NAME=VALUE",
-        show_default=False,
-        help="What guidance leads away from, in place of the bundle's null: the same, and label=CLASS.",
-    ),
-]
-ImageOption = Annotated[
-    Path | None, Option(help="Pictures for the network's one condition of pixels: those that it enlarges, say.")
-]
 
 Given = dict[str, Any]
 
 
-def conditions_of(
-    bundle: Bundle, texts: Iterable[str] | None, image: Path | None, size: tuple[int, ...] | None
-) -> Given | None:
-    """`conditions` of a Request."""
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """The options that say what the network takes besides x, t and a label."""
+
+    condition: Annotated[
+        list[str] | None,
+        Option(
+            metavar="NAME=VALUE",
+            show_default=False,
+            help="What the network takes besides: numbers with commas, an .npz (array NAME, or its only one), an .npy, "
+            "or of pixels a picture or a folder of them; one for all, or one each. May be repeated; see epsrt inspect.",
+        ),
+    ] = None
+    null_condition: Annotated[
+        list[str] | None,
+        Option(
+            metavar="NAME=VALUE",
+            show_default=False,
+            help="What guidance leads away from, in place of the bundle's null: the same, and label=CLASS.",
+        ),
+    ] = None
+    image: Annotated[
+        Path | None, Option(help="Pictures for the network's one condition of pixels: those that it enlarges, say.")
+    ] = None
+
+    def asked(self, bundle: Bundle, size: Size | None = None) -> Arguments:
+        """What they are of a Request's arguments."""
+        return {
+            "conditions": _conditions_of(bundle, self.condition, self.image, size),
+            "null_conditions": _read(bundle, "--null-condition", self.null_condition, size) or None,
+        }
+
+    def words(self) -> list[str]:
+        """The options as they were typed."""
+        found = ["--image", str(self.image)] if self.image is not None else []
+        for option, values in (("--condition", self.condition), ("--null-condition", self.null_condition)):
+            found += [word for value in values or () for word in (option, value)]
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """For a report."""
+        return {
+            "conditions": self.condition,
+            "null_conditions": self.null_condition,
+            "image": None if self.image is None else str(self.image),
+        }
+
+
+def _conditions_of(bundle: Bundle, texts: Iterable[str] | None, image: Path | None, size: Size | None) -> Given | None:
     found = _read(bundle, "--condition", texts, size)
     if image is not None:
         pixels = [c for c in bundle.manifest.takes if c.role == "image"]
@@ -57,12 +84,7 @@ def conditions_of(
     return found or None
 
 
-def nulls_of(bundle: Bundle, texts: Iterable[str] | None, size: tuple[int, ...] | None) -> Given | None:
-    """`null_conditions` of a Request."""
-    return _read(bundle, "--null-condition", texts, size) or None
-
-
-def _read(bundle: Bundle, option: str, texts: Iterable[str] | None, size: tuple[int, ...] | None) -> Given:
+def _read(bundle: Bundle, option: str, texts: Iterable[str] | None, size: Size | None) -> Given:
     known, found = {c.name: c for c in bundle.manifest.takes}, Given()
     for text in texts or ():
         name, equals, value = text.partition("=")
@@ -78,7 +100,7 @@ def _read(bundle: Bundle, option: str, texts: Iterable[str] | None, size: tuple[
     return found
 
 
-def _value(option: str, text: str, c: Condition, bundle: Bundle, size: tuple[int, ...] | None) -> Any:
+def _value(option: str, text: str, c: Condition, bundle: Bundle, size: Size | None) -> Any:
     if c.name == LABEL:
         if option == "--condition":
             raise InputError(f"--condition label: give --labels {text}")
@@ -121,7 +143,7 @@ def _array(path: Path, c: Condition) -> NDArray[Any]:
     return found
 
 
-def _pixels(path: Path, c: Condition, bundle: Bundle, size: tuple[int, ...] | None) -> NDArray[Any]:
+def _pixels(path: Path, c: Condition, bundle: Bundle, size: Size | None) -> NDArray[Any]:
     """float32 [n, C′, H, W] in the bundle's value range."""
     if path.suffix.lower() == ".npz":
         return _array(path, c)

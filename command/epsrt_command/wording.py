@@ -36,6 +36,10 @@ def in_options(sentence: str, options: Mapping[str, str], typed: Sequence[str] =
     """
     if not options:
         return sentence
+    for argument in ("null_conditions", "conditions"):  # each of their items is an option of its own
+        if (name := options.get(argument.removesuffix("s"))) is not None:
+            sentence = re.sub(rf"\b{argument}(?:=\{{'(\w+)': …\}}|\['(\w+)'\])", rf"{name} \1\2", sentence)
+            sentence = re.sub(rf"\b{argument}(?= (?:has|\w+ for))", name, sentence)
 
     def among(names: Iterable[str]) -> str:
         return "|".join(sorted(names, key=len, reverse=True)) or "(?!)"

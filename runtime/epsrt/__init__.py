@@ -7,6 +7,7 @@
 
 from epsrt import noise, solvers, timesteps, verify
 from epsrt.bundle import Bundle
+from epsrt.condition import Condition
 from epsrt.editing import canvas, resampled, slerp
 from epsrt.engines import Engine, Lanes, Sample, open_engine
 from epsrt.errors import (
@@ -31,8 +32,8 @@ from epsrt.version import __version__
 from epsrt.warming import warm
 
 __all__ = [
-    "COLUMNS", "Bundle", "BundleError", "Cancelled", "DeadlineExceeded", "Engine", "EngineError", "EpsrtError",
-    "InputError", "Lanes", "LimitError", "Limits", "Manifest", "NotFiniteError", "OutOfMemoryError", "Plan",
-    "Request", "Rung", "Sample", "Sampler", "Schedule", "__version__", "canvas", "from_images", "idle_row", "noise",
-    "open_engine", "resampled", "slerp", "solvers", "timesteps", "to_images", "verify", "warm",
+    "COLUMNS", "Bundle", "BundleError", "Cancelled", "Condition", "DeadlineExceeded", "Engine", "EngineError",
+    "EpsrtError", "InputError", "Lanes", "LimitError", "Limits", "Manifest", "NotFiniteError", "OutOfMemoryError",
+    "Plan", "Request", "Rung", "Sample", "Sampler", "Schedule", "__version__", "canvas", "from_images", "idle_row",
+    "noise", "open_engine", "resampled", "slerp", "solvers", "timesteps", "to_images", "verify", "warm",
 ]  # fmt: skip

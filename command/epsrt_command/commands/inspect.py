@@ -53,9 +53,7 @@ def inspect(path: PathArgument, as_json: show.JsonOption = False) -> None:
         classes += f", null label {m.null_label}"
     what = "latents" if m.latents else "images" if len(m.shape) == 3 else "samples"
     axes = " × ".join(["C", *(name[0].upper() for name in AXES[len(m.shape) - 1])])
-    facts.add_row(
-        what, f"{' × '.join(map(str, m.shape))} ({axes}), values {m.value_range[0]:g} … {m.value_range[1]:g}"
-    )
+    facts.add_row(what, f"{' × '.join(map(str, m.shape))} ({axes}), values {m.value_range[0]:g} … {m.value_range[1]:g}")
     if m.sizes is not None:
         facts.add_row("sizes", m.sizes.words(len(m.shape) - 1))
     facts.add_row("classes", classes)

@@ -15,6 +15,7 @@ from epsrt.errors import InputError
 from epsrt.request import Request
 from epsrt.types import Float32
 from epsrt_command import options, show
+from epsrt_command.conditions import Conditioning
 from epsrt_command.options import Guiding, Running
 from epsrt_command.planning import Planning
 
@@ -43,6 +44,7 @@ def interpolate(
     frames: Annotated[int, Option(help="How many frames from each to the next, both ends counted.")] = 9,
     planning: Planning,
     labels: Annotated[str | None, Option(help="The class of all frames, by number or name.")] = None,
+    conditioning: Conditioning,
     guiding: Guiding,
     size: options.SizeOption = None,
     out: Annotated[
@@ -83,6 +85,7 @@ def interpolate(
     count = len(numbers or []) if ends is None else len(ends)
     total = _count(count, frames)
     request = Request(**given, labels=options.one_or_each(classes)).but(**guiding.asked())
+    request = request.but(**conditioning.asked(opened, extent))
     if ends is None:
         drawing.checked(opened, request.but(seeds=numbers, size=extent))
         request = request.but(x=np.zeros((total, *opened.image_shape(extent)), np.float32))  # until a sampler says
@@ -95,7 +98,7 @@ def interpolate(
         drawn = drawing.draw(sampler, request, work, running.batch)
     samples = drawn.samples
     label = drawing.kept_of(opened, work)["label"]
-    match out.suffix.lower():
+    match out.suffix.lower() if pictures.form_of(m) == "picture" else "":
         case ".gif":
             shown = [pictures.grid(image[None]) for image in to_images(samples, m.value_range)]
             pictures.animate(out, shown + shown[-2:0:-1])
@@ -118,6 +121,7 @@ def interpolate(
                 "method": plan.name,
                 "steps": len(plan),
                 "labels": classes,
+                **conditioning.facts(),
                 "guidance": weight,
                 **drawn.facts(),
             }

@@ -13,6 +13,7 @@ from typer import Option
 from epsrt.request import Request
 from epsrt.solvers import inverse_of
 from epsrt_command import options, planning, show
+from epsrt_command.conditions import Conditioning
 from epsrt_command.options import Running
 
 EXAMPLES = """\
@@ -34,6 +35,7 @@ def invert(
         str | None,
         Option(help="Classes, by number or name: one for all, or one an image; by default those in the .npz."),
     ] = None,
+    conditioning: Conditioning,
     guidance: Annotated[
         str, Option(metavar="W", help="Weight of classifier-free guidance; give the same to epsrt sample.")
     ] = "1",
@@ -68,7 +70,7 @@ def invert(
         init=images,
         labels=options.one_or_each(classes),
         guidance=options.one_or_each(options.numbers("--guidance", guidance)),
-    )
+    ).but(**conditioning.asked(opened, images.shape[2:]))
     back = opened.plan("ddim", **{"clip": None, **given, "eta": 0.0})  # a clipped x0 has no inverse
     work = drawing.checked(opened, there)
     errors = None
@@ -78,7 +80,7 @@ def invert(
             again = there.but(plan=back, init=None, x=drawn.samples)
             found = drawing.draw(sampler, again, drawing.checked(opened, again), running.batch).samples
             width = m.value_range[1] - m.value_range[0]
-            errors = np.square((found - images).astype(np.float64) / width).mean(axis=(1, 2, 3))
+            errors = np.square((found - images).astype(np.float64) / width).reshape(len(images), -1).mean(axis=1)
     with whole_file(out) as beside, beside.open("wb") as file:
         np.savez(file, samples=drawn.samples, label=drawing.kept_of(opened, work)["label"])
     if as_json:
@@ -90,6 +92,7 @@ def invert(
                 "method": work.plan.name,
                 "steps": len(work.plan),
                 "labels": classes,
+                **conditioning.facts(),
                 "guidance": drawing.weights_of(work, "w", 1.0),
                 "mse": None if errors is None else float(errors.mean()),
                 "mse_each": None if errors is None else errors.tolist(),
@@ -109,6 +112,7 @@ def invert(
     words += ["--steps", str(steps)] if steps is not None else []
     words += ["--spacing", spacing] if spacing is not None else []
     words += [word for setting in more or () for word in ("--set", setting)]
+    words += conditioning.words()
     words += ["--guidance", guidance] if {guidance, f"{m.sampling.guidance:g}"} != {"1"} else []
     typer.echo(
         f"{out}: latents of {len(images)} images, {work.plan.name} in {len(work.plan)} steps {drawn}{told}\n"

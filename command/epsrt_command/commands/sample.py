@@ -10,7 +10,8 @@ from typer import Option
 
 from epsrt.errors import InputError
 from epsrt.request import Request
-from epsrt_command import conditions, options, show, sounds
+from epsrt_command import options, show, sounds
+from epsrt_command.conditions import Conditioning
 from epsrt_command.options import Guiding, Running
 from epsrt_command.planning import AnyPlanning
 
@@ -37,9 +38,7 @@ def sample(
         int | None, Option("-n", help="How many images; by default one a label or given image, or 10.")
     ] = None,
     labels: options.LabelsOption = None,
-    condition: conditions.ConditionOption = None,
-    null_condition: conditions.NullOption = None,
-    image: conditions.ImageOption = None,
+    conditioning: Conditioning,
     seed: Annotated[int, Option(help="0 to 2^64 − 1. The same seed gives the same images, everywhere.")] = 0,
     first: Annotated[int, Option(help="Index of the first image: continues an earlier run of this seed.")] = 0,
     planning: AnyPlanning,
@@ -119,8 +118,6 @@ def sample(
         first=first,
         size=extent,
         labels=options.one_or_each(classes),
-        conditions=conditions.conditions_of(opened, condition, image, extent),
-        null_conditions=conditions.nulls_of(opened, null_condition, extent),
         classifier=options.one_or_each(pull) or 0.0,
         targets=options.one_or_each(goals),
         init=begin,
@@ -131,6 +128,7 @@ def sample(
         resample=resample,
         jump=10 if jump is None else jump,
     ).but(**guiding.asked())
+    request = request.but(**conditioning.asked(opened, extent))
     each = (request.labels, request.guidance.targets, request.guidance.weight, request.guidance.classifier)
     several = any(isinstance(values, list) for values in each) or request.conditions or request.null_conditions
     if n is None and not several and begin is x is pixels is None:
@@ -156,9 +154,7 @@ def sample(
                 "seed": seed,
                 "first": first,
                 "labels": classes,
-                "conditions": condition,
-                "null_conditions": null_condition,
-                "image": _text(image),
+                **conditioning.facts(),
                 "guidance": weight,
                 "guidance_rescale": guiding.guidance_rescale,
                 "guidance_interval": guiding.guidance_interval,
@@ -188,7 +184,7 @@ def sample(
         f"resampled {resample} times": resample > 1,
     }
     typer.echo(
-        f"{out}: {n} images, {name} in {len(work.plan)} steps"
+        f"{out}: {n} {'images' if len(m.shape) == 3 else 'samples'}, {name} in {len(work.plan)} steps"
         f"{''.join(f', {words}' for words, there in asides.items() if there)} {drawn}, {speed:.1f} images/s"
         f"{'' if trajectory is None else f'; {trajectory}'}"
     )
