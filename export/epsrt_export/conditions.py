@@ -58,13 +58,17 @@ def checked(given: Any, conditions: Sequence[Condition], shape: Shape) -> Arrays
         if c.dtype == "int64" and c.name not in given:
             raise InputError(
                 f"condition {c.name!r} is int64, and nothing says which numbers it takes: give "
-                f"examples={{{c.name!r}: an array [k, *{list(c.shape)}] of some}}"
+                f"examples={{{c.name!r}: an array {_kept(c)} of some}}"
             )
     return {name: _example(by_name[name], value) for name, value in given.items()}
 
 
+def _kept(c: Condition) -> str:
+    return f"[{', '.join(map(str, ('k', *c.shape)))}]"
+
+
 def _example(c: Condition, given: Any) -> NDArray[Any]:
-    want, like = f"{c.dtype} [k, *{list(c.shape)}] with k at least {KEPT[1]}", c.dtype
+    want, like = f"{c.dtype} {_kept(c)} with k at least {KEPT[1]}", c.dtype
     try:
         value = np.asarray(given)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -7,7 +7,7 @@ import io
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ def to_onnx(
         network = type(step.network).__name__
         raise InputError(f"torch cannot export {network}: {_reason(error)}{_line(error)}") from error
     assert program is not None
+    _leave_names(program.model.graph, inputs)
     gather_on_one_axis(program.model.graph)
     if weights is not None:
         weights.take(program.model)
@@ -91,6 +92,13 @@ def to_onnx(
         onnx_passes.softmax_in_fp32(model)
     onnx_passes.name_dimensions(model, ports, names)
     return model
+
+
+def _leave_names(graph: ir.Graph, inputs: Collection[str]) -> None:
+    """Rename, in place, what a node or a constant has the name of an input for: a condition may be called `view`."""
+    constants = [value for value in graph.initializers.values() if value.name in inputs]
+    for value in (*constants, *(made for node in graph for made in node.outputs if made.name in inputs)):
+        value.name = f"{value.name}.inner"
 
 
 class WeightsFile:

@@ -33,7 +33,7 @@ LATENTS = (-4.0, 4.0)  # what an autoencoder's latents span once they are scaled
 class NoisedClassifier:
     """A classifier of noised images, to guide by (arXiv 2105.05233).
 
-    network      forward(x [B, C, H, W], t [B] float32) -> logits [B, classes], float32; x and t are what the denoising
+    network      forward(x [B, C, …], t [B] float32) -> logits [B, classes], float32; x and t are what the denoising
                  network is given
     classes      at least 2; `class_names`: one each, or none
     name         of the file that it was read from; `sha256`: of that file
@@ -46,7 +46,7 @@ class NoisedClassifier:
     name: str = "module"
     sha256: str = ""
     schedule: Schedule | None = None
-    shape: tuple[int, int, int] | None = None
+    shape: Shape | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.network, nn.Module):
@@ -251,11 +251,11 @@ def _weights_sha256(network: nn.Module) -> str:
 
 
 def _conditions(given: Any, shape: Shape) -> tuple[Condition, ...]:
-    given = tuple(given) if isinstance(given, Iterable) else (given,)
-    if not all(isinstance(c, Condition) for c in given):
+    each = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(c, Condition) for c in each):
         raise InputError(f"conditions = {given!r} is no list of Condition: give epsrt.condition.Condition(…) for each")
-    names, found = set[str](), []
-    for c in given:
+    names, found = set[str](), list[Condition]()
+    for c in each:
         try:
             found.append(msgspec.convert(msgspec.to_builtins(c), Condition))
         except (TypeError, msgspec.ValidationError) as error:
