@@ -210,7 +210,7 @@ class _Reader:
         outputs = channels if self.manifest.variance is None else 2 * channels
         columns = len(step_columns(self.manifest.variance))
         known = {"C": channels, "O": outputs, "K": columns, **numbers}
-        found = {}
+        found = Arrays()
         for name, (dtype, axes, optional) in _fields(kind).items():
             key = f"{prefix}.{name}"
             if key in self.arrays:
