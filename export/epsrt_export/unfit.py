@@ -30,11 +30,11 @@ def why(network: nn.Module, shape: Shape, takes: Sequence[Condition], error: Exc
     wanting = [each for each in wanting if not LABELS.fullmatch(each) and each not in named]
     if wanting:
         whats = " and ".join(f"`{p}`" for p in wanting)
-        kind = "a second input" if len(wanting) == 1 else "further inputs"
+        kind, said = ("a second input", "it is") if len(wanting) == 1 else ("further inputs", "they are")
         fixed = ", ".join(f"{p}=self.{p}.expand(x.shape[0], *self.{p}.shape[1:])" for p in wanting)
         given = "t, label" if labelled else "t"
         return (
-            f"{name} takes {kind}, {whats}: say what it is, "
+            f"{name} takes {kind}, {whats}: say what {said}, "
             f'conditions=[Condition("{wanting[0]}", shape of one sample, dtype, role)] (epsrt.condition), or where one '
             f"value will do, fix it in an adapter's buffer of one row, self.net(x, {given}, {fixed})"
         )

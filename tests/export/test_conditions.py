@@ -8,6 +8,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from torch import nn
 
 from conditional import KINDS, LOW, POOLED, conditioned
 from epsrt import Bundle, EpsrtError, InputError, Sampler, Schedule, noise, open_engine
@@ -16,7 +17,7 @@ from epsrt.manifest import Sizes, step_columns
 from epsrt.parity.measure import relative_l2, worst_psnr
 from epsrt.plan import idle_row
 from epsrt.timesteps import spaced
-from epsrt_export import Source, export_network, golden
+from epsrt_export import NoisedClassifier, Source, export_network, golden
 from epsrt_export.conditions import SEED, Values
 from epsrt_export.graphs import DTYPES
 from epsrt_export.manifest import manifest_of
@@ -296,7 +297,25 @@ class TestBundles:
         assert worst_psnr(mine, truth, (-1.0, 1.0)) > 100
         assert {r.name for r in Bundle.open(signal).parity() if r.graph == "mask"} >= {"mask", "step"}
 
-    def test_every_kind_in_int8(self, tmp_path):
+    def test_a_volume_with_a_classifier_and_a_mask(self, tmp_path):
+        class Judge(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.stem, self.norm = nn.Conv3d(1, 8, 3, stride=2, padding=1), nn.GroupNorm(2, 8)
+                self.head = nn.Linear(8, 3)
+
+            def forward(self, x, t):
+                h = torch.tanh(self.norm(self.stem(x)) + t[:, None, None, None, None] / 20)
+                return self.head(h.mean((2, 3, 4)))
+
+        torch.manual_seed(0)
+        network, facts = conditioned("volume")
+        judge = NoisedClassifier(Judge().eval(), 3)
+        bundle = put(tmp_path / "some.epsrt", network, classifier=judge, masked=True, **facts)
+        assert {g.stem for g in bundle.manifest.graphs} == {"", "classifier", "mask", "classifier-mask"}
+        assert {"classifier", "mask"} <= {r.name for r in bundle.parity() if r.graph == "classifier-mask"}
+
+    def test_int8(self, tmp_path):
         network, facts = conditioned("label and context")
         bundle = put(tmp_path / "some.epsrt", network, precisions=("fp32", "int8"), **facts)
         rungs = [r for r in bundle.parity() if r.precision == "int8"]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from epsrt import InputError, Schedule
+from epsrt.condition import Condition
 from epsrt_export import export_network
 from nets import Tiny
 
@@ -50,6 +51,15 @@ class Signals(nn.Module):
         return 0.7 * x + 0.1 * self.last(torch.tanh(self.first(x) + t.reshape(-1, 1, 1) / 20))
 
 
+class Pooled(Tiny):
+    def __init__(self):
+        super().__init__()
+        self.of = nn.Linear(4, 16)
+
+    def forward(self, x, t, vector):
+        return super().forward(x, t) + torch.tanh(self.of(vector)).mean(-1)[:, None, None, None]
+
+
 class OneHot(Tiny):
     def __init__(self):
         super().__init__()
@@ -74,20 +84,6 @@ class Fixed(Adapter):
         return self.net(x, t, condition=self.condition.expand(x.shape[0], *self.condition.shape[1:]))
 
 
-class Beside(Adapter):
-    def __init__(self, net):
-        super().__init__(net)
-        self.register_buffer("image", torch.full((1, 1, 8, 8), 0.5))
-
-    def forward(self, x, t):
-        return self.net(torch.cat([x, self.image.expand(x.shape[0], -1, -1, -1)], 1), t)
-
-
-class Flat(Adapter):
-    def forward(self, x, t):
-        return self.net(x[:, :, 0], t)[:, :, None]
-
-
 class LookedUp(Adapter):
     def __init__(self, net):
         super().__init__(net)
@@ -97,39 +93,52 @@ class LookedUp(Adapter):
         return self.net(x, t, self.table[label])
 
 
+def as_it_is(network):
+    return network
+
+
+IMAGE = Condition("image", (1, 8, 8), "float32", "image")
+VECTOR = Condition("vector", (4,), "float32", "vector")
+
+# the network, what it is given, the sentence, the adapter that helps, and what that is given
 CASES = {
     "a second input": (
         Conditioned,
         {},
-        r"Conditioned takes a second input, `condition`, and a bundle gives a network images, timesteps and labels "
-        r"alone: .* buffer of one row, self.net\(x, t, "
-        r"condition=self.condition.expand\(x.shape\[0\], \*self.condition.shape\[1:\]\)\)$",
+        r'Conditioned takes a second input, `condition`: say what it is, conditions=\[Condition\("condition", shape of '
+        r"one sample, dtype, role\)\] \(epsrt.condition\), or where one value will do, fix it in an adapter's buffer "
+        r"of one row, self.net\(x, t, condition=self.condition.expand\(x.shape\[0\], \*self.condition.shape\[1:\]\)\)$",
         Fixed,
         {},
+    ),
+    "a second input, given": (
+        Pooled,
+        {},
+        r"Pooled takes a second input, `vector`: say what it is",
+        as_it_is,
+        {"conditions": [VECTOR]},
     ),
     "more channels": (
         Joined,
         {},
-        r"Joined takes images of 2 channels, not 1: give shape = \(2, 8, 8\); if the 1 more .* a second image, .* "
-        r"self.net\(torch.cat\(\[x, self.image.expand\(x.shape\[0\], -1, -1, -1\)\], 1\), t\)$",
-        Beside,
-        {},
+        r"Joined takes images of 2 channels, not 1: give shape = \(2, 8, 8\); if the 1 more are another image, "
+        r'conditions=\[Condition\("image", \(1, 8, 8\), "float32", "image"\)\]$',
+        as_it_is,
+        {"conditions": [IMAGE]},
     ),
     "signals": (
         Signals,
         {"shape": (2, 1, 16)},
-        r"Signals is for signals of one dimension, \[B, C, L\], .*: give shape = \(C, 1, L\) and an adapter, "
-        r"self.net\(x\[:, :, 0\], t\)\[:, :, None\]$",
-        Flat,
-        {"shape": (2, 1, 16)},
-    ),
-    "a shape of signals": (
-        Signals,
+        r"Signals is for signals, \[B, C, L\], and shape = \[2, 1, 16\] has 3 numbers: give 2, its channels first$",
+        as_it_is,
         {"shape": (2, 16)},
-        r"shape = \[2, 16\] is not C, H, W, .*: for signals of 2 channels and length 16 give \(2, 1, 16\) and an "
-        r"adapter, self.net\(x\[:, :, 0\], t\)\[:, :, None\]$",
-        Flat,
-        {"shape": (2, 1, 16)},
+    ),
+    "another name": (
+        Pooled,
+        {"conditions": [Condition("pooled", (4,), "float32", "vector")]},
+        r"forward of Pooled has no parameter 'pooled': give the condition the name that it has there, or leave it out$",
+        as_it_is,
+        {"conditions": [VECTOR]},
     ),
     "labels that are numbers": (
         OneHot,
@@ -171,7 +180,7 @@ class TestOtherWords:
             def forward(self, x, t, context, *, mask):
                 return super().forward(x, t)
 
-        message = "Both takes further inputs, `context` and `mask`, and a bundle gives"
+        message = "Both takes further inputs, `context` and `mask`: say what they are"
         assert self.refused(Both()).startswith(message)
 
     def test_with_a_label(self):
