@@ -5,13 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from conditional import conditioned
 from epsrt import EpsrtError, Schedule
 from epsrt.timesteps import spaced
+from epsrt_export.conditions import call, trial
 from epsrt_export.redraw import redraw
 from epsrt_trainer.diffusion import predicted_x0
 from epsrt_trainer.sample import ddim_loop, network_input
 from epsrt_trainer.unet import UNet, UNetConfig
-from nets import Tiny, unet, unet_config
+from nets import Tiny, labels, unet, unet_config
 
 SHAPE = (1, 8, 8)
 
@@ -88,6 +90,24 @@ def test_it_is_fitted_to_what_the_network_predicts(prediction):
     assert float((found - x0).square().mean()) < 0.6 * float((x - x0).square().mean())
 
 
+@pytest.mark.parametrize("kind", ["signal", "volume", "image", "label and context"])
+def test_other_ranks_and_conditions(schedule, kind):
+    """As it is for images: x0 read from the network is nearer to the truth than the noisy sample is."""
+    network, facts = conditioned(kind)
+    shape, conditions, takes = facts["shape"], facts["conditions"], labels() if "classes" in facts else ()
+    redraw(network, schedule, shape, facts.get("classes", 0), conditions=conditions)
+    between = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(shape) - 1]
+    coarse = torch.randn(16, shape[0], *[4] * (len(shape) - 1), generator=torch.Generator().manual_seed(2))
+    x0 = F.interpolate(coarse, size=shape[1:], mode=between).clamp(-1, 1)
+    eps = torch.randn(16, *shape, generator=torch.Generator().manual_seed(3))
+    alpha, sigma = map(float, schedule.at(50.0))
+    x, takes = alpha * x0 + sigma * eps, (*takes, *conditions)
+    with torch.no_grad():
+        out = call(network, takes, x, torch.full((16,), 50.0), trial(takes, shape, 16))
+        found = predicted_x0("epsilon", x, out, alpha, sigma)
+    assert float((found - x0).square().mean()) < 0.6 * float((x / alpha - x0).square().mean())
+
+
 def test_a_learned_variance_stays_between_its_ends(schedule):
     class OneHead(Tiny):
         def forward(self, x, t):
@@ -120,7 +140,7 @@ def test_other_last_layers_are_refused(schedule):
         def forward(self, x, t):
             return self.last(x).reshape(-1, 2, 2, 8, 8).sum(1)
 
-    with pytest.raises(EpsrtError, match="Grouped does not end in a Linear or in a plain Conv2d"):
+    with pytest.raises(EpsrtError, match="Grouped does not end in a Linear or in a plain convolution"):
         redraw(Grouped(), schedule, (2, 8, 8))
     with pytest.raises(EpsrtError, match="the last layer, a Conv2d, does not give the output's"):
         redraw(Summed(), schedule, (2, 8, 8))
