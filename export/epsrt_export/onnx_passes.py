@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -89,19 +88,15 @@ def masked(model: onnx.ModelProto, columns: int) -> onnx.ModelProto:
 def name_dimensions(model: onnx.ModelProto, sized: bool) -> None:
     """Call the free dimensions batch and, where `sized`, height and width: engines fix them by these names.
 
-    torch has names such as s10 and 8*s53 for them.
+    torch has names such as s10 and 8*s53 for them. An input's batch that it could not prove to be x's
+    has one of its own.
     """
-    graph = model.graph
-    batch = re.compile(rf"\b{graph.input[0].type.tensor_type.shape.dim[0].dim_param}\b")
-    for value in (*graph.input, *graph.output):
-        for dim in value.type.tensor_type.shape.dim:
+    for value in (*model.graph.input, *model.graph.output):
+        batch, *others = value.type.tensor_type.shape.dim
+        batch.dim_param = "batch"
+        for dim, name in zip(others[1:] if sized else (), ("height", "width"), strict=False):
             if dim.dim_param:
-                dim.dim_param = batch.sub("batch", dim.dim_param)
-    if not sized:
-        return
-    for value in (*graph.input, *graph.output):
-        for dim, name in zip(value.type.tensor_type.shape.dim[2:], ("height", "width"), strict=False):
-            dim.dim_param = name
+                dim.dim_param = name
 
 
 def types_of(model: onnx.ModelProto) -> dict[str, int]:
