@@ -31,6 +31,10 @@ from epsrt.solvers import METHODS, options_of
 from epsrt_command.app import app
 from epsrt_export import export_network
 from epsrt_export.families import FAMILIES
+from epsrt_trainer.checkpoint import save_checkpoint
+from epsrt_trainer.latents import Latents
+from epsrt_trainer.networks import build
+from epsrt_trainer.presets import PRESETS
 from helpers import write_keys
 from nets import tiny
 
@@ -64,6 +68,12 @@ def real_digits(folder: Path) -> None:
         Image.fromarray((image / 16 * 255).astype(np.uint8)).save(folder / f"{digit}.png")
 
 
+def latent_digits(path: Path) -> None:
+    preset, coder = PRESETS["digits-latent"], PRESETS["digits-autoencoder"].network
+    latents = Latents(build(coder), (2.0, 2.0), (0.0, 0.5))
+    save_checkpoint(path, build(preset.network), preset.network, preset.schedule, autoencoder=latents)
+
+
 @pytest.fixture(scope="module")
 def materials(request, once, schedule) -> dict[str, Callable[[Path], object]]:
     """What pages find in their folder, by its name there: small networks in place of trained ones."""
@@ -76,6 +86,7 @@ def materials(request, once, schedule) -> dict[str, Callable[[Path], object]]:
     return {
         "examples": lambda path: path.symlink_to(ROOT / "examples"),
         "out/digits.safetensors": lambda path: copied("checkpoint_path")(path),
+        "out/digits-latent.safetensors": latent_digits,
         "out/digits.epsrt": lambda path: copied("bundle_path")(path),
         "out/gallery.epsrt": lambda path: copied("edited_bundle_path")(path),
         "out/canvas.epsrt": lambda path: export_network(

@@ -126,6 +126,10 @@ def variational_bound(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint)
     c, config = checkpoint, checkpoint.config
+    if c.autoencoder is not None:
+        raise InputError(
+            f"{c.path.name} draws latents, which have no grey levels: a bound is of networks of images alone"
+        )
     wanted, found = (config.image_channels, config.image_size, config.image_size), tuple(np.shape(images)[1:])
     if found != wanted:
         raise InputError(f"the images have shape {list(found)} but the network takes {list(wanted)}: give such images")

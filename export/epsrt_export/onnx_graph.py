@@ -23,9 +23,10 @@ from epsrt.manifest import AXES, Sizes
 from epsrt.part import FREE, Port
 from epsrt.types import Shape
 from epsrt_export import onnx_passes, unlisted
-from epsrt_export.folding import fold_constants
 from epsrt_export.gathers import gather_on_one_axis
 from epsrt_export.guards import check_guards
+from epsrt_export.optimiser import optimise
+from epsrt_export.program import fit
 from epsrt_export.sizes import example, free
 from epsrt_export.stepgraph import OUTPUTS, StepModule, apart
 
@@ -65,21 +66,22 @@ def to_onnx(
                 traced = torch.export.export(step.eval(), (), apart(inputs), dynamic_shapes=apart(dynamic))
             else:
                 traced = _trace(step, apart(inputs), apart(dynamic), shape, sizes)
-            fold_constants(traced)
             program = torch.onnx.export(
-                traced,
+                fit(traced),
                 dynamo=True,
                 opset_version=opset,
+                optimize=False,
                 verbose=False,
                 input_names=list(inputs),
                 output_names=list(OUTPUTS),
             )
+            assert program is not None
+            optimise(program.model)
     except EpsrtError:
         raise
     except Exception as error:  # torch.export raises many kinds; the user needs the sentence that names the line
         network = type(step.network).__name__
         raise InputError(f"torch cannot export {network}: {_reason(error)}{_line(error)}") from error
-    assert program is not None
     _leave_names(program.model.graph, inputs)
     gather_on_one_axis(program.model.graph)
     if weights is not None:
@@ -184,9 +186,10 @@ def _check_signature(model: onnx.ModelProto, ports: Sequence[Port], axes: Sequen
             raise InputError(f"the exported graph has the {kind}s {have}, not {names}: is an argument unused?")
         for value in values:
             first = value.type.tensor_type.shape.dim[0]
-            if not first.dim_param:
+            batch = first.dim_param or str(first.dim_value)
+            if batch.isdigit():  # where one input's alone is, the name of its dimension is the number
                 raise InputError(
-                    f"the batch of {kind} {value.name} was frozen to {first.dim_value}: the network fixes its batch "
+                    f"the batch of {kind} {value.name} was frozen to {batch}: the network fixes its batch "
                     "size, often by chunk() or a Python int of x.shape[0]; slice [:n] and [n:] instead"
                 )
     sized = {port.name for port in (*ports, *outputs) if FREE in port.shape}

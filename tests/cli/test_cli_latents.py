@@ -53,3 +53,18 @@ def test_inspect_and_python_say_it_too(latents):
         for call in (lambda: sampler.to_images(x), lambda: sampler.from_images(np.zeros((1, 8, 8, 3), np.uint8))):
             with pytest.raises(InputError, match="latents of an autoencoder: encode and decode them with that"):
                 call()
+
+
+def test_an_autoencoder_and_a_network_of_its_latents_are_trained_and_exported(tmp_path, refused):
+    first, then = tmp_path / "coder.safetensors", tmp_path / "latent.safetensors"
+    few = ("--set", "train.steps=2", "--set", "train.batch=4", "--set", "network.base_channels=8")
+    line = refused("train", "--preset", "digits-latent", "--out", then, cwd=tmp_path)
+    assert "preset digits-latent is trained on an autoencoder's latents: train preset digits-autoencoder first" in line
+    assert run("train", "--preset", "digits-autoencoder", "--out", first, *few).stdout.startswith(f"{first}: 2 steps")
+    line = refused("export", first, tmp_path / "a.epsrt", cwd=tmp_path)
+    assert (
+        f"holds an autoencoder, not a diffusion network: train one on its latents, with --autoencoder {first}" in line
+    )
+    run("train", "--preset", "digits-latent", "--autoencoder", first, "--out", then, *few)
+    line = refused("bound", then, "--data", "digits", cwd=tmp_path)
+    assert "latent.safetensors draws latents, which have no grey levels: a bound is of networks of images alone" in line

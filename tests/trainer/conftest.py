@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from epsrt.schedule import Schedule
+from epsrt_trainer.autoencoder import AutoencoderConfig
 from epsrt_trainer.data import Images
 from epsrt_trainer.networks import build
 from epsrt_trainer.unet import UNetConfig
@@ -25,6 +26,12 @@ def config() -> UNetConfig:
         classes=3,
         null_label=True,
     )
+
+
+@pytest.fixture
+def coder() -> AutoencoderConfig:
+    """An autoencoder of the images below: 1 × 4 × 4 pixels to 2 × 1 × 1."""
+    return AutoencoderConfig(1, 4, latent_channels=2, base_channels=8, channel_multipliers=(1, 2), residual_blocks=1)
 
 
 @pytest.fixture

@@ -120,7 +120,7 @@ def test_a_cut_file(saved):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda m: m.update(version=99), "format 99, this epsrt reads 1"),
+        (lambda m: m.update(version=99), "format 99, this epsrt reads 1 and 2"),
         (lambda m: m.pop("version"), "format None"),
         (lambda m: m.update(kind="mlp"), "'mlp' is unknown"),
         (lambda m: m.update(kind="dit"), "describes no network: base_channels is no setting"),

@@ -12,9 +12,10 @@ from epsrt_export.families import checkpoint as family
 from epsrt_trainer.checkpoint import KEY, load_checkpoint, load_classifier, read_training, save_checkpoint
 from epsrt_trainer.classifier import ClassifierConfig, NoisyClassifier
 from epsrt_trainer.diffusion import q_sample
+from epsrt_trainer.draws import draw
 from epsrt_trainer.networks import build, config_type, kind_of, parameter_count
 from epsrt_trainer.presets import PRESETS, preset
-from epsrt_trainer.train import TrainConfig, draw, train
+from epsrt_trainer.train import TrainConfig, train
 
 FAST = TrainConfig(
     steps=12, batch=8, lr=1e-3, warmup=4, ema_decay=0.9, log_every=1, checkpoint_every=5, flip=True, label_drop=0.0
@@ -163,10 +164,10 @@ def test_it_learns_and_says_what_it_is(tmp_path, images, judge, schedule):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"label_drop": 0.1}, "label_drop = 0.1 of a classifier, which learns labels: set label_drop = 0"),
+        ({"label_drop": 0.1}, "label_drop = 0.1: a classifier has no use for it, so set label_drop = 0"),
         ({"sample_every": 5}, "sample_every = 5: a classifier draws no samples"),
-        ({"prediction": "v"}, r"prediction = v: a classifier has none, leave it out \(epsilon\)"),
-        ({"weighting": "min-snr"}, r"weighting = min-snr: a classifier has none, leave it out \(simple\)"),
+        ({"prediction": "v"}, "prediction = v: a classifier has no use for it, so set prediction = epsilon"),
+        ({"weighting": "min-snr"}, "weighting = min-snr: a classifier has no use for it, so set weighting = simple"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(tmp_path, images, judge, schedule, change, says):
@@ -212,7 +213,7 @@ def test_neither_is_taken_for_the_other(tmp_path, saved, judge, network, config,
     for load in (load_classifier, family.load_classifier):
         with pytest.raises(BundleError, match=r"b.safetensors holds a diffusion network \(unet\), not a classifier"):
             load(other)
-    with pytest.raises(EpsrtError, match="prediction = 'v' of a classifier"):
+    with pytest.raises(EpsrtError, match="prediction = 'v' of a network that returns logits"):
         save_checkpoint(tmp_path / "c.safetensors", build(judge), judge, schedule, prediction="v")
 
 
@@ -222,5 +223,5 @@ def test_a_prediction_that_does_not_fit_is_damage(tmp_path, saved, network, conf
     with safe_open(path, "pt") as file:
         meta = json.loads(file.metadata()[KEY])
     save_file(load_file(path), path, {KEY: json.dumps(meta | {"prediction": prediction})})
-    with pytest.raises(BundleError, match="damaged metadata: a (classifier with|unet without)"):
+    with pytest.raises(BundleError, match="damaged metadata: a network of kind (classifier with|unet without)"):
         load(path)

@@ -185,9 +185,26 @@ def test_npz(tmp_path):
     assert load(file).images.dtype == torch.float32
 
 
+def test_npz_with_names_of_classes_and_one_that_is_cut_off(tmp_path):
+    file = tmp_path / "a.npz"
+    np.savez_compressed(file, images=pixels(3, 6, 6), labels=np.array([0, 2, 2]), class_names=np.array(["a", "b", "c"]))
+    data = load(file)
+    assert (data.class_names, data.classes, data.labels.tolist()) == (("a", "b", "c"), 3, [0, 2, 2])
+    whole = file.read_bytes()
+    for kept in (len(whole) // 2, len(whole) - 1, 10, 0):
+        file.write_bytes(whole[:kept])
+        with pytest.raises(InputError, match=r"a\.npz is not a whole \.npz file \(.*\): copy or make it again$"):
+            load(file)
+
+
 @pytest.mark.parametrize(
     ("arrays", "says"),
     [
+        ({"images": np.zeros((1, 4, 4), np.uint8), "class_names": np.array(["a"])}, r"class_names are <U1 \[1\]"),
+        (
+            {"images": np.zeros((1, 4, 4), np.uint8), "labels": np.zeros(1, int), "class_names": np.array([1])},
+            r"class_names are int64 \[1\]; save words \[classes\] and labels",
+        ),
         ({"pictures": np.zeros(3)}, r"no array `images` \(it has pictures\)"),
         ({"images": np.zeros((2, 3), np.uint8)}, r"shape \[2, 3\]"),
         ({"images": np.zeros((2, 4, 4), np.int64)}, "images are int64"),

@@ -15,9 +15,10 @@ from epsrt.errors import BundleError, EpsrtError, InputError
 from epsrt_trainer.__main__ import main
 from epsrt_trainer.checkpoint import load_checkpoint
 from epsrt_trainer.dit import DiTConfig
+from epsrt_trainer.draws import draw
 from epsrt_trainer.log import Progress
 from epsrt_trainer.presets import preset
-from epsrt_trainer.train import TrainConfig, draw, train
+from epsrt_trainer.train import TrainConfig, train
 
 FAST = TrainConfig(
     steps=12, batch=8, lr=1e-3, warmup=4, ema_decay=0.9, log_every=1, checkpoint_every=5, flip=True, label_drop=0.2
@@ -228,7 +229,7 @@ def test_a_run_that_is_cut_off_in_a_picture_draws_it_again(tmp_path, images, con
 
     settings, out = dataclasses.replace(FAST, sample_every=5), tmp_path / "a.safetensors"
     with monkeypatch.context() as patched, pytest.raises(Stop):
-        patched.setattr("epsrt_trainer.train.save_grid", cut)
+        patched.setattr("epsrt_trainer.objectives.save_grid", cut)
         train(images, config, schedule, settings, out)
     train(images, config, schedule, settings, out)
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["a.000005.png", "a.000010.png"]

@@ -54,7 +54,7 @@ def _differs(name: str) -> Callable[[Path, dict[str, bytes]], list[str]]:
 
 
 def _of_training(place: Path, known: dict[str, bytes]) -> list[str]:
-    from epsrt_trainer.checkpoint import read_safetensors  # which takes torch
+    from epsrt_trainer.tensors import read_safetensors  # which takes torch
 
     found = _differs("net.safetensors")(place, known)
     for file in place.glob("net*.safetensors"):

@@ -173,12 +173,14 @@ def _onnx_mutated(data: bytes, rng: random.Random) -> bytes:
 
 
 def _checkpoints() -> list[bytes]:
-    """A tiny checkpoint of each kind of network, and a bundle's weights."""
+    """A tiny checkpoint of each kind of network, one of latents with its autoencoder, and a bundle's weights."""
     import tempfile
 
     from epsrt import Schedule
+    from epsrt_trainer.autoencoder import AutoencoderConfig
     from epsrt_trainer.checkpoint import save_checkpoint
     from epsrt_trainer.dit import DiTConfig
+    from epsrt_trainer.latents import Latents
     from epsrt_trainer.networks import build
     from epsrt_trainer.unet import UNetConfig
 
@@ -195,10 +197,13 @@ def _checkpoints() -> list[bytes]:
             classes=2,
         ),
     )
+    coder = AutoencoderConfig(1, 8, "vq", 1, 2, base_channels=4, channel_multipliers=(1,), residual_blocks=1)
+    latents = Latents(build(coder, 0), (2.0,), (0.5,))
     with tempfile.TemporaryDirectory() as folder:
+        path, schedule = Path(folder), Schedule("linear", T=10)
         files = [
-            save_checkpoint(Path(folder, f"{i}.safetensors"), build(config, 0), config, Schedule("linear", T=10))
-            for i, config in enumerate(configs)
+            save_checkpoint(path / f"{i}.safetensors", build(config, 0), config, schedule, autoencoder=within)
+            for i, (config, within) in enumerate((c, within) for c in configs for within in (None, latents))
         ]
         return [file.read_bytes() for file in files] + [(bundles.path_of(NETWORK) / "weights-fp32.bin").read_bytes()]
 

@@ -6,10 +6,10 @@ import argparse
 import os
 import sys
 
-from epsrt.errors import EpsrtError, InputError, of_system
+from epsrt.errors import EpsrtError, of_system
 from epsrt_trainer.data import load
 from epsrt_trainer.log import Progress
-from epsrt_trainer.presets import PRESETS, preset
+from epsrt_trainer.presets import PRESETS, data_of, preset
 from epsrt_trainer.train import train
 
 
@@ -18,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("epsrt_trainer", description="Train a diffusion network on images.")
     parser.add_argument("--preset", default="digits", help=", ".join(PRESETS))
     parser.add_argument("--data", help="digits, a folder, an .npz file or MNIST's IDX files; default: the preset's")
+    parser.add_argument("--autoencoder", help="a checkpoint, whose latents of the data are what is learned")
     parser.add_argument("--out", required=True, help="the checkpoint to write, *.safetensors")
     parser.add_argument("--set", action="append", default=[], metavar="train.steps=10", help="change a setting")
     parser.add_argument("--size", type=int, help="crop and resize an image folder to size × size")
@@ -29,9 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     first = os.environ.get("RANK", "0") == "0"
     try:
         chosen = preset(options.preset, options.set)
-        spec = options.data or chosen.data
-        if not spec:
-            raise InputError(f"preset {options.preset} comes without data: give --data")
+        spec = data_of(options.preset, chosen, options.data, options.autoencoder)
         data = load(spec, size=options.size, skip_broken=options.skip_broken, log=_say if first else None)
         path = train(
             data,
@@ -39,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             chosen.schedule,
             chosen.train,
             options.out,
+            autoencoder=options.autoencoder,
             resume=not options.fresh,
             progress=_report,
             device=options.device,

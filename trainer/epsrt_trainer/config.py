@@ -11,6 +11,7 @@ from epsrt.errors import InputError
 from epsrt.files import is_utf8
 from epsrt.manifest import check_outside
 from epsrt.schedule import Schedule
+from epsrt_trainer.autoencoder import AutoencoderConfig
 from epsrt_trainer.classifier import ClassifierConfig
 from epsrt_trainer.data import Images
 from epsrt_trainer.diffusion import Prediction, Weighting, loss_weights
@@ -21,8 +22,9 @@ from epsrt_trainer.networks import NetworkConfig
 class TrainConfig:
     """How to train. Raises InputError for a value outside its range.
 
-    A classifier learns by cross-entropy at every t alike: it is trained with the prediction and weighting of the
-    defaults, which it does not have, label_drop = 0 and sample_every = 0, and other values are refused.
+    A setting that a kind of network has no use for is refused unless it is the default, or 0 of label_drop: a
+    classifier learns by cross-entropy at every t alike and draws no samples, and an autoencoder is told neither t nor a
+    label.
 
     steps, batch                     optimiser steps; images a step, over all processes
     lr, warmup, lr_decay             AdamW's rate: up linearly over `warmup` steps, then constant or a cosine to 0
@@ -30,6 +32,8 @@ class TrainConfig:
     ema_decay                        of the weights that are saved
     label_drop                       chance that a label becomes the null label; needs a network that has one
     prediction, weighting            see diffusion.target and diffusion.loss_weights
+    reconstruction                   of an autoencoder: the mean |error| of a pixel (l1), or squared (l2)
+    kl_weight, commitment            of its bottleneck's loss: see objectives.Reconstruction and Autoencoder.forward
     flip                             mirror images left to right, half of the time
     dtype                            bf16: autocast; weights stay float32. auto: bf16 on a CPU that has it, else fp32
     seed                             of the initial weights and of every draw
@@ -49,6 +53,9 @@ class TrainConfig:
     label_drop: float = 0.1
     prediction: Prediction = "epsilon"
     weighting: Weighting = "simple"
+    reconstruction: Literal["l1", "l2"] = "l1"
+    kl_weight: float = 1e-6
+    commitment: float = 0.25
     flip: bool = False
     dtype: Literal["fp32", "bf16", "auto"] = "fp32"
     seed: int = 0
@@ -62,7 +69,7 @@ class TrainConfig:
             low = int(name in ("steps", "batch"))
             if getattr(self, name) < low:
                 raise InputError(f"{name} = {getattr(self, name)} is below {low}")
-        for name in ("warmup", "weight_decay", "clip_norm", "seed"):
+        for name in ("warmup", "weight_decay", "clip_norm", "kl_weight", "commitment", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} = {getattr(self, name)} must be 0 or more")
         if not 0 < self.lr < math.inf:
@@ -70,7 +77,8 @@ class TrainConfig:
         for name in ("ema_decay", "label_drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} = {getattr(self, name)} is outside [0, 1)")
-        for name, known in {"lr_decay": ("constant", "cosine"), "dtype": ("fp32", "bf16", "auto")}.items():
+        words = {"lr_decay": ("constant", "cosine"), "reconstruction": ("l1", "l2"), "dtype": ("fp32", "bf16", "auto")}
+        for name, known in words.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name} {getattr(self, name)!r} is unknown: use {', '.join(known)}")
 
@@ -81,12 +89,28 @@ class TrainConfig:
         return self.lr * rise * decay
 
 
-def check(data: Images, network: NetworkConfig, schedule: Schedule, config: TrainConfig, out: Path) -> None:
+_KINDS: dict[type, str] = {ClassifierConfig: "a classifier", AutoencoderConfig: "an autoencoder"}
+AUTOENCODERS = ("reconstruction", "kl_weight", "commitment")
+
+
+def unused(network: NetworkConfig) -> tuple[str, ...]:
+    """The settings of a TrainConfig that this kind of network has no use for."""
+    diffusion = ("label_drop", "prediction", "weighting")
+    if isinstance(network, AutoencoderConfig):
+        return (*diffusion, "commitment" if network.bottleneck == "kl" else "kl_weight")
+    return (*diffusion, *AUTOENCODERS) if isinstance(network, ClassifierConfig) else AUTOENCODERS
+
+
+def check(
+    data: Images,
+    network: NetworkConfig,
+    schedule: Schedule | None,
+    config: TrainConfig,
+    out: Path,
+    autoencoder: AutoencoderConfig | None = None,
+) -> None:
     """Raises InputError where data, network, schedule, settings and the checkpoint's name do not fit together."""
-    wanted = (network.image_channels, network.image_size, network.image_size)
-    if data.shape != wanted:
-        shapes = ["×".join(map(str, shape)) for shape in (data.shape, wanted)]
-        raise InputError(f"the images are {shapes[0]} but the network takes {shapes[1]}: set network.image_size")
+    _check_shapes(data, network, autoencoder)
     if out.suffix != ".safetensors":
         raise InputError(f"{out} is no name for a checkpoint: end it in .safetensors")
     if not is_utf8(out):
@@ -98,8 +122,16 @@ def check(data: Images, network: NetworkConfig, schedule: Schedule, config: Trai
         raise InputError("the data have no labels: a classifier learns from nothing else, so give labelled images")
     if network.classes and data.labels is None:
         raise InputError(f"the network has {network.classes} classes but the data no labels: set network.classes = 0")
+    kind = _KINDS.get(type(network), "a diffusion network")
+    _check_unused(network, kind, config)
+    if isinstance(network, AutoencoderConfig):
+        if schedule is not None:
+            raise InputError("a schedule is given to an autoencoder, which is shown no noise: leave it out")
+        return
+    if schedule is None:
+        raise InputError(f"{kind} is trained by a schedule of noise: give one")
     if isinstance(network, ClassifierConfig):
-        _check_classifier(schedule, config)
+        _ = schedule.alpha_bar  # refuses a schedule that has none
         return
     if network.classes and (config.label_drop > 0) != network.null_label:
         raise InputError(
@@ -109,13 +141,41 @@ def check(data: Images, network: NetworkConfig, schedule: Schedule, config: Trai
     loss_weights(schedule, config.prediction, config.weighting)  # refuses what cannot be learned
 
 
-def _check_classifier(schedule: Schedule, config: TrainConfig) -> None:
+def _check_shapes(data: Images, network: NetworkConfig, autoencoder: AutoencoderConfig | None) -> None:
+    """The images are those of the network; or of the autoencoder, and the network is of its latents."""
+    wanted = (network.image_channels, network.image_size, network.image_size)
+    if autoencoder is None:
+        if data.shape != wanted:
+            raise InputError(
+                f"the images are {_by(data.shape)} but the network takes {_by(wanted)}: set network.image_size, or "
+                "give the autoencoder whose latents it takes"
+            )
+        return
+    if isinstance(network, (AutoencoderConfig, ClassifierConfig)):
+        raise InputError(
+            f"{_KINDS[type(network)]} is trained on images, and not on an autoencoder's latents: leave that out"
+        )
+    if data.shape != autoencoder.picture:
+        raise InputError(
+            f"the images are {_by(data.shape)} but the autoencoder takes {_by(autoencoder.picture)}: give such images, "
+            "or an autoencoder that was trained on these"
+        )
+    if autoencoder.shape != wanted:
+        raise InputError(
+            f"the autoencoder's latents are {_by(autoencoder.shape)} but the network takes {_by(wanted)}: set "
+            f"network.image_channels = {autoencoder.latent_channels} and network.image_size = {autoencoder.shape[1]}"
+        )
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _check_unused(network: NetworkConfig, kind: str, config: TrainConfig) -> None:
     """Refuse what would be ignored."""
-    if config.label_drop:
-        raise InputError(f"label_drop = {config.label_drop} of a classifier, which learns labels: set label_drop = 0")
-    if config.sample_every:
+    if isinstance(network, ClassifierConfig) and config.sample_every:
         raise InputError(f"sample_every = {config.sample_every}: a classifier draws no samples, set sample_every = 0")
-    for name, default in (("prediction", TrainConfig.prediction), ("weighting", TrainConfig.weighting)):
-        if getattr(config, name) != default:
-            raise InputError(f"{name} = {getattr(config, name)}: a classifier has none, leave it out ({default})")
-    _ = schedule.alpha_bar  # refuses a schedule that has none
+    for name in unused(network):
+        value, idle = getattr(config, name), 0.0 if name == "label_drop" else getattr(TrainConfig, name)
+        if value != idle:
+            raise InputError(f"{name} = {value}: {kind} has no use for it, so set {name} = {idle}")

@@ -84,7 +84,7 @@ def load(
 
     digits               scikit-learn's 1,797 handwritten digits, 1×8×8, 10 classes
     FILE.npz             arrays `images` ([N, C, H, W], [N, H, W, C] or [N, H, W]; uint8, or floats in [−1, 1])
-                         and, optionally, `labels` [N]
+                         and, optionally, `labels` [N], and with them `class_names` [classes]
     *-images-idx3-ubyte  MNIST's format, plain or .gz, with its labels beside it; or the folder of the training pair
     FOLDER               with data_batch_*.bin: CIFAR-10's binary version; else an image folder: a class is a
                          subfolder, a flat folder has no labels

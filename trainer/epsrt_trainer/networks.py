@@ -9,16 +9,18 @@ import torch
 from torch import nn
 
 from epsrt.errors import InputError
+from epsrt_trainer.autoencoder import Autoencoder, AutoencoderConfig
 from epsrt_trainer.classifier import ClassifierConfig, NoisyClassifier
 from epsrt_trainer.dit import DiT, DiTConfig
 from epsrt_trainer.unet import UNet, UNetConfig
 
 DiffusionConfig = UNetConfig | DiTConfig  # each has null_label, and what NetworkConfigs have
-NetworkConfig = DiffusionConfig | ClassifierConfig  # each has image_channels, image_size, classes and time_features
+NetworkConfig = DiffusionConfig | ClassifierConfig | AutoencoderConfig  # each has image_channels, image_size, classes
 KINDS: dict[str, tuple[type[NetworkConfig], Callable[[Any], nn.Module]]] = {
     "unet": (UNetConfig, UNet),
     "dit": (DiTConfig, DiT),
     "classifier": (ClassifierConfig, NoisyClassifier),
+    "autoencoder": (AutoencoderConfig, Autoencoder),
 }
 
 

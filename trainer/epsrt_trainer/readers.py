@@ -50,9 +50,9 @@ def npz(path: Path) -> Found:
                 raise InputError(f"{path} is a single array, not an .npz archive: save it with np.savez(images=…)")
             if "images" not in file:
                 raise InputError(f"{path} has no array `images` (it has {', '.join(file.files) or 'none'})")
-            images, labels = file["images"], file.get("labels")
+            images, labels, names = file["images"], file.get("labels"), file.get("class_names")
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise InputError(f"{path} is not a readable .npz file: {error}") from error
+        raise InputError(f"{path} is not a whole .npz file ({error}): copy or make it again") from error
     except ValueError as error:
         if isinstance(error, EpsrtError):
             raise
@@ -69,7 +69,9 @@ def npz(path: Path) -> Found:
         images = images.astype(np.float32)
     if labels is not None and (labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer)):
         raise InputError(f"{path}: labels are {labels.dtype} {list(labels.shape)}; save integers [{len(images)}]")
-    return Found(images, labels)
+    if names is not None and (labels is None or names.ndim != 1 or not np.issubdtype(names.dtype, np.str_)):
+        raise InputError(f"{path}: class_names are {names.dtype} {list(names.shape)}; save words [classes] and labels")
+    return Found(images, labels, None if names is None else tuple(names.tolist()))
 
 
 def is_idx(path: Path) -> bool:

@@ -11,7 +11,7 @@ import msgspec
 from epsrt.errors import InputError
 from epsrt.schedule import Schedule
 from epsrt_trainer.checkpoint import read_training
-from epsrt_trainer.classifier import ClassifierConfig
+from epsrt_trainer.config import TrainConfig, unused
 from epsrt_trainer.data import Images
 from epsrt_trainer.networks import NetworkConfig, kind_of
 from epsrt_trainer.state import read_run
@@ -22,24 +22,29 @@ def beside(out: Path, suffix: str) -> Path:
     return out.with_name(out.stem + suffix)
 
 
-def identity(data: Images, network: NetworkConfig, schedule: Schedule, config: object) -> dict[str, Any]:
+def identity(
+    data: Images, network: NetworkConfig, schedule: Schedule | None, config: TrainConfig, autoencoder: str = ""
+) -> dict[str, Any]:
     """What makes two runs the same: plain values under kind, data, network, schedule, train.
 
-    `config` is a TrainConfig.
+    `autoencoder` is the SHA-256 of the checkpoint whose latents are learned; it is there where it is not "".
     """
     plain: dict[str, Any] = msgspec.to_builtins(config)
     for name in ("threads", "log_every", "checkpoint_every", "sample_every"):  # no weight depends on them
         del plain[name]
     if plain["lr_decay"] == "constant":
         del plain["steps"]  # a longer run begins like the shorter
-    rest = {"network": msgspec.to_builtins(network), "schedule": msgspec.to_builtins(schedule)}
-    for name in ("sigma_min", "sigma_max"):  # of schedules that are not trained with
-        del rest["schedule"][name]
-    if network.time_features == "sinusoidal":
+    for name in unused(network):
+        del plain[name]
+    rest = {"network": msgspec.to_builtins(network)}
+    if rest["network"].get("time_features") == "sinusoidal":
         del rest["network"]["fourier_scale"]
-    if isinstance(network, ClassifierConfig):
-        for name in ("label_drop", "prediction", "weighting"):  # it has none
-            del plain[name]
+    if schedule is not None:
+        rest["schedule"] = msgspec.to_builtins(schedule)
+        for name in ("sigma_min", "sigma_max"):  # of schedules that are not trained with
+            del rest["schedule"][name]
+    if autoencoder:
+        rest["autoencoder"] = autoencoder
     whole = {"kind": kind_of(network), "data": data.digest(), **rest, "train": plain}
     found: dict[str, Any] = json.loads(json.dumps(whole))
     return found
@@ -64,7 +69,8 @@ def _completed(run: dict[str, Any]) -> dict[str, Any]:
     network = run.get("network")
     if not isinstance(network, dict):
         return run
-    return {"kind": "unet", **run, "network": {"time_features": "sinusoidal", **network}}
+    features = {} if run.get("kind") == "autoencoder" else {"time_features": "sinusoidal"}
+    return {"kind": "unet", **run, "network": {**features, **network}}
 
 
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
@@ -73,8 +79,8 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
         return "no record of how it was trained"
     for part, ours in here.items():
         theirs: Any = there.get(part)
-        if theirs != ours and part == "data":
-            return "other data"
+        if theirs != ours and part in ("data", "autoencoder"):
+            return "other data" if part == "data" else "another autoencoder, or none"
         if theirs != ours and part == "kind":
             return f"a network of kind {theirs}, not {ours}"
         if not isinstance(theirs, dict):

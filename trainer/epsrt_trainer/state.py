@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from epsrt.errors import BundleError, InputError
-from epsrt_trainer.checkpoint import read_safetensors, write_safetensors
 from epsrt_trainer.ema import EMA
+from epsrt_trainer.tensors import read_safetensors, write_safetensors
 
 KEY = "epsrt-state"
 

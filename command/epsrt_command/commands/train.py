@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from epsrt.errors import InputError
 from epsrt_command import show
 from epsrt_command.foreign import needs
 
@@ -16,6 +15,8 @@ EXAMPLES = """\
 epsrt train --preset digits --out out/digits.safetensors
 epsrt train --preset digits-dit --out out/dit.safetensors --set network.depth=6 --set network.time_features=fourier
 epsrt train --preset digits-classifier --out out/digits-classifier.safetensors   # of noised digits, to guide others
+epsrt train --preset digits-autoencoder --out out/digits-autoencoder.safetensors
+epsrt train --preset digits-latent --autoencoder out/digits-autoencoder.safetensors --out out/digits-latent.safetensors
 epsrt train --preset ddpm-cifar10 --data cifar-10-batches-bin --out cifar.safetensors --set train.dtype=bf16
 torchrun --nproc-per-node 8 -m epsrt_trainer --preset ddpm-cifar10 --data photos/ --size 32 --out photos.safetensors
 """
@@ -24,13 +25,20 @@ torchrun --nproc-per-node 8 -m epsrt_trainer --preset ddpm-cifar10 --data photos
 def train(
     out: Annotated[Path, Option("--out", "-o", help="The checkpoint to write, *.safetensors.")],
     preset: Annotated[
-        str, Option(help="Network, schedule and settings: digits, digits-dit, digits-classifier or ddpm-cifar10.")
+        str,
+        Option(
+            help="Network, schedule and settings: digits, digits-dit, digits-classifier, digits-autoencoder, "
+            "digits-latent, emoji-autoencoder, emoji-latent or ddpm-cifar10."
+        ),
     ] = "digits",
     data: Annotated[
         str | None,
         Option(
             help="digits, an image folder, an .npz file, CIFAR-10's binary folder, MNIST's IDX files; or the preset's."
         ),
+    ] = None,
+    autoencoder: Annotated[
+        Path | None, Option(help="An autoencoder's checkpoint: train on its latents of the data.")
     ] = None,
     settings: Annotated[
         list[str] | None, Option("--set", metavar="train.steps=10", help="Change a setting; may be repeated.")
@@ -42,16 +50,15 @@ def train(
     tensorboard: Annotated[bool, Option("--tensorboard", help="Also write TensorBoard's events.")] = False,
     as_json: show.JsonOption = False,
 ) -> None:
-    """Train a network, or a classifier to guide one, on images. Interrupted, it goes on, to the same weights."""
+    """Train a network, a classifier or an autoencoder on images. Interrupted, it goes on, to the same weights."""
     with needs("epsrt train", "train"):
         from epsrt_trainer.checkpoint import read_training
         from epsrt_trainer.data import load
+        from epsrt_trainer.presets import data_of
         from epsrt_trainer.presets import preset as preset_of
         from epsrt_trainer.train import train as run
     chosen = preset_of(preset, settings or [])
-    spec = data or chosen.data
-    if not spec:
-        raise InputError(f"preset {preset} comes without data: give --data")
+    spec = data_of(preset, chosen, data, autoencoder)
     images = load(spec, size=size, skip_broken=skip_broken, log=lambda sentence: typer.echo(sentence, err=True))
     with show.progress() as tell:
         path = run(
@@ -60,6 +67,7 @@ def train(
             chosen.schedule,
             chosen.train,
             out,
+            autoencoder=autoencoder,
             resume=not fresh,
             device=device,
             tensorboard=tensorboard,

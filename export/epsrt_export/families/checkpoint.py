@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from epsrt.manifest import Sampling
-from epsrt_export.source import NoisedClassifier, Source
+from epsrt_export.source import LATENTS, NoisedClassifier, Source
 from epsrt_trainer import checkpoint as trained
 from epsrt_trainer.checkpoint import Checkpoint, load_checkpoint
 
@@ -24,12 +24,15 @@ def load(path: str | Path) -> Source:
 def of(checkpoint: Checkpoint) -> Source:
     """A loaded checkpoint as a source."""
     c, config = checkpoint, checkpoint.config
+    latents = c.autoencoder is not None
     return Source(
         c.network,
         c.schedule,
         (config.image_channels, config.image_size, config.image_size),
         prediction=c.prediction,
-        value_range=c.value_range,
+        value_range=LATENTS if latents else c.value_range,
+        clip=None if latents else "range",
+        latents=latents,
         classes=config.classes,
         class_names=c.class_names or (),
         null_label=config.classes if config.null_label else None,
@@ -38,7 +41,7 @@ def of(checkpoint: Checkpoint) -> Source:
         sha256=c.sha256,
         config=dataclasses.asdict(config),
         training=msgspec.to_builtins(c.training),
-        sampling=SAMPLING,
+        sampling=Sampling() if latents else SAMPLING,
     )
 
 
