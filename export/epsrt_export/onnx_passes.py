@@ -91,7 +91,7 @@ def masked(model: onnx.ModelProto, columns: int) -> onnx.ModelProto:
 def name_dimensions(model: onnx.ModelProto, ports: Sequence[Port], axes: Sequence[str]) -> None:
     """Call the free dimensions batch and what the axes of a sample are called: engines fix them by these names.
 
-    torch has names such as s10 and 8*s53 for them. An input whose batch it could not prove to be x's has one of its own.
+    torch has names such as s10 and 8*s53 for them. An input whose batch it could not prove to be x's has its own.
     `ports` are the inputs in order; the outputs are like the first.
     """
     graph = model.graph
