@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from conditional import KINDS, conditioned
 from epsrt.bundle import Bundle
+from epsrt.condition import Condition
 from epsrt.manifest import FORMAT, Sampling
 from epsrt_export import NoisedClassifier, export_network
 from epsrt_trainer.data import load
 from helpers import CLASS_NAMES, DATA, SCHEDULE, T
-from nets import Trainable, judge, learned, tiny
+from nets import Steered, judge, learned, tiny
 
 NULL = 10
 
@@ -30,7 +32,7 @@ def denoiser(steps: int = 1000, batch: int = 128) -> nn.Module:
     """A small network that knows ten digits and "no label", trained for seconds: its trajectories lead to the data."""
     torch.manual_seed(0)
     data = load("digits")
-    network = Trainable(classes=NULL + 1)
+    network = Steered(classes=NULL + 1)
     optimizer = torch.optim.Adam(network.parameters(), 4e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     alpha, sigma = (torch.from_numpy(v).float() for v in SCHEDULE.at(range(T)))
@@ -50,6 +52,7 @@ def denoiser(steps: int = 1000, batch: int = 128) -> nn.Module:
 
 
 def conditional(out: Path, **options: Any) -> Bundle:
+    """By labels alone, unless conditions are among the options: what is trained here is given no style."""
     facts = {"classes": 10, "null_label": NULL, "class_names": CLASS_NAMES, "max_batch": 8}
     return export_network(denoiser(), SCHEDULE, out, shape=(1, 8, 8), **facts, **options)
 
@@ -60,8 +63,10 @@ def tiny_bundle(out: Path) -> Bundle:
 
 
 def all_kinds(out: Path) -> Bundle:
-    """Every kind of step graph, FP32 and FP16: plain, guided, masked, by a classifier."""
-    return conditional(out, masked=True, classifier=NoisedClassifier(judge(seed=6, width=8), 10, name="judge"))
+    """Every kind of step graph, FP32 and FP16: plain, guided, masked, by a classifier. It may be given a style."""
+    style = Condition("style", (3,), "float32", "vector", guided=True, null=0.0)
+    judged = NoisedClassifier(judge(seed=6, width=8), 10, name="judge")
+    return conditional(out, masked=True, classifier=judged, conditions=[style])
 
 
 def plain(out: Path) -> Bundle:
@@ -83,6 +88,13 @@ def of_learned_variance(out: Path) -> Bundle:
     return export_network(learned(seed=5, channels=2), SCHEDULE, out, shape=(2, 8, 8), max_batch=4, **facts)
 
 
+def conditional_kind(kind: str, out: Path) -> Bundle:
+    """A random network with conditions, or of samples that are no images: see conditional.KINDS."""
+    network, facts = conditioned(kind)
+    more = {"sizes": (4, 24)} if kind == "image" else {}
+    return export_network(network, SCHEDULE, out, precisions=("fp32",), max_batch=4, **facts, **more)
+
+
 BUNDLES: dict[str, Callable[[Path], Bundle]] = {
     f"format-{FORMAT}": all_kinds,
     "tiny": tiny_bundle,
@@ -90,6 +102,7 @@ BUNDLES: dict[str, Callable[[Path], Bundle]] = {
     "small": small,
     "sized": sized,
     "learned": of_learned_variance,
+    **{kind.replace(" ", "-"): partial(conditional_kind, kind) for kind in KINDS},
 }
 
 

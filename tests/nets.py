@@ -72,12 +72,13 @@ class Tiny(nn.Module):
         self.middle = nn.Conv2d(width, width, 3, padding=1)
         self.head = nn.Conv2d(width, channels, 3, padding=1)
 
-    def features(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        condition = self.time_embed(t.long())
-        if self.label_embed is not None:
-            condition = condition + self.label_embed(label)
+    def told(self, t: Tensor, label: Tensor | None = None) -> Tensor:
+        embedded = self.time_embed(t.long())
+        return embedded if self.label_embed is None else embedded + self.label_embed(label)
+
+    def features(self, x: Tensor, t: Tensor, label: Tensor | None = None, **more: Tensor) -> Tensor:
         h = self.stem(x)
-        return h + torch.tanh(self.middle(self.norm(h) + condition[:, :, None, None].to(h.dtype)))
+        return h + torch.tanh(self.middle(self.norm(h) + self.told(t, label, **more)[:, :, None, None].to(h.dtype)))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         # like a trained ε: without the shortcut, most samples end at the clip
@@ -114,12 +115,25 @@ class Restless(Tiny):
 class Trainable(Tiny):
     """Tiny with smoother activations: trained, its FP16 trajectories keep clear of the gate (Tiny's miss it)."""
 
-    def features(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        condition = self.time_embed(t.long())
-        if self.label_embed is not None:
-            condition = condition + self.label_embed(label)
-        h, silu = self.stem(x), nn.functional.silu
-        return h + silu(self.middle(silu(self.norm(h) + condition[:, :, None, None].to(h.dtype))))
+    def features(self, x: Tensor, t: Tensor, label: Tensor | None = None, **more: Tensor) -> Tensor:
+        told, h, silu = self.told(t, label, **more), self.stem(x), nn.functional.silu
+        return h + silu(self.middle(silu(self.norm(h) + told[:, :, None, None].to(h.dtype))))
+
+
+class Steered(Trainable):
+    """Trainable that is given a style [B, 3] too; of zeros it makes what it makes of none."""
+
+    def __init__(self, seed: int = 0, **more: Any) -> None:
+        super().__init__(**more)
+        self.of_style = nn.Linear(3, self.norm.num_channels, bias=False)
+        nn.init.normal_(self.of_style.weight, std=0.3, generator=torch.Generator().manual_seed(seed))
+
+    def told(self, t: Tensor, label: Tensor | None = None, style: Tensor | None = None) -> Tensor:
+        embedded = super().told(t, label)
+        return embedded if style is None else embedded + torch.tanh(self.of_style(style))
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, style: Tensor | None = None) -> Tensor:
+        return self.head(self.features(x, t, label, style=style)) + 0.7 * x
 
 
 class Judge(nn.Module):

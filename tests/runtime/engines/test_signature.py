@@ -14,11 +14,13 @@ def described(tensors):
 def test_what_each_graph_takes_and_gives(edited_bundle_path):
     bundle = Bundle.open(edited_bundle_path)
     image = "float32 [?, 1, 8, 8]"
-    plain = {"x": image, "m": image, "z": image, "rows": "float32 [?, 15]", "label": "int64 [?]"}
+    given = {"label": "int64 [?]", "style": "float32 [?, 3]"}
+    plain = {"x": image, "m": image, "z": image, "rows": "float32 [?, 15]", **given}
+    null = {f"{name}_null": tensor for name, tensor in given.items()}
     masked = {"known": image, "mask": image, "z2": image}
     for precision, features, columns, more in (
         ("fp32", [], 15, {}),
-        ("fp32", ["guidance", "mask"], 19, masked),
+        ("fp32", ["guidance", "mask"], 19, masked | null),
         ("fp16", ["classifier", "mask"], 19, masked | {"target": "int64 [?]"}),
     ):
         graph = bundle.graph(precision, features)
@@ -26,7 +28,7 @@ def test_what_each_graph_takes_and_gives(edited_bundle_path):
         signature = Signature.of(bundle, graph)
         assert described(signature.inputs) == plain | {"rows": f"float32 [?, {columns}]"} | more
         assert described(signature.outputs) == dict.fromkeys(("x_next", "m_next", "x0"), image)
-        assert set(signature.fixed) == {"z", "label", *more}
+        assert set(signature.fixed) == {"z", *given, *more}
 
 
 def test_no_label_without_classes(small_bundle_path):
