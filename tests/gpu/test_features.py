@@ -179,15 +179,15 @@ with gpu.lanes(3) as lanes:
     long = np.concatenate([rows_of(3, "ddim", 100)] * 2)
     assert (long[:, 0, at["kb"]] != 0).sum() == 198
     cost(lanes, long, True)  # memory is made, and a graph
-    # one upload of what the lanes begin with, one of all rows; begin; twenty graphs
-    assert cost(lanes, long, True) == ([2, 0, 0, 1, 20, 0, 0], 200)
-    assert cost(lanes, long, None) == ([2, 0, 0, 1, 20, 0, 0], 200)  # lanes 1 and 2
+    # an upload each of what the lanes begin with, of their conditions and of all rows; begin; twenty graphs
+    assert cost(lanes, long, True) == ([3, 0, 0, 1, 20, 0, 0], 200)
+    assert cost(lanes, long, None) == ([3, 0, 0, 1, 20, 0, 0], 200)  # lanes 1 and 2
     assert driver.stand_in_live(b"execs") == 1
     cost(lanes, long, False)
-    assert cost(lanes, long, False) == ([2, 0, 0, 1, 20, 0, 0], 0)  # kb is there, and no mask
+    assert cost(lanes, long, False) == ([3, 0, 0, 1, 20, 0, 0], 0)  # kb is there, and no mask
     still = long.copy()
     still[:, :, at["kb"]] = 0
-    assert cost(lanes, still, True) == ([2, 0, 0, 1, 20, 0, 0], 0)
+    assert cost(lanes, still, True) == ([3, 0, 0, 1, 20, 0, 0], 0)
     assert driver.stand_in_live(b"execs") == 2
     still[37, 2, at["kb"]] = 1  # in one chunk, of a lane with a mask
     assert cost(lanes, still, True)[1] == 10
@@ -195,7 +195,7 @@ with gpu.lanes(3) as lanes:
     assert cost(lanes, still, None)[1] == 0  # lane 0 has none
     assert driver.stand_in_live(b"execs") == 2
     cost(lanes, rows_of(3, "ddpm", 20), True)
-    assert cost(lanes, rows_of(3, "ddpm", 20), True) == ([2, 0, 0, 1, 2, 0, 0], 40)
+    assert cost(lanes, rows_of(3, "ddpm", 20), True) == ([3, 0, 0, 1, 2, 0, 0], 40)
     assert cost(lanes, rows_of(3, "ddpm", 20), False)[1] == 20
     assert driver.stand_in_live(b"execs") == 4  # what is launched: nothing, z, z2, both
 """,
@@ -219,9 +219,9 @@ def grows(features):
         return size - plain - 11 * (rows - plain_rows), fixed - plain_fixed  # rows: of ten steps, and one more
 import contextlib
 plain, plain_rows, plain_fixed = held(gpu)
-assert plain_fixed == {"z", "label"}
+assert plain_fixed == {"z", "label", "style"}
 image = 4 * 4 * 64
-assert grows(["guidance"]) == (0, set())
+assert grows(["guidance"]) == (4 * (8 + 3 * 4), {"label_null", "style_null"})
 assert grows(["mask"]) == (3 * image, {"known", "mask", "z2"})
 assert grows(["classifier"]) == (8 * 4, {"target"})
 """,
