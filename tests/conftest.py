@@ -106,6 +106,12 @@ def sized_bundle_path(checked_in: Checked) -> Path:
 
 
 @pytest.fixture(scope="session")
+def latent_bundle_path(checked_in: Checked) -> Path:
+    """Of latents [4, 8, 8], multiples of 4 up to 16, masked; an autoencoder of pictures [3, 16, 16]. FP32 alone."""
+    return checked_in("latent")
+
+
+@pytest.fixture(scope="session")
 def digits_bundle_path(checked_in: Checked) -> Path:
     """examples/digits.epsrt, well trained: 750,000 parameters, 10 classes, a null label, [1, 8, 8], FP32 and FP16."""
     return checked_in("digits", EXAMPLES / "digits.epsrt")

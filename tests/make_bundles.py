@@ -22,7 +22,7 @@ from epsrt.manifest import FORMAT, Sampling
 from epsrt_export import NoisedClassifier, export_network
 from epsrt_trainer.data import load
 from helpers import CLASS_NAMES, DATA, SCHEDULE, T
-from nets import Steered, judge, learned, tiny
+from nets import Steered, autoencoder, judge, learned, tiny
 
 NULL = 10
 
@@ -95,6 +95,13 @@ def conditional_kind(kind: str, out: Path) -> Bundle:
     return export_network(network, SCHEDULE, out, precisions=("fp32",), max_batch=4, **facts, **more)
 
 
+def latent(out: Path) -> Bundle:
+    """Of latents [4, 8, 8] and other sizes, masked, with an autoencoder of pictures [3, 16, 16]. FP32 alone."""
+    facts = {"latents": True, "value_range": (-4.0, 4.0), "autoencoder": autoencoder()}
+    options = {"sizes": (4, 16), "masked": True, "precisions": ("fp32",), "max_batch": 4}
+    return export_network(tiny(seed=7, channels=4), SCHEDULE, out, shape=(4, 8, 8), **facts, **options)
+
+
 BUNDLES: dict[str, Callable[[Path], Bundle]] = {
     f"format-{FORMAT}": all_kinds,
     "tiny": tiny_bundle,
@@ -103,6 +110,7 @@ BUNDLES: dict[str, Callable[[Path], Bundle]] = {
     "sized": sized,
     "learned": of_learned_variance,
     **{kind.replace(" ", "-"): partial(conditional_kind, kind) for kind in KINDS},
+    "latent": latent,
 }
 
 

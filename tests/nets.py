@@ -202,3 +202,54 @@ def damaged(to_onnx: Callable[..., Any], weight: str, by: float, precision: str 
         return to_onnx(step, *args)
 
     return run
+
+
+class Decoder(nn.Module):
+    """Of a tiny autoencoder: latents [B, channels, …] to pictures [B, 3, …] of twice the extents.
+
+    Most of a picture is linear in its latents. With `codes` it is of the nearest ones (VQ).
+    """
+
+    def __init__(self, channels: int = 4, codes: int = 0, width: int = 16) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.randn(codes, channels)) if codes else None
+        self.colour = nn.Conv2d(channels, 3, 1)
+        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        self.norm = nn.GroupNorm(2, width)
+        self.head = nn.Conv2d(width, 12, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        if self.codes is not None:
+            pixels = z.permute(0, 2, 3, 1)
+            nearest = (self.codes.square().sum(1) - 2 * pixels @ self.codes.T).argmin(-1)
+            z = self.codes[nearest].permute(0, 3, 1, 2)
+        fine = nn.functional.pixel_shuffle(self.head(nn.functional.silu(self.norm(self.stem(z)))), 2)
+        return nn.functional.interpolate(self.colour(z), scale_factor=2.0) + 0.2 * fine
+
+
+class Encoder(nn.Module):
+    """Of a tiny autoencoder: pictures to (mean, deviation) of latents of half the extents; of VQ to latents alone."""
+
+    def __init__(self, channels: int = 4, vq: bool = False, width: int = 16) -> None:
+        super().__init__()
+        self.vq = vq
+        self.stem = nn.Conv2d(12, width, 3, padding=1)
+        self.norm = nn.GroupNorm(2, width)
+        self.head = nn.Conv2d(width, channels if vq else 2 * channels, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        z = self.head(nn.functional.silu(self.norm(self.stem(nn.functional.pixel_unshuffle(image, 2)))))
+        if self.vq:
+            return z
+        mean, log_variance = z[:, : z.shape[1] // 2], z[:, z.shape[1] // 2 :]
+        return mean, torch.exp(log_variance / 2)
+
+
+def autoencoder(channels: int = 4, codes: int = 0, **facts: Any) -> Any:
+    """A tiny epsrt_export.Autoencoder, KL-like, or of so many codes VQ-like; a scale and a shift a channel."""
+    from epsrt_export import Autoencoder
+
+    torch.manual_seed(channels + codes)
+    scale, shift = [1.5, 0.5, 1.0, 2.0][:channels], [0.1, -0.2, 0.0, 0.3][:channels]
+    halves = Decoder(channels, codes).eval(), Encoder(channels, bool(codes)).eval()
+    return Autoencoder(*halves, **{"scale": scale, "shift": shift, **facts})

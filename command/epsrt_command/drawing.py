@@ -17,7 +17,7 @@ from epsrt.prepare import Work, prepare
 from epsrt.request import Request
 from epsrt.sampler import Sampler
 from epsrt.types import Float32
-from epsrt_command import show
+from epsrt_command import latents, show
 from epsrt_command.options import Running
 from epsrt_command.trajectory import Trajectory
 
@@ -47,7 +47,7 @@ class Drawn:
 
 def checked(bundle: Bundle, request: Request) -> Work:
     """What a sampler would do with the request. Raises InputError, long before an engine is built for it."""
-    work = prepare(bundle, request)
+    work = prepare(bundle, latents.stand_in(bundle, request))
     bundle.graph(bundle.manifest.graphs[0].precision, work.features)
     return work
 
@@ -69,18 +69,29 @@ def sampler_of(bundle: Bundle, work: Work, on: Running) -> Iterator[Sampler]:
             yield sampler
 
 
-def draw(sampler: Sampler, request: Request, work: Work, batch: int | None, film: Trajectory | None = None) -> Drawn:
-    """The samples, with a bar on stderr while they form, and their x0 estimates for the film."""
+def draw(
+    sampler: Sampler,
+    request: Request,
+    work: Work,
+    batch: int | None,
+    film: Trajectory | None = None,
+    decode: bool | None = None,
+) -> Drawn:
+    """The samples, with a bar on stderr while they form, and x0 estimates for the film; `decode` as in Sampler.sample."""
     rows, started = len(work.plan), time.perf_counter()
     with show.progress() as tell:
         what = f"{work.plan.name}-{rows}"
         if film is None:
             least = 1 if sampler.engine.device == "cpu" else ON_GPU
             samples = sampler.sample(
-                request, batch=batch, every=max(least, rows // 50), on_step=lambda done, all: tell(what, done / all)
+                request,
+                batch=batch,
+                every=max(least, rows // 50),
+                on_step=lambda done, all: tell(what, done / all),
+                decode=decode,
             )
         else:
-            for i, samples in enumerate(sampler.stream(request, batch=batch, every=film.every), 1):
+            for i, samples in enumerate(sampler.stream(request, batch=batch, every=film.every, decode=decode), 1):
                 film.add(sampler.to_images(samples))
                 tell(what, min(1.0, i * film.every / rows))
     return Drawn(samples, time.perf_counter() - started, sampler.engine)

@@ -44,6 +44,7 @@ from epsrt_export.gradient import log_prob_gradient
 from epsrt_export.graphs import FP32_ALONE, Recipe, variants_of, write_graphs
 from epsrt_export.int8 import write_int8
 from epsrt_export.manifest import manifest_of
+from epsrt_export.parts import add_parts, half_parts
 from epsrt_export.sizes import check_sizes
 from epsrt_export.source import NoisedClassifier, Source
 from epsrt_export.stepgraph import check_network
@@ -92,7 +93,12 @@ def export(
     if out.exists() and not (out / MANIFEST).is_file():
         raise InputError(f"{out} exists and is not a bundle: choose another name, or remove it")
     check_outside(out)
-    source = dataclasses.replace(source, network=ready(source.network), sha256=source.weights_sha256)
+    source = dataclasses.replace(
+        source,
+        network=ready(source.network),
+        sha256=source.weights_sha256,
+        autoencoder=source.autoencoder and source.autoencoder.ready(ready),
+    )
     judge = None if classifier is None else classifier_for(source, classifier)
     described = manifest_of(source, max_batch, (), others)
     Bundle(out, described).plan()  # its defaults make a plan
@@ -114,11 +120,20 @@ def export(
                 lost[precision] = error
         manifest = manifest_of(source, max_batch, graphs, others, judge)
         classify = None if judge is None else judge.network
-        _write_golden(beside, golden.record(source.network, manifest, tell, classify, source.examples))
+        recorded = golden.record(source.network, manifest, tell, classify, source.examples)
+        if source.autoencoder is not None:
+            tell("autoencoder", 0.0)
+            manifest, recorded = add_parts(source.autoencoder, manifest, recorded, wanted, opset, beside)
+        _write_golden(beside, recorded)
         if "int8" in wanted:
             tell("graphs int8", 0.0)
             graphs += write_int8(Bundle(beside, manifest), partial(tell, "graphs int8"))
             manifest = msgspec.structs.replace(manifest, graphs=tuple(graphs))
+        if "fp16" in wanted and "fp16" not in lost:
+            manifest, halves = half_parts(Bundle(beside, manifest))
+            for name, missed in halves.items():
+                why = f"{out.name} has {name} in fp32 alone: {missed}"
+                warnings.warn(why, parity.LeftOutWarning, stacklevel=2)
         for precision in (p for p in wanted if p not in lost):
             try:
                 rungs += _measured(Bundle(beside, manifest), precision, source.network, tell)
@@ -199,10 +214,12 @@ def _write_golden(folder: Path, recorded: Golden) -> None:
 
 
 def _without(folder: Path, manifest: Manifest, precision: str) -> Manifest:
-    """Remove the files of a precision, and its step graphs from the manifest."""
+    """Remove the files of a precision, and its step graphs and parts from the manifest."""
     for file in folder.glob(f"*-{precision}.*"):
         file.unlink()
-    return msgspec.structs.replace(manifest, graphs=tuple(g for g in manifest.graphs if g.precision != precision))
+    kept = tuple(g for g in manifest.graphs if g.precision != precision)
+    parts = {name: tuple(p for p in each if p.precision != precision) for name, each in (manifest.parts or {}).items()}
+    return msgspec.structs.replace(manifest, graphs=kept, parts=parts or msgspec.UNSET)
 
 
 def _left_out(out: Path, precision: str, reason: EpsrtError) -> str:

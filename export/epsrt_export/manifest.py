@@ -61,5 +61,6 @@ def manifest_of(
         sizes=sizes,
         classifier=None if judge is None else judge.described,
         latents=source.latents or msgspec.UNSET,
+        latent=msgspec.UNSET if source.autoencoder is None else source.autoencoder.latent(source.shape),
         conditions=tuple(source.conditions) or msgspec.UNSET,
     )

@@ -61,32 +61,20 @@ def to_onnx(
         inputs[port.name] = torch.zeros(n, *made, dtype=getattr(torch, port.dtype))
         dynamic[port.name] = {0: batch, **{i + 2: symbol for i, symbol in symbols.items() if FREE in port.shape}}
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             if sizes is None:
                 traced = torch.export.export(step.eval(), (), apart(inputs), dynamic_shapes=apart(dynamic))
             else:
                 traced = _trace(step, apart(inputs), apart(dynamic), shape, sizes)
-            program = torch.onnx.export(
-                fit(traced),
-                dynamo=True,
-                opset_version=opset,
-                optimize=False,
-                verbose=False,
-                input_names=list(inputs),
-                output_names=list(OUTPUTS),
-            )
-            assert program is not None
-            optimise(program.model)
+            program = translated(traced, list(inputs), list(OUTPUTS), opset)
     except EpsrtError:
         raise
     except Exception as error:  # torch.export raises many kinds; the user needs the sentence that names the line
         network = type(step.network).__name__
-        raise InputError(f"torch cannot export {network}: {_reason(error)}{_line(error)}") from error
-    _leave_names(program.model.graph, inputs)
-    gather_on_one_axis(program.model.graph)
+        raise InputError(f"torch cannot export {network}: {reason_of(error)}{line_of(error)}") from error
     if weights is not None:
-        weights.take(program.model)
-    model: onnx.ModelProto = ir.to_proto(program.model)
+        weights.take(program)
+    model: onnx.ModelProto = ir.to_proto(program)
     _check_signature(model, ports, names)
     unlisted.check(model, type(step.network).__name__)
     onnx_passes.strip(model)
@@ -94,6 +82,24 @@ def to_onnx(
         onnx_passes.softmax_in_fp32(model)
     onnx_passes.name_dimensions(model, ports, names)
     return model
+
+
+def translated(program: torch.export.ExportedProgram, inputs: list[str], outputs: list[str], opset: int) -> ir.Model:
+    """An exported program as ONNX, optimised; its inputs and outputs have these names."""
+    made = torch.onnx.export(
+        fit(program),
+        dynamo=True,
+        opset_version=opset,
+        optimize=False,
+        verbose=False,
+        input_names=inputs,
+        output_names=outputs,
+    )
+    assert made is not None
+    optimise(made.model)
+    _leave_names(made.model.graph, inputs)
+    gather_on_one_axis(made.model.graph)
+    return made.model
 
 
 def _leave_names(graph: ir.Graph, inputs: Collection[str]) -> None:
@@ -163,7 +169,7 @@ def _trace(
     try:
         program = torch.export.export(step.eval(), (), inputs, dynamic_shapes=dynamic)
     except Exception as error:
-        network, reason = type(step.network).__name__, _reason(error)
+        network, reason = type(step.network).__name__, reason_of(error)
         if "specialized it to be a constant" in str(error):
             raise InputError(
                 f"{network} fixes its {' or '.join(AXES[len(shape) - 1])}, often by a Python int of x.shape: leave "
@@ -211,7 +217,7 @@ def _check_sizes(samples: Sequence[onnx.ValueInfoProto], x: Port, axes: Sequence
             )
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The first telling line of torch's long stories, its root cause before its frames."""
     root: BaseException = error
     while root.__cause__ is not None:
@@ -220,7 +226,7 @@ def _reason(error: Exception) -> str:
     return f"{type(root).__name__}: {lines[0] if lines else 'no message'}"
 
 
-def _line(error: Exception) -> str:
+def line_of(error: Exception) -> str:
     """Where in the network's own code torch.export gave up: the innermost line that is neither torch's nor ours."""
     others = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
     chain: BaseException | None = error
@@ -233,7 +239,7 @@ def _line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """torch.onnx warns of its own deprecations and of packages that nobody needs, and prints graphs that failed."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     loggers.append(logging.getLogger("torch.onnx._internal.exporter._registration"))

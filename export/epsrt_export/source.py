@@ -22,6 +22,7 @@ from epsrt.plan import CLIP_OFF
 from epsrt.schedule import Schedule
 from epsrt.timesteps import OPTIONS
 from epsrt.types import Shape
+from epsrt_export.autoencoder import Autoencoder
 from epsrt_export.conditions import checked
 from epsrt_export.sizes import LARGEST_SIDE
 from epsrt_export.stepgraph import DynamicThreshold
@@ -95,7 +96,8 @@ class Source:
                   (learned_range; arXiv 2102.09672, eq. 15)
     thresholding  (ratio, maximum): x0 is scaled to `clip` by the `ratio` quantile of its |values|, at most `maximum`
                   times that, and not merely clipped (arXiv 2205.11487, section 2.3), in every sampler
-    latents       true: samples are an autoencoder's latents, of which no pictures are made
+    latents       true: samples are an autoencoder's latents; value_range and clip are theirs
+    autoencoder   of those latents, where it is at hand: the bundle then encodes and decodes pictures
     sigma_data    of edm: the data's standard deviation, with which it is preconditioned (arXiv 2206.00364, table 1)
     sampling      how its owner samples: the defaults of a plan
 
@@ -123,6 +125,7 @@ class Source:
     variance: LearnedVariance | None = None
     thresholding: tuple[float, float] | None = None
     latents: bool = False
+    autoencoder: Autoencoder | None = None
     sigma_data: float = 0.5
     sampling: Sampling = field(default_factory=Sampling)
     family: str = "module"
@@ -158,6 +161,12 @@ class Source:
         for field_name, value in {**settled, "null_label": null_label}.items():  # a manifest takes no NumPy scalars
             object.__setattr__(self, field_name, value)
         self._check_plain()
+        if self.autoencoder is not None and not isinstance(self.autoencoder, Autoencoder):
+            raise InputError(f"autoencoder is a {type(self.autoencoder).__name__}, not an Autoencoder: give one")
+        if self.autoencoder is not None and not settled["latents"]:
+            raise InputError(
+                "autoencoder is given, and latents is false: say latents=True, and value_range and clip of them"
+            )
         if isinstance(self.clip, str) and self.clip != "range":
             raise InputError(f'clip = {self.clip!r} is unknown: use a bound, "range" or None')
         if classes < 0:

@@ -21,12 +21,15 @@ class Streaming(Arguments, total=False):
     batch: int | None
     every: int
     deadline: float | None
+    decode: bool | None
 
 
 class Sampling(Streaming, total=False):
     """What Sampler.sample takes by name, but for cancel."""
 
     on_step: OnStep | None
+    tile: int | None
+    overlap: int | None
 
 
 async def awaited(call: Callable[[], T], stop: AnyOf) -> T:

@@ -21,10 +21,11 @@ from safetensors.numpy import load
 
 from epsrt import operators, solvers
 from epsrt.contents import Contents, absolute, check_names, is_at, standing
-from epsrt.errors import BundleError, InputError, is_whole, one_line
+from epsrt.errors import BundleError, InputError, is_whole, one_line, one_of
 from epsrt.manifest import AXES, FEATURES_OF_ALL, GOLDEN, MANIFEST, PARITY, Manifest, Rung, StepGraph, check_fields
 from epsrt.manifest_file import read_manifest
 from epsrt.parity.golden import Golden
+from epsrt.part import PARTS, Part
 from epsrt.plan import FEATURES, Plan
 from epsrt.raised import foreign
 from epsrt.solvers import Options
@@ -84,8 +85,8 @@ class Bundle:
         """Its files: what engines and others read of them is what the manifest says, or BundleError."""
         return Contents(self.path, self.manifest.files)
 
-    def graph_bytes(self, graph: StepGraph) -> bytes:
-        """The ONNX file of a step graph that an engine may be given: see epsrt.operators. Raises BundleError."""
+    def graph_bytes(self, graph: StepGraph | Part) -> bytes:
+        """The ONNX file of a step graph or a part, for an engine: see epsrt.operators. Raises BundleError."""
         data = self.contents.read(graph.file)
         if graph.file in self.manifest.files:  # else an export makes it
             try:
@@ -95,17 +96,23 @@ class Bundle:
         return data
 
     @contextmanager
-    def graph_file(self, graph: StepGraph) -> Iterator[Path]:
+    def graph_file(self, graph: StepGraph | Part) -> Iterator[Path]:
         """The same as a file beside its weights, for a library that reads both by itself: see Contents.reading."""
         self.graph_bytes(graph)
         with self.contents.reading(graph.file, graph.weights) as place:
             yield place / graph.file
 
     def check_graphs(self) -> None:
-        """Look into every step graph, in every dialect, as an engine's is: see epsrt.operators. Raises BundleError."""
+        """Look into every step graph, in every dialect, and every part, as an engine's is: see epsrt.operators.
+
+        Raises BundleError.
+        """
         for graph in self.manifest.graphs:
             for dialect in graph.files():
                 self.graph_bytes(graph.in_dialect(dialect))
+        for parts in (self.manifest.parts or {}).values():
+            for part in parts:
+                self.graph_bytes(part)
 
     def check(self) -> None:
         """Hash every file again. Raises BundleError naming the first that is not what it was at opening."""
@@ -144,6 +151,28 @@ class Bundle:
         raise BundleError(
             f"{self.path.name} has no step graph with {asked}: export it again with {' and '.join(lacking)}"
         )
+
+    def part(self, name: str, precision: str = "fp32") -> Part:
+        """The part of a name in a precision, or in FP32 where it has not that one.
+
+        Raises InputError for a name that is no part's, BundleError where the bundle has no such part.
+        """
+        if name not in PARTS:
+            raise InputError(f"part {name!r} is unknown: {one_of(name, PARTS)}")
+        made = (self.manifest.parts or {}).get(name, ())
+        if not made:
+            raise BundleError(f"{self.name} has no part {name}: {self._lacking(name)}")
+        return next((part for part in made if part.precision == precision), made[0])
+
+    def _lacking(self, name: str) -> str:
+        """Why it has no such part, and the way out."""
+        if not self.manifest.latents:
+            return "its samples are no latents of an autoencoder: they need none"
+        if not self.manifest.parts:
+            return "export it again with its autoencoder (autoencoder=)"
+        if name == "preview":
+            return "no linear one was near enough to its pictures: decode instead"
+        return f"export it again with an autoencoder that has it (epsrt_export.Autoencoder({name}=))"
 
     def plan(self, method: str | None = None, steps: int | None = None, **options: Unpack[Options]) -> Plan:
         """The plan of a method for the bundle's network; arguments and errors as in epsrt.solvers.make.

@@ -50,7 +50,7 @@ class Control:
         self._cancel, self._deadline = cancel, deadline
         self.done = self.total = 0
         self._many = 1  # steps until the next look
-        self._look()
+        self.look()
 
     def slices(self, start: int, stop: int, lanes: Sequence[Lanes]) -> Iterator[slice]:
         """Steps start … stop − 1 in slices, all of which the caller gives to all of `lanes`.
@@ -62,7 +62,7 @@ class Control:
         while start < stop:
             end = stop
             if self._cancel is not None or self._deadline is not None:
-                self._look(lanes)
+                self.look(lanes)
                 end = min(start + self._many, stop)
             began = time.monotonic()
             yield slice(start, end)
@@ -77,7 +77,8 @@ class Control:
                     self._many = max(1, self._many // 2)
             start = end
 
-    def _look(self, lanes: Sequence[Lanes] = ()) -> None:
+    def look(self, lanes: Sequence[Lanes] = ()) -> None:
+        """Raise Cancelled or DeadlineExceeded where the flag is set or the deadline has passed, once the lanes rest."""
         cancelled = self._cancel is not None and self._cancel.is_set()
         late = None if self._deadline is None else time.monotonic() - self._deadline
         if not cancelled and (late is None or late < 0):

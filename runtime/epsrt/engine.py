@@ -18,6 +18,7 @@ from epsrt.condition import Condition
 from epsrt.errors import EngineError, InputError, one_of, whole
 from epsrt.forks import Unforkable
 from epsrt.manifest import Manifest, StepGraph
+from epsrt.part import Part
 from epsrt.types import Arrays, Float32, Shape, Size
 
 
@@ -123,6 +124,22 @@ class Lanes(Protocol):
     ) -> None: ...
 
 
+class RunningPart(Protocol):
+    """A part of a bundle on an engine's device: see epsrt.part. Threads may share it, until its engine is closed."""
+
+    name: str
+    bundle: Bundle
+    part: Part
+    precision: str
+
+    def run(self, **arrays: NDArray[Any]) -> Arrays:
+        """Its outputs by name, for its inputs by name: [batch, …] each, in the host's memory, as its ports say.
+
+        Raises InputError for arrays that it does not take, NaN among them, and NotFiniteError where an output is not
+        finite.
+        """
+
+
 class Engine(Protocol):
     """A bundle's step graph on one device. It is a context manager; threads may share it, each with own lanes."""
 
@@ -143,6 +160,12 @@ class Engine(Protocol):
 
     def on(self, graph: StepGraph) -> Engine:
         """Another step graph of the bundle, opened in the same way on the same device. Its caller closes it too."""
+
+    def part(self, name: str) -> RunningPart:
+        """A part of the bundle, in the engine's precision where it has it, else in FP32. The engine closes it.
+
+        Raises InputError for a name that is no part's, BundleError where the bundle has no such part.
+        """
 
     def close(self) -> None:
         """Release what the engine holds. Lanes keep what they need until they are closed themselves."""

@@ -24,11 +24,17 @@ def array_of(name: str, given: ArrayLike) -> NDArray[Any]:
 
 
 def images_of(
-    name: str, given: NDArray[Any] | None, count: int, shape: Shape, within: tuple[float, float] | None
+    name: str,
+    given: NDArray[Any] | None,
+    count: int,
+    shape: Shape,
+    within: tuple[float, float] | None,
+    slack: float = SLACK,
 ) -> Float32 | None:
     """float32 [count, C, …] from [count, C, …] or [1, C, …], or None.
 
-    Raises InputError for another shape or dtype, NaN, or values that are not `within` a value range.
+    Raises InputError for another shape or dtype, NaN, or values that are not `within` a value range, give or take
+    `slack` of its width.
     """
     if given is None:
         return None
@@ -42,9 +48,9 @@ def images_of(
         raise InputError(f"{name} image {bad[0]} holds NaN or infinity")
     if within is not None:
         low, high = within
-        slack = SLACK * (high - low)
+        beyond = slack * (high - low)
         least, most = float(images.min()), float(images.max())
-        if least < low - slack or most > high + slack:
+        if least < low - beyond or most > high + beyond:
             raise InputError(
                 f"{name} holds values from {least:g} to {most:g}, and the bundle's images {low:g} to {high:g}: scale it"
             )

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from epsrt.condition import LABEL, Condition
 from epsrt.errors import BundleError, InputError
 from epsrt.noise_levels import Prediction
-from epsrt.part import PARTS, Latent, Part
+from epsrt.part import FREE, Latent, Part
+from epsrt.part import fault as part_fault
 from epsrt.plan import FEATURES, STEP_COLUMNS
 from epsrt.schedule import Schedule
 from epsrt.types import Float64, Shape
@@ -181,6 +182,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return tuple(c for c in self.takes if c.guided) if "guidance" in features and self.format >= 6 else ()
 
     @property
+    def free(self) -> Shape:
+        """`shape`, where an extent that other sizes change is −1."""
+        axes = [] if self.sizes is None else self.sizes.axes(len(self.shape) - 1)
+        return (self.shape[0], *([FREE if n < most else n for n, most in axes] or self.shape[1:]))
+
+    @property
     def bound(self) -> float:
         """What --clip clips to: `clip`, or where that is off the bound of |x0| that the value range implies."""
         return max(abs(v) for v in self.value_range) if self.clip is None else self.clip
@@ -283,13 +290,11 @@ def check_fields(path: Path, m: Manifest) -> None:
         demand(m.classifier.classes > 1, f"classifier.classes = {m.classifier.classes} is below 2")
         named_all = len(m.classifier.class_names) in (0, m.classifier.classes)
         demand(named_all, f"{len(m.classifier.class_names)} class names for {m.classifier.classes} classes")
-    for name, parts in (m.parts or {}).items():
-        demand(name in PARTS, f"part {name!r} is none of {', '.join(PARTS)}")
-        told_apart = parts and len({part.precision for part in parts}) == len(parts)
-        demand(bool(told_apart), f"part {name} has {len(parts)} graphs that are not told apart")
     if m.latent:
-        scales = (len(v) in (1, m.shape[0]) and all(map(math.isfinite, v)) for v in (m.latent.scale, m.latent.shift))
-        demand(m.latents is True and m.latent.factor > 0 and all(scales), "latent is not of these samples")
+        demand(m.latents is True, "latent is given, and its samples are no latents")
+        demand((fault := m.latent.fault(m.shape)) is None, f"latent {fault}")
+    for name, parts in (m.parts or {}).items():
+        demand((fault := part_fault(name, parts, m.free, m.latent or None)) is None, f"part {name!r} {fault}")
     demand(0 <= abs(m.sampling.guidance) < math.inf, f"sampling.guidance = {m.sampling.guidance} is not finite")
     for g in m.graphs:
         known = set(g.features) <= set(FEATURES) and len(set(g.features)) == len(g.features)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from epsrt.errors import InputError, is_whole
 from epsrt.types import Float32
 
-START, STEP, KNOWN, FORWARD = range(4)  # streams: initial x_T, the steps' z, known pixels re-noised, forward noising
+# streams: initial x_T, the steps' z, known pixels re-noised, forward noising, latents drawn by an encoder
+START, STEP, KNOWN, FORWARD, ENCODE = range(5)
 
 Integers = int | Sequence[Any] | NDArray[Any]  # an integer, (nested) sequences of integers, or an integer array
 
@@ -51,7 +52,7 @@ def normals(
 
     seed    the key, in [0, 2⁶⁴)
     index   of the sample, in [0, 2³²)
-    stream  START, STEP, KNOWN or FORWARD; any number in [0, 2³²)
+    stream  START, STEP, KNOWN, FORWARD or ENCODE; any number in [0, 2³²)
     n       a plan row's noise index, in [0, 2³²)
     size    how many elements, in [1, 2³⁴)
     out     if given, it is filled and returned: a writable C-contiguous float32 array of the result's shape

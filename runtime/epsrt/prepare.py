@@ -47,8 +47,12 @@ class Work:
         return rows
 
 
-def prepare(bundle: Bundle, request: Request, limits: Limits | None = None, at_once: int | None = None) -> Work:
+def prepare(
+    bundle: Bundle, request: Request, limits: Limits | None = None, at_once: int | None = None, more: int = 0
+) -> Work:
     """Check a request against a bundle and limits, for which `at_once` is how many samples are in lanes (None: all).
+
+    `more` are bytes that a sample takes beside those counted here.
 
     Raises InputError, or BundleError where the bundle cannot do it.
     """
@@ -81,13 +85,13 @@ def prepare(bundle: Bundle, request: Request, limits: Limits | None = None, at_o
                 masked=masks is not None,
                 rows=rows,
                 own=rows * n if n > 1 and guided_apart(request, m.null_label) else 0,
-                conditions=conditions + beside * (n if at_once is None else min(n, at_once)),
+                conditions=conditions + more * n + beside * (n if at_once is None else min(n, at_once)),
             )
 
         limits.check_bytes(count, need, seeded)
 
     check_bytes(len(plan))
-    within = None if m.clip is None else m.value_range  # what is not clipped has no bounds
+    within = None if m.clip is None or m.latents else m.value_range  # what is not clipped has no bounds, nor latents
     noised = begin.strength is not None or bool(plan.start[0] and plan.start[1])
     states = not noised and plan.level != (1.0, 0.0)  # what a plan begins from that are no images
     init = images_of("init", given["init"], count, shape, None if states else within)

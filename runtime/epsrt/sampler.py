@@ -12,27 +12,28 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from epsrt import solvers
+from epsrt.autoencoding import Tiles
 from epsrt.awaiting import Sampling, Streaming, awaited
 from epsrt.bundle import Bundle
 from epsrt.control import AnyOf, Control, Flag
-from epsrt.engine import Closing, Engine
+from epsrt.engine import Engine
 from epsrt.engines import open_engine
 from epsrt.errors import EngineError, InputError, OutOfMemoryError, whole
 from epsrt.graphs import Graphs
-from epsrt.images import from_images, to_images
 from epsrt.limits import Limits
 from epsrt.manifest import Rung
 from epsrt.parity.measure import told
+from epsrt.pictures import Pictures
 from epsrt.plan import Plan
 from epsrt.pool import LanePool
 from epsrt.prepare import Work, latents_of, prepare
 from epsrt.request import Arguments, Request
 from epsrt.solvers import Options
-from epsrt.types import Float32, OnStep, UInt8
+from epsrt.types import Float32, OnStep
 from epsrt.verify import verify_step
 
 
-class Sampler(Closing):
+class Sampler(Pictures):
     """Draws samples from a bundle on an engine. A context manager; threads may share it.
 
     >>> with Sampler.open("out/digits.epsrt") as sampler:
@@ -97,9 +98,12 @@ class Sampler(Closing):
         every: int = 1,
         cancel: Flag | None = None,
         deadline: float | None = None,
+        decode: bool | None = None,
+        tile: int | None = None,
+        overlap: int | None = None,
         **asked: Unpack[Arguments],
     ) -> Float32:
-        """Draw samples, float32 [n, C, H, W] in the manifest's value range.
+        """Draw samples, float32 [n, C, …] in the manifest's value range.
 
         n, asked  how many, and the keywords of epsrt.request.Arguments: method, steps, seed, labels, guidance, init, …
                   Or a Request, which holds both
@@ -108,15 +112,22 @@ class Sampler(Closing):
                   what comes back is what there is: finished samples, and x0 estimates of those in work
         cancel    a threading.Event or the like: once it is set, sampling stops with Cancelled
         deadline  a time of time.monotonic(): once it has passed, sampling stops with DeadlineExceeded
+        decode    of a bundle of latents: False returns those, in the network's units; True decodes them to pictures,
+                  and raises BundleError where the bundle does not. None: decode where it does
+        tile, overlap   decode in tiles: see `decode`
 
-        The last two are looked at between steps (of less than 10 ms, every 10 ms; on a GPU one step or 10 ms more is
-        already in its queue), not while a step graph is opened or compiled.
+        Of latents, init and known may be pictures, told apart by their shape: they are encoded to the encoder's mean,
+        and the mask is averaged over the pixels of each latent's. Known pixels are pasted over the decoded pictures.
+
+        Flag and deadline are looked at between steps (of less than 10 ms, every 10 ms; on a GPU one step or 10 ms more
+        is already in its queue) and between decoded batches, not while a graph is opened or compiled.
 
         Raises InputError on bad input, NotFiniteError on NaN.
         """
-        control = Control(cancel, deadline)
-        request, at_once = Request.of(n, asked, self.limits), _batch(self.engine, batch)
-        work = prepare(self.bundle, request, self.limits, at_once)
+        control, at_once = Control(cancel, deadline), _batch(self.engine, batch)
+        decodes, tiles = self._decodes(decode), Tiles.of(self.bundle, tile, overlap)
+        request, kept = self._in_latents(Request.of(n, asked, self.limits))
+        work = prepare(self.bundle, request, self.limits, at_once, self._pixels(decodes))
         with self._graphs.running(work.features) as engine:
             most = _batch(engine, batch)
             groups = [slice(i, i + most) for i in range(0, len(work.samples), most)]
@@ -142,7 +153,7 @@ class Sampler(Closing):
                     filled += lanes.batch
                 if not going:
                     break
-            return out[:filled]
+            return self._shown(out[:filled], kept, tiles, most, control.look) if decodes else out[:filled]
 
     async def sample_async(
         self, n: Request | int | None = None, *, cancel: Flag | None = None, **asked: Unpack[Sampling]
@@ -163,18 +174,23 @@ class Sampler(Closing):
         every: int = 1,
         cancel: Flag | None = None,
         deadline: float | None = None,
+        decode: bool | None = False,
         **asked: Unpack[Arguments],
     ) -> Generator[Float32, None, None]:
-        """Yield the x0 estimate, float32 [n, C, H, W], after every `every` rows; the last yield is the samples.
+        """Yield the x0 estimate, float32 [n, C, …], after every `every` rows; the last yield is the samples.
+
+        Of a bundle of latents all are latents, or with `decode` pictures; `preview` makes some in no time.
 
         Arguments as in `sample`. All n are in work at once, in several lanes objects where n exceeds the batch. Closing
         the generator, or dropping it, frees them.
         """
         control = Control(cancel, deadline)
-        work = prepare(self.bundle, Request.of(n, asked, self.limits), self.limits)
+        decode, (request, kept) = self._decodes(decode), self._in_latents(Request.of(n, asked, self.limits))
+        work = prepare(self.bundle, request, self.limits, more=self._pixels(decode))
         with self._graphs.running(work.features) as engine:  # refuses now, not at the first next()
             most = _batch(engine, batch)
-        return self._stream(work, most, whole("every", every, least=1), control)
+        stream = self._stream(work, most, whole("every", every, least=1), control)
+        return (self._shown(x, kept, None, most, control.look) for x in stream) if decode else stream
 
     def _stream(self, work: Work, most: int, every: int, control: Control) -> Generator[Float32, None, None]:
         with self._graphs.running(work.features) as engine, ExitStack() as stack:
@@ -209,7 +225,8 @@ class Sampler(Closing):
     ) -> Float32:
         """The latents that a deterministic sampler turns back into images (DDIM, arXiv 2010.02502, section 4.3).
 
-        images  float [n, C, H, W] in the value range, or a Request that has them as init
+        images  float [n, C, …] in the value range, or a Request that has them as init; of a bundle of latents, those
+                or pictures, which are encoded
         asked   labels and other arguments of `sample`; give the same to `sample(x=latents, …)`. The method is
                 ddim-inversion, or ddim for its inverse; guidance is 1 unless given
         cancel, deadline    as in `sample`
@@ -224,7 +241,7 @@ class Sampler(Closing):
             request = request.but(method=solvers.inverse_of(request.choice.method or "ddim-inversion"))
         if request.guidance.weight is None:
             request = request.but(guidance=1.0)
-        return self.sample(request, cancel=cancel, deadline=deadline)
+        return self.sample(request, cancel=cancel, deadline=deadline, decode=False)
 
     def latents(self, n: Request | int | None = None, **asked: Unpack[Arguments]) -> Float32:
         """The noise that samples begin from, float32 [n, C, H, W]: given as x, with the same plan, it makes what its
@@ -233,23 +250,6 @@ class Sampler(Closing):
         Arguments as in `sample`; those that say nothing of noise, plan or size change nothing.
         """
         return latents_of(self.bundle, Request.of(n, asked, self.limits), self.limits)
-
-    def to_images(self, samples: Float32) -> UInt8:
-        """uint8 [n, H, W, C] from float32 [n, C, H, W] in the manifest's value range. InputError for latents."""
-        self._pictured("to_images")
-        return to_images(samples, self.bundle.manifest.value_range)
-
-    def from_images(self, images: UInt8) -> Float32:
-        """float32 [n, C, H, W] in the manifest's value range from uint8 [n, H, W, C]. InputError for latents."""
-        self._pictured("from_images")
-        return from_images(images, self.bundle.manifest.value_range)
-
-    def _pictured(self, what: str) -> None:
-        if self.bundle.manifest.latents:
-            raise InputError(
-                f"{what} is of images, and samples of this bundle are latents of an autoencoder: encode and decode "
-                "them with that"
-            )
 
     def check(self) -> list[Rung]:
         """Whether files and engine are still what was opened, for health checks. Other threads may go on sampling.

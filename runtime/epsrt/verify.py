@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 
 from epsrt.engine import Engine
 from epsrt.manifest import Rung
-from epsrt.parity import features, rungs
+from epsrt.parity import features, pictures, rungs
 from epsrt.parity.golden import Golden
 from epsrt.parity.measure import Check, limits
 from epsrt.types import OnProgress
 
 
-def verify(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
+def verify(engine: Engine, on_progress: OnProgress | None = None, *, parts: bool = True) -> list[Rung]:
     """Measure an engine against PyTorch's recorded outputs. Never raises for a miss: see Rung.passed.
 
     network       relative L2 of the network's output on N(0, I), at each golden timestep
@@ -26,12 +26,15 @@ def verify(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
     trajectory    PSNR of the worst image and relative L2 of all, same noise, same rows, free-running. Its peak is the
                   value range, or where x0 is not clipped what the recorded images span, if that is more. A guided graph
                   runs the guided one, whose limit allows for what guidance magnifies; only the plainest runs the others
+    decoded trajectory   PSNR of the worst picture that such a run's end decodes to, where the bundle decodes
     batch         equal rows in batches of 1, 2 and the largest
+    decode, encode   relative L2 of an autoencoder's pictures, and of its moments; in the part's own precision
+    preview       R² of linear pictures of the latents that the trajectory ended with
 
-    `on_progress(name, fraction)` is told how far it is. Raises BundleError where the golden file is not what the
-    manifest asks for: see Bundle.golden.
+    Without `parts` only the step graph is measured. `on_progress(name, fraction)` is told how far it is. Raises
+    BundleError where the golden file is not what the manifest asks for: see Bundle.golden.
     """
-    return _verify(engine, engine.bundle.golden(), on_progress or _quiet)
+    return _verify(engine, engine.bundle.golden(), on_progress or _quiet, parts)
 
 
 def verify_all(engine: Engine, on_progress: OnProgress | None = None) -> list[Rung]:
@@ -40,7 +43,7 @@ def verify_all(engine: Engine, on_progress: OnProgress | None = None) -> list[Ru
     for graph in (g for g in engine.bundle.manifest.graphs if g.precision == engine.graph.precision):
         running = engine if graph.stem == engine.graph.stem else engine.on(graph)
         try:
-            found += _verify(running, golden, partial(_tell_of, tell, graph.stem))
+            found += _verify(running, golden, partial(_tell_of, tell, graph.stem), parts=True)
         finally:
             if running is not engine:
                 running.close()
@@ -49,21 +52,21 @@ def verify_all(engine: Engine, on_progress: OnProgress | None = None) -> list[Ru
 
 def verify_step(engine: Engine) -> Rung:
     """The smallest rung alone, `step`: each recorded state's DDPM step, in one lane. Errors as of `verify`."""
-    (check,) = (check for check in _ladder(engine, engine.bundle.golden(), _quiet) if check.name == "step")
+    (check,) = (check for check in _ladder(engine, engine.bundle.golden(), _quiet, False) if check.name == "step")
     return check.run(engine)
 
 
-def _verify(engine: Engine, golden: Golden, tell: OnProgress) -> list[Rung]:
+def _verify(engine: Engine, golden: Golden, tell: OnProgress, parts: bool) -> list[Rung]:
     found = []
-    for check in _ladder(engine, golden, tell):
+    for check in _ladder(engine, golden, tell, parts):
         found.append(check.run(engine))
         tell(check.name, 1.0)
     return found
 
 
-def _ladder(engine: Engine, golden: Golden, tell: OnProgress) -> Iterator[Check]:
-    """The rungs of an engine's step graph, in order."""
-    limit, has = limits(engine)[0], engine.graph.features
+def _ladder(engine: Engine, golden: Golden, tell: OnProgress, parts: bool) -> Iterator[Check]:
+    """The rungs of an engine's step graph in order, and of its bundle's parts where it is the plainest."""
+    limit, has, m = limits(engine)[0], engine.graph.features, engine.bundle.manifest
     yield Check("network", partial(rungs.network, engine, golden), limit)
     if engine.bundle.manifest.takes:
         yield Check("conditions", partial(rungs.conditions, engine, golden), rungs.DIFFERS, at_least=True)
@@ -83,9 +86,31 @@ def _ladder(engine: Engine, golden: Golden, tell: OnProgress) -> Iterator[Check]
     yield Check("step", partial(rungs.step, engine, golden), limit)
     for name, run in golden.trajectories.items():
         if engine.graph.stem == ("" if run.w is None else "guidance"):
-            measure = partial(rungs.trajectory, engine, golden, run, partial(_tell_share, tell, name))
-            yield Check(name, measure, rungs.psnr_limit(engine, run), "dB", at_least=True)
+            ran = cache(partial(rungs.ran, engine, golden, run, partial(_tell_share, tell, name)))
+            limit_db = rungs.psnr_limit(engine, run)
+            yield Check(name, partial(rungs.trajectory, engine, run, ran), limit_db, "dB", at_least=True)
+            if parts and run.decoded is not None and m.latent:
+                measure = partial(pictures.ends, engine, ran, run.decoded, m.latent.value_range)
+                yield Check(f"decoded {name}", measure, limit_db - pictures.DECODING, "dB", at_least=True)
     yield Check("batch", partial(rungs.batches, engine, golden), limit)
+    if parts and not engine.graph.stem:
+        yield from part_checks(engine, golden)
+
+
+def part_checks(engine: Engine, golden: Golden) -> Iterator[Check]:
+    """The rungs of the parts of an engine's bundle."""
+    for name in engine.bundle.manifest.parts or {}:
+        precision = engine.bundle.part(name, engine.graph.precision).precision
+        limit = pictures.LIMITS[engine.device, precision]
+        if name == "decode":
+            yield Check(name, partial(pictures.decode, engine, golden.decoded), limit, precision=precision)
+        elif name == "encode":
+            yield Check(name, partial(pictures.encode, engine, golden.encoded), limit, precision=precision)
+        else:
+            for run in golden.trajectories.values():
+                if run.decoded is not None:
+                    measure = partial(pictures.preview, engine, run.x, run.decoded)
+                    yield Check(name, measure, pictures.PREVIEW_R2, "R²", at_least=True, precision=precision)
 
 
 def _tell_share(tell: OnProgress, name: str, done: int, total: int) -> None:

@@ -396,21 +396,20 @@ class IExecutionContext:
             return False
         session, addresses = self.engine._session, dict(self._addresses)
         assert {t.name for t in self.engine._tensors} == set(addresses), "an address is missing"
-        shapes = dict.fromkeys(("x_next", "m_next", "x0"), self._shapes["x"]) | self._shapes
+        shapes = dict(self._shapes)
 
         whole = {t.name for t in self.engine._tensors if t.dtype is DataType.INT64}
 
-        def array(name: str) -> np.ndarray:
+        def array(name: str, shape: tuple[int, ...]) -> np.ndarray:
             kind = ctypes.c_int64 if name in whole else ctypes.c_float
-            size = int(np.prod(shapes[name]))
-            return np.ctypeslib.as_array((kind * size).from_address(addresses[name])).reshape(shapes[name])
+            return np.ctypeslib.as_array((kind * int(np.prod(shape))).from_address(addresses[name])).reshape(shape)
 
         def run(_: Any) -> None:
             knobs["enqueued"] += 1
             names = [v.name for v in session.get_outputs()]
-            inputs = {v.name: array(v.name).copy() for v in session.get_inputs()}
+            inputs = {v.name: array(v.name, shapes[v.name]).copy() for v in session.get_inputs()}
             for name, value in zip(names, session.run(names, inputs), strict=True):
-                array(name)[...] = value
+                array(name, value.shape)[...] = value
 
         _alive.append(HOST_FUNCTION(run))
         return driver.cuLaunchHostFunc(ctypes.c_void_p(stream_handle), _alive[-1], None) == 0

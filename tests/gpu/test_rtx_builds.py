@@ -272,3 +272,13 @@ def test_dynamic_sizes_build(tmp_path, small_bundle_path, precision: str, featur
     assert build(lib, bundle, graph, BuildOptions(targets=("sm_89",))).layers > 500
     tensors = [t for layer in describe(lib, bundle, graph) for t in layer["outputs"]]
     assert {"name": "x_next", "type": "FLOAT", "shape": [-1, 3, -1, -1]} in tensors
+
+
+@pytest.mark.parametrize("name", ["decode", "encode", "preview"])
+def test_parts_build_at_all_their_sizes(latent_bundle_path, name: str) -> None:
+    bundle, lib = Bundle.open(latent_bundle_path), library("tensorrt-rtx")
+    part = bundle.part(name)
+    assert build(lib, bundle, part, BuildOptions(((1, 2, 4),), targets=("sm_89",))).layers >= 3
+    tensors = [t for layer in describe(lib, bundle, part) for t in layer["outputs"]]
+    output = part.outputs[0]
+    assert {"name": output.name, "type": "FLOAT", "shape": [-1, output.shape[0], -1, -1]} in tensors

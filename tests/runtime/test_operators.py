@@ -58,7 +58,7 @@ def test_the_sentence_names_the_file_the_node_and_the_way_out():
         f"{file}: its node 'a Loop for y', Loop, is not on the list of operators; no engine is given it: export the "
         "network again with this version of epsrt, or ask whoever made the bundle"
     )
-    with pytest.raises(BundleError, match="other.onnx is no step graph of the bundle"):
+    with pytest.raises(BundleError, match="other.onnx is no step graph and no part of the bundle"):
         check(of_node("Relu"), "other.onnx", bundle.manifest)
 
 

@@ -11,6 +11,7 @@ from typer import Option
 from epsrt.bundle import Bundle
 from epsrt.errors import InputError
 from epsrt.manifest import Sizes, StepGraph
+from epsrt.part import Part
 from epsrt.types import Shape
 from epsrt_command import show
 from epsrt_command.foreign import needs
@@ -40,6 +41,9 @@ def build(
             metavar=",".join(FEATURE_CHOICES),
             help="What the step must have besides; may be repeated. By default nothing.",
         ),
+    ] = None,
+    part: Annotated[
+        str | None, Option(help="Build a part of a bundle of latents, decode say, in place of the step.")
     ] = None,
     batch: Annotated[
         list[str] | None,
@@ -87,8 +91,14 @@ def build(
         warm = f'run "epsrt warm {shlex.quote(str(bundle))} --engine openvino"'
         way = warm if name == "openvino" else "use tensorrt or tensorrt-rtx"
         raise InputError(f"engine {name} is not built ahead: {way}")
-    graph = opened.graph(graph_precision(opened, name, precision), features_of(features or ()))
-    graph = graph.in_dialect("cpu" if plain else own_dialect(name, opened, graph))
+    of = graph_precision(opened, name, precision)
+    if part is None:
+        step = opened.graph(of, features_of(features or ()))
+        graph: StepGraph | Part = step.in_dialect("cpu" if plain else own_dialect(name, opened, step))
+    elif features or plain:
+        raise InputError(f"--part {part} has no features and no dialects: leave --features and --plain out")
+    else:
+        graph = opened.part(part, of)
     profiles = tuple(map(_profile, batch or ()))
     lib = library(name)
     options = BuildOptions(
@@ -108,7 +118,7 @@ def build(
     if ship:
         entry = EngineCache().ship(entry, bundle)
     if inspect:
-        if nvidia.driver().problem or target:
+        if nvidia.driver().problem or target or isinstance(graph, Part):
             print(json.dumps({"Network": describe(lib, opened, graph)}, indent=1))
         else:
             print(_information(opened, name, graph, made.entry))

@@ -54,6 +54,16 @@ def inspect(path: PathArgument, as_json: show.JsonOption = False) -> None:
     what = "latents" if m.latents else "images" if len(m.shape) == 3 else "samples"
     axes = " × ".join(["C", *(name[0].upper() for name in AXES[len(m.shape) - 1])])
     facts.add_row(what, f"{' × '.join(map(str, m.shape))} ({axes}), values {m.value_range[0]:g} … {m.value_range[1]:g}")
+    if latent := m.latent:
+        low, high = latent.value_range
+        forced = ", in FP32 alone" if latent.forced else ""
+        facts.add_row(
+            "pictures",
+            f"{' × '.join(map(str, latent.shape))}, values {low:g} … {high:g}, {latent.factor} pixels each{forced}",
+        )
+        facts.add_row(
+            "", f"latents are (z − shift)·scale: scale {_numbers(latent.scale)}, shift {_numbers(latent.shift)}"
+        )
     if m.sizes is not None:
         facts.add_row("sizes", m.sizes.words(len(m.shape) - 1))
     facts.add_row("classes", classes)
@@ -101,6 +111,15 @@ def inspect(path: PathArgument, as_json: show.JsonOption = False) -> None:
         words = ", ".join(g.features) or "plain", " ".join(g.files())
         graphs.add_row(g.file, g.precision, *words, g.weights, " ".join(more))
     console.print(graphs, "")
+    if m.parts:
+        parts = show.table("Parts", "part", "file", "precision", "takes", "gives", "weights")
+        for name, several in m.parts.items():
+            for made in several:
+                takes, gives = (
+                    ", ".join(f"{p.name} {_extents(p.shape)}" for p in s) for s in (made.inputs, made.outputs)
+                )
+                parts.add_row(name, made.file, made.precision, takes, gives, made.weights)
+        console.print(parts, "")
     files = show.table("Files", "file", "size", "sha256", right=("size",))
     for name, entry in m.files.items():
         files.add_row(name, show.size(entry.size), entry.sha256[:16] + "…")
@@ -127,6 +146,14 @@ def _look(path: Path, as_json: bool) -> None:
         typer.echo(seen.command)
         for name, why in seen.missing:
             typer.echo(f"  {name}: {why}")
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _extents(shape: tuple[int, ...]) -> str:
+    return "×".join("?" if n < 0 else str(n) for n in shape)
 
 
 def _some(names: tuple[str, ...]) -> str:

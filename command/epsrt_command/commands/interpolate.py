@@ -57,9 +57,11 @@ def interpolate(
     from epsrt.bundle import Bundle
     from epsrt.images import to_images
     from epsrt_command import drawing, inputs, pictures
+    from epsrt_command.latents import seen, size_in
 
     opened = Bundle.open(bundle)
-    m, extent = opened.manifest, options.size_of(size)
+    shown = seen(opened)
+    m, extent = shown.manifest, size_in(opened, shown, options.size_of(size))
     pictures.check_target(out, m, kinds=(".png", ".gif", ".npz", ""))
     options.check_apart({"out": out}, {"latents": latents})
     if (seeds is None) == (latents is None):
@@ -67,9 +69,9 @@ def interpolate(
     classes = options.classes_of("label", labels, options.names_in(opened)[0])
     if classes is not None and len(classes) > 1:
         raise InputError(f"--labels gives {len(classes)} classes: all frames have one, the way leads through the noise")
-    given = planning.asked(m.bound)
+    given = planning.asked(opened.manifest.bound)
     # seeds' own samples are at the ends of the way; a clipped step does not undo an inverted one
-    given.setdefault("clip", m.clip if latents is None else None)
+    given.setdefault("clip", opened.manifest.clip if latents is None else None)
     plan = opened.plan(**given)
     if plan.start[0]:
         raise InputError(f"{plan.name} begins from images: walk between latents with a sampler, such as ddim")
@@ -100,8 +102,8 @@ def interpolate(
     label = drawing.kept_of(opened, work)["label"]
     match out.suffix.lower() if pictures.form_of(m) == "picture" else "":
         case ".gif":
-            shown = [pictures.grid(image[None]) for image in to_images(samples, m.value_range)]
-            pictures.animate(out, shown + shown[-2:0:-1])
+            each = [pictures.grid(image[None]) for image in to_images(samples, m.value_range)]
+            pictures.animate(out, each + each[-2:0:-1])
         case ".png":
             rows = [range(i * (frames - 1), (i + 1) * (frames - 1) + 1) for i in range(count - 1)]
             images = to_images(samples, m.value_range)

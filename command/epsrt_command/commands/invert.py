@@ -49,10 +49,13 @@ def invert(
     as_json: show.JsonOption = False,
 ) -> None:
     """Find the latents that a deterministic sampler turns back into given images (DDIM inversion)."""
+    from epsrt.autoencoding import are_pictures
     from epsrt.bundle import Bundle
     from epsrt.files import whole_file
     from epsrt.timesteps import respaced
     from epsrt_command import drawing, inputs, pictures
+    from epsrt_command.latents import given as images_in
+    from epsrt_command.latents import seen
 
     opened = Bundle.open(bundle)
     m = opened.manifest
@@ -61,7 +64,7 @@ def invert(
     if steps is None and not (spacing is not None and respaced(spacing)):
         steps = 50  # of both ways, whatever the bundle's own sampler takes
     given = planning.Planning(steps=steps, spacing=spacing, more=more).asked(m.bound)
-    images = inputs.images(init, opened)
+    images = images_in(init, opened, seen(opened, None), None)
     classes = options.classes_of("label", labels, options.names_in(opened)[0])
     classes = inputs.labels_in(init, opened, len(images)) if classes is None else classes
     there = Request(
@@ -75,10 +78,13 @@ def invert(
     work = drawing.checked(opened, there)
     errors = None
     with drawing.sampler_of(opened, work, running) as sampler:
-        drawn = drawing.draw(sampler, there, work, running.batch)
+        if are_pictures(opened, str(init), images):
+            images = sampler.encode(images)
+            there = there.but(init=images)
+        drawn = drawing.draw(sampler, there, work, running.batch, decode=False)
         if check:
             again = there.but(plan=back, init=None, x=drawn.samples)
-            found = drawing.draw(sampler, again, drawing.checked(opened, again), running.batch).samples
+            found = drawing.draw(sampler, again, drawing.checked(opened, again), running.batch, decode=False).samples
             width = m.value_range[1] - m.value_range[0]
             errors = np.square((found - images).astype(np.float64) / width).reshape(len(images), -1).mean(axis=1)
     with whole_file(out) as beside, beside.open("wb") as file:

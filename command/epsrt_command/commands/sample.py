@@ -28,6 +28,7 @@ epsrt sample masked.epsrt --known photo.png --size 64x64 --at 0,16 --out wide.pn
 epsrt sample super.epsrt --image small.png --out large.png   # a network that takes an image
 epsrt sample text.epsrt --condition context=prompts.npz --guidance 5 --null-condition context=negative.npz
 epsrt sample guided.epsrt --classifier 2 --labels 3 -n 8   # exported with --classifier
+epsrt sample latent.epsrt --no-decode --out latents.npz   # what an autoencoder would make pictures of
 """
 
 
@@ -69,6 +70,10 @@ def sample(
     resample: Annotated[int, Option(help="How often each stretch of steps is run, with --known (RePaint).")] = 1,
     jump: Annotated[int | None, Option(help="How many steps such a stretch has; by default 10.")] = None,
     size: options.SizeOption = None,
+    decode: Annotated[
+        bool | None,
+        Option("--decode/--no-decode", help="Of latents: decode them to pictures, by default where the bundle can."),
+    ] = None,
     out: Annotated[
         Path | None,
         Option(
@@ -89,12 +94,15 @@ def sample(
     """Draw images from a bundle: from noise, from latents, from other images, or around what is known."""
     from epsrt.bundle import Bundle
     from epsrt_command import drawing, inputs, pictures
+    from epsrt_command.latents import given as images_in
+    from epsrt_command.latents import seen, size_in
     from epsrt_command.trajectory import Trajectory
 
     opened = Bundle.open(bundle)
-    m, extent = opened.manifest, options.size_of(size)
-    out = pictures.default_target(m) if out is None else out
-    pictures.check_target(out, m)
+    shown, asked = seen(opened, decode), options.size_of(size)
+    m, extent = opened.manifest, size_in(opened, shown, asked)
+    out = pictures.default_target(shown.manifest) if out is None else out
+    pictures.check_target(out, shown.manifest)
     read = {"init": init, "latents": latents, "known": known, "mask": None if mask is None else Path(mask)}
     options.check_apart({"out": out, "trajectory": trajectory}, read)
     _check_together(init=init, latents=latents, strength=strength, jump=jump, resample=resample)
@@ -107,10 +115,10 @@ def sample(
     pull = None if classifier is None else options.numbers("--classifier", classifier)
     given = planning.asked(m.bound)
     opened.plan(**given)  # refuses what is no option of the method: --set seed=3
-    begin = None if init is None else inputs.images(init, opened, extent)
+    begin = None if init is None else images_in(init, opened, shown, asked)
     x, kept = (None, None) if latents is None else inputs.latents(latents, opened, extent)
     classes = kept if classes is None else classes
-    pixels, part = inputs.masked(known, mask, options.place_of(at), extent, opened)
+    pixels, part = inputs.masked(known, mask, options.place_of(at), asked, shown)
     request = Request(
         n,
         **given,
@@ -135,10 +143,10 @@ def sample(
         request = request.but(10)
     work = drawing.checked(opened, request)
     n, name = len(work.samples), work.plan.name.removesuffix("-resampled")
-    film = None if trajectory is None else Trajectory(trajectory, len(work.plan), n, m)
+    film = None if trajectory is None else Trajectory(trajectory, len(work.plan), n, shown.manifest)
     with drawing.sampler_of(opened, work, running) as sampler:
-        drawn = drawing.draw(sampler, request, work, running.batch, film)
-    pictures.save(out, drawn.samples, m, rate, **drawing.kept_of(opened, work))
+        drawn = drawing.draw(sampler, request, work, running.batch, film, decode)
+    pictures.save(out, drawn.samples, shown.manifest, rate, **drawing.kept_of(opened, work))
     if film is not None:
         film.save()
     weight, pulled = drawing.weights_of(work, "w", 1.0), drawing.weights_of(work, "s", 0.0)

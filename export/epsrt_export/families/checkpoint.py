@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from epsrt.manifest import Sampling
+from epsrt_export.autoencoder import Autoencoder
 from epsrt_export.source import LATENTS, NoisedClassifier, Source
 from epsrt_trainer import checkpoint as trained
 from epsrt_trainer.checkpoint import Checkpoint, load_checkpoint
@@ -24,7 +25,10 @@ def load(path: str | Path) -> Source:
 def of(checkpoint: Checkpoint) -> Source:
     """A loaded checkpoint as a source."""
     c, config = checkpoint, checkpoint.config
-    latents = c.autoencoder is not None
+    latents, halves = c.autoencoder is not None, None
+    if c.autoencoder is not None:
+        of, coder = c.autoencoder, c.autoencoder.network
+        halves = Autoencoder(coder.decoder, coder.encoder, of.scale, of.shift, value_range=c.value_range)
     return Source(
         c.network,
         c.schedule,
@@ -33,6 +37,7 @@ def of(checkpoint: Checkpoint) -> Source:
         value_range=LATENTS if latents else c.value_range,
         clip=None if latents else "range",
         latents=latents,
+        autoencoder=halves,
         classes=config.classes,
         class_names=c.class_names or (),
         null_label=config.classes if config.null_label else None,

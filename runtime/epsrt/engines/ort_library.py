@@ -10,9 +10,10 @@ from typing import Any
 from epsrt.bundle import Bundle
 from epsrt.engines.libraries import errors_of, importing
 from epsrt.engines.probe import both_onnxruntimes
-from epsrt.engines.signature import FREE, Signature, Tensor
+from epsrt.engines.signature import Signature, Tensor
 from epsrt.errors import EngineError
 from epsrt.manifest import StepGraph
+from epsrt.part import FREE, Part
 
 with importing("onnxruntime", "engine onnxruntime", 'pip install "epsrt[cpu]", or "epsrt[gpu]" for NVIDIA'):
     import onnxruntime as ort
@@ -36,8 +37,8 @@ def refuse_both_packages() -> None:
 
 
 @contextmanager
-def in_memory(options: Any, bundle: Bundle, graph: StepGraph) -> Iterator[bytes]:
-    """A step graph's bytes, while a session is made of them by these options, which are given the weights.
+def in_memory(options: Any, bundle: Bundle, graph: StepGraph | Part) -> Iterator[bytes]:
+    """The bytes of a graph, while a session is made of them by these options, which are given the weights.
 
     onnxruntime would map a weights file that it reads by itself, and follow what becomes of it. Raises BundleError.
     """

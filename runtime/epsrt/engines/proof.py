@@ -51,7 +51,7 @@ class Proof:
             if rungs is None:
                 try:
                     tell = on_progress and (lambda name, share: on_progress(f"{self.what} {name}", share))
-                    rungs = verify(engine, tell)
+                    rungs = verify(engine, tell, parts=False)
                 except BundleError as error:
                     log.warning("%s cannot be proven: %s", self.what, error)
                     return None

@@ -1,4 +1,4 @@
-"""The one declaration of what a step graph takes and gives, and the one check that an engine's graph is so.
+"""The one declaration of what a step graph or a part takes and gives, and the one check that an engine's graph is so.
 
 Engines bind raw addresses: a graph that is not what the manifest implies would read and write elsewhere.
 """
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from epsrt.bundle import Bundle
 from epsrt.errors import EngineError
 from epsrt.manifest import StepGraph
-from epsrt.types import Shape
+from epsrt.part import FREE, Part, Port
+from epsrt.types import Shape, Size
 
-FREE = -1  # an extent that may be any
 MOVING = ("x", "m", "rows")  # the inputs that change their address from step to step
 OUTPUTS = ("x_next", "m_next", "x0")
 
@@ -51,15 +51,15 @@ class Signature:
     outputs: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, bundle: Bundle, graph: StepGraph, batch: int = FREE, shape: Shape | None = None) -> Signature:
+    def of(cls, bundle: Bundle, graph: StepGraph | Part, batch: int = FREE, shape: Shape | None = None) -> Signature:
         """What the manifest implies for a graph, with free extents, or for a batch and a shape [C, …].
 
         Without a shape, the extents that other sizes change are free.
         """
         m = bundle.manifest
-        axes = [] if m.sizes is None else m.sizes.axes(len(m.shape) - 1)
-        free = [FREE if n < most else n for n, most in axes] or m.shape[1:]
-        extents = shape or (m.shape[0], *free)
+        if isinstance(graph, Part):
+            return cls.of_part(graph, m.latent.factor if m.latent else 1, batch, None if shape is None else shape[1:])
+        extents = shape or m.free
         image = Tensor("float32", (batch, *extents))
         inputs = {"x": image, "m": image, "z": image, "rows": Tensor("float32", (batch, len(graph.columns)))}
         inputs |= {c.name: Tensor(c.dtype, (batch, *c.of(extents))) for c in m.takes}
@@ -69,6 +69,16 @@ class Signature:
         if "mask" in graph.features:
             inputs |= dict.fromkeys(("known", "mask", "z2"), image)
         return cls(inputs, dict.fromkeys(OUTPUTS, image))
+
+    @classmethod
+    def of_part(cls, part: Part, factor: int, batch: int = FREE, extents: Size | None = None) -> Signature:
+        """What a part's ports say, with free extents, or for a batch and the extents of its latents."""
+
+        def named(ports: tuple[Port, ...]) -> dict[str, Tensor]:
+            shapes = (port.shape if extents is None else port.of(extents, factor) for port in ports)
+            return {p.name: Tensor(p.dtype, (batch, *shape)) for p, shape in zip(ports, shapes, strict=True)}
+
+        return cls(named(part.inputs), named(part.outputs))
 
     @property
     def fixed(self) -> dict[str, Tensor]:

@@ -29,22 +29,22 @@ def check(data: bytes, file: str, manifest: Manifest) -> None:
     """Raise BundleError unless an engine may see the graph.
 
     data      the bytes of a bundle's file
-    file      its name, which says which step graph it is, and in which dialect
+    file      its name, which says which step graph or part it is, and in which dialect
     manifest  the bundle's, which names the weights file and its size
     """
-    for graph in manifest.graphs:
-        for dialect, name in graph.files().items():
-            if name == file:
-                size = manifest.files[graph.weights].size if graph.weights in manifest.files else None
-                try:
-                    examine(data, {graph.weights: size}, dialect)
-                except Refused as refused:
-                    raise BundleError(
-                        f"{file}: {refused}; no engine is given it: export the network again with this version of "
-                        "epsrt, or ask whoever made the bundle"
-                    ) from refused
-                return
-    raise BundleError(f"{file} is no step graph of the bundle: export it again")
+    written = [(name, dialect, graph.weights) for graph in manifest.graphs for dialect, name in graph.files().items()]
+    written += [(part.file, "cpu", part.weights) for parts in (manifest.parts or {}).values() for part in parts]
+    found = next((each for each in written if each[0] == file), None)
+    if found is None:
+        raise BundleError(f"{file} is no step graph and no part of the bundle: export it again")
+    _, dialect, weights = found
+    try:
+        examine(data, {weights: manifest.files[weights].size if weights in manifest.files else None}, dialect)
+    except Refused as refused:
+        raise BundleError(
+            f"{file}: {refused}; no engine is given it: export the network again with this version of epsrt, or ask "
+            "whoever made the bundle"
+        ) from refused
 
 
 def examine(data: bytes, weights: Mapping[str, int | None], dialect: str = "cpu") -> Graph:

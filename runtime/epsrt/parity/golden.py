@@ -7,6 +7,7 @@ for the same extent throughout a record:
     C …       the manifest's shape, in a record of another size that one's. The extents of O … are the same
     O         the channels that the network returns: C, or 2C where its variance is learned
     K         the manifest's columns without a graph's own: epsrt.manifest.step_columns
+    P pixels  the shape of the pictures that latents of those extents decode to
     n, s      any number from 1: of states or images, and of steps
 
 What a network takes beyond the label is kept once: `condition.NAME` [k, *shape] has k values of a condition,
@@ -16,7 +17,7 @@ What a network takes beyond the label is kept once: `condition.NAME` [k, *shape]
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -29,6 +30,7 @@ from epsrt.condition import LABEL, Condition
 from epsrt.errors import BundleError, EpsrtError
 from epsrt.manifest import Manifest, step_columns
 from epsrt.noise_levels import visit
+from epsrt.parity.decoded import Decoded, Encoded
 from epsrt.types import Arrays, Float32, Float64, Int64, Shape, Size
 
 UInt64 = NDArray[np.uint64]
@@ -68,6 +70,7 @@ class Trajectory:
     rounding  how far PyTorch's float32 ends from its own float64, by the same rows and noise: the RMS of x − x64 in the
               image where that is largest. None: it was not measured
     null_label, null_given   what a guided one is guided against. None: the manifest's nulls
+    decoded   the pictures that x decodes to, of a bundle that decodes
     """
 
     rows: Annotated[Float32, "s K"]
@@ -82,6 +85,7 @@ class Trajectory:
     given: Annotated[Int64, "n"] | None = None
     null_label: Annotated[Int64, "n"] | None = None
     null_given: Annotated[Int64, "n"] | None = None
+    decoded: Annotated[Float32, "n P pixels"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +113,8 @@ class Threshold:
     x0: Annotated[Float32, "n C …"]
 
 
-Record = Network | Step | Trajectory | Guidance | Classifier | Threshold
-R = TypeVar("R", Network, Step, Trajectory, Guidance, Classifier, Threshold)
+Record = Network | Step | Trajectory | Guidance | Classifier | Threshold | Decoded | Encoded
+R = TypeVar("R", Network, Step, Trajectory, Guidance, Classifier, Threshold, Decoded, Encoded)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +130,8 @@ class Golden:
     sizes: dict[Size, Network] = field(default_factory=dict)  # by their extents
     conditions: Arrays = field(default_factory=dict)  # by name, [k, *shape]
     nulls: Arrays = field(default_factory=dict)
+    decoded: dict[Size, Decoded] = field(default_factory=dict)  # by the latents' extents
+    encoded: dict[Size, Encoded] = field(default_factory=dict)
 
     def to_arrays(self) -> Arrays:
         """The arrays by their names on disk."""
@@ -136,7 +142,9 @@ class Golden:
             "classifier": self.classifier,
             "threshold": self.threshold,
             **{f"trajectory.{name}": run for name, run in self.trajectories.items()},
-            **{f"size.{'x'.join(map(str, extents))}": states for extents, states in self.sizes.items()},
+            **_by_size("size", self.sizes),
+            **_by_size("decoded", self.decoded),
+            **_by_size("encoded", self.encoded),
         }
         fields = [(prefix, vars(record)) for prefix, record in records.items() if record is not None]
         fields += [("condition", self.conditions), ("null", self.nulls)]
@@ -170,10 +178,13 @@ class Golden:
             read(Guidance, "guidance", n=n) if "guidance" in graphs else None,
             read(Classifier, "classifier", n=n) if "classifier" in graphs else None,
             read(Threshold, "threshold") if manifest.thresholding is not None else None,
-            dict(read.sizes()) if manifest.sizes is not None else {},
+            dict(read.sized(Network, "size")) if manifest.sizes is not None else {},
             *read.conditions("guidance" in graphs),
+            dict(read.sized(Decoded, "decoded")),
+            dict(read.sized(Encoded, "encoded")),
         )
         read.check_given(golden)
+        read.check_parts(golden)
         if all(run.w is not None for run in golden.trajectories.values()):
             raise read.lacks("a trajectory")
         if "guidance" in graphs and all(run.w is None for run in golden.trajectories.values()):
@@ -197,6 +208,11 @@ def value_of(
     return filled
 
 
+def _by_size(prefix: str, records: Mapping[Size, Any]) -> dict[str, Any]:
+    """Records by their names on disk: the prefix, and their extents."""
+    return {f"{prefix}.{'x'.join(map(str, extents))}": record for extents, record in records.items()}
+
+
 @dataclass(frozen=True)
 class _Reader:
     arrays: Arrays
@@ -206,15 +222,19 @@ class _Reader:
     def __call__(self, kind: type[R], prefix: str, extents: Size | None = None, **numbers: int) -> R:
         """One record, of other extents than the manifest's if they are given. `numbers` are known of its letters."""
         channels, *own = self.manifest.shape
-        extents = tuple(own) if extents is None else extents
         outputs = channels if self.manifest.variance is None else 2 * channels
         columns = len(step_columns(self.manifest.variance))
         known = {"C": channels, "O": outputs, "K": columns, **numbers}
+        free = tuple(own) if extents is None else extents
+        extents_of = {"…": free}
+        if latent := self.manifest.latent:
+            known["P"], *pixels = latent.picture(free)
+            extents_of["pixels"] = tuple(pixels)
         found = Arrays()
         for name, (dtype, axes, optional) in _fields(kind).items():
             key = f"{prefix}.{name}"
             if key in self.arrays:
-                found[name] = self._checked(key, dtype, _with(axes, extents), known)
+                found[name] = self._checked(key, dtype, _with(axes, extents_of), known)
             elif not optional:
                 raise self.lacks(key)
         return kind(**found)
@@ -240,11 +260,21 @@ class _Reader:
         parts = (key.split(".") for key in self.arrays)
         return sorted({name[1] for name in parts if len(name) == 3 and name[0] == kind})
 
-    def sizes(self) -> Iterator[tuple[Size, Network]]:
-        for name in self.names("size"):
+    def sized(self, kind: type[R], prefix: str) -> Iterator[tuple[Size, R]]:
+        """The records of a kind by their extents."""
+        for name in self.names(prefix):
             if re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})*", name):
                 extents = tuple(map(int, name.split("x")))
-                yield extents, self(Network, f"size.{name}", extents)
+                yield extents, self(kind, f"{prefix}.{name}", extents)
+
+    def check_parts(self, golden: Golden) -> None:
+        """Raise BundleError unless what the parts make is there."""
+        parts, runs = self.manifest.parts or {}, golden.trajectories.values()
+        for name, found in (("decode", golden.decoded), ("encode", golden.encoded)):
+            if name in parts and self.manifest.shape[1:] not in found:
+                raise self.lacks(f"what {name} makes")
+        if "decode" in parts and all(run.decoded is None for run in runs):
+            raise self.lacks("a decoded trajectory")
 
     def conditions(self, guides: bool) -> tuple[Arrays, Arrays]:
         """The values of each condition beyond the label, and where a graph guides those that it is guided against."""
@@ -262,7 +292,7 @@ class _Reader:
     def check_given(self, golden: Golden) -> None:
         """Raise BundleError unless each state has one of the values that are kept."""
         runs = {f"trajectory.{name}": run for name, run in golden.trajectories.items()}
-        sized = {f"size.{'x'.join(map(str, extents))}": states for extents, states in golden.sizes.items()}
+        sized = _by_size("size", golden.sizes)
         records: dict[str, Record] = {"network": golden.network, "step": golden.step, **runs, **sized}
         if golden.guidance is not None:
             records["guidance"] = golden.guidance
@@ -282,9 +312,9 @@ class _Reader:
         return BundleError(f"{self.path}: the golden file lacks {what}: export again")
 
 
-def _with(axes: tuple[str, ...], extents: Size) -> tuple[str, ...]:
-    """Axes, with extents for …"""
-    return (*axes[:-1], *map(str, extents)) if axes[-1] == "…" else axes
+def _with(axes: tuple[str, ...], extents: Mapping[str, Size]) -> tuple[str, ...]:
+    """Axes, with extents for the last of them where that stands for several."""
+    return (*axes[:-1], *map(str, extents[axes[-1]])) if axes[-1] in extents else axes
 
 
 def _fields(kind: type) -> dict[str, tuple[np.dtype[Any], tuple[str, ...], bool]]:

@@ -46,6 +46,7 @@ class Check:
     limit: float
     unit: str = "relative L2"
     at_least: bool = False
+    precision: str = ""  # of what is measured, where that is not the engine's own
 
     def run(self, engine: Engine) -> Rung:
         """Measure it on an engine. A lane that is not finite is a miss, and its sentence says where."""
@@ -59,7 +60,7 @@ class Check:
         return Rung(
             name=self.name,
             engine=engine.name,
-            precision=engine.precision,  # type: ignore[arg-type]
+            precision=self.precision or engine.precision,  # type: ignore[arg-type]
             figure=found.figure if finite else None,
             limit=self.limit,
             unit=self.unit,
@@ -74,6 +75,13 @@ def relative_l2(value: NDArray[Any], truth: NDArray[Any]) -> float:
     """‖value − truth‖ / ‖truth‖ in float64."""
     v, t = np.asarray(value, np.float64), np.asarray(truth, np.float64)
     return float(np.linalg.norm(v - t)) / max(float(np.linalg.norm(t)), 1e-30)
+
+
+def r_squared(value: NDArray[Any], truth: NDArray[Any]) -> float:
+    """The share of the variance of [n, C, …] about each channel's mean that `value` accounts for; at most 1."""
+    v, t = np.asarray(value, np.float64), np.asarray(truth, np.float64)
+    mean = t.mean((0, *range(2, t.ndim)), keepdims=True)
+    return 1 - float(np.square(v - t).sum()) / max(float(np.square(t - mean).sum()), 1e-30)
 
 
 def worst_psnr(images: Float32, truth: Float32, value_range: tuple[float, float]) -> float:

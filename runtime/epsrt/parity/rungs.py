@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -156,17 +157,20 @@ def value_range(manifest: Manifest, images: Float32) -> tuple[float, float]:
     return min(low, float(images.min())), max(high, float(images.max()))
 
 
-def trajectory(engine: Engine, golden: Golden, run: Trajectory, on_step: OnStep) -> Found:
-    """PSNR in dB of the worst image, free-running. `on_step` is told of the steps of all images together."""
-    images, truth = _ran(engine, golden, run, on_step), run.x
+def trajectory(engine: Engine, run: Trajectory, ran: Callable[[], Float32]) -> Found:
+    """PSNR in dB of the worst image that `ran` gives, free-running."""
+    images, truth = ran(), run.x
     peaks = value_range(engine.bundle.manifest, truth)
     each = [worst_psnr(images[i : i + 1], truth[i : i + 1], peaks) for i in range(len(truth))]
     i = int(np.argmin(each))
     return Found(each[i], f"image {i}, relative L2 {relative_l2(images, truth):.1e}")
 
 
-def _ran(engine: Engine, golden: Golden, run: Trajectory, on_step: OnStep) -> Float32:
-    """The images that an engine makes by the rows of a recorded trajectory."""
+def ran(engine: Engine, golden: Golden, run: Trajectory, on_step: OnStep) -> Float32:
+    """The images that an engine makes by the rows of a recorded trajectory.
+
+    `on_step` is told of the steps of all images together.
+    """
     rows, n, m = rows_for(engine, run.rows), len(run.x), engine.bundle.manifest
     given = given_of(engine, golden, run)
     against = [{} if run.w is None else golden.against(m, run, i) for i in range(n)]

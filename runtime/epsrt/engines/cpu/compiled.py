@@ -19,6 +19,7 @@ from epsrt.engines.cache.store import EngineCache
 from epsrt.errors import EngineError, one_line
 from epsrt.machine import instructions
 from epsrt.manifest import StepGraph
+from epsrt.part import Part
 from epsrt.raised import foreign
 from epsrt.types import UInt8
 
@@ -38,10 +39,10 @@ class Compiled:
 
 @dataclass(frozen=True)
 class CompiledModels:
-    """The models of one step graph in one precision, by one version of the library on one processor."""
+    """The models of one step graph or part in one precision, by one version of the library on one processor."""
 
     bundle: Bundle
-    graph: StepGraph
+    graph: StepGraph | Part
     precision: str
     version: str
     processor: str

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from math import gcd
@@ -21,21 +20,22 @@ from epsrt.engines.cache.brought import Brought
 from epsrt.engines.cache.key import Key, Options
 from epsrt.engines.cache.private import ELSEWHERE
 from epsrt.engines.cache.store import EngineCache
-from epsrt.engines.cpu.addressed import addressed
 from epsrt.engines.cpu.compiled import KEPT_FILES, Compiled, CompiledModels
 from epsrt.engines.cpu.lanes import HostLanes, Run
-from epsrt.engines.cpu.plugin import ERRORS, core, has_bf16, opset13, ov, processor, unload
+from epsrt.engines.cpu.models import PartModels, exported, import_model, read_model, said
+from epsrt.engines.cpu.plugin import core, has_bf16, opset13, ov, processor, unload
+from epsrt.engines.parts import Call, OpenPart, OpenParts
 from epsrt.engines.proof import Kept, Proof
-from epsrt.engines.signature import FREE, Signature, Tensor
-from epsrt.errors import EngineError, one_line
+from epsrt.engines.signature import Signature
+from epsrt.errors import EngineError
 from epsrt.forks import living
 from epsrt.machine import physical_cores
 from epsrt.manifest import StepGraph
-from epsrt.raised import foreign, passed_over
-from epsrt.types import Arrays, OnProgress, Shape, Size, UInt8
+from epsrt.part import Part
+from epsrt.raised import passed_over
+from epsrt.types import Arrays, OnProgress, Shape, Size
 
 LARGE = 4096  # elements of a weight that is worth to be halved
-DTYPES = {"f32": "float32", "i64": "int64", "boolean": "bool"}  # OpenVINO's words, and NumPy's
 KEEPING = 60.0  # seconds that another process is given to keep a model
 KEPT_MODELS = 4  # of an engine: for each batch and size that it met last, each with weights of its own
 
@@ -76,7 +76,7 @@ class OpenVino(Closing):
         brought.say_if_foreign(self.proof().key)
         self._open = True
         self._models: OrderedDict[tuple[int, ...], Compiled] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._parts = threading.Lock(), OpenParts(bundle, graph.precision)
 
     def lanes(self, batch: int, size: Size | None = None) -> HostLanes:
         """See epsrt.engine.Engine."""
@@ -84,6 +84,10 @@ class OpenVino(Closing):
         image, parts = self.bundle.image_shape(size), gcd(batch, self.threads)
         model = self._model(batch // parts, image, parts)
         return HostLanes(self, batch, image, partial(self._bind, model, parts))
+
+    def part(self, name: str) -> OpenPart:
+        """See epsrt.engine.Engine."""
+        return self._parts.get(name, self._open_part)
 
     def on(self, graph: StepGraph) -> OpenVino:
         """See epsrt.engine.Engine."""
@@ -93,6 +97,7 @@ class OpenVino(Closing):
         """Release the models; lanes keep theirs. With the last engine OpenVINO's threads end."""
         with self._lock:
             self._models.clear()
+        self._parts.close()
         self._open = False
         if not any(each._open for each in living(OpenVino)):
             unload()
@@ -136,27 +141,24 @@ class OpenVino(Closing):
         }
         with self._lock:
             if key not in self._models:
-
-                def load(memory: UInt8) -> Any:
-                    with _said("OpenVINO refuses what it wrote"):
-                        return core().import_model(ov.Tensor(memory, shared_memory=True), "CPU", config)
-
-                compile = partial(self._compile, batch, image, config)
-                self._models[key] = self._kept.get(self._key(batch, image, parts), load, compile, _exported)
+                load, compile = partial(import_model, config=config), partial(self._compile, batch, image, config)
+                self._models[key] = self._kept.get(self._key(batch, image, parts), load, compile, exported)
             self._models.move_to_end(key)
             while len(self._models) > KEPT_MODELS:
                 self._models.popitem(last=False)
             return self._models[key]
 
+    def _open_part(self, name: str, part: Part) -> Call:
+        return PartModels(self.bundle, name, part, replace(self._kept, graph=part, precision="fp32"), self.threads)
+
     def _compile(self, batch: int, image: Shape, config: dict[str, Any]) -> Any:
         weights = self.bundle.contents.read(self.graph.weights)
-        model = self._read(weights)
-        self._check_signature(model)
+        model = read_model(self.bundle, self.graph, weights)
         if self._hint == "bf16":
             keep_sines(model)
             halve_weights(model)
         inputs = Signature.of(self.bundle, self.graph, batch, image).inputs
-        with _said(f"OpenVINO cannot compile {self.bundle.path / self.graph.file}"):
+        with said(f"OpenVINO cannot compile {self.bundle.path / self.graph.file}"):
             model.reshape({name: tensor.extents for name, tensor in inputs.items()})
             return core().compile_model(model, "CPU", config)
 
@@ -170,7 +172,7 @@ class OpenVino(Closing):
             requests.append(request)
 
         def run(held: Compiled = compiled) -> None:  # the requests read from its memory
-            with _said(f"OpenVINO failed in a step of {self.bundle.path}"):
+            with said(f"OpenVINO failed in a step of {self.bundle.path}"):
                 try:
                     for request in requests:
                         request.start_async()
@@ -183,17 +185,6 @@ class OpenVino(Closing):
                     raise
 
         return run
-
-    def _read(self, weights: bytes) -> Any:
-        """The model, whose constants may lie in the bytes of the weights file."""
-        model = addressed(self.bundle.graph_bytes(self.graph), self.graph.weights, weights)
-        with _said(f"OpenVINO refuses {self.bundle.path / self.graph.file}", "; export the bundle again"):
-            return core().read_model(model)
-
-    def _check_signature(self, model: Any) -> None:
-        found = {port.any_name: Tensor(*_described(port)) for port in [*model.inputs, *model.outputs]}
-        file = self.bundle.path / self.graph.file
-        Signature.of(self.bundle, self.graph).check(found, file, "export the bundle again")
 
 
 def open_openvino(
@@ -233,29 +224,6 @@ def open_openvino(
             log.info("%s runs in fp32: in bf16 it misses %s", bundle.path.name, missed.name)
         half.close()
     return make(precision or "fp32")
-
-
-@contextmanager
-def _said(what: str, way_out: str = "") -> Iterator[None]:
-    """Make OpenVINO's own exceptions EngineErrors that say what failed."""
-    try:
-        yield
-    except ERRORS as error:
-        if foreign(error, "openvino"):
-            raise
-        raise EngineError(f"{what}: {one_line(error)}{way_out}") from error
-
-
-def _exported(model: Any) -> memoryview:
-    """A compiled model's bytes."""
-    with _said("OpenVINO does not export it"):
-        return model.export_model().getbuffer()  # type: ignore[no-any-return]
-
-
-def _described(port: Any) -> tuple[str, tuple[int, ...]]:
-    """The dtype and the extents of a model's input or output."""
-    word, shape = port.element_type.to_string(), port.partial_shape
-    return DTYPES.get(word, word), tuple(n.get_length() if n.is_static else FREE for n in shape)
 
 
 def keep_sines(model: Any) -> None:

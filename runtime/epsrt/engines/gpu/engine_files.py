@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from typing import Generic, TypeVar
 
 from epsrt.bundle import Bundle
 from epsrt.engines import nvidia
@@ -15,9 +16,11 @@ from epsrt.engines.gpu.trt_build import BuildOptions, Built, build, build_comman
 from epsrt.engines.gpu.trt_library import Library
 from epsrt.errors import EngineError
 from epsrt.manifest import StepGraph
+from epsrt.part import Part
 from epsrt.types import OnProgress, Say
 
 log = logging.getLogger("epsrt")
+G = TypeVar("G", StepGraph, Part)
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Made:
 def make_engine_file(
     lib: Library,
     bundle: Bundle,
-    graph: StepGraph,
+    graph: StepGraph | Part,
     options: BuildOptions,
     *,
     cache: EngineCache | None = None,
@@ -72,10 +75,11 @@ class Choice:
     width: int
 
 
-class EngineFiles:
-    """The engine files of a step graph that run on this machine: of the cache and, where it is trusted, of the bundle.
+class EngineFiles(Generic[G]):
+    """The engine files of a graph that run on this machine: of the cache and, where it is trusted, of the bundle.
 
-    `plain`: the graph is the plain one of a bundle that has another in the engine's dialect. Raises EngineError where
+    `plain`: the graph is the plain one of a bundle that has another in the engine's dialect. `part`: the name of the
+    part that it is. Raises EngineError where
     the library has nothing for this GPU.
     """
 
@@ -83,15 +87,17 @@ class EngineFiles:
         self,
         lib: Library,
         bundle: Bundle,
-        graph: StepGraph,
+        graph: G,
         gpu: nvidia.Gpu,
         trusted: bool = False,
         plain: bool = False,
+        part: str = "",
     ):
         if lib.targets:
             lib.capability(gpu.arch)
-        self.library, self.bundle, self.graph, self.gpu, self.cache = lib, bundle, graph, gpu, EngineCache()
-        self.trusted, self._plain = trusted, plain
+        self.library, self.bundle, self.gpu, self.cache = lib, bundle, gpu, EngineCache()
+        self.graph: G = graph
+        self.trusted, self._plain, self._part = trusted, plain, part
         file, digest, name = source(bundle, graph).name, bundle.manifest.digest, bundle.name
         self._wanted = Wanted(digest, name, file, lib.engine, lib.version, gpu.name, gpu.arch, graph.precision)
 
@@ -124,7 +130,7 @@ class EngineFiles:
 
     def command(self, *batches: str) -> str:
         """The command that builds one of this graph, for batches as `--batch` takes them."""
-        return build_command(self.bundle.path, self.library.engine, self.graph, batches, self._plain)
+        return build_command(self.bundle.path, self.library.engine, self.graph, batches, self._plain, self._part)
 
 
 def profiles_of(entry: Entry) -> tuple[Profile, ...]:
@@ -169,7 +175,7 @@ def targets_of(lib: Library, names: Iterable[str]) -> tuple[str, ...]:
     return given
 
 
-def _key(lib: Library, bundle: Bundle, graph: StepGraph, options: BuildOptions) -> Key:
+def _key(lib: Library, bundle: Bundle, graph: StepGraph | Part, options: BuildOptions) -> Key:
     if lib.compiles and (options.refittable or options.stripped):
         try:
             nvidia.require_gpu()  # TensorRT-RTX ends such a build with an internal error of its compiler

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 from epsrt.bundle import Bundle
@@ -19,12 +20,16 @@ from epsrt.engines.dialects import open_in_dialect
 from epsrt.engines.gpu import cuda
 from epsrt.engines.gpu.buffers import Buffers
 from epsrt.engines.gpu.lanes import CHUNK, DeviceLanes
+from epsrt.engines.gpu.ort_part import PartSession
 from epsrt.engines.gpu.ort_session import Providers, Session
+from epsrt.engines.gpu.parts import DeviceParts, PartBuffers
 from epsrt.engines.ort_library import ort, refuse_both_packages
+from epsrt.engines.parts import Call, OpenPart, OpenParts
 from epsrt.engines.probe import installed
 from epsrt.engines.proof import Kept, Proof
 from epsrt.errors import EngineError, OutOfMemoryError
 from epsrt.manifest import StepGraph
+from epsrt.part import Part
 from epsrt.raised import passed_over
 from epsrt.types import OnProgress, Shape, Size
 
@@ -69,7 +74,7 @@ class OnnxRuntimeCuda(Closing):
                 f"engine {name} needs onnxruntime built for NVIDIA's GPUs, and this one has only {have}: "
                 'pip uninstall -y onnxruntime, then pip install "epsrt[gpu]"'
             )
-        if name == TENSORRT and graph.precision == "fp32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
+        if name == TENSORRT and graph.precision == "fp32" and not _exact():
             raise EngineError(
                 f"engine {name} has no FP32: onnxruntime lets TensorRT compute it in TF32: use precision fp16, "
                 f"engine {CUDA}, or set NVIDIA_TF32_OVERRIDE=0"
@@ -81,7 +86,7 @@ class OnnxRuntimeCuda(Closing):
         self.chunk = CHUNK
         self._others = others or (lambda graph: OnnxRuntimeCuda(bundle, graph, name, dialect, options=options))
         self._more, self._brought = options or {}, Brought(bundle, trusted)
-        self._device = cuda.device()
+        self._device, self._parts = cuda.device(), OpenParts(bundle, graph.precision)
         # TensorRT chooses layouts for itself; None: not timed yet
         self._nhwc = False if name == TENSORRT else True if nhwc is None and dialect == "cuda" else nhwc
         self._timing = threading.Lock()
@@ -101,8 +106,13 @@ class OnnxRuntimeCuda(Closing):
         """See epsrt.engine.Engine."""
         return self._others(graph)
 
+    def part(self, name: str) -> OpenPart:
+        """See epsrt.engine.Engine."""
+        return self._parts.get(name, self._open_part)
+
     def close(self) -> None:
-        """Nothing to release: sessions belong to the lanes."""
+        """Close the parts. Other sessions belong to the lanes."""
+        self._parts.close()
 
     def proof(self) -> Proof:
         """Of what the engine is worth for this bundle, by this onnxruntime on this GPU."""
@@ -124,33 +134,44 @@ class OnnxRuntimeCuda(Closing):
         return DeviceLanes(self._device, self.bundle, self.graph, shape, batch, batch, make, self.chunk)
 
     def _session(self, buffers: Buffers, stream: cuda.Stream, nhwc: bool) -> Session:
-        needs = f'; {self.name} needs {LIBRARIES[self.name]}: pip install "epsrt[gpu]", and see "epsrt doctor"'
-        size = "x".join(map(str, (buffers.width, *buffers.shape[1:])))
-
-        @contextmanager
-        def providers() -> Iterator[Providers]:
-            on_cuda = PROVIDERS[CUDA], self._cuda_options(nhwc)
-            if self.name == CUDA:
-                yield [on_cuda]
-                return
-            with EngineCache().kept_by(f"{TENSORRT}-{self._name}-{size}") as folder:
-                yield [(PROVIDERS[TENSORRT], self._tensorrt_options(folder)), on_cuda]
-
+        providers = partial(self._providers, self.graph, nhwc, "x".join(map(str, (buffers.width, *buffers.shape[1:]))))
         records = self.name == CUDA
-        return Session(self._device, buffers, stream, self.bundle, self.graph, providers, needs, records)
+        return Session(self._device, buffers, stream, self.bundle, self.graph, providers, self._needs, records)
+
+    def _open_part(self, name: str, part: Part) -> Call:
+        def make(buffers: PartBuffers) -> PartSession:
+            size = "-".join("x".join(map(str, tensor.extents)) for tensor in buffers.signature.inputs.values())
+            providers = partial(self._providers, part, False, size)
+            return PartSession(self._device, buffers, self.bundle, part, providers, self._needs)
+
+        return DeviceParts(self._device, self.bundle, part, make)
+
+    @contextmanager
+    def _providers(self, graph: StepGraph | Part, nhwc: bool, size: str) -> Iterator[Providers]:
+        """The context in which a session of a graph may be made for a batch and size."""
+        on_cuda = PROVIDERS[CUDA], self._cuda_options(nhwc, graph.precision)
+        if self.name == CUDA or (isinstance(graph, Part) and graph.precision == "fp32" and not _exact()):
+            yield [on_cuda]
+            return
+        with EngineCache().kept_by(f"{TENSORRT}-{self._named(graph)}-{size}") as folder:
+            yield [(PROVIDERS[TENSORRT], self._tensorrt_options(folder, graph.precision)), on_cuda]
 
     @property
-    def _name(self) -> str:
-        """What holds for this graph, GPU and onnxruntime has this name, and may not hold for others."""
+    def _needs(self) -> str:
+        """What the first provider needs, for a sentence."""
+        return f'; {self.name} needs {LIBRARIES[self.name]}: pip install "epsrt[gpu]", and see "epsrt doctor"'
+
+    def _named(self, graph: StepGraph | Part) -> str:
+        """What holds for a graph, this GPU and onnxruntime has this name, and may not hold for others."""
         gpu, digest = self._device.gpu, self.bundle.manifest.digest[:16]
-        return f"{ort.__version__}-{gpu.name}-{gpu.arch}-{digest}-{self.graph.file}"
+        return f"{ort.__version__}-{gpu.name}-{gpu.arch}-{digest}-{graph.file}"
 
     def _faster_in_nhwc(self, batch: int, shape: Shape) -> bool | None:
         """Whether convolutions run faster in NHWC, its transpositions included: timed once, then remembered.
 
         None where the memory for it is lacking: another time it may be there.
         """
-        cache, name = EngineCache(), f"layout-{self._name}"
+        cache, name = EngineCache(), f"layout-{self._named(self.graph)}"
         known = cache.blob(name)
         if known not in (b"nchw", b"nhwc"):
             nchw = self._time(batch, shape, nhwc=False)
@@ -171,11 +192,11 @@ class OnnxRuntimeCuda(Closing):
         with self._lanes(batch, shape, nhwc) as lanes:
             return lanes.time_steps(TRIALS)
 
-    def _cuda_options(self, nhwc: bool) -> dict[str, str]:
+    def _cuda_options(self, nhwc: bool, precision: str) -> dict[str, str]:
         return {
             "prefer_nhwc": str(int(nhwc)),
             # FP32 is a claim that the parity ladder checks; in FP16, "0" would take the tensor cores from convolutions
-            "use_tf32": str(int(self.precision == "fp16")),
+            "use_tf32": str(int(precision == "fp16")),
             # cuDNN's frontend, which onnxruntime calls, takes its best guess for this word too: nothing is benchmarked
             "cudnn_conv_algo_search": "EXHAUSTIVE",
             "fuse_conv_bias": "1",  # off by default: a kernel more for each convolution
@@ -183,8 +204,8 @@ class OnnxRuntimeCuda(Closing):
             **self._more,
         }
 
-    def _tensorrt_options(self, folder: Path | None) -> dict[str, str]:
-        options = {"trt_fp16_enable": str(self.precision == "fp16"), "trt_cuda_graph_enable": "False"}
+    def _tensorrt_options(self, folder: Path | None, precision: str) -> dict[str, str]:
+        options = {"trt_fp16_enable": str(precision == "fp16"), "trt_cuda_graph_enable": "False"}
         for kept in () if folder is None else ("engine", "timing"):
             options |= {f"trt_{kept}_cache_enable": "True", f"trt_{kept}_cache_path": str(folder)}
         return options
@@ -214,6 +235,11 @@ def open_onnxruntime(
         return OnnxRuntimeCuda(bundle, graph, name, dialect, others=on, trusted=trust_engines)
 
     return open_in_dialect(name, bundle, graph, make, may_build=may_build, on_progress=on_progress)
+
+
+def _exact() -> bool:
+    """Whether TensorRT computes FP32 in FP32: onnxruntime has no option for it."""
+    return os.environ.get("NVIDIA_TF32_OVERRIDE") == "0"
 
 
 def _load_libraries(name: str) -> None:

@@ -17,6 +17,7 @@ import re
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from epsrt.engines.gpu.buffers import Buffers
 from epsrt.engines.ort_library import ERRORS, check_signature, in_memory, ort
 from epsrt.errors import EngineError, OutOfMemoryError, one_line
 from epsrt.manifest import AXES, StepGraph
+from epsrt.part import Part
 from epsrt.raised import foreign
 
 BATCH = "batch"  # what the export calls it, and by epsrt.manifest.AXES the free extents
@@ -65,7 +67,7 @@ class Session:
         self._providers, self._needs, self._records = providers, needs, records
         self._session: Any = None
         self._bindings: dict[tuple[int, int], Any] = {}  # by now and the address of the rows
-        self._options = [_run_options(graph) for graph in ("1", "2")]  # 0 is onnxruntime's own
+        self._options = [run_options(graph) for graph in ("1", "2")]  # 0 is onnxruntime's own
         self._ran = threading.local()  # .graphs: which of them ran in the calling thread, as each records its own
         self._failed = False
         self._row_bytes = buffers.signature.inputs["rows"].nbytes
@@ -111,14 +113,7 @@ class Session:
             if not isinstance(error, ERRORS) or foreign(error, "onnxruntime"):
                 raise
             cause = error.with_traceback(None)  # whose frames hold the session
-        raise self._failure("failed in a step of", one_line(cause)) from cause
-
-    def _failure(self, what: str, reason: str) -> EngineError:
-        kind, where = OutOfMemoryError if MEMORY.search(reason) else EngineError, str(self._path)
-        with suppress(EngineError):  # where the GPU is lost, onnxruntime's words say more of it
-            free, total = (n >> 20 for n in self._device.memory())
-            where += f" ({free} of {total} MiB of the GPU are free)"
-        return kind(f"onnxruntime {what} {where}: {reason}")
+        raise failed(self._device, self._path, "failed in a step of", one_line(cause)) from cause
 
     def _open(self, recording: bool) -> None:
         options = ort.SessionOptions()
@@ -132,26 +127,12 @@ class Session:
             for _, given in providers:
                 given["user_compute_stream"] = str(self._stream.handle)
             providers[-1][1]["enable_cuda_graph"] = str(int(recording))
-            self._session = self._make(options, providers)
+            self._session = make_session(self._device, options, providers, self._bundle, self._graph, self._needs)
         check_signature(self._session, self._buffers.signature, self._path)
         for now in (0, 1):
             # a graph of its own has one address, whatever is bound when it is replayed
             for at in (self._row.pointer, *(() if recording else self._buffers.slots)):
                 self._bindings[now, at] = self._bind(now, at)
-
-    def _make(self, options: Any, providers: Providers) -> Any:
-        wanted = providers[0][0]
-        try:
-            with in_memory(options, self._bundle, self._graph) as model:
-                session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
-            if session.get_providers()[:1] == [wanted]:
-                return session
-            reason, cause = f"it fell back to {session.get_providers()[0]}", None
-        except ERRORS as error:
-            if foreign(error, "onnxruntime"):
-                raise
-            reason, cause = one_line(error), error.with_traceback(None)
-        raise self._failure("cannot run", reason if MEMORY.search(reason) else reason + self._needs) from cause
 
     def _bind(self, now: int, rows: int) -> Any:
         binding, takes = self._session.io_binding(), self._buffers.signature
@@ -172,7 +153,35 @@ class Session:
         self._row.close()
 
 
-def _run_options(graph: str) -> Any:
+def make_session(
+    device: cuda.Device, options: Any, providers: Providers, bundle: Bundle, graph: StepGraph | Part, needs: str
+) -> Any:
+    """A session of a graph on the first of the providers; `needs` is what that needs, for the sentence."""
+    wanted, path = providers[0][0], bundle.path / graph.file
+    try:
+        with in_memory(options, bundle, graph) as model:
+            session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+        if session.get_providers()[:1] == [wanted]:
+            return session
+        reason, cause = f"it fell back to {session.get_providers()[0]}", None
+    except ERRORS as error:
+        if foreign(error, "onnxruntime"):
+            raise
+        reason, cause = one_line(error), error.with_traceback(None)
+    raise failed(device, path, "cannot run", reason if MEMORY.search(reason) else reason + needs) from cause
+
+
+def failed(device: cuda.Device, path: Path, what: str, reason: str) -> EngineError:
+    """What to raise where onnxruntime failed in what it was given of a file."""
+    kind, where = OutOfMemoryError if MEMORY.search(reason) else EngineError, str(path)
+    with suppress(EngineError):  # where the GPU is lost, onnxruntime's words say more of it
+        free, total = (n >> 20 for n in device.memory())
+        where += f" ({free} of {total} MiB of the GPU are free)"
+    return kind(f"onnxruntime {what} {where}: {reason}")
+
+
+def run_options(graph: str) -> Any:
+    """Of a run that does not wait for the device; `graph` numbers the CUDA graph that the session may record."""
     options = ort.RunOptions()
     options.add_run_config_entry("gpu_graph_id", graph)
     options.add_run_config_entry("disable_synchronize_execution_providers", "1")

@@ -18,13 +18,17 @@ from epsrt.engines.cache.entry import Entry
 from epsrt.engines.cache.key import Options, batches, profile_words
 from epsrt.engines.dialects import DIALECTS, fault, own_dialect, say_plain
 from epsrt.engines.gpu import cuda
-from epsrt.engines.gpu.engine_files import Choice, EngineFiles, above, holding, profiles_of
+from epsrt.engines.gpu.engine_files import Choice, EngineFiles, G, above, holding, profiles_of
 from epsrt.engines.gpu.lanes import CHUNK, DeviceLanes
+from epsrt.engines.gpu.parts import DeviceParts, PartBuffers
 from epsrt.engines.gpu.trt_library import library
 from epsrt.engines.gpu.trt_loaded import Compiled, Context, LoadedEngineFile
+from epsrt.engines.gpu.trt_part import PartContext
+from epsrt.engines.parts import Call, OpenPart, OpenParts
 from epsrt.engines.proof import Kept, Proof
 from epsrt.errors import EngineError, OutOfMemoryError
 from epsrt.manifest import StepGraph
+from epsrt.part import Part
 from epsrt.types import OnProgress, Say, Shape, Size
 
 log = logging.getLogger("epsrt")
@@ -52,8 +56,8 @@ class TensorRt(Closing):
 
     def __init__(
         self,
-        files: EngineFiles,
-        plain: EngineFiles | None,
+        files: EngineFiles[StepGraph],
+        plain: EngineFiles[StepGraph] | None,
         others: Callable[[StepGraph], Engine],
         may_build: bool,
         say: Say,
@@ -74,7 +78,7 @@ class TensorRt(Closing):
         self._runtime = files.library.runtime()
         self._loaded: OrderedDict[tuple[Path, str], tuple[Entry, LoadedEngineFile]] = OrderedDict()
         self._loading, self._building = threading.Lock(), threading.RLock()
-        self.brought = Brought(self.bundle, files.trusted)
+        self.brought, self._parts = Brought(self.bundle, files.trusted), OpenParts(self.bundle, self.graph.precision)
         self._proven: set[tuple[Path, str]] = set()  # engine files, as in _loaded
 
     def lanes(self, batch: int, size: Size | None = None) -> DeviceLanes:
@@ -96,6 +100,10 @@ class TensorRt(Closing):
         loaded.keep_compiled()
         return made
 
+    def part(self, name: str) -> OpenPart:
+        """See epsrt.engine.Engine. The first run at a batch builds its engine file, where none holds it and it may."""
+        return self._parts.get(name, self._open_part)
+
     def on(self, graph: StepGraph) -> Engine:
         """See epsrt.engine.Engine."""
         return self._others(graph)
@@ -110,7 +118,8 @@ class TensorRt(Closing):
         return self._load(entry).information()
 
     def close(self) -> None:
-        """Release the engine files. Lanes keep theirs until they are closed."""
+        """Release the parts and the engine files. Lanes keep theirs until they are closed."""
+        self._parts.close()
         with self._loading:
             self._loaded.clear()
 
@@ -184,6 +193,23 @@ class TensorRt(Closing):
             loaded = [entry for entry, _ in reversed(self._loaded.values())]
         return [e for e in loaded if e.record and e.record.key.graph == files.graph.file] + files.found()
 
+    def _open_part(self, name: str, part: Part) -> Call:
+        of = self._files
+        files = EngineFiles(of.library, self.bundle, part, of.gpu, of.trusted, part=name)
+
+        def make(buffers: PartBuffers) -> PartContext:
+            batch = next(iter(buffers.signature.inputs.values())).extents[0]
+            choice = holding(files.found(), batch)
+            if choice is None and not self._may_build:
+                raise files.missing(batch)
+            choice = choice or Choice(files.make(batch, self._say, self._on_progress), 0, batch)
+            loaded = self._deserialized(files, part, choice.entry)
+            context = PartContext(loaded, choice.profile, buffers)
+            loaded.keep_compiled()
+            return context
+
+        return DeviceParts(self._device, self.bundle, part, make)
+
     def _load(self, entry: Entry) -> LoadedEngineFile:
         """An engine file in memory, where it stays while it is one of those used last."""
         key = _key(entry)
@@ -197,15 +223,15 @@ class TensorRt(Closing):
 
     def _read(self, entry: Entry) -> LoadedEngineFile:
         try:
-            return self._deserialized(entry)
+            return self._deserialized(self._files, self.graph, entry)
         except OutOfMemoryError:
             if not self._loaded:
                 raise
         self._loaded.clear()  # whatever no lanes use makes room
-        return self._deserialized(entry)
+        return self._deserialized(self._files, self.graph, entry)
 
-    def _deserialized(self, entry: Entry) -> LoadedEngineFile:
-        files, gpu = self._files, self._files.gpu
+    def _deserialized(self, files: EngineFiles[G], graph: G, entry: Entry) -> LoadedEngineFile:
+        gpu = files.gpu
         assert entry.record is not None
         options, compiled = entry.record.key.options, None
         if files.library.compiles:
@@ -215,7 +241,7 @@ class TensorRt(Closing):
             files.library,
             self._runtime,
             self.bundle,
-            self.graph,
+            graph,
             files.cache.load(entry),
             stripped=options.get("stripped") is True,
             version_compatible=options.get("version_compatible") is True,
@@ -246,6 +272,10 @@ class OneFile(Closing):
     def on(self, graph: StepGraph) -> Engine:
         """See epsrt.engine.Engine."""
         return self._engine.on(graph)
+
+    def part(self, name: str) -> OpenPart:
+        """See epsrt.engine.Engine."""
+        return self._engine.part(name)
 
     def proof(self) -> Proof:
         """Of what the engine file is worth on this GPU."""

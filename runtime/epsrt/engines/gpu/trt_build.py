@@ -13,9 +13,9 @@ from typing import Any, Literal
 from epsrt.bundle import Bundle
 from epsrt.engines.cache.key import Profile, Profiles, profile_words
 from epsrt.engines.gpu.trt_library import Library
-from epsrt.engines.signature import FREE
 from epsrt.errors import EngineError, OutOfMemoryError
 from epsrt.manifest import StepGraph
+from epsrt.part import FREE, IMAGE, Part
 from epsrt.types import OnProgress
 
 COMPATIBLE = ("none", "ampere+", "same-capability")
@@ -78,18 +78,22 @@ def exact(batch: int) -> Profile:
     return batch, batch, batch
 
 
-def build_command(bundle: Path, engine: str, graph: StepGraph, batches: Iterable[str] = (), plain: bool = False) -> str:
+def build_command(
+    bundle: Path, engine: str, graph: StepGraph | Part, batches: Iterable[str] = (), plain: bool = False, part: str = ""
+) -> str:
     """The command that builds a graph of the bundle at a path, for batches as `--batch` takes them.
 
-    `plain`: the plain graph, where the bundle has another in the engine's dialect.
+    plain  the plain graph, where the bundle has another in the engine's dialect
+    part   the name of the part that the graph is
     """
-    features = ["--features", graph.stem.replace("-", ",")] if graph.stem else []
-    words = ["epsrt", "build", str(bundle), "--engine", engine, "--precision", graph.precision, *features]
+    stem = "" if isinstance(graph, Part) else graph.stem
+    chosen = ["--part", part] if part else ["--features", stem.replace("-", ",")] if stem else []
+    words = ["epsrt", "build", str(bundle), "--engine", engine, "--precision", graph.precision, *chosen]
     words += ["--plain"] if plain else []
     return shlex.join([*words, *(word for batch in batches for word in ("--batch", batch))])
 
 
-def source(bundle: Bundle, graph: StepGraph) -> Path:
+def source(bundle: Bundle, graph: StepGraph | Part) -> Path:
     """The ONNX file that TensorRT reads."""
     return bundle.path / graph.file
 
@@ -108,12 +112,12 @@ class Built:
 def build(
     library: Library,
     bundle: Bundle,
-    graph: StepGraph,
+    graph: StepGraph | Part,
     options: BuildOptions,
     timing: bytes = b"",
     on_progress: OnProgress | None = None,
 ) -> Built:
-    """Build `graph` of a bundle. `on_progress(phase, fraction)` comes from TensorRT's own monitor, and may raise: the
+    """Build a graph of a bundle. `on_progress(phase, fraction)` comes from TensorRT's own monitor, and may raise: the
     build then ends early with that exception. `timing` is an earlier build's timing cache, for speed.
 
     Needs the GPU where the library measures. Raises EngineError with the library's words where it refuses.
@@ -122,7 +126,7 @@ def build(
     network = _parse(library, builder, bundle, graph)
     config = _config(library, builder, options, graph.precision)
     for profile in options.of(bundle):
-        _add_profile(library, builder, config, network, bundle, profile)
+        _add_profile(library, builder, config, network, bundle, graph, profile)
     cache = None
     if library.measures:
         cache = config.create_timing_cache(timing)
@@ -142,27 +146,33 @@ def build(
     return Built(bytes(data), layers, time.perf_counter() - begin, peak, timed)
 
 
-def _add_profile(library: Library, builder: Any, config: Any, network: Any, bundle: Bundle, batches: Profile) -> None:
+def _add_profile(
+    library: Library, builder: Any, config: Any, network: Any, bundle: Bundle, graph: StepGraph | Part, batches: Profile
+) -> None:
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
-        extents = _extents(bundle, tuple(tensor.shape)[1:])
+        pictures = isinstance(graph, Part) and tensor.name == IMAGE and bundle.manifest.latent
+        extents = _extents(bundle, tuple(tensor.shape)[1:], pictures.factor if pictures else 1)
         profile.set_shape(tensor.name, *((batch, *rest) for batch, rest in zip(batches, extents, strict=True)))
     with library.logger.hearing() as heard:
         if config.add_optimization_profile(profile) < 0:
             raise EngineError(f"{library} refuses the batch profile {profile_words(batches)}: {heard}")
 
 
-def _extents(bundle: Bundle, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """The least, likely and largest extents of an input beside its batch. Only an image's own are free in it."""
+def _extents(bundle: Bundle, shape: tuple[int, ...], factor: int) -> tuple[tuple[int, ...], ...]:
+    """The least, likely and largest extents of an input beside its batch. Only an image's own are free in it.
+
+    `factor`: how many pixels of it a pixel of a sample stands for.
+    """
     m = bundle.manifest
     if m.sizes is None or FREE not in shape:
         return shape, shape, shape
     least, most = zip(*m.sizes.axes(len(m.shape) - 1), strict=True)
-    return (shape[0], *least), (shape[0], *m.shape[1:]), (shape[0], *most)
+    return tuple((shape[0], *(n * factor for n in each)) for each in (least, m.shape[1:], most))
 
 
-def describe(library: Library, bundle: Bundle, graph: StepGraph) -> list[dict[str, Any]]:
+def describe(library: Library, bundle: Bundle, graph: StepGraph | Part) -> list[dict[str, Any]]:
     """The layers of the parsed network: name, type, and each output's name, type and shape. Needs no GPU."""
     builder = library.builder()
     network = _parse(library, builder, bundle, graph)
@@ -180,7 +190,7 @@ def describe(library: Library, bundle: Bundle, graph: StepGraph) -> list[dict[st
     return layers
 
 
-def _parse(library: Library, builder: Any, bundle: Bundle, graph: StepGraph) -> Any:
+def _parse(library: Library, builder: Any, bundle: Bundle, graph: StepGraph | Part) -> Any:
     trt, file = library.module, source(bundle, graph)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, library.logger)

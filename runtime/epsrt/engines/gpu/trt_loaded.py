@@ -13,9 +13,10 @@ from epsrt.engines.gpu import cuda
 from epsrt.engines.gpu.buffers import Buffers
 from epsrt.engines.gpu.trt_build import source
 from epsrt.engines.gpu.trt_library import Heard, Library
-from epsrt.engines.signature import FREE, Signature, Tensor
+from epsrt.engines.signature import Signature, Tensor
 from epsrt.errors import EngineError, OutOfMemoryError
 from epsrt.manifest import StepGraph
+from epsrt.part import FREE, Part
 
 log = logging.getLogger("epsrt")
 
@@ -46,7 +47,7 @@ class LoadedEngineFile:
         library: Library,
         runtime: Any,
         bundle: Bundle,
-        graph: StepGraph,
+        graph: StepGraph | Part,
         data: bytes,
         *,
         stripped: bool,
