@@ -77,7 +77,7 @@ def draw(
     film: Trajectory | None = None,
     decode: bool | None = None,
 ) -> Drawn:
-    """The samples, with a bar on stderr while they form, and x0 estimates for the film; `decode` as in Sampler.sample."""
+    """The samples, with a bar on stderr while they form, and x0 estimates for the film; `decode` as in `sample`."""
     rows, started = len(work.plan), time.perf_counter()
     with show.progress() as tell:
         what = f"{work.plan.name}-{rows}"

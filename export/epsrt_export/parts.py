@@ -206,10 +206,10 @@ def _name_dimensions(model: onnx.ModelProto, kind: str, wanted: dict[str, Port])
         free = [i for i, n in enumerate((FREE, *port.shape)) if n == FREE]
         frozen = next((i for i in free if (dims[i].dim_param or "0").isdigit()), None)
         if frozen is not None:
-            what = "batch" if frozen == 0 else f"extent {frozen}"
+            what, extent = "batch" if frozen == 0 else f"extent {frozen}", dims[frozen]
             raise InputError(
-                f"the {what} of {value.name} was frozen to {dims[frozen].dim_param or dims[frozen].dim_value}: {kind} fixes it, often by an int "
-                "of a shape"
+                f"the {what} of {value.name} was frozen to {extent.dim_param or extent.dim_value}: {kind} fixes it, "
+                "often by an int of a shape"
             )
         for i in free:
             dims[i].dim_param = port.symbol(i - 1) if i else "batch"

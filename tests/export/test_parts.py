@@ -218,10 +218,7 @@ class TestRefused:
                 {"decode": Fixed(3, 12, 12)},
                 r"decodes latents \[4, 8, 8\] to \[3, 12, 12\]: every extent must grow by one",
             ),
-            (
-                {"decode": Noisy()},
-                "the autoencoder's decode gives another image each time: switch its noise off",
-            ),
+            ({"decode": Noisy()}, "the autoencoder's decode gives another image each time: switch its noise off"),
             ({"scale": [1.0, 2.0]}, "has 2 numbers of scale, and the network's latents .* have 4 channels"),
             ({"factor": 8}, "the autoencoder's factor is 2 by what it decodes, not 8: leave it out"),
             ({"shape": (3, 32, 32)}, r"the autoencoder's shape is \(3, 16, 16\) by what it decodes"),

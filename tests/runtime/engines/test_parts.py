@@ -57,6 +57,9 @@ class TestRun:
         assert not x.flags.c_contiguous
         part = engine.part("decode")
         np.testing.assert_array_equal(part.run(x=x)["image"], part.run(x=latents(2))["image"])
+        x = latents(2)
+        x.flags.writeable = False
+        np.testing.assert_array_equal(part.run(x=x)["image"], part.run(x=latents(2))["image"])
 
     def test_a_part_is_opened_once(self, engine):
         assert engine.part("decode") is engine.part("decode")
