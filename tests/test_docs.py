@@ -92,6 +92,7 @@ def materials(request, once, schedule) -> dict[str, Callable[[Path], object]]:
         "out/canvas.epsrt": lambda path: export_network(
             tiny(seed=3, classes=11), schedule, path, precisions=("fp32",), **canvas
         ),
+        "out/latent.epsrt": lambda path: copied("latent_bundle_path")(path),
         "out/real": real_digits,
         "private.pem": lambda path: write_keys(path.parent),
     }

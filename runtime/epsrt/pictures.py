@@ -44,8 +44,7 @@ class Pictures(Closing):
 
         latents  float [n, c, …] in the network's units, as `sample(decode=False)` returns them
         tile     decode tiles of so many pixels of the latents along each axis, in less memory. Their norms see no more
-                 than a tile: the pictures are others, by as much as docs/concepts/parity.md shows. The bundle was
-                 exported with sizes. None: whole
+                 than a tile, so the pictures are others. The bundle was exported with sizes. None: whole
         overlap  of two tiles, in pixels of the latents; by default a quarter of the tile
 
         Raises InputError for other latents and tiles, BundleError where the bundle does not decode.
