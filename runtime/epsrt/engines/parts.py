@@ -42,7 +42,7 @@ class OpenPart(Closing):
         for name, port in ports.items():
             extents = self._checked(port, arrays[name], batch, extents, factor)
         signature = Signature.of_part(self.part, factor, batch, extents)
-        given = {name: np.require(arrays[name], None, ["C", "W"]) for name in ports}  # OpenVINO takes no memory to read alone
+        given = {name: np.require(arrays[name], None, ["C", "W"]) for name in ports}  # OpenVINO wants to write
         found = {name: tensor.zeros() for name, tensor in signature.outputs.items()}
         self._call(given, found)
         for name, array in found.items():
