@@ -36,7 +36,8 @@ def test_network_outputs_are_the_networks_in_any_batch(engine, network):
     with torch.no_grad():
         truth = network(torch.from_numpy(x), torch.from_numpy(t), torch.from_numpy(label)).numpy()
     for batch in (1, 2, 5, 8):
-        assert relative_l2(network_outputs(engine, x, t, label, batch), truth) < 2e-6
+        given = [{"label": each} for each in label]
+        assert relative_l2(network_outputs(engine, x, t, given, batch), truth) < 2e-6
 
 
 def test_the_networks_of_the_tests_are_not_blind(network, plain_network):
