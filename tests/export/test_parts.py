@@ -257,3 +257,24 @@ class TestRefused:
         with pytest.raises(ParityError, match=r"parity missed: decoded ddim-50 in fp32 on onnxruntime is .* dB"):
             made(tmp_path / "x.epsrt", Autoencoder(autoencoder().decode, scale=autoencoder().scale))
         assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_latent_diffusion_brings_its_autoencoder(tmp_path):
+    from epsrt_export.families import checkpoint
+    from epsrt_trainer.checkpoint import save_checkpoint
+    from epsrt_trainer.latents import Latents
+    from epsrt_trainer.networks import build
+    from epsrt_trainer.presets import PRESETS
+
+    preset, coder = PRESETS["digits-latent"], PRESETS["digits-autoencoder"].network
+    latents = Latents(build(coder), (2.0, 0.5), (0.0, 0.5))
+    path = tmp_path / "latent.safetensors"
+    save_checkpoint(path, build(preset.network), preset.network, preset.schedule, autoencoder=latents)
+    source = checkpoint.load(path)
+    halves = source.autoencoder
+    latent = halves.latent(source.shape)
+    assert (source.shape, latent.shape, latent.factor) == ((2, 4, 4), (1, 8, 8), 2)
+    assert (latent.scale, latent.shift, latent.value_range) == ((2.0, 0.5), (0.0, 0.5), (-1.0, 1.0))
+    x = torch.randn(1, *source.shape)
+    with torch.inference_mode():
+        torch.testing.assert_close(halves.half("decode", 3)(x)["image"], latents.decode(x))

@@ -130,11 +130,16 @@ def run(engine, steps, init=None, **changes):
     return replace(whole, **changes)
 
 
+def trajectory(engine, given, on_step=lambda done, total: None):
+    """The rung of what the engine makes of a trajectory."""
+    return rungs.trajectory(engine, given, lambda: rungs.ran(engine, golden(), given, on_step))
+
+
 class TestTrajectory:
     @pytest.mark.parametrize("steps", [3, 100])
     def test_what_is_right_has_the_ceiling_and_all_steps_are_told(self, engine, steps):
         told = []
-        found = rungs.trajectory(engine, golden(), run(engine, steps), lambda done, total: told.append((done, total)))
+        found = trajectory(engine, run(engine, steps), lambda done, total: told.append((done, total)))
         assert found.figure == PSNR_CEILING
         chunk = 2 if steps == 100 else 1
         first = [(4 * (i + chunk), 6 * steps) for i in range(0, steps, chunk)]
@@ -143,15 +148,15 @@ class TestTrajectory:
     def test_images_to_begin_from(self, engine):
         init = np.random.default_rng(1).uniform(-1, 1, (6, 1, 2, 4)).astype(np.float32)
         right = run(engine, 5, init)
-        assert rungs.trajectory(engine, golden(), right, lambda *_: None).figure > 110
-        assert rungs.trajectory(engine, golden(), replace(right, init=init), lambda *_: None).figure < 40
+        assert trajectory(engine, right).figure > 110
+        assert trajectory(engine, replace(right, init=init)).figure < 40
 
     @pytest.mark.parametrize("image", [0, 3, 5])
     def test_the_worst_image_is_named(self, engine, image):
         given = run(engine, 3)
         given.x[image] += 0.1
         given.x[(image + 1) % 6] += 0.01
-        found = rungs.trajectory(engine, golden(), given, lambda *_: None)
+        found = trajectory(engine, given)
         assert found.figure == pytest.approx(20 * np.log10(2 / 0.1), abs=1e-3)  # of the range −1 … 1
         assert found.where.startswith(f"image {image}, relative L2 ")
 
@@ -159,12 +164,12 @@ class TestTrajectory:
         engine = NumpyEngine(bundle(clip=None, value_range=(-900.0, 900.0)))
         given = run(engine, 3)
         given.x[2] += 0.1
-        found = rungs.trajectory(engine, golden(), given, lambda *_: None).figure
+        found = trajectory(engine, given).figure
         assert found == pytest.approx(20 * np.log10(18_000), abs=2e-2)
         narrow = NumpyEngine(bundle(clip=None, value_range=(-0.1, 0.1)))
         span = min(given.x.min(), -0.1), max(given.x.max(), 0.1)
         peak = span[1] - span[0]
-        found = rungs.trajectory(narrow, golden(), given, lambda *_: None).figure
+        found = trajectory(narrow, given).figure
         assert found == pytest.approx(20 * np.log10(peak / 0.1), abs=1e-3)
 
     @pytest.mark.parametrize(("w", "limit"), [(2.0, 90.5), (1.0, 100.0), (0.0, 100.0), (-1.0, 90.5), (4.0, 83.1)])
@@ -176,8 +181,8 @@ class TestTrajectory:
     def test_a_guided_run_has_its_weight(self, engine):
         guided = engine.on(engine.bundle.graph("fp32", ("guidance",)))
         given = run(engine, 3)
-        assert rungs.trajectory(guided, golden(), given, lambda *_: None).figure > 120  # w = 1: none
-        found = rungs.trajectory(guided, golden(), replace(given, w=np.array([3.0], np.float32)), lambda *_: None)
+        assert trajectory(guided, given).figure > 120  # w = 1: none
+        found = trajectory(guided, replace(given, w=np.array([3.0], np.float32)))
         assert found.figure < 40
 
 
