@@ -1,6 +1,7 @@
 """Parts on the engines of a CPU: what they compute, and what they refuse."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import numpy as np
@@ -60,6 +61,15 @@ class TestRun:
         x = latents(2)
         x.flags.writeable = False
         np.testing.assert_array_equal(part.run(x=x)["image"], part.run(x=latents(2))["image"])
+
+    def test_threads_share_it(self, engine):
+        decode, x = engine.part("decode").run, latents(4)
+        wanted = [decode(x=x[:n])["image"] for n in range(1, 5)]
+        with ThreadPoolExecutor(4) as threads:
+            for _ in range(5):
+                found = threads.map(lambda n: decode(x=x[:n])["image"], range(1, 5))
+                for a, b in zip(found, wanted, strict=True):
+                    np.testing.assert_array_equal(a, b)
 
     def test_a_part_is_opened_once(self, engine):
         assert engine.part("decode") is engine.part("decode")

@@ -122,6 +122,44 @@ class TestQuantised:
         assert note.startswith("a linear preview of its latents was left out: its R² is ")
 
 
+class Signals(nn.Module):
+    """Latents [B, 2, L] to signals [B, 1, 2·L], and its like for volumes [B, 2, D, H, W]."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layer = kind(2, 1, 2, stride=2)
+
+    def forward(self, z):
+        return torch.tanh(self.layer(z))
+
+
+class Noiseless(nn.Module):
+    """ε of any rank: linear in x, for networks of signals and volumes."""
+
+    def forward(self, x, t):
+        return 0.9 * x + 0.01 * torch.tanh(x + t.view(-1, *[1] * (x.ndim - 1)) / 100)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "size"),
+    [((2, 8), nn.ConvTranspose1d, (12,)), ((2, 4, 4, 4), nn.ConvTranspose3d, (4, 8, 4))],
+    ids=["signals", "volumes"],
+)
+def test_latents_of_other_ranks(tmp_path, shape, kind, size):
+    torch.manual_seed(0)
+    options = {"precisions": ("fp32",), "sizes": (4, 16 if len(shape) == 2 else 8), **FACTS}
+    halves = Autoencoder(Signals(kind).eval())
+    bundle = export_network(Noiseless(), SCHEDULE, tmp_path / "x.epsrt", shape=shape, autoencoder=halves, **options)
+    assert bundle.manifest.latent.shape == (1, *(2 * n for n in shape[1:]))
+    with Sampler.open(bundle.path, "onnxruntime", threads=1) as sampler:
+        x = sampler.sample(2, steps=4, size=size, decode=False)
+        made = sampler.sample(2, steps=4, size=size)
+        assert made.shape == (2, 1, *(2 * n for n in size))
+        with torch.inference_mode():
+            np.testing.assert_allclose(made, halves.decode(torch.from_numpy(x)), rtol=0, atol=1e-5)
+        assert sampler.decode(x, tile=4, overlap=2).shape == made.shape
+
+
 class TestFp16:
     def test_a_decoder_that_is_forced_stays_in_fp32(self, tmp_path):
         bundle = made(tmp_path / "forced.epsrt", autoencoder(forced=True), **HALF)
