@@ -8,9 +8,9 @@ OPENED = """
 from epsrt.engines import proof
 from epsrt.manifest import Rung
 measured, really = [], proof.verify
-def counted(engine, tell=None):
+def counted(engine, tell=None, **more):
     measured.append((engine.name, engine.graph.file, engine.max_batch))
-    return really(engine, tell)
+    return really(engine, tell, **more)
 proof.verify = counted
 
 def opened(**options):
@@ -73,7 +73,7 @@ def test_where_it_misses_a_rung_the_plain_graph_runs(on_stand_in, bundle_path: P
     on_stand_in(
         OPENED
         + """
-proof.verify = lambda engine, tell=None: [Rung("network", engine.name, "fp32", 0.5, 1e-5, "relative L2")]
+proof.verify = lambda engine, tell=None, **_: [Rung("network", engine.name, "fp32", 0.5, 1e-5, "relative L2")]
 def falls_back():
     gpu = opened()
     got, sentences = said(images, gpu)
@@ -86,7 +86,7 @@ def falls_back():
 falls_back()
 built = len(EngineCache().entries())
 assert built == 3  # of batch 2 in both, and of batch 1
-proof.verify = lambda *_: 1 / 0
+proof.verify = lambda *_, **__: 1 / 0
 falls_back()  # by what was kept
 assert len(EngineCache().entries()) == built
 """,
@@ -99,8 +99,8 @@ def test_an_engine_file_that_missed_a_rung_does_not_run(on_stand_in, bundle_path
     on_stand_in(
         OPENED
         + """
-def missed(engine, tell=None):
-    return [Rung(r.name, engine.name, "fp32", 0.5, 1e-5, r.unit) for r in really(engine, tell)]
+def missed(engine, tell=None, **more):
+    return [Rung(r.name, engine.name, "fp32", 0.5, 1e-5, r.unit) for r in really(engine, tell, **more)]
 proof.verify = missed
 gpu = opened()
 for _ in range(2):
@@ -165,7 +165,7 @@ def other(*given):  # with other bytes
     return engine_files.replace(made, data=made.data + b" ")
 make = lambda: engine_files.make_engine_file(lib, spoken, graph, options, again=True, say=lambda s: None)
 make()
-proof.verify = lambda engine, tell=None: [Rung("network", engine.name, "fp32", 0.5, 1e-5, "relative L2")]
+proof.verify = lambda engine, tell=None, **_: [Rung("network", engine.name, "fp32", 0.5, 1e-5, "relative L2")]
 gpu = opened()
 close(images(gpu), truth)
 assert gpu.dialect == "cpu"
@@ -184,7 +184,7 @@ def test_where_nothing_may_be_built_the_advice_helps(on_stand_in, bundle_path: P
         OPENED
         + """
 built(spoken, profiles=((2, 2, 2),), dialect="tensorrt")
-proof.verify = lambda engine, tell=None: [Rung("network", engine.name, "fp32", 0.5, 1e-5, "relative L2")]
+proof.verify = lambda engine, tell=None, **_: [Rung("network", engine.name, "fp32", 0.5, 1e-5, "relative L2")]
 gpu = opened(may_build=False)
 sentence = refused(images, gpu)
 assert sentence.startswith("tensorrt has no engine file of tiny.epsrt that it may run: there it misses network, which")

@@ -173,7 +173,7 @@ class TestPrecision:
         rungs = engine.proof().kept()
         assert {r.precision for r in rungs} == {"bf16"}
         assert all(r.passed for r in rungs)
-        monkeypatch.setattr(proof, "verify", lambda *_: pytest.fail("measured again"))
+        monkeypatch.setattr(proof, "verify", lambda *_, **__: pytest.fail("measured again"))
         assert open_engine(Bundle.open(bundle_path)).precision == "bf16"
 
     @bf16

@@ -39,7 +39,7 @@ class TestProof:
         rungs = made.of(engine, lambda name, share: told.append(name))
         assert [rung.name for rung in rungs] == ["network", "conditions", "step", "ddim-50", "ddpm-100", "batch"]
         assert told[0] == "what network"
-        monkeypatch.setattr(proof, "verify", lambda *_: pytest.fail("measured again"))
+        monkeypatch.setattr(proof, "verify", lambda *_, **__: pytest.fail("measured again"))
         assert made.of(engine) == made.of(engine, may_measure=False) == rungs == made.kept()
 
     @pytest.mark.parametrize(
@@ -63,12 +63,12 @@ class TestProof:
             raise EngineError("there is no home directory to keep engines in")
 
         monkeypatch.setattr(proof, "EngineCache", nowhere)
-        monkeypatch.setattr(proof, "verify", lambda *_: [RUNG])
+        monkeypatch.setattr(proof, "verify", lambda *_, **__: [RUNG])
         assert Proof(KEY, "bf16").of(None) == [RUNG]
         assert "not kept, and measured again next time: there is no home directory" in caplog.text
 
     def test_a_golden_file_that_does_not_suffice_proves_nothing(self, monkeypatch, caplog):
-        def lacking(*_):
+        def lacking(*_, **__):
             raise BundleError("golden.safetensors lacks step.x")
 
         monkeypatch.setattr(proof, "verify", lacking)
@@ -79,7 +79,7 @@ class TestProof:
     def test_threads_wait_for_one_that_measures(self, monkeypatch):
         measured, gate = [], threading.Event()
 
-        def slow(*_):
+        def slow(*_, **__):
             measured.append(1)
             gate.wait(5)
             return [RUNG]
@@ -97,7 +97,7 @@ class TestProof:
         """What was measured without the lock is not kept: the other one keeps its own."""
         assert proof.WAIT <= 60
         monkeypatch.setattr(proof, "WAIT", 0.3)
-        monkeypatch.setattr(proof, "verify", lambda *_: [RUNG])
+        monkeypatch.setattr(proof, "verify", lambda *_, **__: [RUNG])
         told, got = [], []
         with cache.lock(KEY):
             other = threading.Thread(target=lambda: got.append(Proof(KEY, "bf16").of(None, lambda *a: told.append(a))))
