@@ -57,8 +57,9 @@ def pixels(path: Path, bundle: Bundle, channels: int, size: Size | None = None, 
     """float32 [n, channels, H, W] in the bundle's value range, of a picture or a folder of them; `size` as above."""
     m = bundle.manifest
     if len(m.shape) != 3 or channels not in MODES:
-        what = f"have {channels} channels" if len(m.shape) == 3 else f"are {', '.join(AXES[len(m.shape) - 1])}"
-        raise InputError(f"{path}: the bundle's samples {what}, a picture has not: give .npz")
+        axes = ", ".join(AXES[len(m.shape) - 1])
+        what = f"images have {channels} channels" if len(m.shape) == 3 else f"samples have the axes {axes}"
+        raise InputError(f"{path}: the bundle's {what}, a picture has not: give .npz")
     check_there(path)
     pictures = [picture_of(file, MODES[channels], bundle, size, smaller) for file in picture_files(path)]
     return from_images(stacked(picture_files(path), pictures), m.value_range)

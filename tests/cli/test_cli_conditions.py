@@ -78,7 +78,7 @@ class TestConditions:
     def test_pictures(self, bundles: Callable[[str], Path], tmp_path: Path, refused: Refused) -> None:
         path = bundles("image")  # two channels, which no picture has
         Image.new("L", (8, 8)).save(tmp_path / "a.png")
-        what = "the bundle's samples have 2 channels, a picture has not: give .npz"
+        what = "the bundle's images have 2 channels, a picture has not: give .npz"
         assert what in refused("sample", path, "--image", "a.png", cwd=tmp_path)
         np.savez(tmp_path / "low.npz", low=np.zeros((1, 2, 8, 8), np.float32))
         run("sample", path, "--image", "low.npz", "-n", "1", "--steps", "2", "--out", "b.png", cwd=tmp_path)
