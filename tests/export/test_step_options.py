@@ -190,7 +190,7 @@ class TestManifestAndGolden:
             value_range=(-2.0, 2.0),
             precisions=("fp32", "fp16"),
         )
-        names = ["network", "variance", "threshold", "step", "ddim-20", "ddpm-20", "batch", *DIALECTS]
+        names = ["network", "conditions", "variance", "threshold", "step", "ddim-20", "ddpm-20", "batch", *DIALECTS]
         assert [(r.name, r.precision) for r in bundle.parity()[3:]] == [(n, p) for p in ("fp32", "fp16") for n in names]
 
     def test_a_checkpoint_is_thresholded_too(self, tmp_path, monkeypatch, checkpoint_path):
