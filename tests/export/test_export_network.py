@@ -54,7 +54,7 @@ class TestBundlesOfUNets:
     def test_rungs_of_both_precisions_are_stored(self, bundle_path):
         rungs = Bundle.open(bundle_path).parity()
         names = [(r.name, r.precision) for r in rungs if r.graph == ""]
-        measured = ["network", "step", "ddim-50", "ddpm-100", "batch", *DIALECTS]
+        measured = ["network", "conditions", "step", "ddim-50", "ddpm-100", "batch", *DIALECTS]
         plans = [("schedule", "fp64"), ("plan ddim-50", "fp64"), ("plan ddpm-100", "fp64")]
         assert names == [*plans, *((n, p) for p in ("fp32", "fp16") for n in measured)]
         assert all(r.passed for r in rungs)

@@ -78,7 +78,7 @@ class TestGate:
         step, psnr = LIMITS["cpu", precision]
         rungs = [r for r in edited.parity() if r.precision == precision]
         by_graph = {kind: {r.name: r for r in rungs if r.graph == kind} for kind in KINDS}
-        common = {"network", "step", "batch", *DIALECTS}
+        common = {"network", "conditions", "step", "batch", *DIALECTS}
         assert set(by_graph[""]) == common | {"ddim-50", "ddpm-100"}
         assert set(by_graph["guidance"]) == common | {"guidance", "guided-ddim-50"}
         assert set(by_graph["classifier"]) == common | {"classifier"}
