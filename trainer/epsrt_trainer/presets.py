@@ -117,8 +117,8 @@ PRESETS: dict[str, Preset[NetworkConfig]] = {
         ),
         schedule=None,
         train=TrainConfig(
-            steps=2500, batch=32, lr=2e-3, warmup=50, lr_decay="cosine", ema_decay=0.995, label_drop=0.0, dtype="auto",
-            checkpoint_every=250, sample_every=500,
+            steps=6000, batch=16, lr=2e-3, warmup=50, lr_decay="cosine", ema_decay=0.995, label_drop=0.0, dtype="auto",
+            reconstruction="l2", checkpoint_every=250, sample_every=1000,
         ),
     ),
     "emoji-latent": Preset(
@@ -129,7 +129,7 @@ PRESETS: dict[str, Preset[NetworkConfig]] = {
         ),
         schedule=Schedule("linear"),
         train=TrainConfig(
-            steps=3000, batch=64, lr=1e-3, warmup=100, lr_decay="cosine", ema_decay=0.998, label_drop=0.15,
+            steps=2200, batch=64, lr=1e-3, warmup=100, lr_decay="cosine", ema_decay=0.998, label_drop=0.15,
             prediction="v", dtype="auto", checkpoint_every=250, sample_every=500,
         ),
         autoencoder="emoji-autoencoder",
