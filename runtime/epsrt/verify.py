@@ -17,7 +17,7 @@ def verify(engine: Engine, on_progress: OnProgress | None = None, *, parts: bool
     """Measure an engine against PyTorch's recorded outputs. Never raises for a miss: see Rung.passed.
 
     network       relative L2 of the network's output on N(0, I), at each golden timestep
-    conditions    where it takes any, such as a label: what another value of one changes, which must not be nothing
+    conditions    where it takes any, such as a label: the least that another value of one changes, which must be something
     variance      where it is learned: relative L2 of noise that it has scaled, at the same timesteps
     threshold     with dynamic thresholding: relative L2 of images whose quantiles lie below, in and above its range
     sizes         where the bundle has other sizes: relative L2 of the network's output at each of two
@@ -68,7 +68,7 @@ def _ladder(engine: Engine, golden: Golden, tell: OnProgress, parts: bool) -> It
     """The rungs of an engine's step graph in order, and of its bundle's parts where it is the plainest."""
     limit, has, m = limits(engine)[0], engine.graph.features, engine.bundle.manifest
     yield Check("network", partial(rungs.network, engine, golden), limit)
-    if engine.bundle.manifest.takes:
+    if rungs.varied(engine, golden):
         yield Check("conditions", partial(rungs.conditions, engine, golden), rungs.DIFFERS, at_least=True)
     if engine.bundle.manifest.variance is not None:
         yield Check("variance", partial(rungs.variance, engine, golden), limit)

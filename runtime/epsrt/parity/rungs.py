@@ -51,6 +51,7 @@ def conditions(engine: Engine, golden: Golden) -> Found:
     """Relative L2 of what the network returns where a condition is another state's, of that which changes it least.
 
     It is measured against the engine's own output, so that a condition that the graph has lost changes nothing at all.
+    What is the same in all states, such as the label of a single class, is not looked at.
     """
     states, given = golden.network, given_of(engine, golden)
     some, found = range(0, len(given), FEW), dict[str, float]()
@@ -60,14 +61,18 @@ def conditions(engine: Engine, golden: Golden) -> Found:
         return network_outputs(engine, states.x[some], states.t[some], given, batch)
 
     own = outputs([given[i] for i in some])
-    for c in engine.bundle.manifest.takes:
-        others = [[g[c.name] for g in given if not np.array_equal(g[c.name], given[i][c.name])] for i in some]
-        if not all(others):
-            return Found(None, f"all states have the same {c.name}")
-        changed = [{**given[i], c.name: other[0]} for i, other in zip(some, others, strict=True)]
-        found[c.name] = relative_l2(outputs(changed), own)
+    for name in varied(engine, golden):
+        others = [[g[name] for g in given if not np.array_equal(g[name], given[i][name])] for i in some]
+        changed = [{**given[i], name: other[0]} for i, other in zip(some, others, strict=True)]
+        found[name] = relative_l2(outputs(changed), own)
     least = min(found, key=found.__getitem__)
     return Found(found[least], f"another {least}")
+
+
+def varied(engine: Engine, golden: Golden) -> list[str]:
+    """The conditions that are not the same in all states of `golden.network`."""
+    first, *others = given_of(engine, golden)
+    return [name for name in first if any(not np.array_equal(first[name], other[name]) for other in others)]
 
 
 def variance(engine: Engine, golden: Golden) -> Found:
