@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -91,20 +92,25 @@ def export(
     check_outside(out)
     source = dataclasses.replace(source, network=ready(source.network), sha256=source.weights_sha256)
     judge = None if classifier is None else classifier_for(source, classifier)
+    told = Bundle(out, manifest_of(source, max_batch, (), others)).plan()["t"]  # its defaults make a plan
     recipe = _recipe(source, others, judge, masked, opset)
-    Bundle(out, manifest_of(source, max_batch, (), others)).plan()  # its defaults make a plan
+    recipe = dataclasses.replace(recipe, told=(float(told[len(told) // 2]), float(told[-1])))
     check_network(source.network, source.shape, recipe.labelled, torch.float32, source.variance is not None)
     if others is not None:
         check_sizes(source.network, source.shape, recipe.labelled, others, source.variance is not None)
     rungs = parity.numpy_rungs(source)
     parity.require(rungs)
     with whole_directory(out) as beside:
-        graphs, lost = list[StepGraph](), dict[str, EpsrtError]()
+        graphs, lost, proofs = list[StepGraph](), dict[str, EpsrtError](), defaultdict[str, list[Rung]](list)
         for precision in (p for p in wanted if p != "int8"):
             tell(f"graphs {precision}", 0.0)
             try:
-                graphs += write_graphs(recipe, precision, beside, partial(tell, f"graphs {precision}"))
-            except InputError as error:
+                made = write_graphs(
+                    recipe, precision, beside, partial(tell, f"graphs {precision}"), proofs[precision].append
+                )
+                parity.require(proofs[precision])
+                graphs += made
+            except (InputError, parity.ParityError) as error:
                 if precision not in spare:
                     raise
                 lost[precision] = error
@@ -116,7 +122,7 @@ def export(
             manifest = msgspec.structs.replace(manifest, graphs=tuple(graphs))
         for precision in (p for p in wanted if p not in lost):
             try:
-                rungs += _measured(Bundle(beside, manifest), precision, source.network, tell)
+                rungs += _measured(Bundle(beside, manifest), precision, source.network, tell) + proofs[precision]
             except parity.ParityError as error:
                 if precision not in spare:
                     raise

@@ -23,6 +23,7 @@ from epsrt.manifest import Sizes
 from epsrt_export import onnx_passes, unlisted
 from epsrt_export.gathers import gather_on_one_axis
 from epsrt_export.optimiser import optimise
+from epsrt_export.optimiser_proof import OptimiserProof
 from epsrt_export.program import fit
 from epsrt_export.stepgraph import OUTPUTS, StepModule
 
@@ -38,12 +39,13 @@ def to_onnx(
     opset: int = 21,
     weights: WeightsFile | None = None,
     sizes: Sizes | None = None,
+    proof: OptimiserProof | None = None,
 ) -> onnx.ModelProto:
     """Export a step graph with a dynamic batch; its large weights go to `weights`, if given.
 
     It has its value_info, and norms as torch exports them: see epsrt_export.dialects. With `sizes`, height and width
     are dynamic too, each its own. Raises InputError when torch cannot export the network, or froze its batch or size to
-    the example's.
+    the example's. `proof` runs it before and after it is optimised.
     """
     if opset not in OPSETS:
         raise InputError(f"opset {opset} is not supported: use {' or '.join(map(str, OPSETS))}")
@@ -70,15 +72,12 @@ def to_onnx(
             else:
                 traced = _trace(step, inputs, dynamic, sizes)
             program = torch.onnx.export(
-                fit(traced),
-                dynamo=True,
-                opset_version=opset,
-                optimize=False,
-                verbose=False,
-                input_names=names,
-                output_names=list(OUTPUTS),
-            )
+                fit(traced), dynamo=True, opset_version=opset, optimize=False, verbose=False,
+                input_names=names, output_names=list(OUTPUTS),
+            )  # fmt: skip
             assert program is not None
+            if proof is not None:
+                proof.before(program.model, inputs)
             optimise(program.model)
     except EpsrtError:
         raise
@@ -86,6 +85,8 @@ def to_onnx(
         network = type(step.network).__name__
         raise InputError(f"torch cannot export {network}: {_reason(error)}{_line(error)}") from error
     gather_on_one_axis(program.model.graph)
+    if proof is not None:
+        proof.after(program.model)
     if weights is not None:
         weights.take(program.model)
     model: onnx.ModelProto = ir.to_proto(program.model)
