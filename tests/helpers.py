@@ -26,7 +26,8 @@ from epsrt import Schedule
 if TYPE_CHECKING:
     import onnx
 
-DIALECTS = ["dialect tensorrt", "dialect cuda"]  # the rungs of a step graph that has a norm, after all others
+DIALECTS = ["dialect tensorrt", "dialect cuda"]  # the rungs of a step graph that has a norm
+AT_EXPORT = [*DIALECTS, "optimisation"]  # the rungs after those that `epsrt verify` has too
 DATA = Path(__file__).parent / "data"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MANIFEST = "manifest.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -101,20 +102,25 @@ def export(
     )
     judge = None if classifier is None else classifier_for(source, classifier)
     described = manifest_of(source, max_batch, (), others)
-    Bundle(out, described).plan()  # its defaults make a plan
+    told = Bundle(out, described).plan()["t"]  # its defaults make a plan
     recipe = _recipe(source, described.takes, others, judge, masked, opset)
+    recipe = dataclasses.replace(recipe, told=(float(told[len(told) // 2]), float(told[-1])))
     check_network(source.network, source.shape, described.takes, torch.float32, source.variance is not None)
     if others is not None:
         check_sizes(source.network, source.shape, described.takes, others, source.variance is not None)
     rungs = parity.numpy_rungs(source)
     parity.require(rungs)
     with whole_directory(out) as beside:
-        graphs, lost = list[StepGraph](), dict[str, EpsrtError]()
+        graphs, lost, proofs = list[StepGraph](), dict[str, EpsrtError](), defaultdict[str, list[Rung]](list)
         for precision in (p for p in wanted if p != "int8"):
             tell(f"graphs {precision}", 0.0)
             try:
-                graphs += write_graphs(recipe, precision, beside, partial(tell, f"graphs {precision}"))
-            except InputError as error:
+                made = write_graphs(
+                    recipe, precision, beside, partial(tell, f"graphs {precision}"), proofs[precision].append
+                )
+                parity.require(proofs[precision])
+                graphs += made
+            except (InputError, parity.ParityError) as error:
                 if precision not in spare:
                     raise
                 lost[precision] = error
@@ -136,7 +142,7 @@ def export(
                 warnings.warn(why, parity.LeftOutWarning, stacklevel=2)
         for precision in (p for p in wanted if p not in lost):
             try:
-                rungs += _measured(Bundle(beside, manifest), precision, source.network, tell)
+                rungs += _measured(Bundle(beside, manifest), precision, source.network, tell) + proofs[precision]
             except parity.ParityError as error:
                 if precision not in spare:
                     raise

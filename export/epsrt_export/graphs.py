@@ -13,12 +13,13 @@ from torch import nn
 
 from epsrt.condition import Condition
 from epsrt.errors import EpsrtError, InputError
-from epsrt.manifest import LearnedVariance, Sizes, StepGraph, step_columns, step_features
+from epsrt.manifest import LearnedVariance, Rung, Sizes, StepGraph, step_columns, step_features
 from epsrt.types import Shape
 from epsrt_export import unlisted
 from epsrt_export.dialects import in_dialects
 from epsrt_export.onnx_graph import WeightsFile, to_onnx
 from epsrt_export.onnx_passes import masked
+from epsrt_export.optimiser_proof import OptimiserProof
 from epsrt_export.precision import half_copy
 from epsrt_export.stepgraph import DynamicThreshold, StepModule, check_network
 
@@ -45,6 +46,7 @@ class Recipe:
     sizes      other extents that the graphs take
     variants   the features of each graph, of guidance, classifier and mask
     opset      of ONNX
+    told       two timesteps, as the network is told them, at which the rung "optimisation" looks
     """
 
     network: nn.Module
@@ -56,15 +58,21 @@ class Recipe:
     sizes: Sizes | None = None
     variants: Sequence[tuple[str, ...]] = ((),)
     opset: int = 21
+    told: tuple[float, float] = (0.0, 0.0)
 
 
 def write_graphs(
-    recipe: Recipe, precision: str, directory: Path, on_graph: Callable[[float], object] = lambda share: None
+    recipe: Recipe,
+    precision: str,
+    directory: Path,
+    on_graph: Callable[[float], object] = lambda share: None,
+    on_rung: Callable[[Rung], object] | None = None,
 ) -> list[StepGraph]:
     """Write step graphs of a network, and the one weights file that they share, into a directory.
 
-    `on_graph` is told after each which fraction is done. Raises InputError where the network does not compute in half
-    precision.
+    `on_graph` is told after each which fraction is done. `on_rung` is given the rung "optimisation" of each without a
+    mask, which is put on later; it is not measured for nobody. Raises InputError where the network does not compute in
+    half precision.
     """
     r, dtype = recipe, DTYPES[precision]
     network = r.network if dtype == torch.float32 else _half(r)
@@ -76,7 +84,10 @@ def write_graphs(
         if bare not in spoken:
             guide = r.gradient if "classifier" in bare else None
             step = StepModule(network, columns, r.takes, dtype, r.threshold, guide)
-            spoken[bare] = in_dialects(to_onnx(step, r.shape, r.opset, weights, r.sizes))
+            proof = None if on_rung is None else OptimiserProof(columns, r.told)
+            spoken[bare] = in_dialects(to_onnx(step, r.shape, r.opset, weights, r.sizes, proof))
+            if on_rung is not None and proof is not None:
+                on_rung(proof.rung(precision, "-".join(bare)))
         all_features = (*step_features(r.variance, r.threshold), *features)
         graph = StepGraph("", weights.name, precision, step_columns(r.variance, features), all_features)  # type: ignore[arg-type]
         name = "-".join(filter(None, ("step", graph.stem, precision)))

@@ -7,8 +7,9 @@ import io
 import logging
 import traceback
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from epsrt_export import onnx_passes, unlisted
 from epsrt_export.gathers import gather_on_one_axis
 from epsrt_export.guards import check_guards
 from epsrt_export.optimiser import optimise
+from epsrt_export.optimiser_proof import OptimiserProof
 from epsrt_export.program import fit
 from epsrt_export.sizes import example, free
 from epsrt_export.stepgraph import OUTPUTS, StepModule, apart
@@ -36,13 +38,18 @@ OPSETS = (21, 22)  # 20 decomposes GroupNorm; from 23 on, the Attention op fails
 
 
 def to_onnx(
-    step: StepModule, shape: Shape, opset: int = 21, weights: WeightsFile | None = None, sizes: Sizes | None = None
+    step: StepModule,
+    shape: Shape,
+    opset: int = 21,
+    weights: WeightsFile | None = None,
+    sizes: Sizes | None = None,
+    proof: OptimiserProof | None = None,
 ) -> onnx.ModelProto:
     """Export a step graph with a dynamic batch; its large weights go to `weights`, if given.
 
     It has its value_info, and norms as torch exports them: see epsrt_export.dialects. With `sizes`, the extents that
     may be others are dynamic too, each its own. Raises InputError when torch cannot export the network, or froze its
-    batch or size to the example's.
+    batch or size to the example's. `proof` runs it before and after it is optimised.
     """
     if opset not in OPSETS:
         raise InputError(f"opset {opset} is not supported: use {' or '.join(map(str, OPSETS))}")
@@ -66,12 +73,15 @@ def to_onnx(
                 traced = torch.export.export(step.eval(), (), apart(inputs), dynamic_shapes=apart(dynamic))
             else:
                 traced = _trace(step, apart(inputs), apart(dynamic), shape, sizes)
-            program = translated(traced, list(inputs), list(OUTPUTS), opset)
+            look = None if proof is None else partial(proof.before, inputs)
+            program = translated(traced, list(inputs), list(OUTPUTS), opset, look)
     except EpsrtError:
         raise
     except Exception as error:  # torch.export raises many kinds; the user needs the sentence that names the line
         network = type(step.network).__name__
         raise InputError(f"torch cannot export {network}: {reason_of(error)}{line_of(error)}") from error
+    if proof is not None:
+        proof.after(program)
     if weights is not None:
         weights.take(program)
     model: onnx.ModelProto = ir.to_proto(program)
@@ -84,8 +94,14 @@ def to_onnx(
     return model
 
 
-def translated(program: torch.export.ExportedProgram, inputs: list[str], outputs: list[str], opset: int) -> ir.Model:
-    """An exported program as ONNX, optimised; its inputs and outputs have these names."""
+def translated(
+    program: torch.export.ExportedProgram,
+    inputs: list[str],
+    outputs: list[str],
+    opset: int,
+    look: Callable[[ir.Model], object] | None = None,
+) -> ir.Model:
+    """An exported program as ONNX, optimised; its inputs and outputs have these names. `look` is given it before."""
     made = torch.onnx.export(
         fit(program),
         dynamo=True,
@@ -96,8 +112,10 @@ def translated(program: torch.export.ExportedProgram, inputs: list[str], outputs
         output_names=outputs,
     )
     assert made is not None
-    optimise(made.model)
     _leave_names(made.model.graph, inputs)
+    if look is not None:
+        look(made.model)
+    optimise(made.model)
     gather_on_one_axis(made.model.graph)
     return made.model
 

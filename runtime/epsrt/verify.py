@@ -17,7 +17,7 @@ def verify(engine: Engine, on_progress: OnProgress | None = None, *, parts: bool
     """Measure an engine against PyTorch's recorded outputs. Never raises for a miss: see Rung.passed.
 
     network       relative L2 of the network's output on N(0, I), at each golden timestep
-    conditions    where it takes any, such as a label: the least that another value of one changes, which must be something
+    conditions    where it takes any, such as a label: the least that another value of one changes, which must differ
     variance      where it is learned: relative L2 of noise that it has scaled, at the same timesteps
     threshold     with dynamic thresholding: relative L2 of images whose quantiles lie below, in and above its range
     sizes         where the bundle has other sizes: relative L2 of the network's output at each of two

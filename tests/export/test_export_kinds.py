@@ -14,7 +14,7 @@ from epsrt.parity.measure import relative_l2, worst_psnr
 from epsrt.verify import verify
 from epsrt_export import ParityError, export_network, golden, parity
 from epsrt_trainer.sample import ddim_loop, ddpm_loop
-from helpers import DIALECTS, forge
+from helpers import AT_EXPORT, forge
 from nets import damaged
 
 graphs_module = sys.modules["epsrt_export.graphs"]
@@ -160,7 +160,7 @@ class TestTheWholeGate:
         bundle, (prediction, schedule) = bundles(kind), KINDS[kind]
         m, rungs = bundle.manifest, {(r.name, r.precision): r for r in bundle.parity()}
         assert (m.prediction, m.schedule, m.sigma_data) == (prediction, schedule, SIGMA_DATA)
-        names = ["network", "step", "ddim-40", "ddpm-40", "batch", *DIALECTS]
+        names = ["network", "step", "ddim-40", "ddpm-40", "batch", *AT_EXPORT]
         precisions = ("fp32", "fp16") if kind == "edm-ve" else ("fp32",)
         plans = [(name, "fp64") for name in ("schedule", "plan ddim-40", "plan ddpm-40")]
         assert list(rungs) == [*plans, *((name, p) for p in precisions for name in names)]
@@ -214,7 +214,7 @@ class TestTheWholeGate:
 
     def test_thresholding_and_range_on_a_flow(self, tmp_path):
         bundle = put(tmp_path / "some.epsrt", "velocity-flow", thresholding=(0.9, 1.5), value_range=(0.0, 0.5))
-        names = ["network", "threshold", "step", "ddim-40", "ddpm-40", "batch", *DIALECTS]
+        names = ["network", "threshold", "step", "ddim-40", "ddpm-40", "batch", *AT_EXPORT]
         assert [r.name for r in bundle.parity()[3:]] == names
 
     def test_steps_that_do_not_divide_a_flow(self, tmp_path):

@@ -24,7 +24,7 @@ from epsrt_export import parity as parity_module
 from epsrt_export.families import checkpoint as own
 from epsrt_trainer.checkpoint import load_checkpoint, save_checkpoint
 from epsrt_trainer.sample import ddim_loop
-from helpers import DIALECTS, externals, run_python, tree
+from helpers import AT_EXPORT, externals, run_python, tree
 from nets import Tiny, damaged, redraw, tiny, unet
 
 graphs_module = sys.modules["epsrt_export.graphs"]
@@ -54,7 +54,7 @@ class TestBundlesOfUNets:
     def test_rungs_of_both_precisions_are_stored(self, bundle_path):
         rungs = Bundle.open(bundle_path).parity()
         names = [(r.name, r.precision) for r in rungs if r.graph == ""]
-        measured = ["network", "conditions", "step", "ddim-50", "ddpm-100", "batch", *DIALECTS]
+        measured = ["network", "conditions", "step", "ddim-50", "ddpm-100", "batch", *AT_EXPORT]
         plans = [("schedule", "fp64"), ("plan ddim-50", "fp64"), ("plan ddpm-100", "fp64")]
         assert names == [*plans, *((n, p) for p in ("fp32", "fp16") for n in measured)]
         assert all(r.passed for r in rungs)
@@ -196,7 +196,7 @@ class TestPlainModules:
         kept = bundle.golden()
         assert kept.trajectories["ddpm-20-last-15"].rows.shape[0] == 15
         assert kept.trajectories["ddpm-20-last-15"].init.shape == (2, 1, 8, 8)
-        names = ["network", "step", "ddim-20", "ddpm-20-last-15", "batch", *DIALECTS]
+        names = ["network", "step", "ddim-20", "ddpm-20-last-15", "batch", *AT_EXPORT]
         assert [r.name for r in bundle.parity()[3:]] == names
         with Sampler.open(path, "onnxruntime", threads=1) as sampler:
             assert all(rung.passed for rung in verify(sampler.engine))

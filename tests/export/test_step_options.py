@@ -18,7 +18,7 @@ from epsrt_export import ParityError, export, export_network
 from epsrt_export.onnx_graph import to_onnx
 from epsrt_export.stepgraph import LARGEST_K, DynamicThreshold, StepModule
 from epsrt_trainer.sample import threshold
-from helpers import DIALECTS
+from helpers import AT_EXPORT
 from nets import damaged, learned, tiny
 
 export_module = sys.modules["epsrt_export.export"]
@@ -190,7 +190,7 @@ class TestManifestAndGolden:
             value_range=(-2.0, 2.0),
             precisions=("fp32", "fp16"),
         )
-        names = ["network", "conditions", "variance", "threshold", "step", "ddim-20", "ddpm-20", "batch", *DIALECTS]
+        names = ["network", "conditions", "variance", "threshold", "step", "ddim-20", "ddpm-20", "batch", *AT_EXPORT]
         assert [(r.name, r.precision) for r in bundle.parity()[3:]] == [(n, p) for p in ("fp32", "fp16") for n in names]
 
     def test_a_checkpoint_is_thresholded_too(self, tmp_path, monkeypatch, checkpoint_path):

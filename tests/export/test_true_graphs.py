@@ -12,15 +12,15 @@ from epsrt.errors import InputError
 from epsrt.plan import STEP_COLUMNS, Plan
 from epsrt_export.onnx_graph import to_onnx
 from epsrt_export.stepgraph import StepModule
-from nets import Tiny, redraw
+from nets import Tiny, labels, redraw
 
 SHAPE = (1, 8, 8)
 BATCHES = (1, 2, 5, 64, 65)
 
 
 def exported(network):
-    labelled = network.label_embed is not None
-    return to_onnx(StepModule(network, STEP_COLUMNS, labelled, torch.float32), SHAPE)
+    takes = labels() if network.label_embed is not None else ()
+    return to_onnx(StepModule(network, STEP_COLUMNS, takes, torch.float32), SHAPE)
 
 
 def apart(model, network, batches=BATCHES):
