@@ -1,7 +1,7 @@
 """Files appear whole or not at all: they are written in a folder beside, then renamed.
 
 The folder is `.STEM.XXXXXXXXXXXX.SUFFIX` beside its target, and whoever works in it holds its lock (flock). A killed
-process lets go of the lock, and the next write of the same target removes what it left.
+process lets go of the lock, and the next write of the same target removes what it left, as `sweep` does.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _folder_of(path: Path) -> Iterator[Path]:
     """A temporary folder of a target, held until the end, when it is removed with what is left in it."""
     made = [each for each in path.parents if not each.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
+    sweep(path)
     held = None
     while held is None:  # another's sweep may take it before it is held
         folder = path.with_name(f".{path.stem}.{secrets.token_hex(6)}{path.suffix}")
@@ -128,8 +128,9 @@ def _folder_of(path: Path) -> Iterator[Path]:
                 each.rmdir()
 
 
-def _sweep(path: Path) -> None:
-    """Remove what killed processes left of a target, or put it back."""
+def sweep(path: str | Path) -> None:
+    """Remove what killed processes left of a target, or put it back: for who finds it whole, and writes nothing."""
+    path = _target(path)
     name = re.compile(rf"\.{re.escape(path.stem)}\.[0-9a-f]{{12}}{re.escape(path.suffix)}")
     with passed_over(OSError):  # of a directory that cannot be listed
         for left in [other for other in path.parent.iterdir() if name.fullmatch(other.name)]:

@@ -39,6 +39,18 @@ def by_handler(error: BaseException) -> bool:
     return False
 
 
+def handlers_own(error: BaseException) -> BaseException | None:
+    """What the handler of a signal raised, where a library made another exception of it: it is among the causes."""
+    seen = set[int]()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        if by_handler(found):
+            return found
+        seen.add(id(found))
+        found = found.__cause__ or found.__context__
+    return None
+
+
 @contextmanager
 def passed_over(*kinds: type[Exception]) -> Iterator[None]:
     """contextlib.suppress, but what is `foreign` comes out."""

@@ -76,6 +76,8 @@ def test_what_is_missing_is_named(copy_of, learned_bundle_path, name):
         ("trajectory.ddim-50.start", lambda a: a[:1], r"is float64 \[1\], not float64 \[2\]"),
         ("trajectory.ddim-50.x", lambda a: a[0], r"is float32 \[2, 8, 8\], not float32 \[4, 2, 8, 8\]"),
         ("threshold.x0", lambda a: a[..., :4], r"is float32 \[3, 2, 8, 4\], not float32 \[3, 2, 8, 8\]"),
+        ("network.t", lambda a: np.full_like(a, np.nan), "holds NaN or infinity"),
+        ("step.x", lambda a: np.full_like(a, np.inf), "holds NaN or infinity"),
     ],
 )
 def test_another_dtype_or_shape_is_named(learned_bundle_path, name, change, message):

@@ -82,8 +82,11 @@ def test_a_finished_run_is_reused(tmp_path, images, config, schedule):
     quiet = dataclasses.replace(FAST, log_every=7, checkpoint_every=0)  # changes no weight
     assert train(images, config, schedule, quiet, out, progress=stop_at(1)) == out
     (tmp_path / "a.state.safetensors").unlink()
+    for name in (".a.0123456789ab.safetensors", ".a.log.0123456789ab.jsonl"):  # one was killed when it was done
+        (tmp_path / name).mkdir()
     train(images, config, schedule, FAST, out, progress=stop_at(1))
     assert out.stat().st_mtime_ns == stamp
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.log.jsonl", "a.safetensors"]
     with pytest.raises(Stop):
         train(images, config, schedule, FAST, out, resume=False, progress=stop_at(1))
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from epsrt.errors import EpsrtError, InputError
+from epsrt.files import sweep
 from epsrt.schedule import Schedule
 from epsrt_trainer.autoencoder import AutoencoderConfig
 from epsrt_trainer.checkpoint import AutoencoderCheckpoint, load_autoencoder, save_checkpoint
@@ -82,6 +83,8 @@ def train(
         if error:  # in every process, else the others would wait for ever
             raise error
         if found == config.steps and out.exists():
+            for path in (out, beside(out, ".state.safetensors"), beside(out, ".log.jsonl")) if processes.first else ():
+                sweep(path)
             return out
         network = build(network_config, config.seed).to(processes.device)
         state = State(network, config.ema_decay, config.weight_decay)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from epsrt.errors import EngineError, one_line
-from epsrt.raised import by_handler
+from epsrt.raised import handlers_own
 
 
 def errors_of(bindings: ModuleType) -> tuple[type[Exception], ...]:
@@ -28,10 +28,12 @@ def importing(module: str, what: str, install: str) -> Iterator[None]:
         with _silent():
             yield
     except ImportError as error:
+        if (own := handlers_own(error)) is not None:  # which a module that initialises itself makes an ImportError of
+            raise own from None
         raise EngineError(f"{what} needs its library ({one_line(error)}): {install}") from error
     except Exception as error:
-        if by_handler(error):
-            raise
+        if (own := handlers_own(error)) is not None:
+            raise own from None
         raise EngineError(
             f"the library of {what} fails while it is imported ({type(error).__name__}: {one_line(error)}): mend what "
             f'python -c "import {module}" shows, or take another engine'

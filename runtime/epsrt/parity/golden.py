@@ -253,6 +253,8 @@ class _Reader:
                 f"{self.path}: the golden file's {key} is {array.dtype} {list(array.shape)}, not {dtype} [{want}]: "
                 "export again"
             )
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise BundleError(f"{self.path}: the golden file's {key} holds NaN or infinity: export again")
         return array
 
     def names(self, kind: str) -> list[str]:

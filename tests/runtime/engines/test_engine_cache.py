@@ -739,8 +739,27 @@ def test_what_is_being_built_is_not_removed(cache, entry):
         assert cache.sweep() == []
         assert beside.exists()
         assert entry.path.with_suffix(".lock").exists()
-    assert cache.load(entry) == DATA
+    assert cache.read(entry) == DATA
     assert cache.sweep() == [(beside, 4)]
+
+
+@pytest.mark.parametrize("suffix", ["engine", "json"])
+def test_whoever_uses_a_file_sweeps_what_killed_processes_left_of_it(cache, entry, suffix):
+    left = entry.path.with_name(f".{entry.path.stem}.0123456789ab.{suffix}")
+    left.mkdir()
+    cache.read(entry)
+    assert left.exists()  # a look leaves all as it is
+    cache.load(entry)
+    assert not left.exists()
+
+
+def test_whoever_reads_a_blob_sweeps_what_killed_processes_left_of_it(cache):
+    assert cache.keep_blob("proof", b"proof")
+    (kept,) = [path for path in cache.blobs() if path.suffix != ".json"]
+    left = kept.with_name(f".{kept.stem}.0123456789ab{kept.suffix}")
+    left.mkdir()
+    assert cache.blob("proof") == b"proof"
+    assert not left.exists()
 
 
 def test_sweep_takes_what_killed_processes_left(cache, entry):

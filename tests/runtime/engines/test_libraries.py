@@ -124,6 +124,15 @@ def test_what_a_signals_handler_raises_while_importing_comes_out():
             signal.raise_signal(signal.SIGUSR1)
     finally:
         signal.signal(signal.SIGUSR1, before)
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with pytest.raises(RuntimeError, match="^late$"), importing("json", "a test", ""):
+            try:
+                signal.raise_signal(signal.SIGUSR1)
+            except RuntimeError as error:  # as pybind11 does around a module that initialises itself
+                raise ImportError("initialization failed") from error
+    finally:
+        signal.signal(signal.SIGUSR1, before)
     says = pytest.raises(EngineError, match=r"a test fails while it is imported \(RuntimeError: late\)")
     with says, importing("json", "a test", ""):
         raise RuntimeError("late")

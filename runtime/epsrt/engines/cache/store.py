@@ -33,6 +33,7 @@ from epsrt.engines.cache import private
 from epsrt.engines.cache.entry import ENGINES, Entry, entries_in, fitting, look, names_in
 from epsrt.engines.cache.key import Key, Record, Wanted, differences
 from epsrt.errors import EngineError
+from epsrt.files import sweep
 from epsrt.manifest import FileEntry
 from epsrt.raised import foreign, passed_over
 
@@ -108,6 +109,8 @@ class EngineCache:
         if used and not entry.shipped:
             with passed_over(OSError):
                 os.utime(entry.record_path)
+            for path in (entry.path, entry.record_path):
+                sweep(path)
         return data
 
     def load(self, entry: Entry) -> bytes:
@@ -188,6 +191,8 @@ class EngineCache:
             private.check(self.directory, path)
             private.check(self.directory, record)
             kept = msgspec.json.decode(record.read_bytes(), type=FileEntry)
+            for each in (path, record):
+                sweep(each)
             return private.read(path, kept.sha256, kept.size)
         except (EngineError, OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
             if foreign(error):
