@@ -5,7 +5,7 @@ EXTRAS := cpu,openvino,export,train,cli,charts,signing,debug,tensorrt-rtx,dev,do
 # Their own requirements hold a torchvision that no CPU torch loads, and a hundred packages that no test needs.
 FOREIGN := denoising-diffusion-pytorch torchcfm monai
 
-.PHONY: demo samplers gallery test test-runtime lint mutants trust docs bench gpu clean
+.PHONY: demo samplers gallery emoji test test-runtime lint mutants trust docs bench gpu clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
@@ -15,6 +15,10 @@ samplers: .venv/installed
 
 gallery: .venv/installed
 	$(BIN)/python examples/gallery.py
+
+# Forty minutes on two cores; stopped, it goes on.
+emoji: .venv/installed
+	$(BIN)/python examples/emoji.py
 
 # A file's tests stay in one process, and each process on one core: they would only wait for each other's threads.
 test: lint docs
