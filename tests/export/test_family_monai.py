@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch_engine import sampled as stepped
 
 from epsrt import BundleError, EpsrtError, Sampler, Schedule, noise, open_engine, timesteps
 from epsrt.parity.measure import worst_psnr
@@ -224,24 +225,110 @@ def old_names(made):
     return renamed
 
 
+def general(rank, takes=1, **more):
+    """A network of signals, images or volumes."""
+    shape = {"num_res_blocks": 1, "channels": (8, 16), "attention_levels": (False, True), **SMALL, **more}
+    return theirs.DiffusionModelUNet(rank, takes, 1, **shape)
+
+
+class TestMoreThanImages:
+    """In PyTorch, as the bundle's step has it; whether graphs of such networks are exact, test_conditions asks."""
+
+    @pytest.mark.parametrize(
+        ("rank", "size", "more"),
+        [
+            (3, (4, 6, 8), {}),
+            (3, (4, 4, 4), {"num_class_embeds": 3}),
+            (2, (8, 8), {"takes": 3}),
+            (2, (8, 8), {"with_conditioning": True, "cross_attention_dim": 5, "transformer_num_layers": 2}),
+            (3, (4, 4, 4), {"takes": 2, "with_conditioning": True, "cross_attention_dim": 5}),
+        ],
+        ids=str,
+    )
+    def test_the_loop_of_diffusion_inferer(self, tmp_path, monkeypatch, rank, size, more):
+        torch.manual_seed(0)
+        made = general(rank, **more).eval()
+        for p in made.parameters():
+            if not p.any():  # as they make what ends a block
+                p.data.normal_(0, 0.2)
+        torch.save(made.state_dict(), tmp_path / "net.pt")
+        classes, image = more.get("num_class_embeds", 0), more.get("takes", 1) - 1
+        asked = {"context_length": 4} if "cross_attention_dim" in more else {}
+        source = load(tmp_path / "net.pt", image_size=",".join(map(str, size)), **asked)
+        assert (source.shape, source.classes) == ((1, *size), classes)
+        labels = torch.tensor([0, 2, 1]) if classes else None
+        given = {"image": torch.randn(IMAGES, image, *size)} if image else {}
+        given |= {"context": torch.randn(IMAGES, 4, 5)} if asked else {}
+        assert [c.name for c in source.conditions] == list(given)
+
+        def normal(stream, n):
+            z = noise.normals(SEED, range(IMAGES), stream, n, int(np.prod(size)))
+            return torch.from_numpy(z.reshape(IMAGES, 1, *size))
+
+        x, rows = normal(noise.START, 0), iter(range(1000))
+        scheduler = schedulers.DDPMScheduler(schedule="linear_beta", **STEEP)
+        monkeypatch.setattr(torch, "randn", lambda *shape, **k: normal(noise.STEP, next(rows)))
+        with torch.inference_mode():
+            for t in scheduler.timesteps:
+                seen = torch.cat([x, given["image"]], 1) if image else x
+                told = {"context": given.get("context"), "class_labels": labels}
+                out = made(seen, timesteps=torch.full((IMAGES,), int(t)), **told)
+                x, _ = scheduler.step(out, int(t), x)
+        monkeypatch.undo()
+        conditions = {name: value.numpy() for name, value in given.items()}
+        ours = stepped(
+            source, IMAGES, seed=SEED, labels=None if labels is None else labels.tolist(), conditions=conditions
+        )
+        assert worst_psnr(ours, x.numpy(), (-1.0, 1.0)) > 100
+        assert 0.2 < x.std() < 1.1
+        for name in conditions:
+            other = stepped(source, IMAGES, seed=SEED, conditions={**conditions, name: -conditions[name]})
+            assert worst_psnr(other, x.numpy(), (-1.0, 1.0)) < 60
+
+    @pytest.mark.parametrize(
+        ("make", "options", "message"),
+        [
+            (
+                lambda: general(3),
+                {"image_size": "4,4"},
+                "image_size = 4,4: give one number, or 3, for depth, height, w",
+            ),
+            (
+                lambda: general(3),
+                {"image_size": 5},
+                "image_size = 5 does not suit the network, which takes multiples of 2",
+            ),
+            (lambda: general(1), {}, "1-dimensional data, which MONAI's own class does not run"),
+            (lambda: general(3), {"image_size": None}, "such as image_size=64, or 64,64,64 for depth, height, width"),
+            (lambda: general(2), {"context_length": 3}, "context_length = 3, and .* is of a network without a context"),
+            (
+                lambda: general(2, with_conditioning=True, cross_attention_dim=3),
+                {},
+                "does not say how many: give context_l",
+            ),
+        ],
+    )
+    def test_refusals(self, tmp_path, make, options, message):
+        torch.save(make().state_dict(), tmp_path / "net.pt")
+        with pytest.raises(EpsrtError, match=message):
+            load(tmp_path / "net.pt", **options)
+
+    def test_inspect(self):
+        made = general(3, takes=2, with_conditioning=True, cross_attention_dim=5)
+        guess = monai.recognise({name: tuple(t.shape) for name, t in made.state_dict().items()}, {})
+        assert (guess.facts["samples"], guess.facts["channels"]) == ("volumes", "1")
+        assert (guess.facts["takes"], guess.facts["takes a context"]) == ("an image of 1 channels", "vectors of 5")
+        assert "context_length" in guess.missing
+
+
 class TestOtherNetworks:
     @pytest.mark.parametrize(
         ("make", "message"),
         [
             (
-                lambda: network(with_conditioning=True, cross_attention_dim=3),
-                "takes a context .*adapter that has it in a",
-            ),
-            (lambda: theirs.DiffusionModelUNet(2, 3, 1, 1, (8,), (False,), 4), "takes a second image of 2 channels"),
-            (
                 lambda: theirs.DiffusionModelUNet(2, 1, 2, 1, (8,), (False,), 4),
                 "takes 1 channels and returns 2: .*variance",
-            ),
-            (
-                lambda: theirs.DiffusionModelUNet(3, 1, 1, 1, (8,), (False,), 4),
-                "3-dimensional data, .*one below another",
-            ),
-            (lambda: theirs.DiffusionModelUNet(1, 1, 1, 1, (8,), (False,), 4), "1-dimensional data, .*height 1"),
+            )
         ],
     )
     def test_are_refused_by_name(self, tmp_path, make, message):

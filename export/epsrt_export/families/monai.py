@@ -1,10 +1,11 @@
-"""Networks trained with MONAI: its DiffusionModelUNet in two dimensions, under its DDPMScheduler or DDIMScheduler.
+"""Networks trained with MONAI: its DiffusionModelUNet of images and volumes, under its DDPM or DDIM scheduler.
 
 The network is that package's own class, built from what the file says; nothing of it is imported before `load`.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -14,20 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epsrt.condition import Condition
 from epsrt.errors import BundleError, InputError, typed
 from epsrt.files import sha256
+from epsrt.manifest import AXES
+from epsrt.types import Shape
 from epsrt_export.families import statedict
 from epsrt_export.families.guess import Guess
 from epsrt_export.families.latents import draws_latents
 from epsrt_export.families.monai_scheduler import scheduled
-from epsrt_export.families.shapes import kernel_in, numbered, shape_in
-from epsrt_export.families.sides import Size, height_and_width, suited
+from epsrt_export.families.shapes import numbered, shape_in
+from epsrt_export.families.sides import Size, extents_of, height_and_width, suited
 from epsrt_export.families.statedict import Shapes
 from epsrt_export.source import LATENTS, Source
 
 ANCHORS = ("conv_in.conv.weight", "time_embed.0.weight", "out.2.conv.weight")
 UNTOLD = "the weights of any number have the same shapes"
 VALUES = "images are taken to lie in 0 … 1, as most of MONAI's transforms leave them: else say value_range=-1,1"
+
+KINDS = {2: "images", 3: "volumes"}
+BLOCK = re.compile(r"\.transformer_blocks\.([0-9]{1,3})\.")
 
 Numbers = int | str | Sequence[int]
 
@@ -37,6 +44,7 @@ def load(
     /,
     *,
     image_size: Size | None = None,
+    context_length: int | None = None,
     num_head_channels: Numbers | None = None,
     schedule: str | None = None,
     ema: bool | None = None,
@@ -51,7 +59,8 @@ def load(
 ) -> Source:
     """A DiffusionModelUNet of MONAI from its state dict, or from what a training saved around it.
 
-    image_size          pixels, one number or height and width: in no file
+    image_size          pixels, one number for all axes or one an axis ("64,48" of images): in no file
+    context_length      of a network with a context (with_conditioning): vectors a sample, in no file
     num_head_channels   of the network: one number, or one a level, "0,0,32": in no file
     norm_num_groups, norm_eps   of the network, in no file either
     null_label          the last class, where the training took it for none
@@ -70,17 +79,19 @@ def load(
     The network's other arguments are read from the file. Samples are those of the installed package's schedulers, which
     chose DDIM's timesteps otherwise before its version 1.6.
 
-    Raises InputError where the package is missing, for options that are missing or contradict the file, for networks
-    that take a context or a second image, and for those of volumes; BundleError for files that are damaged or of
-    another network.
+    A network that takes more channels than it returns has an image concatenated behind its sample, as DiffusionInferer
+    has it in the mode "concat": the condition "image". A context is the condition "context", [context_length, its
+    width]; which one means nothing, no file says.
+
+    Raises InputError where the package is missing, and for options that are missing or contradict the file; BundleError
+    for files that are damaged or of another network.
     """
     path = Path(path)
     found = statedict.weights(path, ANCHORS[:2], ema)
     arguments = describe(found.shapes, path)
-    channels, levels = arguments["in_channels"], arguments["channels"]
-    if image_size is None:
-        raise InputError("image_size is not in the file: give it, such as image_size=64, or 64,48 for height and width")
-    size = suited("image_size", height_and_width("image_size", image_size), 2 ** (len(levels) - 1))
+    channels, levels = arguments["out_channels"], arguments["channels"]
+    size = _size(image_size, arguments)
+    conditions = _conditions(arguments, size, context_length, path)
     arguments["num_head_channels"] = _heads(num_head_channels, arguments, path)
     arguments |= {"norm_num_groups": _groups(norm_num_groups, levels), "norm_eps": typed("norm_eps", norm_eps, 0.0)}
     told = scheduled(theirs("monai.networks.schedulers"), scheduler, schedule, num_inference_steps, options)
@@ -106,6 +117,7 @@ def load(
         clip=told.clip,
         classes=classes if null_label is None else classes - 1,
         null_label=null_label,
+        conditions=conditions,
         sampling=told.sampling,
         family="monai",
         name=path.name,
@@ -118,14 +130,14 @@ def load(
 
 
 class Denoiser(nn.Module):
-    """forward(x, t[, label]) of their network, which takes labels by name."""
+    """forward(x, t[, label], context=) of their network, which takes labels by name."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        out: Tensor = self.network(x, t, class_labels=label)
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, *, context: Tensor | None = None) -> Tensor:
+        out: Tensor = self.network(x, t, context=context, class_labels=label)
         return out
 
 
@@ -141,13 +153,19 @@ def recognise(shapes: Shapes, rest: Mapping[str, Any]) -> Guess | None:
         return Guess("", {"network": "DiffusionModelUNet of MONAI", "refused": str(error)})
     facts = {
         "network": "DiffusionModelUNet of MONAI",
-        "channels": str(arguments["in_channels"]),
+        "samples": KINDS[arguments["spatial_dims"]],
+        "channels": str(arguments["out_channels"]),
         "channels of each level": ", ".join(map(str, arguments["channels"])),
         "image size": f"multiples of {2 ** (len(arguments['channels']) - 1)}",
         "classes": str(arguments["num_class_embeds"] or "none"),
     }
+    if more := arguments["in_channels"] - arguments["out_channels"]:
+        facts["takes"] = f"an image of {more} channels"
+    if width := arguments["cross_attention_dim"]:
+        facts["takes a context"] = f"vectors of {width}"
     missing = {
         "image_size": "no weights depend on it",
+        **({"context_length": "no weights depend on it"} if width else {}),
         "num_head_channels": UNTOLD,
         "schedule": "of the scheduler, which is in no file: linear_beta, unless it was given",
     }
@@ -175,45 +193,73 @@ def theirs(module: str) -> Any:
 
 def describe(shapes: Shapes, path: str | Path) -> dict[str, Any]:
     """The arguments of the class that the tensors show. Raises InputError for networks that no bundle can hold."""
-
-    into = kernel_in(shapes, "conv_in.conv.weight", path)[1]
-    if any(".transformer_blocks." in name for name in shapes):
+    rank = len(shapes.get("conv_in.conv.weight", ()))
+    if rank == 3:
         raise InputError(
-            f"{path} is of a network that takes a context (with_conditioning = True), which no bundle hands on: where "
-            "one context will do, export it from Python, with export_network and an adapter that has it in a buffer"
+            f"{path} is of a network for 1-dimensional data, which MONAI's own class does not run (its time embedding "
+            "has an axis too many): export what it was trained with from Python, with export_network"
         )
+    into = shape_in(shapes, "conv_in.conv.weight", min(max(rank, 4), 5), path)[1]
     if "middle_block.attention.to_q.weight" in shapes:
         raise InputError(
             f"{path} has the names of MONAI Generative: in MONAI, net.load_old_state_dict(torch.load(path)) takes them "
             "into a DiffusionModelUNet; torch.save(net.state_dict(), …) saves what is read here"
         )
-    returned = shape_in(shapes, "out.2.conv.weight", 4, path)[0]
-    if returned != into:
-        takes = f"{path} is of a network that takes {into} channels and returns {returned}"
-        if into > returned:
-            raise InputError(
-                f"{takes}: it takes a second image of {into - returned} channels, which no bundle hands on: where one "
-                "will do, export it from Python, with export_network and an adapter that has it in a buffer"
-            )
+    returned = shape_in(shapes, "out.2.conv.weight", rank, path)[0]
+    if returned > into:
         raise InputError(
-            f"{takes}: MONAI takes a variance between its bounds without a logarithm, which no plan does: export the "
-            "first half from Python, with export_network and an adapter"
+            f"{path} is of a network that takes {into} channels and returns {returned}: MONAI takes a variance between "
+            "its bounds without a logarithm, which no plan does: export the first half from Python, with "
+            "export_network and an adapter"
         )
+    blocks = {int(m[1]) for name in shapes if (m := BLOCK.search(name))}
+    contexts = [shapes[name][1] for name in sorted(shapes) if name.endswith(".attn2.to_k.weight")]
     levels = range(max(1, len(numbered(shapes, "down_blocks."))))
     return {
-        "spatial_dims": 2,
+        "spatial_dims": rank - 2,
         "in_channels": into,
         "out_channels": returned,
-        "channels": [shape_in(shapes, f"down_blocks.{i}.resnets.0.conv1.conv.weight", 4, path)[0] for i in levels],
+        "channels": [shape_in(shapes, f"down_blocks.{i}.resnets.0.conv1.conv.weight", rank, path)[0] for i in levels],
         "num_res_blocks": [len(numbered(shapes, f"down_blocks.{i}.resnets.")) for i in levels],
         "attention_levels": [any(n.startswith(f"down_blocks.{i}.attentions.") for n in shapes) for i in levels],
+        "with_conditioning": bool(contexts),
+        "transformer_num_layers": max(blocks, default=0) + 1,
+        "cross_attention_dim": contexts[0] if contexts else None,
         "num_class_embeds": shape_in(shapes, "class_embedding.weight", 2, path)[0]
         if "class_embedding.weight" in shapes
         else None,
         "resblock_updown": any(".downsampler.conv1." in name for name in shapes),
-        "include_fc": "middle_block.attention.attn.out_proj.weight" in shapes,
-        "use_combined_linear": "middle_block.attention.attn.qkv.weight" in shapes,
+        "include_fc": any(name.endswith(("attn.out_proj.weight", "attn1.out_proj.weight")) for name in shapes),
+        "use_combined_linear": any(name.endswith(("attn.qkv.weight", "attn1.qkv.weight")) for name in shapes),
     }
+
+
+def _size(given: Size | None, arguments: dict[str, Any]) -> Shape:
+    """The extents of a sample: one number for all axes, or one each, multiples of what the network halves."""
+    axes, multiple = AXES[arguments["spatial_dims"]], 2 ** (len(arguments["channels"]) - 1)
+    if given is None:
+        several = f"{','.join(['64'] * len(axes))} for {', '.join(axes)}"
+        raise InputError(f"image_size is not in the file: give it, such as image_size=64, or {several}")
+    if len(axes) == 2:
+        return suited("image_size", height_and_width("image_size", given), multiple)
+    return extents_of("image_size", given, axes, multiple)
+
+
+def _conditions(arguments: dict[str, Any], size: Shape, length: int | None, path: Path) -> list[Condition]:
+    """What the network takes besides a class."""
+    found, width = [], arguments["cross_attention_dim"]
+    if more := arguments["in_channels"] - arguments["out_channels"]:
+        found.append(Condition("image", (more, *size), "float32", "image"))
+    if length is not None and width is None:
+        raise InputError(f"context_length = {length}, and {path} is of a network without a context: leave it out")
+    if width is not None:
+        if length is None or typed("context_length", length, 1) < 1:
+            raise InputError(
+                f"{path} is of a network that takes a context of vectors of {width}, and does not say how many: give "
+                "context_length=1, or as many as the training had"
+            )
+        found.append(Condition("context", (length, width), "float32", "context", guided=True))
+    return found
 
 
 def _heads(given: Numbers | None, arguments: dict[str, Any], path: Path) -> list[int]:

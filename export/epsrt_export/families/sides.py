@@ -1,4 +1,4 @@
-"""Height and width, as people write them."""
+"""Height and width, or the extents of signals and volumes, as people write them."""
 
 from __future__ import annotations
 
@@ -37,3 +37,16 @@ def suited(name: str, size: tuple[int, int], multiple: int) -> tuple[int, int]:
     raise InputError(
         f"{name} = {size[0]},{size[1]} does not suit the network, which takes multiples of {multiple}, such as {near}"
     )
+
+
+def extents_of(name: str, given: Any, axes: Sequence[str], multiple: int) -> tuple[int, ...]:
+    """One number for all axes, or one each ("8,16,16"), all multiples of `multiple`. Raises InputError otherwise."""
+    words = given.lower().replace("x", ",").split(",") if isinstance(given, str) else given
+    each = list(words) if isinstance(words, (list, tuple)) else [words]
+    each = [int(word[:8]) if isinstance(word, str) and word.strip().isdecimal() else word for word in each]
+    numbers = [typed(name, n[:24] if isinstance(n, str) else n, 1) for n in each]
+    if len(numbers) not in (1, len(axes)):
+        raise InputError(f"{name} = {str(given)[:40]}: give one number, or {len(axes)}, for {', '.join(axes)}")
+    if any(not 0 < n <= LARGEST or n % multiple for n in numbers):
+        raise InputError(f"{name} = {str(given)[:40]} does not suit the network, which takes multiples of {multiple}")
+    return tuple(numbers * len(axes) if len(numbers) == 1 else numbers)
