@@ -373,7 +373,8 @@ class TestNetworks:
             source = load(path)
             assert source.latents
             assert source.value_range == LATENTS
-            assert "draws latents of the autoencoder vqvae, which no bundle holds yet" in said(source)
+            assert source.autoencoder is not None
+            assert "draws latents, and their autoencoder vqvae decodes and encodes" in said(source)
         source = load(folder, latents=False)
         assert (source.latents, source.value_range) == (False, (-1.0, 1.0))
         assert "latents" not in said(source)
@@ -382,14 +383,16 @@ class TestNetworks:
         (training / "vae").mkdir()
         (training / "vae" / CONFIG).write_text("{}")
         for path in ("checkpoint-5", "checkpoint-5/unet_ema", "checkpoint-5/unet"):
-            assert "the autoencoder vae" in said(load(training / path))
+            assert "their autoencoder vae is left out" in said(load(training / path, autoencoder=False))
+            with pytest.raises(InputError, match="autoencoder class None is not among AutoencoderKL, VQModel: --set"):
+                load(training / path)
 
     def test_of_an_autoencoder_that_was_not_downloaded(self, folder):
         edit(folder / PIPELINE, vqvae=[None, None])
         assert not load(folder).latents
         edit(folder / PIPELINE, movq=["diffusers", "VQModel"])
         for path in (folder, folder / "unet"):
-            assert "the autoencoder movq" in said(load(path))
+            assert "their autoencoder movq is left out" in said(load(path, autoencoder=False))
 
     def test_of_channels_that_no_image_has(self, tmp_path):
         UNet2DModel(in_channels=4, out_channels=4, **SMALL).save_pretrained(tmp_path)
@@ -406,7 +409,9 @@ class TestNetworks:
     def test_of_a_second_image(self, tmp_path, extra):
         unet = UNet2DModel(in_channels=3 + extra, out_channels=3, **SMALL)
         DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
-        with pytest.raises(InputError, match=f"takes {3 + extra} channels and returns 3: .* are of a second image"):
+        with pytest.raises(
+            InputError, match=f"takes {3 + extra} channels and returns 3: .* are of an image that it is given"
+        ):
             load(tmp_path)
 
     def test_told_sigma(self, folder):
@@ -414,15 +419,15 @@ class TestNetworks:
         with pytest.raises(InputError, match="this network is told ln σ, not a timestep"):
             load(folder)
 
-    def test_of_no_class(self, folder):
-        edit(folder / "unet" / "config.json", class_embed_type="timestep")
-        with pytest.raises(InputError, match="this network takes a number a sample where others take a class"):
+    def test_of_an_unknown_class(self, folder):
+        edit(folder / "unet" / "config.json", class_embed_type="text")
+        with pytest.raises(InputError, match="class_embed_type = 'text' is unknown: use one of timestep, identity"):
             load(folder)
 
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("UNet1DModel", r"its samples are sequences \[C, L\]: export it from Python"),
+            ("UNet3DConditionModel", "takes a context beside the video, such as a text's embedding: export it from"),
             ("UNet2DConditionModel", "takes a context beside the image, such as a text's embedding"),
             ("VQModel", "it is an autoencoder, which denoises nothing: give the folder of the pipeline"),
         ],

@@ -245,7 +245,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"_class_name": "FluxTransformer2DModel"}, "class 'FluxTransformer2DModel' is not among UNet2DModel, D"),
+            ({"_class_name": "FluxTransformer2DModel"}, "class 'FluxTransformer2DModel' is not among UNet2DModel, UN"),
             ({"block_out_channels": [16, 48]}, r"has shape .*, the network .*: it is not what .*unet/config.json says"),
             ({"layers_per_block": 2}, "does not fit: it lacks the tensor down_blocks.0.resnets.1.norm1.weight"),
             ({"num_class_embeds": 10}, "it lacks the tensor class_embedding.weight, 1 of .* in all: it is not what"),
@@ -266,7 +266,7 @@ class TestRefusals:
             ({"sample_size": True}, "sample_size = True is not a whole number"),
             ({"sample_size": 10**12}, "sample_size = 1000000000000 is more than any network's"),
             ({"_class_name": ["UNet2DModel"]}, "model class ..UNet2DModel.. is not among"),
-            ({"class_embed_type": "timestep"}, "this network takes a number a sample where others take a class"),
+            ({"class_embed_type": "text"}, "class_embed_type = 'text' is unknown: use one of timestep, identity"),
             ({"out_channels": 4}, "takes 3 channels and returns 4: neither as many, nor twice"),
         ],
     )

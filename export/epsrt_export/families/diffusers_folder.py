@@ -20,19 +20,21 @@ from epsrt_export.families.guess import Guess
 from epsrt_export.families.tensorfile import load
 
 CONFIG, SCHEDULER, PIPELINE = "config.json", "scheduler_config.json", "model_index.json"
-CLASSES = ("UNet2DModel", "DiTTransformer2DModel")
+CLASSES = ("UNet2DModel", "UNet1DModel", "DiTTransformer2DModel")
 MODELS, AVERAGED = ("unet", "transformer"), ("unet_ema", "transformer_ema")
 AUTOENCODERS = ("vae", "vqvae", "movq")
 # other models of theirs: what a bundle lacks for them
-ADAPTER = "export it from Python, with export_network and an adapter that fixes it"
+ADAPTER = "export it from Python, with export_network, an adapter and conditions=[Condition(…)]"
 OTHERS = {
-    "UNet1DModel": "its samples are sequences [C, L]: export it from Python, with an adapter for images [C, 1, L]",
-    "UNet3DConditionModel": "its samples are videos [C, D, H, W], and bundles hold images",
+    "UNet3DConditionModel": f"it takes a context beside the video, such as a text's embedding: {ADAPTER}",
     "UNet2DConditionModel": f"it takes a context beside the image, such as a text's embedding: {ADAPTER}",
     "Transformer2DModel": "an early DiT was saved so: load it as DiTTransformer2DModel and save it again",
     "AutoencoderKL": "it is an autoencoder, which denoises nothing: give the folder of the pipeline",
     "VQModel": "it is an autoencoder, which denoises nothing: give the folder of the pipeline",
 }
+LACKS = f"it lacks {CONFIG} and {SCHEDULER}, which say how it is built and trained: give the folder that has them"
+# the first convolution of a UNet1DModel, of sound and of trajectories
+SEQUENCES = ("down_blocks.0.resnets.0.conv_1.weight", "down_blocks.0.resnets.0.conv_in.conv1d.weight")
 _STEP = re.compile(r"checkpoint-(\d+)")
 # of these the owner keeps the rest a folder up
 _PARENT = re.compile(rf"(?:unet|transformer)(?:_ema)?|{_STEP.pattern}")
@@ -48,7 +50,9 @@ class Folder:
     scheduler    the scheduler_config.json
     files        the weights, one file or its shards
     listing      the index of the shards, or the file
+    pipeline     its class, as model_index.json has it, or ""
     autoencoder  the name of the one whose latents the model draws, or ""
+    beside       that one's folder; None: it was not downloaded, or there is none
     notes        sentences: what was chosen and what was left aside
     """
 
@@ -58,7 +62,9 @@ class Folder:
     scheduler: Path
     files: tuple[Path, ...]
     listing: Path
+    pipeline: str
     autoencoder: str
+    beside: Path | None
     notes: tuple[str, ...]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -102,7 +108,7 @@ def find(
         # of a whole path, the bundle would depend on where it was made
         notes.append(f"{noise.parent.name}/{noise.name} says which noise the network was trained on")
     files, listing, said = weights(model, variant, config["_class_name"])
-    return Folder(root, model, config, noise, files, listing, _autoencoder(places), (*notes, *said))
+    return Folder(root, model, config, noise, files, listing, _pipeline(places), *_autoencoder(places), (*notes, *said))
 
 
 def is_folder(path: Path) -> bool:
@@ -115,16 +121,18 @@ def is_folder(path: Path) -> bool:
 def recognise(shapes: Mapping[str, tuple[int, ...]], rest: Mapping[str, Any]) -> Guess | None:
     """The state dict of a U-Net of theirs without its folder, whose config.json alone says how it is built."""
     first = shapes.get("conv_in.weight", ())
-    if "time_embedding.linear_1.weight" not in shapes or len(first) < 3:
+    sequences = any(name in shapes for name in SEQUENCES)
+    if not sequences and ("time_embedding.linear_1.weight" not in shapes or len(first) < 3):
         return None
-    kind = {3: "UNet1DModel", 4: "UNet2DModel"}.get(len(first), "UNet3DConditionModel")
+    if sequences:
+        return Guess("", {"network": "diffusers' UNet1DModel", "lacks": LACKS})
+    kind = "UNet2DModel" if len(first) == 4 else "UNet3DConditionModel"
     if kind == "UNet2DModel" and any(".attn2." in name for name in shapes):
         kind = "UNet2DConditionModel"
     facts = {"network": f"diffusers' {kind}", "channels": str(first[1])}
     if kind in OTHERS:
         return Guess("", {**facts, "not yet": OTHERS[kind]})
-    lacks = f"it lacks {CONFIG} and {SCHEDULER}, which say how it is built and trained: give the folder that has them"
-    return Guess("", {**facts, "lacks": lacks})
+    return Guess("", {**facts, "lacks": LACKS})
 
 
 def _model(root: Path, ema: bool | None) -> tuple[Path, list[str]]:
@@ -208,11 +216,18 @@ def _given(scheduler: str | Path) -> Path:
     raise BundleError(f"scheduler = {scheduler} has no {SCHEDULER}: give a folder that its save_pretrained wrote")
 
 
-def _autoencoder(places: list[Path]) -> str:
-    """The name of the first that is there, or that a pipeline names though it was not downloaded."""
+def _pipeline(places: list[Path]) -> str:
+    near = next((near for near in places if (near / PIPELINE).is_file()), None)
+    return "" if near is None else str(read_json(near / PIPELINE, "the pipeline's").get("_class_name", ""))
+
+
+def _autoencoder(places: list[Path]) -> tuple[str, Path | None]:
+    """The name and the folder of the first that is there, or that a pipeline names though it was not downloaded."""
     for near in places:
         index = read_json(near / PIPELINE, "the pipeline's") if (near / PIPELINE).is_file() else {}
         for name in AUTOENCODERS:
-            if (near / name / CONFIG).is_file() or index.get(name) not in (None, [None, None]):
-                return name
-    return ""
+            if (near / name / CONFIG).is_file():
+                return name, near / name
+            if index.get(name) not in (None, [None, None]):
+                return name, None
+    return "", None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 from torch import Tensor
 
 from epsrt.errors import InputError, one_of, typed
@@ -42,7 +43,7 @@ OTHERS = {
     "FlowMatchEulerDiscreteScheduler": FLOW,
     "FlowMatchHeunDiscreteScheduler": FLOW,
     "FlowMatchLCMScheduler": FEW,
-    "IPNDMScheduler": f"has betas of its own: {PYTHON}Schedule.given(betas)",
+    "IPNDMScheduler": f'is told an angle: {PYTHON}Schedule.of_alpha_bar(…), prediction="v" and an adapter',
     "KarrasVeScheduler": EDM,
     "LCMScheduler": FEW,
     "SCMScheduler": FEW,
@@ -65,15 +66,23 @@ TRACES = {
 # what schedulers of DDPM's noise have under those names
 IDLE = {"flow_shift": 1.0, "use_flow_sigmas": False, "use_dynamic_shifting": False, "timestep_type": "discrete"}
 UNFINISHED = 0.1  # ᾱ at the last timestep; DDPM's is 4e-5, and Stable Diffusion's 5e-3
+MOST_ANGLES = 10_000
 CONSISTENCY_STEPS = 40  # of CMStochasticIterativeScheduler
 DEAD = ("tensor_format", "timestep_values")  # early versions wrote them, none reads them
 KINDS = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
 PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
+IPNDM, IPNDM_STEPS = "IPNDMScheduler", 100  # num_inference_steps of DanceDiffusionPipeline
+DIT, SEQUENCES = "DiTTransformer2DModel", "UNet1DModel"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a scheduler_config.json means here; `notes`: which of its keys mean nothing."""
+    """What a scheduler_config.json means here.
+
+    method, steps   that sample; None: as many as the pipeline takes
+    angles          the network is told 2/π·atan(σ/α), not a timestep
+    notes           which of its keys mean nothing
+    """
 
     schedule: Schedule
     prediction: str
@@ -82,6 +91,9 @@ class Options:
     variance: LearnedVariance | None
     spacing: str
     sampling: dict[str, bool | int | float | str | None]
+    method: str
+    steps: int | None = None
+    angles: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -89,7 +101,7 @@ def read(file: Path) -> dict[str, Any]:
     """A scheduler_config.json. Raises InputError for a class that is neither DDPM's nor DDIM's: what to do instead."""
     config = read_json(file, "the scheduler's")
     name = config.get("_class_name")
-    if isinstance(name, str) and name in SCHEDULERS:
+    if isinstance(name, str) and name in (*SCHEDULERS, IPNDM):
         return config
     if isinstance(name, str) and name in SAME_NOISE:
         _refuse_traces(file, config)
@@ -102,22 +114,22 @@ def read(file: Path) -> dict[str, Any]:
             f"{shlex.join(['python', '-c', code, str(file)])}"
         )
     if isinstance(name, str) and name in OTHERS:
-        raise InputError(
-            f"{file}: a network of {name} {OTHERS[name]}; a DDPM or DDIM made of this config would sample wrongly"
-        )
+        raise InputError(_other(file, name))
     raise InputError(
         f"{file}: scheduler class {repr(name)[:60]} is not among {', '.join(SCHEDULERS)}: save the one whose noise the "
         "network was trained on"
     )
 
 
-def options(file: Path, config: dict[str, Any], twice: bool, dit: bool) -> Options:
-    """Of a config that `read` has read; `twice`: the network returns twice its channels. `dit`: of a DiTPipeline.
+def options(file: Path, config: dict[str, Any], twice: bool, network: str) -> Options:
+    """Of a config that `read` has read; `twice`: the `network`, a class of theirs, returns twice its channels.
 
     Raises InputError for an option that has no equal here, that contradicts another, or that is a trace of a scheduler
     of another kind.
     """
-    name = config["_class_name"]
+    name, dit = config["_class_name"], network == DIT
+    if name == IPNDM:
+        return _of_angles(file, config, network)
     known = _parameters(SCHEDULERS[name])
     _refuse_traces(file, config)
     notes = _ignored(file, config, known)
@@ -168,8 +180,38 @@ def options(file: Path, config: dict[str, Any], twice: bool, dit: bool) -> Optio
         variance,
         given["timestep_spacing"],
         sampling,
-        notes,
+        "ddpm" if name == "DDPMScheduler" else "ddim",
+        notes=notes,
     )
+
+
+def _of_angles(file: Path, config: dict[str, Any], network: str) -> Options:
+    """Of an IPNDMScheduler: σ = sin²(π/2·s) with s from 1 to 0, for Dance Diffusion's networks of v."""
+    if network != SEQUENCES:
+        raise InputError(_other(file, IPNDM))
+    own = {"num_train_timesteps": 1000, "trained_betas": None}
+    if foreign := [key for key in config if not key.startswith("_") and key not in own]:
+        raise InputError(
+            f"{file}: {foreign[0]} is of another scheduler, of which this {IPNDM} was made, and its noise is not that "
+            "one's: give the scheduler of the training, --set scheduler=FOLDER"
+        )
+    if config.get("trained_betas") is not None:
+        raise InputError(
+            f"{file}: trained_betas of an {IPNDM} hold for one number of steps, which no plan keeps: write null where "
+            "they are its own, sin²(π/2·s)"
+        )
+    T = typed(f"{file}: {IPNDM}'s num_train_timesteps", config.get("num_train_timesteps", 1000), 0)
+    if not 2 <= T <= MOST_ANGLES:
+        raise InputError(f"{file}: num_train_timesteps = {str(T)[:24]} is outside 2 … {MOST_ANGLES}: write 1000")
+    sigma = np.sin(np.pi / 2 * np.arange(1, T + 1) / T) ** 2
+    steps = min(IPNDM_STEPS, T)
+    said = f"{file.name}: {IPNDM} looks back at three steps, and no table does: dpmpp-2m takes its {steps} timesteps"
+    schedule = Schedule.of_alpha_bar(1 - sigma**2)
+    return Options(schedule, "v", None, None, None, "trailing", {}, "dpmpp-2m", steps, True, (said,))
+
+
+def _other(file: Path, name: str) -> str:
+    return f"{file}: a network of {name} {OTHERS[name]}; a DDPM or DDIM made of this config would sample wrongly"
 
 
 def _parameters(scheduler: Any) -> dict[str, Any]:

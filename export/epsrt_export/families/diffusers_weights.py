@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from epsrt.errors import BundleError, InputError
 from epsrt_export.families.diffusers_json import read_json
@@ -14,6 +17,18 @@ STEM = "diffusion_pytorch_model"
 STEMS = (STEM, "model")  # accelerate's name, and transformers'
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
 _VARIANT = re.compile(rf"{STEM}\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)")
+
+_EARLY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # names of diffusers before 0.17
+_EARLY_NAME = re.compile(r"(.*attentions?(?:\.\d+)?)\.(query|key|value|proj_attn)\.(weight|bias)")
+
+
+def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of attention by the names that it has now."""
+    return {_EARLY_NAME.sub(_now, name): tensor for name, tensor in tensors.items()}
+
+
+def _now(match: re.Match[str]) -> str:
+    return f"{match[1]}.{_EARLY[match[2]]}.{match[3]}"
 
 
 def weights(model: Path, variant: str | None, kind: str) -> tuple[tuple[Path, ...], Path, list[str]]:

@@ -186,9 +186,10 @@ def _folder(path: Path) -> Look:
     except ModuleNotFoundError as error:
         problem = f"a folder of diffusers, and --from diffusers needs {error.name}: pip install {error.name}"
         return Look(path, tuple(facts), problem=problem)
-    more, problem = theirs.seen(path)
+    more, missing, problem = theirs.seen(path)
     facts += more
-    return Look(path, tuple(facts), "" if problem else _command("diffusers", path), problem=problem)
+    command = "" if problem else _command("diffusers", path, Guess("diffusers", missing=missing))
+    return Look(path, tuple(facts), command, tuple(missing.items()), problem)
 
 
 def _of_diffusers(folder: Path) -> bool:
