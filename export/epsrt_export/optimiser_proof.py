@@ -38,6 +38,7 @@ class OptimiserProof:
         self._columns, self._told = tuple(columns), told
         self._given: dict[str, np.ndarray] = {}
         self._outputs: list[Float32] = []
+        self._fault: InputError | None = None
 
     def before(self, example: Mapping[str, Tensor], model: ir.Model) -> None:
         """Run a graph that is not optimised. `example` has a tensor [any, …] of each input's shape and dtype."""
@@ -45,18 +46,27 @@ class OptimiserProof:
         row = dict(zip(self._columns, idle_row(self._columns).tolist(), strict=True))
         row |= {name: value for name, value in _ROW.items() if name in row} | {"d": float("r" in row)}
         self._given["rows"] = np.array([list((row | {"t": t}).values()) for t in self._told], np.float32)
-        self._outputs = _run(model, self._given)
+        self._outputs = self._ran(model)
 
     def after(self, model: ir.Model) -> None:
         """Run the same graph, optimised."""
-        self._after = _run(model, self._given)
+        self._after = self._ran(model)
+
+    def _ran(self, model: ir.Model) -> list[Float32]:
+        try:
+            return _run(model, self._given)
+        except InputError as error:  # kept: a graph of one batch alone is refused for that, in better words
+            self._fault = error
+            return []
 
     def rung(self, precision: str, stem: str) -> Rung:
         """Rung "optimisation": relative L2 of the outputs after it from those before, of the worse state.
 
-        In half precision onnxruntime rounds where it puts casts, elsewhere in each graph, and zeros magnify that
-        without bounds: there they need only be as finite as before.
+        In half precision onnxruntime rounds where it puts casts, elsewhere in each graph, and zeros magnify that without
+        bounds: there they need only be as finite as before. Raises InputError where onnxruntime did not run one.
         """
+        if self._fault is not None:
+            raise self._fault
         found = [max(_apart(a[i], b[i]) for a, b in zip(self._after, self._outputs, strict=True)) for i in (0, 1)]
         if precision == "fp16" and np.isfinite(found[1]):
             found.pop()
@@ -80,7 +90,8 @@ def _states(i: int, like: Tensor) -> np.ndarray:
     made = np.zeros((2, *like.shape[1:]), like.numpy().dtype)
     if like.is_floating_point():
         made[0] = noise.normals(0, 0, noise.FORWARD, i, made[0].size).reshape(made[0].shape)
-        made[0, ..., : made.shape[-1] // 2 if made.ndim > 1 else 0] = 0
+        if made.ndim > 1:
+            made[0, ..., : made.shape[-1] // 2] = 0
     return made if made.dtype != bool else ~made
 
 
