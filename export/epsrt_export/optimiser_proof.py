@@ -62,8 +62,8 @@ class OptimiserProof:
     def rung(self, precision: str, stem: str) -> Rung:
         """Rung "optimisation": relative L2 of the outputs after it from those before, of the worse state.
 
-        In half precision onnxruntime rounds where it puts casts, elsewhere in each graph, and zeros magnify that without
-        bounds: there they need only be as finite as before. Raises InputError where onnxruntime did not run one.
+        In half precision onnxruntime rounds where it puts casts, elsewhere in each graph, and zeros magnify that
+        without bounds: there they need only be as finite as before. Raises InputError where a graph did not run.
         """
         if self._fault is not None:
             raise self._fault
