@@ -11,7 +11,7 @@ from foreign import guided_unet
 from safetensors.torch import save_file
 from torch import nn
 
-from epsrt import BundleError, EpsrtError, Schedule
+from epsrt import BundleError, Condition, EpsrtError, Schedule
 from epsrt.files import sha256
 from epsrt.manifest import Sampling
 from epsrt.timesteps import spaced
@@ -706,25 +706,23 @@ class TestFilesThatAreRefused:
                 state[name] = torch.cat([state[name]] * (out // 3))
             return state
 
-        message = (
-            f"takes a second image in each step, .* 6 channels for both together and returns {out}; bundles cannot"
-        )
+        message = f"takes a second image in each step, .* 6 channels for both together and returns {out}"
         with pytest.raises(EpsrtError, match=message):
             guided(saved(change=upsampler), **FLAGS)
 
     def test_upsamplers_way_out(self):
         class Adapter(nn.Module):
-            def __init__(self, net, image):
+            def __init__(self, net):
                 super().__init__()
                 self.net = net
-                self.register_buffer("image", image)
 
             def forward(self, x, t):
-                return self.net(t, torch.cat([x, self.image.expand(x.shape[0], -1, -1, -1)], 1))
+                return self.net(t, x)
 
         theirs = guided_unet()(16, 6, 32, 3, 1, (2,), channel_mult=(1, 2), num_heads=2).eval()
-        source = Source(Adapter(theirs, torch.randn(1, 3, 16, 16)).eval(), Schedule("cosine", 40), (3, 16, 16))
-        check_network(source.network, source.shape, (), torch.float32)
+        small = Condition("small", (3, 16, 16), "float32", "image")
+        source = Source(Adapter(theirs).eval(), Schedule("cosine", 40), (3, 16, 16), conditions=[small])
+        check_network(source.network, source.shape, source.conditions, torch.float32)
 
     def test_classifiers(self, saved):
         path = saved(change=lambda state: {k: v for k, v in state.items() if not k.startswith("output_blocks.")})

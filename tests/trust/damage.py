@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from copy import deepcopy
 from typing import Any
 
 NUMBERS = (
@@ -135,10 +136,10 @@ def _field_damaged(value: Any, rng: random.Random) -> str:
             del inside[key]
             return f"{what} left out"
         case 1 if isinstance(inside, dict):
-            inside[rng.choice(WORDS)] = old
+            inside[rng.choice(WORDS)] = deepcopy(old)  # or a later change would put it into itself
             return f"{what} also by another name"
         case 1 | 2 if isinstance(inside, list):
-            inside.insert(rng.randrange(len(inside) + 1), old)
+            inside.insert(rng.randrange(len(inside) + 1), deepcopy(old))
             return f"{what} twice"
         case 3:
             *others, last = rng.choice(every)
@@ -156,5 +157,5 @@ def _field_damaged(value: Any, rng: random.Random) -> str:
             at = rng.randrange(len(old))
             inside[key] = old[:at] + rng.choice(("", "/", "\0", "x", "-", "ß", "..")) + old[at + 1 :]
         case _:
-            inside[key] = rng.choice(HOSTILE)
+            inside[key] = deepcopy(rng.choice(HOSTILE))
     return f"{what} = {str(inside[key])[:60]!r}"

@@ -142,6 +142,6 @@ def conditioned(path: str | Path, channels: int, returned: int) -> InputError:
     """The refusal of a network that takes a second image."""
     return InputError(
         f"{path} takes a second image in each step, as upsamplers do: its network has {channels} channels for both "
-        f"together and returns {returned}; bundles cannot hold a second image yet: from Python, an adapter can fix one "
-        "(export_network)"
+        f"together and returns {returned}; this family reads none: from Python, give it as a "
+        "condition of pixels (export_network, conditions=)"
     )

@@ -167,7 +167,7 @@ def _typed(name: str, value: Any, like: Any) -> Any:
 def _upsampler(what: str) -> InputError:
     return InputError(
         f"{what} of an upsampler (super-resolution), whose network takes a second image in each step, the small one; "
-        "bundles cannot hold a second image yet: from Python, an adapter can fix one (export_network)"
+        "this family reads none: from Python, give it as a condition of pixels (export_network, conditions=)"
     )
 
 
