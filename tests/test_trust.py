@@ -253,7 +253,7 @@ def test_calls_that_a_flag_or_a_deadline_does_not_end_are_findings(monkeypatch):
         both()
         assert tried.found.findings == []
         assert tried.found.counts == {"cancelled": 8, "late": 8}
-        monkeypatch.setattr(control.Control, "_look", lambda self, lanes=(): None)
+        monkeypatch.setattr(control.Control, "look", lambda self, lanes=(): None)
         both()
         assert tried.found.counts["not ended"] == 16
 

@@ -60,6 +60,8 @@ def _default(option: Any) -> str:
     """As typed on the command line; "" where the help tells it, or where there is none."""
     if isinstance(option.default, bool) and option.secondary_opts:
         return str((option.opts if option.default else option.secondary_opts)[0])
+    if isinstance(option.show_default, str):  # of a default that the command chooses
+        return option.show_default
     return str(option.default) if type(option.default) in (str, int, float) or isinstance(option.default, Path) else ""
 
 

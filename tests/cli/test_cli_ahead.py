@@ -138,7 +138,7 @@ def test_a_pack_of_here_has_a_name_and_says_what_is_not_signed(copy_of, small_bu
         (("--features", "plain", "--features", "guidance"), "--features plain is the step graph without any: ask for"),
         (("--batches", "9"), "a batch of 9 is outside 1 … 4"),
         (("--batches", "one"), "--batches: 'one' is not a whole number"),
-        (("--size", "9"), "--size '9' is not HEIGHTxWIDTH"),
+        (("--size", "9"), "--size (9,) is not (height, width), two whole numbers of pixels"),
         (("--features", "colour"), "--features 'colour' is no feature of a step"),
         (("--precision", "fp99"), "fp99' is unknown"),
     ],

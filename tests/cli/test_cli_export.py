@@ -71,7 +71,7 @@ def test_sizes(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / "some.safetensors", network, network.config, Schedule(T=20, beta_end=0.2))
     run("export", checkpoint, out, "--sizes", "2:24", "--precision", "fp32", "--max-batch", 2)
     assert Bundle.open(out).manifest.sizes == Sizes(2, 24)
-    assert "height and width: multiples of 2 up to 24" in run("inspect", out).stdout
+    assert "height and width are multiples of 2 up to 24" in run("inspect", out).stdout
     options = ("--engine", "onnxruntime", "--steps", 5, "-n", 3, "--out", images)
     report = json.loads(run("sample", out, "--size", "10x16", *options, "--json").stdout)
     assert report["size"] == [10, 16]

@@ -13,9 +13,9 @@ from epsrt import Bundle
 from epsrt.engines.gpu.trt_build import BuildOptions, build, describe
 from epsrt.engines.gpu.trt_library import library
 from epsrt.errors import EngineError
-from epsrt.manifest import StepGraph
+from epsrt.manifest import FORMAT, StepGraph
 from epsrt_command import tensors as layers
-from nets import diffusers_unet, tiny, unet
+from nets import diffusers_unet, labels, tiny, unet
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx_cu13")
 
@@ -39,10 +39,12 @@ def graphs(request, tmp_path_factory, small_bundle_path) -> Bundle:
     folder = tmp_path_factory.mktemp(request.param)
     classes, null = network.classes, network.classes if network.null_label else None
     variants = FEATURES if null is not None else [f for f in FEATURES if "guidance" not in f]
-    recipe = Recipe(make(network).eval(), shape, classes > 0, variants=variants, null_label=null)
+    takes = labels(null) if classes else ()
+    recipe = Recipe(make(network).eval(), shape, takes, variants=variants)
     made = [graph for precision in ("fp32", "fp16") for graph in write_graphs(recipe, precision, folder)]
     manifest = msgspec.structs.replace(
         Bundle.open(small_bundle_path).manifest,
+        format=FORMAT,
         files={},
         shape=shape,
         max_batch=256,
@@ -160,7 +162,7 @@ def test_each_family_builds(tmp_path, small_bundle_path, name: str) -> None:
     if find_spec(package) is None:
         pytest.skip(f"needs {package}")
     network, shape, variance = of_family(name)
-    recipe = Recipe(network.eval(), shape, name != "lucidrains", variance)
+    recipe = Recipe(network.eval(), shape, labels() if name != "lucidrains" else (), variance)
     (graph,) = write_graphs(recipe, "fp16", tmp_path)
     manifest = msgspec.structs.replace(
         Bundle.open(small_bundle_path).manifest, shape=shape, graphs=(graph,), variance=variance, files={}
@@ -261,11 +263,11 @@ def test_dynamic_sizes_build(tmp_path, small_bundle_path, precision: str, featur
 
     sizes = Sizes(2, 24)
     network = unet(channels=3, classes=3)
-    recipe = Recipe(network, (3, 8, 8), True, sizes=sizes, variants=(features,), null_label=3)
+    recipe = Recipe(network, (3, 8, 8), labels(3), sizes=sizes, variants=(features,))
     (graph,) = write_graphs(recipe, precision, tmp_path)
     manifest = Bundle.open(small_bundle_path).manifest
     manifest = msgspec.structs.replace(
-        manifest, shape=(3, 8, 8), graphs=(graph,), sizes=sizes, classes=3, null_label=3, files={}
+        manifest, format=FORMAT, shape=(3, 8, 8), graphs=(graph,), sizes=sizes, classes=3, null_label=3, files={}
     )
     bundle, lib = Bundle(tmp_path, manifest), library("tensorrt-rtx")
     graph = graph.in_dialect(DIALECT)

@@ -126,7 +126,8 @@ def one_step(
             part = range(first, min(first + batch, len(x)))
             table = np.tile(idle_row(engine.columns), (1, batch, 1))
             for lane, i in enumerate(part):
-                chosen, null = 0 if target is None else int(target[i]), against[i] if against is not None else {}
+                chosen = 0 if target is None else int(target[i])
+                null = {} if against is None else against[i]
                 sample = Sample(start=(1.0, 0.0), init=x[i], target=chosen, conditions=given[i], null_conditions=null)
                 lanes.write(lane, sample)
                 table[0, lane] = rows[i]
