@@ -201,7 +201,8 @@ def ran(engine: Engine, golden: Golden, run: Trajectory, on_step: OnStep) -> Flo
 
 def batches(engine: Engine, golden: Golden) -> Found:
     """Rung 6: the middle state, repeated in batches of 1, 2 and the largest."""
-    states, i = golden.network, len(golden.network.x) // 2
+    states = golden.network
+    i = len(states.x) // 2
     given = golden.given(engine.bundle.manifest, states, i)
     outs: dict[int, Float32] = {}
     for batch in sorted({1, min(2, engine.max_batch), engine.max_batch}):
