@@ -81,7 +81,8 @@ def test_sizes(tmp_path: Path) -> None:
     for size, words in (
         ("10x15", "a size of 10 × 15 is none of some.epsrt: height and width are multiples of 2 up to 24"),
         ("26x8", "a size of 26 × 8 is none of some.epsrt"),
-        ("10", "--size '10' is not HEIGHTxWIDTH, such as 16x24"),
+        ("10", "--size (10,) is not (height, width), two whole numbers of pixels"),
+        ("10xa", "--size '10xa' is not HEIGHTxWIDTH, such as 16x24"),
     ):
         assert f"epsrt: {words}" in run("sample", out, "--size", size, *options, code=1).stderr
     done = run("export", checkpoint, tmp_path / "other.epsrt", "--sizes", "8x24", code=1)
