@@ -19,8 +19,8 @@ from epsrt.engines.gpu.trt_library import library
 from epsrt.engines.signature import Signature
 from epsrt.errors import EngineError, EpsrtError, InputError, one_line
 from epsrt.manifest import StepGraph
-from epsrt.parity.golden import Network
 from epsrt.parity.measure import LIMITS, relative_l2
+from epsrt.parity.records import Network
 from epsrt.plan import idle_row
 from epsrt.types import Arrays, Float64, OnProgress
 from epsrt_command.pairs import Pair, pairs

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from epsrt import noise
 from epsrt.manifest import Manifest, Sizes, step_columns
-from epsrt.parity.golden import Classifier, Golden, Guidance, Network, Step, Threshold, Trajectory
+from epsrt.parity.golden import Golden
+from epsrt.parity.records import Classifier, Guidance, Network, Step, Threshold, Trajectory
 from epsrt.plan import STEP_COLUMNS
 from epsrt.schedule import Schedule
 from epsrt.types import Float32, Int64, OnProgress, Shape, Size

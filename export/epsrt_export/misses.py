@@ -11,8 +11,8 @@ from torch import nn
 from epsrt.engine import Engine, Sample
 from epsrt.errors import NotFiniteError
 from epsrt.manifest import Rung
-from epsrt.parity.golden import Trajectory
 from epsrt.parity.measure import relative_l2, rows_for
+from epsrt.parity.records import Trajectory
 from epsrt.parity.rungs import allowed, own_psnr
 from epsrt.types import Arrays
 from epsrt_export import golden

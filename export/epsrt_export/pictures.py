@@ -10,8 +10,8 @@ from torch import nn
 
 from epsrt import noise
 from epsrt.manifest import Manifest
-from epsrt.parity.decoded import Decoded, Encoded
-from epsrt.parity.golden import Golden, Trajectory
+from epsrt.parity.golden import Golden
+from epsrt.parity.records import Decoded, Encoded, Trajectory
 from epsrt.part import IMAGE
 from epsrt.types import Arrays, Float32, Size
 from epsrt_export.autoencoder import Autoencoder

@@ -14,7 +14,7 @@ from torch import nn
 from epsrt import noise, solvers
 from epsrt.condition import Condition
 from epsrt.manifest import Manifest, step_columns
-from epsrt.parity.golden import Trajectory
+from epsrt.parity.records import Trajectory
 from epsrt.plan import Plan
 from epsrt.timesteps import spaced
 from epsrt.types import Float32, Float64, Int64

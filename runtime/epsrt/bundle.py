@@ -24,7 +24,7 @@ from epsrt.contents import Contents, absolute, check_names, is_at, standing
 from epsrt.errors import BundleError, InputError, is_whole, one_line, one_of
 from epsrt.manifest import AXES, FEATURES_OF_ALL, GOLDEN, MANIFEST, PARITY, Manifest, Rung, StepGraph, check_fields
 from epsrt.manifest_file import read_manifest
-from epsrt.parity.golden import Golden
+from epsrt.parity.golden import Golden, GoldenError
 from epsrt.part import PARTS, Part
 from epsrt.plan import FEATURES, Plan
 from epsrt.raised import foreign
@@ -243,7 +243,7 @@ class Bundle:
     def golden(self) -> Golden:
         """The golden file: inputs, and PyTorch's outputs recorded at export.
 
-        Raises BundleError where it is not what the manifest asks for.
+        Raises GoldenError, a BundleError, where it is not what the manifest asks for.
         """
         data = self.contents.read(GOLDEN)
         try:
@@ -251,7 +251,7 @@ class Bundle:
         except (SafetensorError, TypeError, ValueError, KeyError) as error:  # of types that NumPy has not, too
             if foreign(error, "safetensors"):
                 raise
-            raise BundleError(f"{self.path / GOLDEN} cannot be read ({one_line(error)}): export again") from error
+            raise GoldenError(f"{self.path / GOLDEN} cannot be read ({one_line(error)}): export again") from error
         return Golden.from_arrays(arrays, self.manifest, self.path)
 
     def parity(self) -> list[Rung]:

@@ -9,8 +9,8 @@ import pytest
 from epsrt import Bundle
 from epsrt.errors import NotFiniteError
 from epsrt.manifest import Rung
-from epsrt.parity.golden import Trajectory
 from epsrt.parity.measure import Check, Found, worst
+from epsrt.parity.records import Trajectory
 from epsrt.parity.rungs import own_psnr, psnr_limit
 from numpy_engine import NumpyEngine, bundle
 

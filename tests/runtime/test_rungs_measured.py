@@ -12,8 +12,9 @@ from epsrt import Sampler, noise
 from epsrt.errors import NotFiniteError
 from epsrt.manifest import Sizes
 from epsrt.parity import features, rungs
-from epsrt.parity.golden import Classifier, Golden, Guidance, Network, Step, Trajectory
+from epsrt.parity.golden import Golden
 from epsrt.parity.measure import LIMITS, PSNR_CEILING, relative_l2
+from epsrt.parity.records import Classifier, Guidance, Network, Step, Trajectory
 from epsrt.plan import STEP_COLUMNS
 from epsrt.verify import verify, verify_all
 from numpy_engine import NULL, NumpyEngine, bundle, gradient, network

@@ -19,8 +19,9 @@ from epsrt.engines.cache.entry import Entry
 from epsrt.engines.cache.key import Key
 from epsrt.engines.cache.private import ELSEWHERE
 from epsrt.engines.cache.store import EngineCache
-from epsrt.errors import BundleError, EngineError
+from epsrt.errors import EngineError
 from epsrt.manifest import Rung
+from epsrt.parity.golden import GoldenError
 from epsrt.raised import foreign, passed_over
 from epsrt.types import OnProgress
 from epsrt.verify import verify
@@ -52,7 +53,7 @@ class Proof:
                 try:
                     tell = on_progress and (lambda name, share: on_progress(f"{self.what} {name}", share))
                     rungs = verify(engine, tell, parts=False)
-                except BundleError as error:
+                except GoldenError as error:
                     log.warning("%s cannot be proven: %s", self.what, error)
                     return None
                 if alone:

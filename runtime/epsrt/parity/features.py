@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from epsrt import noise
 from epsrt.engine import Engine, Sample
-from epsrt.parity.golden import Classifier, Golden, Guidance
+from epsrt.parity.golden import Golden
 from epsrt.parity.measure import BATCH, Found, by_timestep, one_step, relative_l2, rows_for, worst
+from epsrt.parity.records import Classifier, Guidance
 from epsrt.parity.rungs import given_of
 
 WEIGHTS = (0.0, 1.0, 2.0, 4.0, 7.5)  # of guidance, in turn

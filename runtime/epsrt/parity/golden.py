@@ -1,14 +1,7 @@
 """The golden file: inputs, and what PyTorch makes of them, so that any machine can prove parity without torch.
 
 On disk each array is named by its record and its field: `network.x`, `trajectory.ddim-50.rows`, `size.16x8.out`. The
-exporter fills these classes, and `Bundle.golden` reads them. An annotation holds the axes of an array; a letter stands
-for the same extent throughout a record:
-
-    C …       the manifest's shape, in a record of another size that one's. The extents of O … are the same
-    O         the channels that the network returns: C, or 2C where its variance is learned
-    K         the manifest's columns without a graph's own: epsrt.manifest.step_columns
-    P pixels  the shape of the pictures that latents of those extents decode to
-    n, s      any number from 1: of states or images, and of steps
+exporter fills the records, and `Bundle.golden` reads them: see epsrt.parity.records.
 
 What a network takes beyond the label is kept once: `condition.NAME` [k, *shape] has k values of a condition,
 `null.NAME` what it is guided against, and a record's `given` and `null_given` say which of them each state has.
@@ -21,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,91 +23,12 @@ from epsrt.condition import LABEL, Condition
 from epsrt.errors import BundleError, EpsrtError
 from epsrt.manifest import Manifest, step_columns
 from epsrt.noise_levels import visit
-from epsrt.parity.decoded import Decoded, Encoded
-from epsrt.types import Arrays, Float32, Float64, Int64, Shape, Size
-
-UInt64 = NDArray[np.uint64]
+from epsrt.parity.records import Classifier, Decoded, Encoded, Guidance, Network, R, Record, Step, Threshold, Trajectory
+from epsrt.types import Arrays, Float32, Int64, Shape, Size
 
 
-@dataclass(frozen=True, eq=False)
-class Network:
-    """The network's outputs for states x ~ N(0, I), at timesteps across the schedule, t as the network is told it."""
-
-    x: Annotated[Float32, "n C …"]
-    t: Annotated[Float32, "n"]
-    label: Annotated[Int64, "n"]
-    out: Annotated[Float32, "n O …"]
-    given: Annotated[Int64, "n"] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """Noised images at the timesteps of `Network`, and one DDPM step of each; z is of (seed, index)."""
-
-    x: Annotated[Float32, "n C …"]
-    rows: Annotated[Float32, "n K"]
-    seed: Annotated[UInt64, "n"]
-    index: Annotated[Int64, "n"]
-    label: Annotated[Int64, "n"]
-    x_next: Annotated[Float32, "n C …"]
-    given: Annotated[Int64, "n"] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Trajectory:
-    """A whole run: its rows, and the images x that it ends with.
-
-    start     x begins as start[0]·init + start[1]·z
-    init      None: zeros
-    w         the weight of guidance; None: the run is not guided
-    rounding  how far PyTorch's float32 ends from its own float64, by the same rows and noise: the RMS of x − x64 in the
-              image where that is largest. None: it was not measured
-    null_label, null_given   what a guided one is guided against. None: the manifest's nulls
-    decoded   the pictures that x decodes to, of a bundle that decodes
-    """
-
-    rows: Annotated[Float32, "s K"]
-    start: Annotated[Float64, "2"]
-    seed: Annotated[UInt64, "n"]
-    index: Annotated[Int64, "n"]
-    label: Annotated[Int64, "n"]
-    x: Annotated[Float32, "n C …"]
-    init: Annotated[Float32, "n C …"] | None = None
-    w: Annotated[Float32, "1"] | None = None
-    rounding: Annotated[Float64, "1"] | None = None
-    given: Annotated[Int64, "n"] | None = None
-    null_label: Annotated[Int64, "n"] | None = None
-    null_given: Annotated[Int64, "n"] | None = None
-    decoded: Annotated[Float32, "n P pixels"] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Guidance:
-    """The network's outputs at the states of `Network` for what they are guided against: see Trajectory."""
-
-    null: Annotated[Float32, "n C …"]
-    null_label: Annotated[Int64, "n"] | None = None
-    null_given: Annotated[Int64, "n"] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Classifier:
-    """∇ log p(target | x) at the states of `Network`, by autograd."""
-
-    target: Annotated[Int64, "n"]
-    gradient: Annotated[Float32, "n C …"]
-
-
-@dataclass(frozen=True, eq=False)
-class Threshold:
-    """Images x whose quantiles lie below the bound, between it and the maximum, and above; x0 is what they become."""
-
-    x: Annotated[Float32, "n C …"]
-    x0: Annotated[Float32, "n C …"]
-
-
-Record = Network | Step | Trajectory | Guidance | Classifier | Threshold | Decoded | Encoded
-R = TypeVar("R", Network, Step, Trajectory, Guidance, Classifier, Threshold, Decoded, Encoded)
+class GoldenError(BundleError):
+    """The golden file is not what the manifest asks for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +79,7 @@ class Golden:
     def from_arrays(cls, arrays: Arrays, manifest: Manifest, path: Path) -> Golden:
         """The golden file of the bundle at `path`.
 
-        Raises BundleError where an array that the manifest asks for is missing or has another dtype or shape, or where
+        Raises GoldenError where an array that the manifest asks for is missing or has another dtype or shape, or where
         the rows are not those of the manifest's schedule, prediction, sigma_data and clip.
         """
         read = _Reader(arrays, manifest, path)
@@ -249,12 +163,12 @@ class _Reader:
         wanted = [int(axis) if axis.isdigit() else known.get(axis, axis) for axis in axes]
         if array.dtype != dtype or list(array.shape) != wanted:
             want = ", ".join(map(str, wanted))
-            raise BundleError(
+            raise GoldenError(
                 f"{self.path}: the golden file's {key} is {array.dtype} {list(array.shape)}, not {dtype} [{want}]: "
                 "export again"
             )
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise BundleError(f"{self.path}: the golden file's {key} holds NaN or infinity: export again")
+            raise GoldenError(f"{self.path}: the golden file's {key} holds NaN or infinity: export again")
         return array
 
     def names(self, kind: str) -> list[str]:
@@ -270,7 +184,7 @@ class _Reader:
                 yield extents, self(kind, f"{prefix}.{name}", extents)
 
     def check_parts(self, golden: Golden) -> None:
-        """Raise BundleError unless what the parts make is there."""
+        """Raise GoldenError unless what the parts make is there."""
         parts, runs = self.manifest.parts or {}, golden.trajectories.values()
         for name, found in (("decode", golden.decoded), ("encode", golden.encoded)):
             if name in parts and self.manifest.shape[1:] not in found:
@@ -292,7 +206,7 @@ class _Reader:
         return found
 
     def check_given(self, golden: Golden) -> None:
-        """Raise BundleError unless each state has one of the values that are kept."""
+        """Raise GoldenError unless each state has one of the values that are kept."""
         runs = {f"trajectory.{name}": run for name, run in golden.trajectories.items()}
         sized = _by_size("size", golden.sizes)
         records: dict[str, Record] = {"network": golden.network, "step": golden.step, **runs, **sized}
@@ -306,12 +220,12 @@ class _Reader:
                     raise self.lacks(f"{prefix}.{name}")
                 most = min((len(values) for values in kept.values()), default=0)
                 if which is not None and kept and not (which.min() >= 0 and which.max() < most):
-                    raise BundleError(
+                    raise GoldenError(
                         f"{self.path}: the golden file's {prefix}.{name} is outside 0 … {most - 1}: export again"
                     )
 
-    def lacks(self, what: str) -> BundleError:
-        return BundleError(f"{self.path}: the golden file lacks {what}: export again")
+    def lacks(self, what: str) -> GoldenError:
+        return GoldenError(f"{self.path}: the golden file lacks {what}: export again")
 
 
 def _with(axes: tuple[str, ...], extents: Mapping[str, Size]) -> tuple[str, ...]:
@@ -343,7 +257,7 @@ def _check_rows(rows: Float32, manifest: Manifest, path: Path) -> None:
         wanted = {}
     for name in ("t", "in_scale", "p", "q", "clip"):
         if name not in wanted or not np.allclose(kept[name], wanted[name], rtol=1e-4, atol=1e-7):
-            raise BundleError(
+            raise GoldenError(
                 f"{path}: the golden file's column {name} is not that of the manifest's {m.schedule.kind} schedule, "
                 f"{m.prediction} prediction and sigma_data {m.sigma_data:g}: export again"
             )

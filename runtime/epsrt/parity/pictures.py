@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from epsrt.engine import Engine
-from epsrt.parity.decoded import Decoded, Encoded
 from epsrt.parity.measure import BATCH, Found, r_squared, relative_l2, worst, worst_psnr
+from epsrt.parity.records import Decoded, Encoded
 from epsrt.part import IMAGE
 from epsrt.types import Arrays, Float32, Size
 

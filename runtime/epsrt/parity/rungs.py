@@ -10,7 +10,7 @@ import numpy as np
 from epsrt.engine import Engine, Sample
 from epsrt.errors import NotFiniteError
 from epsrt.manifest import Manifest
-from epsrt.parity.golden import Golden, Network, Step, Threshold, Trajectory
+from epsrt.parity.golden import Golden
 from epsrt.parity.measure import (
     BATCH,
     ROOM,
@@ -26,6 +26,7 @@ from epsrt.parity.measure import (
     worst,
     worst_psnr,
 )
+from epsrt.parity.records import Network, Step, Threshold, Trajectory
 from epsrt.plan import STEP_COLUMNS
 from epsrt.types import Arrays, Float32, OnStep
 

@@ -9,14 +9,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from epsrt import Bundle, EngineError, OutOfMemoryError, open_engine
+from epsrt import Bundle, BundleError, EngineError, OutOfMemoryError, open_engine
 from epsrt.engines import dialects, proof
 from epsrt.engines.cache.key import Key
 from epsrt.engines.cache.store import EngineCache
 from epsrt.engines.dialects import open_in_dialect
 from epsrt.engines.proof import Proof
-from epsrt.errors import BundleError
 from epsrt.manifest import Rung
+from epsrt.parity.golden import GoldenError
 from helpers import DATA
 
 KEY = Key("d" * 64, "step-fp16.cuda.onnx", "onnxruntime-cuda", "1.0", "A GPU", ("sm_90",), "fp16", (), {"proof": True})
@@ -69,12 +69,24 @@ class TestProof:
 
     def test_a_golden_file_that_does_not_suffice_proves_nothing(self, monkeypatch, caplog):
         def lacking(*_, **__):
-            raise BundleError("golden.safetensors lacks step.x")
+            raise GoldenError("golden.safetensors lacks step.x")
 
         monkeypatch.setattr(proof, "verify", lacking)
         assert Proof(KEY, "bf16").of(None) is None
         assert Proof(KEY, "bf16").kept() is None
         assert "bf16 cannot be proven: golden.safetensors lacks step.x" in caplog.text
+
+    def test_a_bundle_that_is_replaced_meanwhile_is_no_verdict(self, monkeypatch):
+        """It would be run in another precision than a fresh process runs it in."""
+
+        def replaced(engine, *_, **__):
+            raise engine.bundle.contents.replaced("golden.safetensors")
+
+        engine = open_engine(Bundle.open(DATA / "tiny.epsrt"), "onnxruntime", threads=1)
+        monkeypatch.setattr(proof, "verify", replaced)
+        with pytest.raises(BundleError, match="replaced since it was opened"):
+            Proof(KEY, "bf16").of(engine)
+        assert Proof(KEY, "bf16").kept() is None
 
     def test_threads_wait_for_one_that_measures(self, monkeypatch):
         measured, gate = [], threading.Event()
