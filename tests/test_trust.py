@@ -247,8 +247,8 @@ def test_calls_that_a_flag_or_a_deadline_does_not_end_are_findings(monkeypatch):
 
         def both():
             for _ in range(8):  # before the first step, and after it
-                tried._cancel("plain", 1)
-                tried._pass_deadline("plain", 1)
+                tried._cancel("learned", 1)
+                tried._pass_deadline("learned", 1)
 
         both()
         assert tried.found.findings == []

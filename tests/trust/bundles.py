@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from epsrt import Sampler
+from epsrt.condition import LABEL
 from epsrt.errors import EpsrtError
 from epsrt.machine import has_bf16
 from epsrt.manifest import Manifest
@@ -20,9 +21,12 @@ from helpers import DATA, EXAMPLES, forge
 
 ENGINES = ("onnxruntime", "openvino")
 # by how often each is tried: those with most features, and the smallest, most
-SEEDS = {"format-5": 6, "tiny": 4, "small": 4, "learned": 3, "sized": 3, "format-4": 2, "plain": 1, "digits": 1}
+SEEDS = {
+    "format-6": 6, "latent": 4, "tiny": 4, "small": 4, "learned": 3, "sized": 3, "format-5": 2, "format-4": 2,
+    "plain": 1, "digits": 1,
+}  # fmt: skip
 MOST = 2000  # characters of a sentence
-FULL = "format-5"  # it has every kind of step graph
+FULL = "format-6"  # it has every kind of step graph, and a condition
 
 
 def path_of(name: str) -> Path:
@@ -68,6 +72,7 @@ def request(m: Manifest, features: Iterable[str] = (), n: int = 2) -> dict[str, 
     asked: dict[str, Any] = {"n": n, "steps": 3, "seed": 7}
     if m.classes:
         asked["labels"] = min(3, m.classes - 1)
+    asked["conditions"] = {c.name: np.full(c.shape, 0.5, c.dtype) for c in m.takes if c.name != LABEL}
     if "guidance" in features:
         asked["guidance"] = 2.0
     if "classifier" in features:

@@ -26,7 +26,7 @@ from epsrt.errors import Cancelled, DeadlineExceeded, InputError
 from trust import bundles
 from trust.found import Found
 
-NAMES = ("format-5", "sized", "learned", "plain")
+NAMES = ("format-6", "latent", "sized", "learned")
 METHODS = ("ddim", "ddpm", "dpmpp-2m", "euler", "heun")
 KINDS = 60  # different requests a bundle
 SLOPE = 1.0  # MiB in ten minutes, at most
@@ -89,9 +89,8 @@ def request(sampler: Sampler, kind: int) -> dict[str, Any]:
     if "guidance" in features:
         asked["guidance"] = rng.uniform(-1, 8)
     if m.sizes is not None and "mask" not in features:
-        asked["size"] = tuple(
-            m.sizes.multiple * rng.randrange(1, m.sizes.largest // m.sizes.multiple + 1) for _ in "hw"
-        )
+        axes = m.sizes.axes(len(m.shape) - 1)
+        asked["size"] = tuple(multiple * rng.randrange(1, largest // multiple + 1) for multiple, largest in axes)
     return asked
 
 
