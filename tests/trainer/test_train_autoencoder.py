@@ -1,8 +1,10 @@
 import dataclasses
 import json
+from functools import partial
 
 import numpy as np
 import pytest
+import runs
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -16,23 +18,9 @@ from epsrt_trainer.draws import draw
 from epsrt_trainer.metadata import KEY
 from epsrt_trainer.networks import build, config_type, kind_of
 from epsrt_trainer.presets import PRESETS, preset
-from epsrt_trainer.train import TrainConfig, train
+from epsrt_trainer.train import train
 
-FAST = TrainConfig(
-    steps=12, batch=8, lr=1e-3, warmup=4, ema_decay=0.9, log_every=1, checkpoint_every=5, flip=True, label_drop=0.0
-)
-
-
-class Stop(Exception):
-    """What cuts a run off."""
-
-
-def stop_at(step):
-    def callback(progress):
-        if progress.step == step:
-            raise Stop
-
-    return callback
+FAST = dataclasses.replace(runs.FAST, label_drop=0.0)
 
 
 def vq(config: AutoencoderConfig) -> AutoencoderConfig:
@@ -154,15 +142,7 @@ def test_the_loss_written_plainly(tmp_path, images, coder, bottleneck, reconstru
 def test_exact_resume(tmp_path, images, coder, bottleneck, dtype):
     config = coder if bottleneck == "kl" else vq(coder)
     settings = dataclasses.replace(FAST, dtype=dtype)
-    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
-    train(images, config, None, settings, whole)
-    with pytest.raises(Stop):  # after the state of step 5
-        train(images, config, None, settings, cut, progress=stop_at(9))
-    steps = []
-    train(images, config, None, settings, cut, progress=lambda p: steps.append(p.step))
-    assert steps == [6, 7, 8, 9, 10, 11, 12]
-    assert cut.read_bytes() == whole.read_bytes()
-    assert (tmp_path / "cut.log.jsonl").read_text() == (tmp_path / "whole.log.jsonl").read_text()
+    cut = runs.resumed_exactly(partial(train, images, config, None, settings), tmp_path)
     with pytest.raises(InputError, match="another run, with train.reconstruction = 'l1', not 'l2'"):
         train(images, config, None, dataclasses.replace(settings, reconstruction="l2"), cut)
 

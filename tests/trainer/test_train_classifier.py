@@ -1,7 +1,9 @@
 import dataclasses
 import json
+from functools import partial
 
 import pytest
+import runs
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -15,11 +17,9 @@ from epsrt_trainer.diffusion import q_sample
 from epsrt_trainer.draws import draw
 from epsrt_trainer.networks import build, config_type, kind_of, parameter_count
 from epsrt_trainer.presets import PRESETS, preset
-from epsrt_trainer.train import TrainConfig, train
+from epsrt_trainer.train import train
 
-FAST = TrainConfig(
-    steps=12, batch=8, lr=1e-3, warmup=4, ema_decay=0.9, log_every=1, checkpoint_every=5, flip=True, label_drop=0.0
-)
+FAST = dataclasses.replace(runs.FAST, label_drop=0.0)
 
 
 @pytest.fixture
@@ -39,18 +39,6 @@ def judge() -> ClassifierConfig:
 
 def inputs():
     return torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.0, 7.0, 49.0])
-
-
-class Stop(Exception):
-    """What cuts a run off."""
-
-
-def stop_at(step):
-    def callback(progress):
-        if progress.step == step:
-            raise Stop
-
-    return callback
 
 
 @pytest.mark.parametrize("time_features", ["sinusoidal", "fourier"])
@@ -130,15 +118,7 @@ def _weights(out):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_exact_resume(tmp_path, images, judge, schedule, dtype):
     judge, settings = dataclasses.replace(judge, dropout=0.3), dataclasses.replace(FAST, dtype=dtype)
-    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
-    train(images, judge, schedule, settings, whole)
-    with pytest.raises(Stop):  # after the state of step 5
-        train(images, judge, schedule, settings, cut, progress=stop_at(9))
-    steps = []
-    train(images, judge, schedule, settings, cut, progress=lambda p: steps.append(p.step))
-    assert steps == [6, 7, 8, 9, 10, 11, 12]
-    assert cut.read_bytes() == whole.read_bytes()
-    assert (tmp_path / "cut.log.jsonl").read_text() == (tmp_path / "whole.log.jsonl").read_text()
+    cut = runs.resumed_exactly(partial(train, images, judge, schedule, settings), tmp_path)
     with pytest.raises(EpsrtError, match=r"another run, with train\.lr = 0\.001, not 0\.002"):
         train(images, judge, schedule, dataclasses.replace(settings, lr=2e-3), cut)
 

@@ -1,9 +1,11 @@
 import dataclasses
 import json
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
+from runs import FAST, resumed_exactly
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -19,25 +21,10 @@ from epsrt_trainer.latents import Latents, encode
 from epsrt_trainer.metadata import KEY
 from epsrt_trainer.networks import build
 from epsrt_trainer.presets import PRESETS, data_of
-from epsrt_trainer.train import TrainConfig, train
+from epsrt_trainer.train import train
 from epsrt_trainer.unet import UNetConfig
 
-FAST = TrainConfig(
-    steps=12, batch=8, lr=1e-3, warmup=4, ema_decay=0.9, log_every=1, checkpoint_every=5, flip=True, label_drop=0.2
-)
 CPU = torch.device("cpu")
-
-
-class Stop(Exception):
-    """What cuts a run off."""
-
-
-def stop_at(step):
-    def callback(progress):
-        if progress.step == step:
-            raise Stop
-
-    return callback
 
 
 @pytest.fixture
@@ -106,15 +93,8 @@ def test_the_loss_is_that_of_latents_drawn_anew(tmp_path, images, trained, confi
 
 
 def test_exact_resume_and_what_the_file_holds(tmp_path, images, trained, config, schedule):
-    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
-    train(images, config, schedule, FAST, whole, autoencoder=trained)
-    with pytest.raises(Stop):  # after the state of step 5
-        train(images, config, schedule, FAST, cut, autoencoder=trained.path, progress=stop_at(9))
-    steps = []
-    train(images, config, schedule, FAST, cut, autoencoder=trained.path, progress=lambda p: steps.append(p.step))
-    assert steps == [6, 7, 8, 9, 10, 11, 12]
-    assert cut.read_bytes() == whole.read_bytes()
-    got = load_checkpoint(cut)
+    run = partial(train, images, config, schedule, FAST, autoencoder=trained.path)
+    got = load_checkpoint(resumed_exactly(run, tmp_path))
     assert (got.config, got.class_names, got.value_range) == (config, images.class_names, (-1.0, 1.0))
     found = encode(images, trained.network, trained.sha256, mirrored=True, device=CPU).latents
     assert got.autoencoder.sha256 == trained.sha256

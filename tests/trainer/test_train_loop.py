@@ -3,11 +3,13 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from runs import FAST, Stop, log_of, resumed_exactly, stop_at
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -16,29 +18,12 @@ from epsrt_trainer.__main__ import main
 from epsrt_trainer.checkpoint import load_checkpoint
 from epsrt_trainer.dit import DiTConfig
 from epsrt_trainer.draws import draw
-from epsrt_trainer.log import Progress
 from epsrt_trainer.presets import preset
 from epsrt_trainer.train import TrainConfig, train
 
-FAST = TrainConfig(
-    steps=12, batch=8, lr=1e-3, warmup=4, ema_decay=0.9, log_every=1, checkpoint_every=5, flip=True, label_drop=0.2
-)
-
-
-class Stop(Exception):
-    """What cuts a run off."""
-
-
-def stop_at(step: int):
-    def callback(progress: Progress) -> None:
-        if progress.step == step:
-            raise Stop
-
-    return callback
-
 
 def losses(out: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in out.with_name(f"{out.stem}.log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in log_of(out).read_text().splitlines()]
     return [(line["step"], line["loss"]) for line in lines]
 
 
@@ -47,20 +32,8 @@ def losses(out: Path) -> list[tuple[int, float]]:
 def test_exact_resume(tmp_path, images, config, schedule, log_every, dtype):
     config = dataclasses.replace(config, dropout=0.3)
     settings = dataclasses.replace(FAST, log_every=log_every, dtype=dtype, lr_decay="cosine")
-    whole = train(images, config, schedule, settings, tmp_path / "whole.safetensors")
-    cut = tmp_path / "cut.safetensors"
-    with pytest.raises(Stop):  # after the state of step 5
-        train(images, config, schedule, settings, cut, progress=stop_at(9))
-    assert not cut.exists()
-    with (tmp_path / "cut.log.jsonl").open("a") as file:
-        file.write('{"step": 9, "lo')  # as a power cut leaves it
-    steps: list[int] = []
-    train(images, config, schedule, settings, cut, progress=lambda p: steps.append(p.step))
-    assert steps == [6, 7, 8, 9, 10, 11, 12] if log_every == 1 else [6, 9, 12]
-    assert losses(cut) == losses(whole)
-    a, b = load_file(whole), load_file(cut)
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert cut.read_bytes() == whole.read_bytes()
+    steps = (6, 7, 8, 9, 10, 11, 12) if log_every == 1 else (6, 9, 12)
+    resumed_exactly(partial(train, images, config, schedule, settings), tmp_path, steps)
 
 
 def test_dropout_matters_and_the_global_generator_does_not(tmp_path, images, config, schedule):
@@ -151,11 +124,7 @@ def test_a_run_from_before_there_were_time_features_goes_on(tmp_path, images, co
 
 def test_a_run_with_fourier_features_resumes_exactly_and_knows_its_scale(tmp_path, images, config, schedule):
     config = dataclasses.replace(config, time_features="fourier")
-    whole = train(images, config, schedule, FAST, tmp_path / "whole.safetensors")
-    cut = tmp_path / "cut.safetensors"
-    with pytest.raises(Stop):
-        train(images, config, schedule, FAST, cut, progress=stop_at(9))
-    assert train(images, config, schedule, FAST, cut).read_bytes() == whole.read_bytes()
+    cut = resumed_exactly(partial(train, images, config, schedule, FAST), tmp_path)
     with pytest.raises(EpsrtError, match=r"network\.fourier_scale = 16\.0, not 8\.0"):
         train(images, dataclasses.replace(config, fourier_scale=8.0), schedule, FAST, cut)
 
