@@ -14,7 +14,7 @@ from typer import Option
 
 from epsrt.bundle import Bundle
 from epsrt.errors import InputError, one_of
-from epsrt.manifest import FEATURES_OF_ALL
+from epsrt.manifest import AXES, FEATURES_OF_ALL
 from epsrt.plan import FEATURES
 from epsrt.request import Arguments
 from epsrt.types import Size
@@ -94,9 +94,11 @@ class Ahead:
     precision: Annotated[str | None, Option(help="fp32, fp16, bf16 or int8; by default the engine's best.")] = None
     threads: ThreadsOption = None
 
-    def asked(self) -> AheadArguments:
-        """What they are of the arguments of epsrt.warm."""
-        features = None
+    def asked(self, bundle: Bundle) -> AheadArguments:
+        """What they are of the arguments of epsrt.warm. Sizes are of pictures, where the bundle decodes its latents."""
+        from epsrt_command.latents import seen, size_in
+
+        features, shown = None, seen(bundle)
         if self.features is not None:
             names = [name.strip() for words in self.features for name in words.split(",")]
             if "plain" in names and len(names) > 1:
@@ -104,7 +106,7 @@ class Ahead:
             features = [] if names == ["plain"] else features_of(names)
         return {
             "batches": None if self.batches is None else whole_numbers("--batches", self.batches),
-            "sizes": [None] if self.size is None else [size_of(size) for size in self.size],
+            "sizes": [size_in(bundle, shown, size_of(size, shown)) for size in self.size or (None,)],
             "features": features,
             "precision": self.precision,
             "threads": self.threads,
@@ -138,13 +140,15 @@ def features_of(given: Iterable[str]) -> list[str]:
     return names
 
 
-def size_of(text: str | None) -> Size | None:
-    """HEIGHTxWIDTH; of other samples LENGTH, or DEPTHxHEIGHTxWIDTH."""
+def size_of(text: str | None, bundle: Bundle) -> Size | None:
+    """HEIGHTxWIDTH; of a bundle of other samples LENGTH, or DEPTHxHEIGHTxWIDTH."""
     if text is None:
         return None
-    if not re.fullmatch(r"[0-9]{1,6}(x[0-9]{1,6}){0,2}", text.strip().lower()):
-        raise InputError(f"--size {text!r} is not HEIGHTxWIDTH, such as 16x24")
-    return tuple(map(int, text.strip().lower().split("x")))
+    words, (_, *own) = text.strip().lower().split("x"), bundle.manifest.shape
+    if len(words) != len(own) or not all(re.fullmatch("[0-9]{1,6}", word) for word in words):
+        names, such = "x".join(name.upper() for name in AXES[len(own)]), "x".join(map(str, own))
+        raise InputError(f"--size {text!r} is not {names}, such as {such}, the size of {bundle.path.name} itself")
+    return tuple(map(int, words))
 
 
 def place_of(text: str | None) -> tuple[int, int] | None:

@@ -15,7 +15,7 @@ from epsrt.errors import InputError
 from epsrt.files import whole_file
 from epsrt.manifest import MANIFEST, SIGNATURE, render
 from epsrt.types import OnProgress, Size
-from epsrt.warming import engines_of, kept_of, wanted_of
+from epsrt.warming import kept_of, running_of, wanted_of
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def pack(
             (copy / name).write_bytes(bundle.contents.read(name))
         if (copy / MANIFEST).read_bytes() != render(bundle.manifest):
             raise bundle.contents.replaced(MANIFEST)
-        with engines_of(bundle, engine, precision, features, threads, on_progress) as engines:
-            for running in engines:
+        with running_of(bundle, engine, precision, features, threads, on_progress) as several:
+            for running in several:
                 for batch, size in wanted:
                     kept = kept_of(running, batch, size)
                     if kept is None:

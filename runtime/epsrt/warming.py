@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from epsrt.bundle import Bundle
-from epsrt.engine import Engine
+from epsrt.engine import Engine, RunningPart
 from epsrt.engines import ENGINES, open_engine
 from epsrt.errors import EngineError, InputError, whole
 from epsrt.types import OnProgress, Size
@@ -32,17 +33,19 @@ def warm(
 
     batches    of the calls to come: one for n samples, with no batch given, runs the smaller of n and the bundle's
                largest. By default 1, and the bundle's largest
-    sizes      (height, width) of their images; None is the bundle's own
+    sizes      (height, width) of their samples; None is the bundle's own
     features   of their step graph, as epsrt.plan.FEATURES has them; by default all graphs of the precision
     engine, precision, threads, on_progress    as in epsrt.open_engine
 
-    Returns the files that it added to the cache: none where all were there. Raises what open_engine and its lanes
-    raise, EngineError where the cache keeps nothing, and InputError for more batches and sizes than it keeps.
+    The parts of a bundle of latents are made ready too, for the same batches and sizes.
+
+    Returns the files that it added to the cache: none where all were there. Raises what open_engine, its lanes and its
+    parts raise, EngineError where the cache keeps nothing, and InputError for more batches and sizes than it keeps.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     before, wanted = set(_files(opened)), wanted_of(opened, batches, sizes)
-    with engines_of(opened, engine, precision, features, threads, on_progress) as engines:
-        for running in engines:
+    with running_of(opened, engine, precision, features, threads, on_progress) as several:
+        for running in several:
             most = running.most_kept if isinstance(running, Keeping) else None
             if most is not None and len(wanted) > most:
                 raise InputError(f"the engine cache keeps {most} models of a graph, not {len(wanted)}: ask for fewer")
@@ -65,34 +68,37 @@ def wanted_of(
     return list(dict.fromkeys((batch, size) for size in many for batch in counts))
 
 
-def kept_of(running: Engine, batch: int, size: Size | None) -> Kept | None:
-    """What lanes come from, made now if need be; None for an engine that compiles and proves nothing.
+def kept_of(running: Engine | RunningPart, batch: int, size: Size | None) -> Kept | None:
+    """What lanes or a part come from, made now if need be; None for an engine that compiles and proves nothing.
 
-    Raises what lanes raise, and EngineError where the cache does not keep it.
+    Raises what they raise, and EngineError where the cache does not keep it.
     """
-    running.lanes(batch, size).close()
     return running.kept(batch, size) if isinstance(running, Keeping) else None
 
 
 @runtime_checkable
 class Keeping(Protocol):
-    """An engine that compiles or proves, and has the engine cache keep it: so many models of a graph, None for all."""
+    """An engine, or a part of it, that compiles or proves, and has the engine cache keep what it makes.
+
+    `most_kept` is how many models of a graph the cache keeps; None: all of them.
+    """
 
     most_kept: int | None
 
-    def kept(self, batch: int, size: Size | None = None) -> Kept: ...
+    def kept(self, batch: int, size: Size | None = None) -> Kept:
+        """What it runs from at a batch and size, made now if need be."""
 
 
 @contextmanager
-def engines_of(
+def running_of(
     bundle: Bundle,
     name: str,
     precision: str | None,
     features: Iterable[str] | None,
     threads: int | None,
     on_progress: OnProgress | None,
-) -> Iterator[Iterator[Engine]]:
-    """The engines that samplers with these arguments open: one a step graph, or that of the features alone."""
+) -> Iterator[Iterator[Engine | RunningPart]]:
+    """What samplers with these arguments open: an engine a step graph, or that of the features alone, and the parts."""
     from epsrt.engines import probe  # which looks about: importing epsrt does not
     from epsrt.engines.cache import entry, private
 
@@ -106,7 +112,9 @@ def engines_of(
         graphs = [g for g in bundle.manifest.graphs if g.precision == own]
         if features is not None:
             graphs = [bundle.graph(own, tuple(features))]
-        yield (first if g.stem == first.graph.stem else stack.enter_context(first.on(g)) for g in graphs)
+        engines = (first if g.stem == first.graph.stem else stack.enter_context(first.on(g)) for g in graphs)
+        parts = (bundle.manifest.parts or {}) if isinstance(first, Keeping) else {}
+        yield chain(engines, map(first.part, parts))
 
 
 def _files(bundle: Bundle) -> list[Path]:

@@ -6,12 +6,14 @@ import tarfile
 import pytest
 from typer.testing import CliRunner
 
-from epsrt import Bundle, Sampler
+import numpy_engine
+from epsrt import Bundle, InputError, Sampler
 from epsrt.engines import proof
 from epsrt.engines.cache.store import EngineCache
 from epsrt.engines.cpu import openvino as openvino_cpu
 from epsrt.manifest import SIGNATURE
 from epsrt_command.app import app
+from epsrt_command.options import size_of
 from helpers import run_python, write_keys
 
 FOR = ("--batches", "1,2", "--precision", "fp32", "--threads", "1")
@@ -50,6 +52,33 @@ def test_features_and_sizes(bundle_path, sized_bundle_path, cache):
         assert graphs == {"step-fp32.onnx" if features == "plain" else "step-guidance-fp32.onnx"}
     run("warm", sized_bundle_path, "--engine", "openvino", *FOR, "--size", "8x8", "--size", "12x8")
     assert {"8x8", "12x8"} <= {e.record.key.options["size"] for e in cache.entries()}
+
+
+def test_sizes_are_of_pictures(latent_bundle_path, cache, refused, tmp_path):
+    run("warm", latent_bundle_path, "--engine", "openvino", *FOR, "--features", "plain", "--size", "16x24")
+    sizes = {(e.record.key.graph, e.record.key.options["size"]) for e in cache.entries()}
+    assert {("step-fp32.onnx", "8x12"), ("decode-fp32.onnx", "2x4x8x12"), ("encode-fp32.onnx", "2x3x16x24")} <= sizes
+    listed = " ".join(run("cache", "--each").split())
+    assert "fp32, batch 2" in listed
+    assert "decode-fp32.onnx, threads 1, size 2x4x8x12" in listed
+    sentence = refused("warm", latent_bundle_path, "--engine", "openvino", *FOR, "--size", "12x24", cwd=tmp_path)
+    assert "a size of 12 × 24 is none of latent.epsrt: height and width are multiples of 8 up to 32" in sentence
+
+
+@pytest.mark.parametrize(
+    ("shape", "text", "words"),
+    [
+        ((2, 16), "8x8", "--size '8x8' is not LENGTH, such as 16, the size of toy.epsrt itself"),
+        ((1, 4, 6, 8), "8x8", "--size '8x8' is not DEPTHxHEIGHTxWIDTH, such as 4x6x8, the size of"),
+        ((1, 8, 8), "", "--size '' is not HEIGHTxWIDTH, such as 8x8"),
+        ((1, 8, 8), "8x1234567", "--size '8x1234567' is not HEIGHTxWIDTH, such as 8x8"),
+    ],
+)
+def test_a_size_that_is_none(shape, text, words):
+    bundle = numpy_engine.bundle(shape=shape)
+    with pytest.raises(InputError, match=words):
+        size_of(text, bundle)
+    assert size_of(" 4X6x8 ", numpy_engine.bundle(shape=(1, 4, 6, 8))) == (4, 6, 8)
 
 
 def test_pack_then_unpack_then_sample(small_bundle_path, tmp_path, monkeypatch):
@@ -138,7 +167,7 @@ def test_a_pack_of_here_has_a_name_and_says_what_is_not_signed(copy_of, small_bu
         (("--features", "plain", "--features", "guidance"), "--features plain is the step graph without any: ask for"),
         (("--batches", "9"), "a batch of 9 is outside 1 … 4"),
         (("--batches", "one"), "--batches: 'one' is not a whole number"),
-        (("--size", "9"), "--size (9,) is not (height, width), two whole numbers of pixels"),
+        (("--size", "9"), "--size '9' is not HEIGHTxWIDTH, such as 8x8, the size of small.epsrt itself"),
         (("--features", "colour"), "--features 'colour' is no feature of a step"),
         (("--precision", "fp99"), "fp99' is unknown"),
     ],

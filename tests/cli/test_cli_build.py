@@ -126,6 +126,15 @@ def test_sizes_are_those_of_the_profiles(run: Run, sized_bundle_path: Path, smal
     assert "sizes" not in json.loads(run("build", small_bundle_path, "--target", "sm89", "--json").stdout)
 
 
+@pytest.mark.parametrize(("part", "sizes"), [("decode", "4x4:8x8:16x16"), ("encode", "8x8:16x16:32x32")])
+def test_parts(run: Run, latent_bundle_path: Path, part: str, sizes: str) -> None:
+    arguments = ("build", latent_bundle_path, "--target", "sm89", "--part", part)
+    facts = json.loads(run(*arguments, "--batch", "2", "--json").stdout)
+    assert (facts["graph"], facts["batches"], facts["sizes"]) == (f"{part}-fp32.onnx", "2", sizes)
+    sentence = run(*arguments, "--features", "mask", code=1).stderr
+    assert f"--part {part} has no features and no dialects: leave --features and --plain out" in sentence
+
+
 def test_features_choose_the_graph(run: Run, edited_bundle_path: Path) -> None:
     arguments = ("build", edited_bundle_path, "--target", "sm89", "--precision", "fp32")
     for given, graph in (

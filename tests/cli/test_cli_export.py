@@ -81,10 +81,12 @@ def test_sizes(tmp_path: Path) -> None:
     for size, words in (
         ("10x15", "a size of 10 × 15 is none of some.epsrt: height and width are multiples of 2 up to 24"),
         ("26x8", "a size of 26 × 8 is none of some.epsrt"),
-        ("10", "--size (10,) is not (height, width), two whole numbers of pixels"),
-        ("10xa", "--size '10xa' is not HEIGHTxWIDTH, such as 16x24"),
+        ("10", "--size '10' is not HEIGHTxWIDTH, such as 8x8, the size of some.epsrt itself"),
+        ("10xa", "--size '10xa' is not HEIGHTxWIDTH, such as 8x8, the size of some.epsrt itself"),
+        ("8x8x8", "--size '8x8x8' is not HEIGHTxWIDTH, such as 8x8, the size of some.epsrt itself"),
     ):
         assert f"epsrt: {words}" in run("sample", out, "--size", size, *options, code=1).stderr
+    assert json.loads(run("sample", out, "--size", "8x8", *options, "--json").stdout)["size"] == [8, 8]  # as they say
     done = run("export", checkpoint, tmp_path / "other.epsrt", "--sizes", "8x24", code=1)
     assert "epsrt: --sizes '8x24' is not MULTIPLE:LARGEST, such as 8:64" in done.stderr
     done = run("export", checkpoint, tmp_path / "other.epsrt", "--sizes", "1:24", "--max-batch", 2, code=1)

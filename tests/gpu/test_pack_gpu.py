@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 PACKED = """
 import tarfile
 from epsrt.engines import proof
@@ -34,6 +36,31 @@ with open_engine(there, "tensorrt", precision="fp32", trust_engines=True) as eng
 assert "came with the bundle" in refused(open_engine, there, "tensorrt", precision="fp32")
 """,
         bundle_path,
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize("engine", ["tensorrt", "tensorrt-rtx"])
+def test_the_engine_files_of_parts_are_taken(on_stand_in, latent_bundle_path: Path, tmp_path: Path, engine) -> None:
+    on_stand_in(
+        f"NAME = {engine!r}\n"
+        + PACKED
+        + """
+made, there = packed(NAME)
+assert made.models == 4, made
+engine_files.build = never
+with Sampler.open(there.path, NAME, precision="fp32", trust_engines=True) as sampler:
+    pictures = sampler.sample(2, steps=2, seed=5)
+    assert sampler.encode(pictures.clip(-1, 1)).shape == (2, 4, 8, 8)
+    assert pictures.shape == sampler.preview(sampler.latents(2)).shape == (2, 3, 16, 16)
+    try:
+        sampler.decode(sampler.latents(1))
+    except AssertionError:
+        pass  # a batch that was not packed
+    else:
+        raise SystemExit("of which engine file?")
+""",
+        latent_bundle_path,
         tmp_path,
     )
 

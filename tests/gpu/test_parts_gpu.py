@@ -63,6 +63,41 @@ with open_engine(bundle, NAME, precision="fp32", may_build=False, on_progress=ne
     )
 
 
+@pytest.mark.parametrize("engine", ["tensorrt", "tensorrt-rtx"])
+def test_they_are_built_ahead(on_stand_in: Run, latent_bundle_path: Path, engine: str) -> None:
+    on_stand_in(
+        f"NAME = {engine!r}\n"
+        + """
+made = epsrt.warm(bundle, [1, 2], NAME, precision="fp32", features=())
+kept = {(e.record.key.graph, e.record.key.profiles[0][0]) for e in EngineCache().entries()}
+files = ("step-fp32.onnx", "decode-fp32.onnx", "encode-fp32.onnx", "preview-fp32.onnx")
+assert kept == {(file, batch) for file in files for batch in (1, 2)} and len(made) == 8, kept
+def never(*_, **__): raise AssertionError("built again")
+engine_files.build = never
+assert epsrt.warm(bundle, [1, 2], NAME, precision="fp32", features=()) == []
+with open_engine(bundle, NAME, precision="fp32") as engine, Sampler(engine) as sampler:
+    assert sampler.sample(2, steps=2).shape == (2, 3, 16, 16)
+""",
+        latent_bundle_path,
+    )
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime-cuda", "onnxruntime-tensorrt"])
+def test_onnxruntime_makes_a_session_of_each_ahead(on_stand_in: Run, latent_bundle_path: Path, engine: str) -> None:
+    on_stand_in(
+        f"NAME = {engine!r}\n"
+        + "os.environ['NVIDIA_TF32_OVERRIDE'] = '0'\n"
+        + ORT
+        + """
+epsrt.warm(bundle, [2], NAME, precision="fp32", features=())
+folders = [folder.name for folder in (EngineCache().directory / "libraries").glob("*")]
+of = [sum(part in name for name in folders) for part in ("step", "encode", "decode", "preview")]
+assert of == [NAME == "onnxruntime-tensorrt"] * 4, folders
+""",
+        latent_bundle_path,
+    )
+
+
 @pytest.mark.parametrize("engine", ["onnxruntime-cuda", "onnxruntime-tensorrt"])
 def test_onnxruntime_has_a_session_for_each_batch_and_size(
     on_stand_in: Run, latent_bundle_path: Path, engine: str

@@ -14,7 +14,7 @@ import pytest
 from epsrt import Bundle, BundleError, InputError, Sampler
 from epsrt.engines import proof
 from epsrt.engines.cache import brought
-from epsrt.engines.cpu import compiled
+from epsrt.engines.cpu import compiled, models
 from epsrt.engines.cpu import openvino as openvino_cpu
 from epsrt.manifest import MANIFEST, SIGNATURE
 from epsrt.pack import pack
@@ -50,6 +50,8 @@ def work(tmp_path, monkeypatch, caplog):
     brought._say_unsigned.cache_clear()
     done, compile, verify = [], openvino_cpu.OpenVino._compile, proof.verify
     monkeypatch.setattr(openvino_cpu.OpenVino, "_compile", lambda *a: done.append("compiled") or compile(*a))
+    compile_part = models.PartModels._compile
+    monkeypatch.setattr(models.PartModels, "_compile", lambda *a: done.append("a part") or compile_part(*a))
     monkeypatch.setattr(proof, "verify", lambda *a, **k: done.append("proven") or verify(*a, **k))
     with caplog.at_level(logging.WARNING, "epsrt"):
         yield done
@@ -88,6 +90,26 @@ def test_bf16_that_was_proven_here_is_run_there(bundle_path, tmp_path, work, cap
         assert sampler.engine.precision == "bf16"
         sampler.sample(1, steps=2)
     assert work == []
+
+
+def test_the_first_picture_compiles_nothing(latent_bundle_path, tmp_path, work, caplog):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EPSRT_CACHE", str(tmp_path / "cache"))
+        options = {"precision": "fp32", "threads": 1}
+        made = pack(Bundle.open(latent_bundle_path), tmp_path / "out.tar", [2], features=(), **options)
+    assert (made.models, made.proofs) == (4, 0)
+    there = unpacked(made.path, tmp_path / "there")
+    assert {"compiled", "a part"} <= set(work)
+    work.clear()
+    with Sampler.open(there, "openvino", trust_engines=True, **options) as sampler:
+        pictures = sampler.sample(2, steps=2, seed=5)
+        latents = sampler.encode(pictures.clip(-1, 1))
+        assert work == caplog.messages == []
+        assert sampler.decode(latents[:1]).shape == (1, 3, 16, 16)
+        assert work == ["a part"]  # a batch that was not packed
+    with Sampler.open(there, "openvino", **options) as sampler:
+        np.testing.assert_allclose(sampler.sample(2, steps=2, seed=5), pictures, rtol=0, atol=1e-5)
+    assert work.count("a part") == 2  # no trust, and nothing packed is used
 
 
 def test_auto_takes_it_too(packed, bundle, work, monkeypatch):
@@ -290,7 +312,7 @@ class TestSigned:
         return unpacked(made.path, tmp_path / "there")
 
     def test_a_key_is_read_before_all_work_and_not_replaced(self, keys, small_bundle_path, tmp_path, monkeypatch):
-        monkeypatch.setattr("epsrt.pack.engines_of", lambda *_: pytest.fail("an engine was opened"))
+        monkeypatch.setattr("epsrt.pack.running_of", lambda *_: pytest.fail("an engine was opened"))
         before = tree(tmp_path)
         bundle = Bundle.open(small_bundle_path)
         (tmp_path / "link").symlink_to(keys[0])

@@ -2,12 +2,14 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 import epsrt
 from epsrt import Bundle, EngineError, InputError, Sampler, open_engine, warm
 from epsrt.engines import proof
 from epsrt.engines.cache.store import EngineCache
+from epsrt.engines.cpu import compiled, models
 from epsrt.engines.cpu import openvino as openvino_cpu
 from helpers import run_python
 
@@ -26,7 +28,8 @@ def no_work(monkeypatch):
     """From when it is called, nothing may be compiled or proven."""
 
     def begin():
-        monkeypatch.setattr(openvino_cpu.OpenVino, "_compile", lambda *_: pytest.fail("compiled"))
+        for each in (openvino_cpu.OpenVino, models.PartModels):
+            monkeypatch.setattr(each, "_compile", lambda *_: pytest.fail("compiled"))
         monkeypatch.setattr(proof, "verify", lambda *_, **__: pytest.fail("proven"))
 
     return begin
@@ -40,6 +43,37 @@ def test_what_is_made_is_there_for_the_first_call(small_bundle_path, cache, no_w
     assert warm(Bundle.open(small_bundle_path), [1, 3], **ON) == []
     with Sampler.open(small_bundle_path, "openvino", precision="fp32", threads=1) as sampler:
         assert len(sampler.sample(3, steps=2)) == 3
+
+
+@pytest.mark.parametrize(("size", "extents"), [(None, (16, 16)), ((4, 12), (8, 24))])
+def test_the_first_picture_compiles_nothing(latent_bundle_path, cache, no_work, size, extents):
+    """Of latents: decoded, encoded to begin from, and previewed."""
+    made = warm(latent_bundle_path, [1, 2], sizes=[size], features=(), **ON)
+    files = {(e.record.key.graph, e.record.key.profiles[0][0], e.record.key.precision) for e in cache.entries()}
+    graphs = ("step-fp32.onnx", "decode-fp32.onnx", "encode-fp32.onnx", "preview-fp32.onnx")
+    assert files == {(graph, batch, "fp32") for graph in graphs for batch in (1, 2)}
+    assert len(made) == len(files)
+    no_work()
+    assert warm(latent_bundle_path, [1, 2], sizes=[size], features=(), **ON) == []
+    with Sampler.open(latent_bundle_path, "openvino", precision="fp32", threads=1) as sampler:
+        pictures = sampler.sample(2, steps=2, size=size)
+        assert pictures.shape == (2, 3, *extents)
+        init = np.zeros((1, 3, *extents), np.float32)
+        assert sampler.sample(init=init, strength=0.5, steps=2).shape == init.shape
+        assert sampler.preview(sampler.encode(init)).shape == init.shape
+
+
+def test_a_part_that_is_not_kept_is_said(latent_bundle_path, monkeypatch):
+    store = EngineCache.store
+
+    def of_steps_alone(cache, key, *args, **options):
+        if key.graph.startswith("decode"):
+            raise EngineError("full")
+        return store(cache, key, *args, **options)
+
+    monkeypatch.setattr(EngineCache, "store", of_steps_alone)
+    with pytest.raises(EngineError, match="the model of part decode for batch 1 was compiled, and is not kept: set EP"):
+        warm(latent_bundle_path, [1], features=(), **ON)
 
 
 @pytest.mark.skipif(not openvino_cpu.has_bf16(), reason="this processor has neither AVX512-BF16 nor AMX")
@@ -108,7 +142,7 @@ def test_a_model_that_is_not_kept_is_said(small_bundle_path, monkeypatch):
 
 def test_another_process_that_keeps_the_model_is_waited_for(small_bundle_path, cache, monkeypatch, caplog):
     """It is not for long, and a sentence says so."""
-    monkeypatch.setattr(openvino_cpu, "KEEPING", 0.3)
+    monkeypatch.setattr(compiled, "KEEPING", 0.3)
     with open_engine(Bundle.open(small_bundle_path), "openvino", precision="fp32", threads=1) as engine:
         key = engine._key(1, (1, 8, 8), 1)
         said = "another process is keeping the model for batch 1"

@@ -10,9 +10,8 @@ from typer import Option
 
 from epsrt.bundle import Bundle
 from epsrt.errors import InputError
-from epsrt.manifest import Sizes, StepGraph
-from epsrt.part import Part
-from epsrt.types import Shape
+from epsrt.manifest import Manifest, Sizes, StepGraph
+from epsrt.part import IMAGE, Part
 from epsrt_command import show
 from epsrt_command.foreign import needs
 from epsrt_command.options import FEATURE_CHOICES, features_of
@@ -75,7 +74,7 @@ def build(
     ] = False,
     as_json: show.JsonOption = False,
 ) -> None:
-    """Build a TensorRT engine file of the fused step and keep it in the engine cache, where the engines find it."""
+    """Build a TensorRT engine file of the fused step or a part, and keep it in the engine cache for the engines."""
     with needs("epsrt build", "tensorrt"):
         from epsrt.engines import graph_precision, nvidia
         from epsrt.engines.cache.key import profile_words
@@ -129,7 +128,7 @@ def build(
         "for": ", ".join(filter(None, (record.key.gpu, *record.key.capabilities))),
         "graph": graph.file,
         "batches": ", ".join(map(profile_words, record.key.profiles)),
-        **({} if (m := opened.manifest).sizes is None else {"sizes": _sizes(m.shape, m.sizes)}),
+        **({} if (m := opened.manifest).sizes is None else {"sizes": _sizes(m, m.sizes, graph)}),
         "bytes": record.size,
         "built_now": made.built is not None,
         **record.summary,
@@ -165,10 +164,12 @@ def _profile(text: str) -> tuple[int, int, int]:
     return least, likely, most
 
 
-def _sizes(shape: Shape, sizes: Sizes) -> str:
-    """The least, likely and largest extents of the engine file's profiles."""
-    least, largest = zip(*sizes.axes(len(shape) - 1), strict=True)
-    return ":".join("x".join(map(str, extents)) for extents in (least, shape[1:], largest))
+def _sizes(m: Manifest, sizes: Sizes, graph: StepGraph | Part) -> str:
+    """The least, likely and largest extents of the engine file's profiles: of pictures, where it takes those."""
+    least, largest = zip(*sizes.axes(len(m.shape) - 1), strict=True)
+    pictures = isinstance(graph, Part) and any(port.name == IMAGE for port in graph.inputs)
+    factor = m.latent.factor if pictures and m.latent else 1
+    return ":".join("x".join(str(n * factor) for n in extents) for extents in (least, m.shape[1:], largest))
 
 
 def _information(bundle: Bundle, name: str, graph: StepGraph, entry: Entry) -> str:

@@ -61,7 +61,7 @@ def interpolate(
 
     opened = Bundle.open(bundle)
     shown = seen(opened)
-    m, extent = shown.manifest, size_in(opened, shown, options.size_of(size))
+    m, extent = shown.manifest, size_in(opened, shown, options.size_of(size, shown))
     pictures.check_target(out, m, kinds=(".png", ".gif", ".npz", ""))
     options.check_apart({"out": out}, {"latents": latents})
     if (seeds is None) == (latents is None):

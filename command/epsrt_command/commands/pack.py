@@ -45,7 +45,7 @@ def pack(
     opened = Bundle.open(bundle)
     out = opened.path.with_name(f"{opened.path.name}.tar") if out is None else out
     with show.progress() as tell:
-        made = pack(opened, out, engine=engine, **ahead.asked(), private_key=key, on_progress=tell)
+        made = pack(opened, out, engine=engine, **ahead.asked(opened), private_key=key, on_progress=tell)
     facts = {"pack": str(out), "models": made.models, "proofs": made.proofs, "bytes": out.stat().st_size}
     if as_json:
         show.print_json({"bundle": opened.manifest.digest, **facts})

@@ -99,7 +99,8 @@ def sample(
     from epsrt_command.trajectory import Trajectory
 
     opened = Bundle.open(bundle)
-    shown, asked = seen(opened, decode), options.size_of(size)
+    shown = seen(opened, decode)
+    asked = options.size_of(size, shown)
     m, extent = opened.manifest, size_in(opened, shown, asked)
     out = pictures.default_target(shown.manifest) if out is None else out
     pictures.check_target(out, shown.manifest)

@@ -21,7 +21,7 @@ def warm(
 
     opened = Bundle.open(bundle)
     with show.progress() as tell:
-        made = warm(opened, engine=engine, **ahead.asked(), on_progress=tell)
+        made = warm(opened, engine=engine, **ahead.asked(opened), on_progress=tell)
     if as_json:
         show.print_json({"bundle": opened.manifest.digest, "made": [str(path) for path in made]})
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +16,17 @@ from epsrt.errors import InputError, NotFiniteError, one_of
 from epsrt.part import FREE, IMAGE, Part, Port
 from epsrt.types import Arrays, Size
 
+if TYPE_CHECKING:
+    from epsrt.engines.proof import Kept
+
 Call = Callable[[Arrays, Arrays], None]  # fills the outputs from the inputs, [batch, …] each, C-contiguous
 Open = Callable[[str, Part], Call]
 
 
 class OpenPart(Closing):
     """A part on a device. Threads may share it. See epsrt.engine.RunningPart."""
+
+    most_kept = None  # more than its engine's graphs are never asked for
 
     def __init__(self, bundle: Bundle, name: str, part: Part, call: Call):
         self.bundle, self.name, self.part, self._call = bundle, name, part, call
@@ -51,6 +56,24 @@ class OpenPart(Closing):
                 raise NotFiniteError(f"{self.name} in {self.precision} gave an {name} that is not finite{way}")
         return found
 
+    def kept(self, batch: int, size: Size | None = None) -> Kept:
+        """What it runs from at a batch, beside samples of a size, made now if need be: it runs once, on zeros.
+
+        Raises InputError for a batch or a size that it does not take, and EngineError where the cache does not keep it.
+        """
+        from epsrt.engines.proof import Kept  # with what no process needs that keeps nothing
+
+        m = self.bundle.manifest
+        self._check_batch(batch)
+        factor, extents = m.latent.factor if m.latent else 1, self.bundle.image_shape(size)[1:]
+        signature = Signature.of_part(self.part, factor, batch, extents)
+        given, found = (
+            {name: tensor.zeros() for name, tensor in side.items()} for side in (signature.inputs, signature.outputs)
+        )
+        self._call(given, found)
+        keeps = getattr(self._call, "kept", None)  # of those that keep files
+        return Kept(None, ()) if keeps is None else keeps(given)
+
     def close(self) -> None:
         """Nothing is run any more."""
 
@@ -67,9 +90,12 @@ class OpenPart(Closing):
         for other, length in others:
             if length != batch:
                 raise InputError(f"{self.name} was given {batch} of {name} and {length} of {other}: give equally many")
+        self._check_batch(batch)
+        return batch
+
+    def _check_batch(self, batch: int) -> None:
         if not 1 <= batch <= self.max_batch:
             raise InputError(f"a batch of {batch} is outside 1 … {self.max_batch}, the bundle's largest")
-        return batch
 
     def _checked(self, port: Port, array: Any, batch: int, extents: Size, factor: int) -> Size:
         """The latents' extents beside an input. Raises InputError where it is not what the port says."""

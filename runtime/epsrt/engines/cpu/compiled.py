@@ -14,7 +14,9 @@ import numpy as np
 
 from epsrt.bundle import Bundle
 from epsrt.engines.cache.brought import Brought
+from epsrt.engines.cache.entry import Entry
 from epsrt.engines.cache.key import Key, Options, Profiles
+from epsrt.engines.cache.private import ELSEWHERE
 from epsrt.engines.cache.store import EngineCache
 from epsrt.errors import EngineError, one_line
 from epsrt.machine import instructions
@@ -24,7 +26,8 @@ from epsrt.raised import foreign
 from epsrt.types import UInt8
 
 RECIPE = 4  # of how OpenVino compiles a step graph: models and proofs of another are not used
-KEPT_FILES = 16  # of a step graph: a model takes as much room as the weights
+KEPT_FILES = 16  # of a step graph or a part: a model takes as much room as the weights
+KEEPING = 60.0  # seconds that another process is given to keep a model
 
 log = logging.getLogger("epsrt")
 
@@ -82,6 +85,21 @@ class CompiledModels:
                 raise
             log.warning("a compiled model is not kept: %s", one_line(error))
         return Compiled(model)
+
+    def kept(self, key: Key, what: str) -> Entry:
+        """The file of a model that was made; `what` names it. Raises EngineError where the cache does not keep it."""
+        cache = EngineCache()
+        entry = cache.have(key)
+        if entry is None:
+            said = f"another process is keeping {what}"
+            say = lambda _: log.warning("%s: waiting for it, %g s at most", said, KEEPING)  # noqa: E731
+            with cache.lock(key, say, KEEPING) as held:
+                entry = cache.have(key)
+            if entry is None and not held:
+                raise EngineError(f"{said} for more than {KEEPING:g} s: try again when it has ended")
+        if entry is None:
+            raise EngineError(f"{what} was compiled, and is not kept: {ELSEWHERE}")
+        return entry
 
     def _shrink(self, cache: EngineCache) -> None:
         """Remove the models that were used longest ago: each batch has one, with all weights."""

@@ -10,9 +10,11 @@ from functools import partial
 from typing import Any
 
 from epsrt.bundle import Bundle
+from epsrt.engines.cache.key import Key
 from epsrt.engines.cpu.addressed import addressed
 from epsrt.engines.cpu.compiled import CompiledModels
 from epsrt.engines.cpu.plugin import ERRORS, core, ov
+from epsrt.engines.proof import Kept
 from epsrt.engines.signature import Signature, Tensor
 from epsrt.errors import EngineError, one_line
 from epsrt.manifest import StepGraph
@@ -43,6 +45,17 @@ class PartModels:
                     request.set_tensor(name, ov.Tensor(array, shared_memory=True))
                 request.infer()
 
+    def kept(self, given: Arrays) -> Kept:
+        """The file of the model that runs such arrays. Raises EngineError where the cache does not keep it."""
+        shapes = tuple(array.shape for array in given.values())
+        what = f"the model of part {self._name} for batch {shapes[0][0]}"
+        return Kept(self._kept.kept(self._key(shapes), what), ())
+
+    def _key(self, shapes: tuple[tuple[int, ...], ...]) -> Key:
+        size = ",".join("x".join(map(str, shape)) for shape in shapes)
+        batch = shapes[0][0]
+        return self._kept.key(((batch, batch, batch),), {"threads": self._threads, "size": size})
+
     def _model(self, given: Arrays) -> tuple[Any, Any]:
         shapes = tuple(array.shape for array in given.values())
         if shapes not in self._models:
@@ -52,11 +65,8 @@ class PartModels:
                 "INFERENCE_NUM_THREADS": self._threads,
                 "ENABLE_CPU_PINNING": False,
             }
-            size = ",".join("x".join(map(str, shape)) for shape in shapes)
-            batch = shapes[0][0]
-            key = self._kept.key(((batch, batch, batch),), {"threads": self._threads, "size": size})
             load, compile = partial(import_model, config=config), partial(self._compile, given, config)
-            compiled = self._kept.get(key, load, compile, exported)
+            compiled = self._kept.get(self._key(shapes), load, compile, exported)
             with said(f"OpenVINO cannot run part {self._name} of {self._bundle.path}"):
                 self._models[shapes] = compiled, compiled.model.create_infer_request()
         self._models.move_to_end(shapes)

@@ -18,8 +18,6 @@ from epsrt.bundle import Bundle
 from epsrt.engine import Closing, check_batch, check_threads
 from epsrt.engines.cache.brought import Brought
 from epsrt.engines.cache.key import Key, Options
-from epsrt.engines.cache.private import ELSEWHERE
-from epsrt.engines.cache.store import EngineCache
 from epsrt.engines.cpu.compiled import KEPT_FILES, Compiled, CompiledModels
 from epsrt.engines.cpu.lanes import HostLanes, Run
 from epsrt.engines.cpu.models import PartModels, exported, import_model, read_model, said
@@ -36,7 +34,6 @@ from epsrt.raised import passed_over
 from epsrt.types import Arrays, OnProgress, Shape, Size
 
 LARGE = 4096  # elements of a weight that is worth to be halved
-KEEPING = 60.0  # seconds that another process is given to keep a model
 KEPT_MODELS = 4  # of an engine: for each batch and size that it met last, each with weights of its own
 
 log = logging.getLogger("epsrt")
@@ -107,22 +104,14 @@ class OpenVino(Closing):
         return Proof(self._kept.key((), {"proof": True}), self.precision, self._kept.brought)
 
     def kept(self, batch: int, size: Size | None = None) -> Kept:
-        """The compiled model that lanes of a batch run, and the proof that decides on bf16.
+        """The compiled model that lanes of a batch run, made now if need be, and the proof that decides on bf16.
 
         Raises EngineError where the cache does not keep the model.
         """
-        parts, cache = gcd(batch, self.threads), EngineCache()
+        self.lanes(batch, size).close()
+        parts = gcd(batch, self.threads)
         key = self._key(batch // parts, self.bundle.image_shape(size), parts)
-        entry = cache.have(key)
-        if entry is None:
-            said = f"another process is keeping the model for batch {batch}"
-            say = lambda _: log.warning("%s: waiting for it, %g s at most", said, KEEPING)  # noqa: E731
-            with cache.lock(key, say, KEEPING) as held:
-                entry = cache.have(key)
-            if entry is None and not held:
-                raise EngineError(f"{said} for more than {KEEPING:g} s: try again when it has ended")
-        if entry is None:
-            raise EngineError(f"the model for batch {batch} was compiled, and is not kept: {ELSEWHERE}")
+        entry = self._kept.kept(key, f"the model for batch {batch}")
         proof = self.proof()
         return Kept(entry, (replace(proof, key=msgspec.structs.replace(proof.key, precision="bf16")),))
 

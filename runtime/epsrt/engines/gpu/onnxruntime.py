@@ -127,6 +127,7 @@ class OnnxRuntimeCuda(Closing):
 
     def kept(self, batch: int, size: Size | None = None) -> Kept:
         """No file of a batch, and the proof of the engine's own dialect where it runs that."""
+        self.lanes(batch, size).close()
         return Kept(None, () if self.dialect == "cpu" else (self.proof(),))
 
     def _lanes(self, batch: int, shape: Shape, nhwc: bool) -> DeviceLanes:

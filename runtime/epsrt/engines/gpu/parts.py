@@ -12,6 +12,7 @@ import numpy as np
 
 from epsrt.bundle import Bundle
 from epsrt.engines.gpu import cuda
+from epsrt.engines.proof import Kept
 from epsrt.engines.signature import Signature, Tensor
 from epsrt.part import Part
 from epsrt.types import Arrays
@@ -63,10 +64,20 @@ class PartBuffers:
 
 
 class DeviceParts:
-    """parts.Call: a part on the device; `make(buffers)` makes what runs it at a batch and size. Calls take turns."""
+    """parts.Call: a part on the device; `make(buffers)` makes what runs it at a batch and size. Calls take turns.
 
-    def __init__(self, device: cuda.Device, bundle: Bundle, part: Part, make: Callable[[PartBuffers], Runner]):
-        self._device, self._bundle, self._part, self._make = device, bundle, part, make
+    `kept` says what runs arrays, where the engine keeps files: see parts.OpenPart.
+    """
+
+    def __init__(
+        self,
+        device: cuda.Device,
+        bundle: Bundle,
+        part: Part,
+        make: Callable[[PartBuffers], Runner],
+        kept: Callable[[Arrays], Kept] | None = None,
+    ):
+        self._device, self._bundle, self._part, self._make, self.kept = device, bundle, part, make, kept
         self._ready: OrderedDict[tuple[tuple[int, ...], ...], tuple[PartBuffers, Runner]] = OrderedDict()
         self._lock = threading.Lock()
 

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -20,10 +21,10 @@ from epsrt.engines.dialects import DIALECTS, fault, own_dialect, say_plain
 from epsrt.engines.gpu import cuda
 from epsrt.engines.gpu.engine_files import Choice, EngineFiles, G, above, holding, profiles_of
 from epsrt.engines.gpu.lanes import CHUNK, DeviceLanes
-from epsrt.engines.gpu.parts import DeviceParts, PartBuffers
+from epsrt.engines.gpu.parts import DeviceParts
 from epsrt.engines.gpu.trt_library import library
 from epsrt.engines.gpu.trt_loaded import Compiled, Context, LoadedEngineFile
-from epsrt.engines.gpu.trt_part import PartContext
+from epsrt.engines.gpu.trt_part import PartFiles
 from epsrt.engines.parts import Call, OpenPart, OpenParts
 from epsrt.engines.proof import Kept, Proof
 from epsrt.errors import EngineError, OutOfMemoryError
@@ -110,6 +111,7 @@ class TensorRt(Closing):
 
     def kept(self, batch: int, size: Size | None = None) -> Kept:
         """The engine file that lanes of a batch run, and its proof where it is in the engine's own dialect."""
+        self.lanes(batch, size).close()
         entry = self._chosen(batch).entry
         return Kept(entry, () if self._plain is None else (OneFile(self, entry).proof(),))
 
@@ -196,19 +198,9 @@ class TensorRt(Closing):
     def _open_part(self, name: str, part: Part) -> Call:
         of = self._files
         files = EngineFiles(of.library, self.bundle, part, of.gpu, of.trusted, part=name)
-
-        def make(buffers: PartBuffers) -> PartContext:
-            batch = next(iter(buffers.signature.inputs.values())).extents[0]
-            choice = holding(files.found(), batch)
-            if choice is None and not self._may_build:
-                raise files.missing(batch)
-            choice = choice or Choice(files.make(batch, self._say, self._on_progress), 0, batch)
-            loaded = self._deserialized(files, part, choice.entry)
-            context = PartContext(loaded, choice.profile, buffers)
-            loaded.keep_compiled()
-            return context
-
-        return DeviceParts(self._device, self.bundle, part, make)
+        build = partial(files.make, say=self._say, on_progress=self._on_progress) if self._may_build else None
+        opened = PartFiles(files, build, partial(self._deserialized, files, part))
+        return DeviceParts(self._device, self.bundle, part, opened.open, opened.kept)
 
     def _load(self, entry: Entry) -> LoadedEngineFile:
         """An engine file in memory, where it stays while it is one of those used last."""

@@ -2,8 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from epsrt.engines.cache.entry import Entry
+from epsrt.engines.gpu.engine_files import Choice, EngineFiles, holding
 from epsrt.engines.gpu.parts import PartBuffers
 from epsrt.engines.gpu.trt_loaded import LoadedEngineFile
+from epsrt.engines.proof import Kept
+from epsrt.part import Part
+from epsrt.types import Arrays
+
+
+class PartFiles:
+    """The engine files of a part: `build` makes one for a batch, where that is allowed, and `load` loads one."""
+
+    def __init__(
+        self, files: EngineFiles[Part], build: Callable[[int], Entry] | None, load: Callable[[Entry], LoadedEngineFile]
+    ):
+        self._files, self._build, self._load = files, build, load
+
+    def open(self, buffers: PartBuffers) -> PartContext:
+        """What runs the part on buffers. Raises EngineError where no engine file holds their batch."""
+        choice = self._chosen(next(iter(buffers.signature.inputs.values())).extents[0])
+        loaded = self._load(choice.entry)
+        context = PartContext(loaded, choice.profile, buffers)
+        loaded.keep_compiled()
+        return context
+
+    def kept(self, given: Arrays) -> Kept:
+        """The engine file that runs arrays."""
+        return Kept(self._chosen(len(next(iter(given.values())))).entry, ())
+
+    def _chosen(self, batch: int) -> Choice:
+        if (choice := holding(self._files.found(), batch)) is not None:
+            return choice
+        if self._build is None:
+            raise self._files.missing(batch)
+        return Choice(self._build(batch), 0, batch)
 
 
 class PartContext:
