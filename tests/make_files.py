@@ -74,13 +74,14 @@ def make(folder: Path) -> None:
 
 def run(folder: Path, column: str) -> None:
     """Try each case's command and keep, by its words, what was said."""
-    kept: dict[str, Any] = json.loads(KEPT.read_bytes()) if KEPT.exists() else {}
-    for case in json.loads((folder / "cases.json").read_bytes()):
+    listed = json.loads((folder / "cases.json").read_bytes())
+    before: dict[str, Any] = json.loads(KEPT.read_bytes()) if KEPT.exists() else {}
+    kept: dict[str, Any] = {case["words"]: before.get(case["words"], {}) for case in listed}
+    for case in listed:
         with tempfile.TemporaryDirectory() as out:
             said = _try(case, Path(out))
         shown = shlex.join(["--from", case["family"], Path(case["path"]).name, *case["options"]])
-        row = kept.setdefault(case["words"], {})
-        row |= {"command": shown, column: said}
+        kept[case["words"]] |= {"command": shown, column: said}
         print(f"{case['words']}: {said}", flush=True)
         KEPT.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
 
@@ -94,7 +95,9 @@ def _try(case: dict[str, Any], out: Path) -> str:
     if not case["after"]:
         return f"a bundle{f': {said}' if said else ''}"
     done = _epsrt(*[word.format(bundle=bundle, out=out) for word in case["after"]])
-    return f"a bundle, and then {'refused: ' if done.returncode else ''}{_short(done.stderr or done.stdout, case, out)}"
+    if not done.returncode:
+        return f"a bundle, and then what was asked for: {said}"
+    return f"a bundle, and then refused: {_short(done.stderr, case, out)}"
 
 
 def _epsrt(*words: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, PNDMScheduler, UNet2DModel, VQModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, PNDMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from ema_pytorch import EMA
 from safetensors.torch import load_file, save_file
@@ -36,6 +36,13 @@ def case(words: str, family: str, *options: str, after: tuple[str, ...] = ()) ->
         return put
 
     return keep
+
+
+def of_test(module: str, name: str) -> Any:
+    """A function of a test module, which knows a family's records."""
+    from importlib import import_module
+
+    return getattr(import_module(module), name)
 
 
 # diffusers
@@ -172,16 +179,48 @@ def _(at: Path) -> Path:
     return at / "some"
 
 
-@case(
-    "An LDMPipeline, its network drawing latents",
-    "diffusers",
-    after=("sample", "{bundle}", "-n", "1", "--out", "{out}/x.png"),
-)
+def of_latents(name: str) -> Any:
+    return of_test("test_family_latents", name)
+
+
+@case("An LDMPipeline with its VQModel", "diffusers", after=("sample", "{bundle}", "-n", "1", "--out", "{out}/x.png"))
 def _(at: Path) -> Path:
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vq = VQModel(**kinds, block_out_channels=(8, 8), norm_num_groups=4, num_vq_embeddings=16, sample_size=16)
-    LDMPipeline(vq, diffusers_unet(T=20), DDIMScheduler(**MILD)).save_pretrained(at / "ldm")
+    scheduler = DDIMScheduler(**of_latents("MILD"))
+    LDMPipeline(of_latents("vq")(), of_latents("unet")(), scheduler).save_pretrained(at / "ldm")
     return at / "ldm"
+
+
+@case("The same with an AutoencoderKL, by class", "diffusers")
+def _(at: Path) -> Path:
+    scheduler = DDIMScheduler(**of_latents("MILD"))
+    LDMPipeline(of_latents("kl")(3), of_latents("unet")(num_class_embeds=4), scheduler).save_pretrained(at / "ldm")
+    return at / "ldm"
+
+
+@case("An LDMSuperResolutionPipeline", "diffusers")
+def _(at: Path) -> Path:
+    scheduler = DDIMScheduler(**of_latents("MILD"))
+    of_latents("LDMSuperResolutionPipeline")(
+        of_latents("vq")(), of_latents("unet")(image=3), scheduler
+    ).save_pretrained(at / "up")
+    return at / "up"
+
+
+@case("A DiTPipeline with its autoencoder", "diffusers")
+def _(at: Path) -> Path:
+    scheduler = DDIMScheduler(**of_latents("MILD"))
+    diffusers.DiTPipeline(of_latents("dit")(), of_latents("kl")(), scheduler).save_pretrained(at / "dit")
+    return at / "dit"
+
+
+@case("A network of sounds, Dance Diffusion's UNet1DModel", "diffusers")
+def _(at: Path) -> Path:
+    return of_test("test_family_sequences", "sound_in")(at / "sound")[0]
+
+
+@case("A planner's UNet1DModel", "diffusers", "--set", "size=16")
+def _(at: Path) -> Path:
+    return of_test("test_family_sequences", "planner_in")(at / "planner")[0]
 
 
 def edited(at: Path, **config: Any) -> Path:
@@ -204,11 +243,6 @@ def _(at: Path) -> Path:
 @case("A network that takes a number where others take a class", "diffusers")
 def _(at: Path) -> Path:
     return pipeline(at, unet=plain_unet(class_embed_type="timestep"))
-
-
-@case("A network of sequences, UNet1DModel", "diffusers")
-def _(at: Path) -> Path:
-    return edited(at, _class_name="UNet1DModel")
 
 
 @case("sample_size null, a size that is not square", "diffusers", "--set", "size=8,12")
@@ -359,14 +393,6 @@ def _(at: Path) -> Path:
 
 # files of other owners, whose own code is in the tests' records
 
-
-def of_test(module: str, name: str) -> Any:
-    """A function of a test module, which knows a family's records."""
-    from importlib import import_module
-
-    return getattr(import_module(module), name)
-
-
 for _family in ("dit", "sit"):
 
     @case(f"A network of {_family.upper().replace('I', 'i')}", _family, "--set", "num_heads=2")
@@ -412,3 +438,9 @@ def _(at: Path) -> Path:
 def _(at: Path) -> Path:
     network, again = (of_test("test_family_monai", name) for name in ("network", "drawn_again"))
     return kept(at, again(network()).state_dict(), "diffusion.pth")
+
+
+@case("The same of volumes, by class", "monai", "--set", "image_size=4,4,4", *(f"--set={option}" for option in MONAI))
+def _(at: Path) -> Path:
+    network, again = (of_test("test_family_monai", name) for name in ("general", "drawn_again"))
+    return kept(at, again(network(3, num_class_embeds=3), 3, (4, 4, 4)).state_dict(), "volumes.pth")

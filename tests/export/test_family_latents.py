@@ -62,6 +62,17 @@ def kl(channels=4, **more):
     return AutoencoderKL(**SMALL, latent_channels=channels, **more).eval()
 
 
+def dit():
+    torch.manual_seed(0)
+    config = {
+        "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "num_layers": 2,
+        "sample_size": 8, "num_embeds_ada_norm": 1000,
+    }  # fmt: skip
+    model = DiTTransformer2DModel(**config)
+    redraw(Denoiser(model, 4), SCHEDULE, (4, 8, 8), classes=1000, variance="learned_range")
+    return model
+
+
 def start(shape):
     z = noise.normals(SEED, range(SAMPLES), noise.START, 0, int(np.prod(shape)))
     return torch.from_numpy(z.reshape(SAMPLES, *shape))
@@ -142,13 +153,7 @@ class TestPipelines:
 
     @pytest.mark.parametrize("forced", [True, False])
     def test_of_a_dit(self, tmp_path, theirs, forced):
-        config = {
-            "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "num_layers": 2,
-            "sample_size": 8, "num_embeds_ada_norm": 1000,
-        }  # fmt: skip
-        model = DiTTransformer2DModel(**config)
-        redraw(Denoiser(model, 4), SCHEDULE, (4, 8, 8), classes=1000, variance="learned_range")
-        pipeline = DiTPipeline(model, kl(force_upcast=forced), DDIMScheduler(**MILD))
+        pipeline = DiTPipeline(dit(), kl(force_upcast=forced), DDIMScheduler(**MILD))
         pipeline.save_pretrained(tmp_path / "dit")
         source, labels = load(tmp_path / "dit"), [7, 999, 0]
         assert source.autoencoder.forced == forced

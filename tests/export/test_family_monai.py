@@ -34,8 +34,8 @@ def network(colours=1, **more):
     return theirs.DiffusionModelUNet(2, colours, colours, **shape)
 
 
-def drawn_again(made, classes=0):
-    redraw(monai.Denoiser(made), Schedule("linear", T, 0.005, 0.5), (made.in_channels, SIZE, SIZE), classes)
+def drawn_again(made, classes=0, size=(SIZE, SIZE)):
+    redraw(monai.Denoiser(made), Schedule("linear", T, 0.005, 0.5), (made.in_channels, *size), classes)
     return made
 
 

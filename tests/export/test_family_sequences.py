@@ -53,12 +53,11 @@ def drawn(stream, n, shape):
     return torch.from_numpy(z.reshape(SAMPLES, *shape))
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
+def sound_in(folder):
     """A folder of Dance Diffusion's, and its model. The last layer is fitted without its shortcut, which is small."""
     torch.manual_seed(0)
     model, scheduler = UNet1DModel(**SOUND), IPNDMScheduler(T)
-    folder = save(tmp_path_factory.mktemp("sound") / "sound", model, scheduler)
+    save(folder, model, scheduler)
     frequencies, schedule = model.time_proj.weight.data.clone(), load(folder).schedule
     redraw(Angles(Denoiser(model, 2), schedule), schedule, (2, 64), prediction="v")
     model.time_proj.weight.data = frequencies
@@ -66,13 +65,22 @@ def sound(tmp_path_factory):
     return save(folder, model, scheduler), model
 
 
-@pytest.fixture(scope="module")
-def planner(tmp_path_factory):
+def planner_in(folder):
     """A folder of a planner's, whose network predicts x0, and its model."""
     torch.manual_seed(0)
     model, scheduler = UNet1DModel(**TRAJECTORIES), DDPMScheduler(T, prediction_type="sample", **PLANNER)
     redraw(Denoiser(model, 6), Schedule("cosine", T), (6, 16), prediction="x0")
-    return save(tmp_path_factory.mktemp("planner") / "planner", model, scheduler), model
+    return save(folder, model, scheduler), model
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    return sound_in(tmp_path_factory.mktemp("sound") / "sound")
+
+
+@pytest.fixture(scope="module")
+def planner(tmp_path_factory):
+    return planner_in(tmp_path_factory.mktemp("planner") / "planner")
 
 
 @torch.inference_mode()
