@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from epsrt.errors import EpsrtError, of_system, seen
 from epsrt.files import naming
+from epsrt.raised import handlers_own
 from epsrt_command.foreign import needs
 
 
@@ -31,15 +32,20 @@ def main() -> None:
             signal.signal(number, lambda number, frame: sys.exit(128 + number))  # so that files in work are removed
     try:
         sys.exit(_run(app))
-    except EpsrtError as error:
-        _fail(said(error, sys.argv[1:]))
-    except BrokenPipeError:  # `epsrt inspect … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except MemoryError:
-        _fail("this takes more memory than there is: ask for less at once")
-    except OSError as error:
-        _fail(of_system(error))
+    except Exception as error:
+        if (own := handlers_own(error)) is not None:  # which a library made another exception of
+            raise own from None
+        match error:
+            case EpsrtError():
+                _fail(said(error, sys.argv[1:]))
+            case BrokenPipeError():  # `epsrt inspect … | head`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(1)
+            case MemoryError():
+                _fail("this takes more memory than there is: ask for less at once")
+            case OSError():
+                _fail(of_system(error))
+        raise
 
 
 def _run(app: Any) -> int:

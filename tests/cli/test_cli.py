@@ -261,6 +261,21 @@ def test_a_stopped_export_leaves_nothing_nor_what_a_killed_one_left(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_signal_of_which_a_library_makes_another_error_is_a_signal() -> None:
+    """Python itself makes a RuntimeError of what __set_name__ raises, as where a module is imported."""
+    code = """
+import os, signal
+from epsrt_command import app, main
+class Field:
+    def __set_name__(self, owner, name):
+        os.kill(os.getpid(), signal.SIGTERM)
+app.app = lambda **mode: type("Model", (), {"field": Field()})
+main()
+"""
+    ended = run_python(code)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGTERM, "")
+
+
 @pytest.mark.parametrize(("before", "ends"), [("SIG_DFL", 128 + signal.SIGHUP), ("SIG_IGN", 0)])
 def test_a_lost_terminal_ends_it_but_for_nohup(before: str, ends: int) -> None:
     code = f"""
