@@ -183,6 +183,7 @@ def test_images_of_another_size(config):
         ({"heads": 3}, "heads = 3 does not divide width = 16"),
         ({"depth": 0}, "depth = 0 makes no network"),
         ({"patch_size": 0}, "patch_size = 0"),
+        ({"image_size": 2**20}, "image_size / patch_size = 524288: at most 256 patches along a side"),
         ({"mlp_ratio": 0.01}, "mlp_ratio = 0.01 leaves"),
         ({"mlp_ratio": float("nan")}, "mlp_ratio = nan"),
         ({"mlp_ratio": float("inf")}, "mlp_ratio = inf"),

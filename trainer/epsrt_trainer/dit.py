@@ -12,6 +12,7 @@ from epsrt.errors import InputError
 from epsrt_trainer.embeddings import PositionEmbedding, TimeEmbedding, TimeFeatures, check_conditions
 
 TIME_CHANNELS = 256  # sines and cosines of the time, for every width (DiT, appendix A)
+MOST = 256  # patches along a side: what a file says is held to it before a table of them is made
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class DiTConfig:
         if self.image_size % self.patch_size:
             raise InputError(
                 f"patch_size = {self.patch_size} does not divide image_size = {self.image_size}: give one that does"
+            )
+        if self.grid > MOST:
+            raise InputError(
+                f"image_size / patch_size = {self.grid}: at most {MOST} patches along a side; give a larger patch_size"
             )
         if self.width % 4:
             raise InputError(f"width = {self.width} is not a multiple of 4: rows and columns take a sine and a cosine")
