@@ -25,7 +25,7 @@ class Worker(Generic[J, R]):
     The parent must have one thread alone: whatever starts threads is imported by `do`.
     """
 
-    def __init__(self, do: Callable[[J], R], limit: float = 20.0, retires: int = RETIRES):
+    def __init__(self, do: Callable[[J], R], limit: float = 60.0, retires: int = RETIRES):
         self.do, self.limit, self.retires = do, limit, retires
         self.process: Any = None
         self.said = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the worker)
@@ -85,7 +85,7 @@ class Worker(Generic[J, R]):
         return " ".join(self.said.read().decode(errors="replace").split())
 
 
-def each(do: Callable[[J], R], jobs: Iterable[J], limit: float = 20.0) -> Iterator[tuple[J, str, R | str]]:
+def each(do: Callable[[J], R], jobs: Iterable[J], limit: float = 60.0) -> Iterator[tuple[J, str, R | str]]:
     """Every job with what Worker says of it, in order."""
     worker = Worker(do, limit)
     try:
