@@ -136,7 +136,7 @@ def export(
             graphs += write_int8(Bundle(beside, manifest), partial(tell, "graphs int8"))
             manifest = msgspec.structs.replace(manifest, graphs=tuple(graphs))
         if "fp16" in wanted and "fp16" not in lost:
-            manifest, halves = half_parts(Bundle(beside, manifest))
+            manifest, halves = half_parts(Bundle(beside, manifest), wanted)
             for name, missed in halves.items():
                 why = f"{out.name} has {name} in fp32 alone: {missed}"
                 warnings.warn(why, parity.LeftOutWarning, stacklevel=2)

@@ -56,19 +56,24 @@ def add_parts(
     return msgspec.structs.replace(manifest, parts=parts), golden
 
 
-def half_parts(bundle: Bundle) -> tuple[Manifest, dict[str, str]]:
-    """The manifest without the parts that miss their rung in FP16, and what each missed; their files are removed."""
+def half_parts(bundle: Bundle, wanted: Iterable[str]) -> tuple[Manifest, dict[str, str]]:
+    """The manifest without the parts that miss their rung in FP16, and what each missed; their files are removed.
+
+    Where FP16 alone is wanted, those that pass are in FP16 alone.
+    """
     manifest, lost = bundle.manifest, dict[str, str]()
     with open_engine(bundle, "onnxruntime", precision="fp16") as engine:
         for check in part_checks(engine, bundle.golden()):
             if check.precision == "fp16" and not (rung := check.run(engine)).passed:
                 lost[check.name] = told(rung)
-    parts = dict(manifest.parts or {})
-    for name in lost:
-        for part in (part for part in parts[name] if part.precision == "fp16"):
+    alone, parts = set(wanted) == {"fp16"}, dict[str, tuple[Part, ...]]()
+    for name, made in (manifest.parts or {}).items():
+        halved = name not in lost and any(part.precision == "fp16" for part in made)
+        needless = "fp16" if name in lost else "fp32" if alone and halved else None
+        parts[name] = tuple(part for part in made if part.precision != needless)
+        for part in set(made) - set(parts[name]):
             for file in (part.file, part.weights):
                 (bundle.path / file).unlink()
-        parts[name] = tuple(part for part in parts[name] if part.precision != "fp16")
     return msgspec.structs.replace(manifest, parts=parts or msgspec.UNSET), lost
 
 

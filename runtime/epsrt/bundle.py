@@ -153,7 +153,7 @@ class Bundle:
         )
 
     def part(self, name: str, precision: str = "fp32") -> Part:
-        """The part of a name in a precision, or in FP32 where it has not that one.
+        """The part of a name in a precision, or in its first one, FP32 if it has that.
 
         Raises InputError for a name that is no part's, BundleError where the bundle has no such part.
         """

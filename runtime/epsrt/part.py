@@ -97,8 +97,6 @@ def fault(name: str, made: Sequence[Part], shape: Shape, latent: Latent | None) 
         return "has no latent beside it"
     if not made or len({part.precision for part in made}) != len(made):
         return f"has {len(made)} graphs that are not told apart"
-    if made[0].precision != "fp32":
-        return "has no FP32 in the first place"
     if latent.forced and any(part.precision != "fp32" for part in made):
         return "is in FP16, and its latent is forced to FP32"
     if any((part.inputs, part.outputs) != ports(name, shape, latent) for part in made):

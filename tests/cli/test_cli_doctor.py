@@ -178,9 +178,11 @@ class TestBundle:
         bundle = dataclasses.replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, graphs=half))
         monkeypatch.setattr(Bundle, "open", lambda path: bundle)
         report = json.loads(run(bundle_path, "--json"))
-        assert [e["precision"] for e in report["engines"]] == ["fp16"] * 4 + [None, None]
-        assert report["auto"] is None
-        assert "no fp32 graph, ask for --precision fp16" in " ".join(run(bundle_path).split())
+        assert [e["precision"] for e in report["engines"]] == ["fp16"] * 4 + [None, "fp16"]
+        assert report["auto"] == "onnxruntime"
+        text = " ".join(run(bundle_path).split())
+        assert "openvino nothing none: the bundle has no fp32 graph" in text
+        assert "onnxruntime fp16 step-fp16.onnx: the bundle has no fp32 graph, which would be faster" in text
 
     def test_that_is_none(self, run, tmp_path):
         with pytest.raises(BundleError, match="does not exist"):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from epsrt import InputError, Sampler, open_engine
+from epsrt import Bundle, InputError, Sampler, open_engine
 from epsrt.manifest import Sizes
 from epsrt.part import Port
 from epsrt_export import Autoencoder, LeftOutWarning, ParityError, export_network
-from epsrt_export.parts import Preview, near_enough, preview_of
+from epsrt_export.parts import Preview, half_parts, near_enough, preview_of
 from helpers import SCHEDULE
 from nets import Decoder, Encoder, autoencoder, tiny
 
@@ -179,6 +179,17 @@ class TestFp16:
         assert [p.precision for p in bundle.manifest.parts["decode"]] == ["fp32"]
         assert not list(bundle.path.glob("decode-*fp16*"))
         assert "fp16" in {g.precision for g in bundle.manifest.graphs}
+
+    def test_alone_it_needs_no_fp32(self, kl, copy_of):
+        """The preview has FP32 alone, and one that misses its rung keeps it."""
+        bundle = Bundle.open(copy_of(kl.path))
+        manifest, lost = half_parts(bundle, ("fp16",))
+        assert not lost
+        assert {name: [p.precision for p in parts] for name, parts in manifest.parts.items()} == {
+            "decode": ["fp16"], "encode": ["fp16"], "preview": ["fp32"],
+        }  # fmt: skip
+        used = {file for parts in manifest.parts.values() for p in parts for file in (p.file, p.weights)}
+        assert {file.name for kind in ("decode", "encode", "preview") for file in bundle.path.glob(f"{kind}-*")} == used
 
     def test_without_fp16_nothing_is_said(self, tmp_path):
         with warnings.catch_warnings():

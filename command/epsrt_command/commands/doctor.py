@@ -94,7 +94,7 @@ def _defaults(info: EngineInfo) -> tuple[str, ...]:
     """In which precisions an engine runs unasked, the first that it can."""
     if info.device == "cuda":
         return info.precisions
-    return tuple(p for p in info.precisions if p == "fp32" or (p == "bf16" and machine.has_bf16()))
+    return tuple(p for p in info.precisions if p in ("fp32", "fp16") or (p == "bf16" and machine.has_bf16()))
 
 
 def _machine(report: dict[str, Any]) -> Table:
@@ -152,9 +152,10 @@ def _bundle(report: dict[str, Any]) -> Table | None:
     for e in report["engines"]:
         precision = e["precision"]
         if precision is None:
-            graph = "none: the bundle has no fp32 graph, ask for --precision fp16"
-        elif e["device"] == "cuda" and precision == "fp32":
-            graph = f"{graphs[precision]}: the bundle has no fp16 graph, which would be faster"
+            graph = "none: the bundle has no fp32 graph"
+        elif precision == (slower := "fp32" if e["device"] == "cuda" else "fp16"):
+            other = "fp16" if slower == "fp32" else "fp32"
+            graph = f"{graphs[precision]}: the bundle has no {other} graph, which would be faster"
         elif precision == "bf16":
             graph = f"{graphs['fp32']}: in bf16 where its golden file proves it, else in fp32"
         else:

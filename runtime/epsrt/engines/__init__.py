@@ -31,7 +31,8 @@ def open_engine(
 
     name           one of ENGINES, or "auto": the fastest that this machine can run for this bundle
     precision      one of PRECISIONS; int8 is never taken unasked. None: fp16 on a GPU where the bundle has it; on
-                   openvino bf16 where the processor computes in it and the bundle's golden file proves it; else fp32
+                   openvino bf16 where the processor computes in it and the bundle's golden file proves it; else fp32,
+                   or fp16 where the bundle has that alone
     features       what the step graph must have beyond the plain step
     threads        the most threads that a CPU engine uses; None: as many as there are cores
     trust_engines  use what came with the bundle in engines/: TensorRT's engine files, OpenVINO's compiled models and
@@ -94,6 +95,8 @@ def open_engine(
         info = probe.info_of(each)
         if threads is not None and info.device != "cpu":
             continue
+        if precision is None and default_precision(bundle, each) is None:
+            continue
         try:
             return open_one(each)
         except EngineError as error:
@@ -106,13 +109,26 @@ def open_engine(
 
 
 def graph_precision(bundle: Bundle, name: str, precision: str | None = None) -> str:
-    """The precision of the step graph that an engine runs: by default fp16 on a GPU if the bundle has it, else fp32."""
+    """The precision of the step graph that an engine runs: see open_engine. Raises EngineError where there is none."""
     if precision is not None:
         return graph_precision_of(precision)
+    found = default_precision(bundle, name)
+    if found is None:
+        have = dict.fromkeys(g.precision for g in bundle.manifest.graphs)
+        way = f"ask for {' or '.join(also)}" if (also := runnable(bundle, name)) else "take engine onnxruntime"
+        raise EngineError(
+            f"{bundle.path.name} has step graphs in {' and '.join(have)} alone, which engine {name} does not take "
+            f"unasked: {way}, or export it again with fp32"
+        )
+    return found
+
+
+def default_precision(bundle: Bundle, name: str) -> str | None:
+    """fp16 on a GPU and fp32 on a CPU, or the other where the bundle has that alone; None: the engine runs neither."""
     from epsrt.engines import probe
 
-    has_half = any(g.precision == "fp16" for g in bundle.manifest.graphs)
-    return "fp16" if has_half and probe.info_of(name).device == "cuda" else "fp32"
+    order = ("fp16", "fp32") if probe.info_of(name).device == "cuda" else ("fp32", "fp16")
+    return next((each for each in order if each in runnable(bundle, name)), None)
 
 
 def graph_precision_of(precision: str) -> str:
