@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from epsrt import noise
 from epsrt.engines import nvidia
 from epsrt.engines.gpu import cuda
+from epsrt.engines.gpu.table import Table
 from epsrt.types import Float32
 
 Tell = Callable[..., None]  # tell(key, **figures)
@@ -39,7 +40,7 @@ class Bench:
         return self._stack.enter_context(closing(cuda.Memory(size, "the benchmark")))
 
     def up(self, array: NDArray[Any]) -> int:
-        table = self._stack.enter_context(closing(cuda.Table(self.stream, "the benchmark")))
+        table = self._stack.enter_context(closing(Table(self.stream, "the benchmark")))
         return table.upload(np.ascontiguousarray(array))
 
     def down(self, at: int, shape: tuple[int, ...]) -> Float32:

@@ -18,6 +18,7 @@ from epsrt.bench import timing
 from epsrt.bench.report import paired_ratio
 from epsrt.engines.gpu import cuda
 from epsrt.engines.gpu.lanes import DeviceLanes
+from epsrt.engines.gpu.table import Table
 
 Run = Callable[[], Any]
 Row = dict[str, Any]
@@ -132,7 +133,7 @@ def bare_runs(stack: ExitStack, lanes: DeviceLanes, steps: int, sizes: set[int])
 
 def upload(stack: ExitStack, lanes: DeviceLanes, rows: NDArray[np.float32]) -> int:
     """The address of a copy of rows that lives as long as the stack."""
-    table = cuda.Table(lanes._stream, "the benchmark")
+    table = Table(lanes._stream, "the benchmark")
     stack.callback(table.close)
     at = table.upload(rows)
     lanes._stream.synchronize()

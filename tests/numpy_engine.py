@@ -71,9 +71,9 @@ class NumpyLanes(HostLanes):
         self.engine, self.heard, self.closed = engine, [], 0
         super().__init__(engine, batch, image, lambda given, made: lambda: engine.step(given, made))
 
-    def write(self, index, sample):
+    def write(self, index, sample, state=None):
         self.heard.append("write")
-        super().write(index, sample)
+        super().write(index, sample, state)
 
     def advance(self, rows):
         self.heard.append("advance")

@@ -28,12 +28,13 @@ from epsrt.plan import COLUMNS, Plan, idle_row
 from epsrt.request import Request
 from epsrt.sampler import Sampler
 from epsrt.schedule import Schedule
+from epsrt.state import State
 from epsrt.version import __version__
 from epsrt.warming import warm
 
 __all__ = [
     "COLUMNS", "Bundle", "BundleError", "Cancelled", "Condition", "DeadlineExceeded", "Engine", "EngineError",
     "EpsrtError", "InputError", "Lanes", "LimitError", "Limits", "Manifest", "NotFiniteError", "OutOfMemoryError",
-    "Plan", "Request", "Rung", "Sample", "Sampler", "Schedule", "__version__", "canvas", "from_images", "idle_row",
-    "noise", "open_engine", "resampled", "slerp", "solvers", "timesteps", "to_images", "verify", "warm",
+    "Plan", "Request", "Rung", "Sample", "Sampler", "Schedule", "State", "__version__", "canvas", "from_images",
+    "idle_row", "noise", "open_engine", "resampled", "slerp", "solvers", "timesteps", "to_images", "verify", "warm",
 ]  # fmt: skip

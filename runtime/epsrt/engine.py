@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Protocol, Self
@@ -19,6 +19,7 @@ from epsrt.errors import EngineError, InputError, one_of, whole
 from epsrt.forks import Unforkable
 from epsrt.manifest import Manifest, StepGraph
 from epsrt.part import Part
+from epsrt.state import State
 from epsrt.types import Arrays, Float32, Shape, Size
 
 
@@ -86,14 +87,53 @@ def _input(c: Condition, given: Mapping[str, ArrayLike], shape: Shape) -> NDArra
     return np.zeros(c.of(shape), c.dtype) if filled is None else filled
 
 
+class Peek(Protocol):
+    """Images on their way to the host; see Lanes.peek. It is for the lanes' thread, and outlives them."""
+
+    def done(self) -> bool:
+        """Whether result() has nothing to wait for."""
+
+    def result(self) -> Float32:
+        """The images, float32 [len(indices), C, …]. It waits for them, and not for what was advanced after them."""
+
+
 class Lanes(Protocol):
     """An engine's batch, its state on the device. It is a context manager for one thread, and owns its stream."""
 
     batch: int
     shape: Shape  # of one sample
 
-    def write(self, index: int, sample: Sample) -> None:
-        """Begin a sample in lane `index`. The other lanes are not touched."""
+    def write(self, index: int, sample: Sample, state: State | None = None) -> None:
+        """Begin a sample in lane `index`, or go on with it from a state. The other lanes are not touched.
+
+        A state takes the place of the sample's start and init; all else is the sample's. x0 is 0 until a step has run.
+
+        Raises InputError for a sample or a state that the lanes do not take.
+        """
+
+    def save(self, index: int) -> State:
+        """What the sample in a lane is between two rows. The lane keeps it. It waits for the device.
+
+        Written into any lanes that make the same bits, in this process or another, it goes on as it would have here.
+
+        Raises NotFiniteError as `read` does.
+        """
+
+    def move(self, source: Lanes, pairs: Iterable[tuple[int, int]]) -> None:
+        """Copy samples with all that they are, without the host, from lanes of `source`: pairs of (there, here).
+
+        It is asynchronous, and what was advanced before runs first. The lanes of `source` keep what they hold.
+
+        Raises InputError for lanes of another engine, step graph or size, for a lane that two samples would have, and,
+        within one lanes object, for a lane that is left and entered.
+        """
+
+    def peek(self, indices: Sequence[int], what: Literal["x", "x0"] = "x0") -> Peek:
+        """Copies of some lanes' estimates of x0, or of their x, for previews. Steps go on meanwhile.
+
+        They are of the rows that were advanced before. What is not finite comes as it is: `read` names it. A device
+        makes one download at a time: a second peek waits for the first.
+        """
 
     def advance(self, rows: Float32) -> None:
         """Run steps: rows float32 [steps, batch, len(engine.columns)]. It is asynchronous: nothing returns to the host.
@@ -199,6 +239,16 @@ def check_lane(index: int, batch: int) -> None:
     """Raise InputError unless lane `index` is one of `batch`."""
     if not 0 <= whole("lane", index) < batch:
         raise InputError(f"lane {index} is outside 0 … {batch - 1}")
+
+
+def check_lanes(indices: Iterable[int], batch: int) -> list[int]:
+    """The indices as a list. Raises InputError unless they are lanes of `batch`, none of them twice."""
+    found = list(indices)
+    for i, index in enumerate(found):
+        check_lane(index, batch)
+        if index in found[:i]:
+            raise InputError(f"lane {index} is asked for twice: name each lane once")
+    return found
 
 
 def check_whole(whole: bool) -> None:

@@ -11,13 +11,14 @@ pytest.importorskip("cuda.bindings", reason="needs cuda-bindings")
 from epsrt.engines.gpu import kernels
 
 HELPERS = """
+from epsrt.engines.gpu.table import Table
 device = cuda.device()
 stream = cuda.Stream(device)
 i32, pointer = ctypes.c_int32, ctypes.c_void_p
 rng = np.random.default_rng(1)
 
 def up(array):
-    return cuda.Table(stream, "test").upload(np.ascontiguousarray(array))
+    return Table(stream, "test").upload(np.ascontiguousarray(array))
 
 def down(at, shape, dtype=np.float32):
     host = cuda.Pinned(int(np.prod(shape)) * np.dtype(dtype).itemsize)
@@ -99,7 +100,7 @@ for size in (1, 3, 4, 147, 3 * 32 * 32, 100_003):
 
 
 BEGUN = """
-from epsrt.engines.gpu.buffers import BEGIN, pack
+from epsrt.engines.gpu.arrivals import BEGIN, pack
 lanes, shape = 4, (2, 5, 5)
 size = 50
 x, m, x0, known, mask = images = [cuda.Memory(4 * lanes * size, "test") for _ in range(5)]
@@ -113,7 +114,7 @@ def begin(samples, *takes):
     begins, inits = pack(samples)
     assert len(begins.tobytes()) == len(samples) * 56  # sizeof(Begin)
     own = (x, m, x0, seeds, indices, broken)
-    at = cuda.Table(stream, "test").upload(begins, *inits)
+    at = Table(stream, "test").upload(begins, *inits)
     more = [memory.pointer if memory in takes else 0 for memory in (labels, targets, known, mask)]
     addresses = (*(memory.pointer for memory in own), *more, at, at + begins.nbytes)
     launch("begin", len(begins), size, addresses, size)
@@ -197,7 +198,7 @@ def test_threads_stride_where_the_grid_has_too_few_blocks(on_stand_in) -> None:
     on_stand_in(
         HELPERS
         + """
-from epsrt.engines.gpu.buffers import pack
+from epsrt.engines.gpu.arrivals import pack
 cuda.BLOCKS, lanes, size = 2, 2, 9_001
 z, x, m, x0, known, mask = images = [cuda.Memory(4 * lanes * size, "test") for _ in range(6)]
 words = [cuda.Memory(8 * lanes, "test") for _ in range(5)]
@@ -211,7 +212,7 @@ assert np.abs(down(z.pointer, (lanes, size)) - want).max() <= 4e-6
 
 a, b = rng.standard_normal((2, size)).astype(np.float32)
 begins, given = pack({0: Sample(3, 1, known=a, mask=b), 1: Sample(4, 2)})
-at = cuda.Table(stream, "test").upload(begins, *given)
+at = Table(stream, "test").upload(begins, *given)
 pointers = [memory.pointer for memory in (x, m, x0, *words, known, mask)]
 launch("begin", lanes, size, (*pointers, at, at + begins.nbytes), size)
 want = noise.normals(np.uint64([3, 4]), np.uint32([1, 2]), noise.START, np.zeros(2, int), size)

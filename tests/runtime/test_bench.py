@@ -53,7 +53,7 @@ class Slow:
         self.batch = batch
         return self
 
-    def write(self, index: int, sample: Any) -> None:
+    def write(self, index: int, sample: Any, state: Any = None) -> None:
         assert 0 <= index < self.batch
 
     def advance(self, rows: Any) -> None:

@@ -57,7 +57,7 @@ class TestClosing:
         assert not engine.made[1].closed
 
     def test_lanes_are_closed_when_a_sample_cannot_be_written(self, engine, monkeypatch):
-        def fail(self, index, sample):
+        def fail(self, index, sample, state=None):
             raise MemoryError
 
         monkeypatch.setattr(NumpyLanes, "write", fail)
@@ -195,10 +195,10 @@ class TestKeptLanes:
         together, held, clashes = threading.Barrier(threads), {}, []
 
         class Watched(NumpyLanes):
-            def write(self, index, sample):
+            def write(self, index, sample, state=None):
                 if held.setdefault(id(self), threading.get_ident()) != threading.get_ident():
                     clashes.append(sample)
-                super().write(index, sample)
+                super().write(index, sample, state)
 
             def read(self, index, what="x"):
                 image = super().read(index, what)

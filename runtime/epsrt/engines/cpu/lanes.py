@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from epsrt import noise
-from epsrt.engine import Closing, Engine, Sample, check_lane, check_rows, check_sample, check_whole, not_finite
+from epsrt.engine import (
+    Closing,
+    Engine,
+    Lanes,
+    Sample,
+    check_lane,
+    check_lanes,
+    check_rows,
+    check_sample,
+    check_whole,
+    not_finite,
+)
+from epsrt.engines.moves import check_moves, kind_of
 from epsrt.engines.signature import Signature
-from epsrt.errors import NotFiniteError
+from epsrt.errors import InputError, NotFiniteError
 from epsrt.plan import idle_row
+from epsrt.state import State
 from epsrt.types import Arrays, Float32, Shape
 
 NOISE_BLOCK = 1 << 16  # normals drawn at once: enough to hide NumPy's call overhead, small enough for a cache
@@ -29,6 +43,7 @@ class HostLanes(Closing):
 
     def __init__(self, engine: Engine, batch: int, image: Shape, bind: Bind):
         self.batch, self.shape, self._graph, self._manifest = batch, image, engine.graph, engine.bundle.manifest
+        self._kind = kind_of(engine.bundle, engine.graph, image, "the host's lanes")
         self._columns = {name: i for i, name in enumerate(engine.columns)}
         shape = (batch, *image)
         self._x = [np.zeros(shape, np.float32) for _ in range(2)]
@@ -50,19 +65,19 @@ class HostLanes(Closing):
         self._seeds = np.zeros(batch, np.uint64)
         self._indices = np.zeros(batch, np.int64)
         self._steps = np.zeros(batch, np.int64)
-        self._broken: dict[int, str] = {}  # lane -> since when
+        self._broken: dict[int, tuple[int, float]] = {}  # lane -> since which step, and its t
         self._whole = True  # False while steps run, and for good where one of them did not end
 
-    def write(self, index: int, sample: Sample) -> None:
+    def write(self, index: int, sample: Sample, state: State | None = None) -> None:
         check_lane(index, self.batch)
-        x, (signal, scale) = self._x[self._now][index], sample.start
-        check_sample(sample, x.shape, self._graph, self._manifest)
-        x.fill(0)
-        if scale:
-            x += np.float32(scale) * noise.normals(sample.seed, sample.index, sample.stream, 0, x.size).reshape(x.shape)
-        if sample.init is not None and signal:
-            x += np.float32(signal) * sample.init
-        self._m[self._now][index] = 0
+        check_sample(sample, self.shape, self._graph, self._manifest)
+        x, m = self._x[self._now][index], self._m[self._now][index]
+        if state is None:
+            self._start(x, sample)
+            m[...] = 0
+        else:
+            state.check(self.shape)
+            x[...], m[...] = state.x, state.m
         self._x0[index] = 0
         for name, value in sample.inputs(self._manifest, self._graph, self.shape).items():
             self._fixed[name][index] = value
@@ -71,8 +86,17 @@ class HostLanes(Closing):
                 given = getattr(sample, name)
                 self._fixed[name][index] = 0 if given is None else given
         self._samples[index] = sample
-        self._seeds[index], self._indices[index], self._steps[index] = sample.seed, sample.index, 0
+        self._seeds[index], self._indices[index] = sample.seed, sample.index
+        self._steps[index] = 0 if state is None else state.row
         self._broken.pop(index, None)
+
+    def _start(self, x: Float32, sample: Sample) -> None:
+        signal, scale = sample.start
+        x.fill(0)
+        if scale:
+            x += np.float32(scale) * noise.normals(sample.seed, sample.index, sample.stream, 0, x.size).reshape(x.shape)
+        if sample.init is not None and signal:
+            x += np.float32(signal) * sample.init
 
     def advance(self, rows: Float32) -> None:
         check_rows(rows, *self._row.shape)
@@ -104,9 +128,44 @@ class HostLanes(Closing):
         check_lane(index, self.batch)
         check_whole(self._whole)
         if index in self._broken:
-            raise NotFiniteError(self._broken[index])
-        source: Float32 = self._x[self._now] if what == "x" else self._x0
-        return source[index].copy()  # type: ignore[no-any-return]
+            raise NotFiniteError(not_finite(index, self._samples[index], *self._broken[index]))
+        return self._images(what)[index].copy()  # type: ignore[no-any-return]
+
+    def save(self, index: int) -> State:
+        return State(self.read(index), self._m[self._now][index].copy(), int(self._steps[index]))
+
+    def move(self, source: Lanes, pairs: Iterable[tuple[int, int]]) -> None:
+        if not isinstance(source, HostLanes) or source._kind != self._kind:
+            alike = source._kind if isinstance(source, HostLanes) else f"a {type(source).__name__}"
+            raise InputError(f"{self._kind} take none from {alike}: move samples between lanes that are alike")
+        for lanes in (self, source):
+            check_whole(lanes._whole)
+        moved = check_moves(pairs, source.batch, self.batch, source is not self)
+        if not moved:
+            return
+        there, here = map(list, zip(*moved, strict=True))
+        for mine, theirs in zip(self._lanewise(), source._lanewise(), strict=True):
+            mine[here] = theirs[there]
+        for left, entered in moved:
+            self._samples[entered] = source._samples[left]
+            self._broken.pop(entered, None)
+            if left in source._broken:
+                self._broken[entered] = source._broken[left]
+
+    def peek(self, indices: Sequence[int], what: Literal["x", "x0"] = "x0") -> Future[Float32]:
+        lanes = check_lanes(indices, self.batch)
+        check_whole(self._whole)
+        copied: Future[Float32] = Future()
+        copied.set_result(self._images(what)[lanes])
+        return copied
+
+    def _images(self, what: Literal["x", "x0"]) -> Float32:
+        return self._x[self._now] if what == "x" else self._x0
+
+    def _lanewise(self) -> list[NDArray[Any]]:
+        """What each lane has its part of, and keeps from row to row."""
+        now = self._x[self._now], self._m[self._now], self._x0
+        return [*now, *self._fixed.values(), self._seeds, self._indices, self._steps]
 
     @property
     def _masked(self) -> NDArray[np.bool_]:
@@ -133,7 +192,7 @@ class HostLanes(Closing):
         for lane, x in enumerate(self._x[self._now]):
             if lane not in self._broken and not np.isfinite(x).all():
                 t = float(self._row[lane, self._columns["t"]])
-                self._broken[lane] = not_finite(lane, self._samples[lane], int(self._steps[lane]), t)
+                self._broken[lane] = int(self._steps[lane]), t
 
     def close(self) -> None:
         self._runs.clear()

@@ -64,7 +64,7 @@ noise(float* z, const float* rows, const uint64* seeds, const uint32* indices, i
     }
 }
 
-// A sample that a lane begins with; epsrt.engines.buffers fills it.
+// A sample that a lane begins with; epsrt.engines.gpu.arrivals fills it.
 struct Begin {
     uint64 seed;
     long long label, target;

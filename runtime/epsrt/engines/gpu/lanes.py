@@ -8,24 +8,36 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from epsrt import noise
 from epsrt.bundle import Bundle
-from epsrt.condition import LABEL
-from epsrt.engine import Closing, Sample, check_lane, check_rows, check_sample, check_whole, not_finite
+from epsrt.engine import (
+    Closing,
+    Lanes,
+    Sample,
+    check_lane,
+    check_lanes,
+    check_rows,
+    check_sample,
+    check_whole,
+    not_finite,
+)
 from epsrt.engines.gpu import cuda
-from epsrt.engines.gpu.buffers import Buffers, pack
+from epsrt.engines.gpu.arrivals import Arrivals
+from epsrt.engines.gpu.buffers import NOISES, Buffers
+from epsrt.engines.gpu.peeks import Download, Peeks
 from epsrt.engines.gpu.runner import MakeRunner
+from epsrt.engines.gpu.table import Table
+from epsrt.engines.moves import check_moves, kind_of
 from epsrt.engines.signature import Signature
-from epsrt.errors import EngineError, NotFiniteError
+from epsrt.errors import EngineError, InputError, NotFiniteError
 from epsrt.manifest import StepGraph
 from epsrt.plan import idle_row
+from epsrt.state import State
 from epsrt.types import Float32, Shape
 
 log = logging.getLogger("epsrt")
@@ -34,9 +46,6 @@ CHUNK = 10  # the most steps of one CudaGraph
 KEPT_GRAPHS = 8  # CudaGraphs of a lanes object, one for each length and kind of chunk
 TABLE_BYTES = 32 << 20  # rows that are uploaded at once: a thousand steps of a batch of 256 fit
 ALIGNMENT = 256  # bytes: every address that TensorRT is given is a multiple
-
-# input -> its stream, and the column that it is multiplied by
-NOISES = {"z": (noise.STEP, "d"), "z2": (noise.KNOWN, "kb")}
 
 _i32, _pointer = ctypes.c_int32, ctypes.c_void_p
 
@@ -60,6 +69,7 @@ class DeviceLanes(Closing):
         chunk: int = CHUNK,
     ):
         self.batch, self.shape, self.graph, self._manifest = batch, shape, graph, bundle.manifest
+        self._kind = kind_of(bundle, graph, shape, "the device's lanes")
         self.capturing = True  # until a capture fails
         self._whole = True  # False while steps are given to the stream, and for good where that failed
         self._device, self._columns, self._width, self._chunk = device, graph.columns, width, chunk
@@ -94,19 +104,21 @@ class DeviceLanes(Closing):
             (memory(image), memory(image)),
             memory(image),
             fixed,
+            memory(8 * width),
+            memory(4 * width),
+            memory(8 * width),
             tuple(self._slots + i * self._row_bytes for i in range(self._chunk)),
         )
         self._noises = {name: made for name, made in NOISES.items() if name in fixed}
-        self._seeds, self._indices = memory(8 * width), memory(4 * width)
-        self._broken = memory(8 * width)  # step [width] int32, then t [width] float32
-        self._table = cuda.Table(self._stream, f"a batch of {width}")
+        self._table = Table(self._stream, f"a batch of {width}")
         stack.callback(self._table.close)
         self._images: dict[str, Float32] = {}  # what was read since the state last changed
         self._landing = cuda.Pinned(image + 8 * width)
         stack.callback(self._landing.close)
         self._graphs: OrderedDict[tuple[int, ...], cuda.CudaGraph] = OrderedDict()
         stack.callback(self._drop_graphs)
-        self._pending: dict[int, Sample] = {}  # written, not yet on the device
+        self._arrivals = Arrivals(self._stream, self._table, self._state)
+        self._peeks: Peeks | None = None
         self._samples = [Sample() for _ in range(width)]
         self._masked = np.zeros(self.batch, np.bool_)
         self._steps = np.zeros(width, np.int32)
@@ -119,17 +131,15 @@ class DeviceLanes(Closing):
             self._runner.enqueue(now, rows)
         self._stream.synchronize()
 
-    def write(self, index: int, sample: Sample) -> None:
+    def write(self, index: int, sample: Sample, state: State | None = None) -> None:
         check_lane(index, self.batch)
         check_sample(sample, self.shape, self.graph, self._manifest)
-        given = ((name, getattr(sample, name)) for name in ("init", "known", "mask"))
-        kept: dict[str, Any] = {name: np.array(image, np.float32) for name, image in given if image is not None}
-        inputs = sample.inputs(self._manifest, self.graph, self.shape)
-        kept["conditions"] = {name: np.array(value) for name, value in inputs.items()}  # those of the step graph
-        self._pending[index] = replace(sample, **kept)  # the caller's may change
+        if state is not None:
+            state.check(self.shape)
+        self._arrivals.write(index, sample, sample.inputs(self._manifest, self.graph, self.shape), state)
         self._masked[index] = sample.mask is not None
         self._samples[index] = sample
-        self._steps[index] = 0
+        self._steps[index] = 0 if state is None else state.row
         self._images.clear()
 
     def advance(self, rows: Float32) -> None:
@@ -137,7 +147,7 @@ class DeviceLanes(Closing):
         self.check_process()
         check_whole(self._whole)
         self._device.use()
-        self._begin()
+        self._arrivals.begin()
         self._images.clear()
         self._whole = False
         most = max(1, TABLE_BYTES // self._row_bytes)
@@ -159,16 +169,52 @@ class DeviceLanes(Closing):
             self._stream.synchronize()
 
     def read(self, index: int, what: Literal["x", "x0"] = "x") -> Float32:
+        return self._read(index, what)
+
+    def save(self, index: int) -> State:
+        return State(self._read(index, "x"), self._read(index, "m"), int(self._steps[index]))
+
+    def _read(self, index: int, what: Literal["x", "m", "x0"]) -> Float32:
         check_lane(index, self.batch)
         check_whole(self._whole)
         self._device.use()
-        self._begin()
+        self._arrivals.begin()
         if what not in self._images:
             self._fetch(what)
         step, t = self._flags[0].view(np.int32)[index], self._flags[1][index]
         if step:
             raise NotFiniteError(not_finite(index, self._samples[index], int(step), float(t)))
         return self._images[what][index].copy()  # type: ignore[no-any-return]
+
+    def move(self, source: Lanes, pairs: Iterable[tuple[int, int]]) -> None:
+        if not isinstance(source, DeviceLanes) or source._kind != self._kind:
+            alike = source._kind if isinstance(source, DeviceLanes) else f"a {type(source).__name__}"
+            raise InputError(f"{self._kind} take none from {alike}: move samples between lanes that are alike")
+        for lanes in (self, source):
+            check_whole(lanes._whole)
+        moved = check_moves(pairs, source.batch, self.batch, source is not self)
+        if not moved:
+            return
+        self._device.use()
+        self._arrivals.begin()
+        source._arrivals.begin()
+        self._stream.wait_for(source._stream)
+        self._state.take(self._stream, source._state, moved)
+        source._stream.wait_for(self._stream)  # before it changes what is copied
+        for left, entered in moved:
+            self._samples[entered], self._steps[entered] = source._samples[left], source._steps[left]
+            self._masked[entered] = source._masked[left]
+        self._images.clear()
+
+    def peek(self, indices: Sequence[int], what: Literal["x", "x0"] = "x0") -> Download:
+        lanes = check_lanes(indices, self.batch)
+        check_whole(self._whole)
+        self._device.use()
+        self._arrivals.begin()
+        if self._peeks is None:
+            self._peeks = Peeks(self._device, self._stream, self.batch, self.shape)
+            self._open.callback(self._peeks.close)
+        return self._peeks.take(self._state.shown(what), lanes)
 
     def time_steps(self, steps: int) -> float:
         """Milliseconds that a step of the engine alone takes with idle rows, on the device's clock.
@@ -177,7 +223,7 @@ class DeviceLanes(Closing):
         known where a mask is 1: idle rows do that.
         """
         self._device.use()
-        self._begin()
+        self._arrivals.begin()
         self._stream.copy(self._slots, self._table.upload(self._idle(1)), self._row_bytes)
 
         def both() -> None:
@@ -199,41 +245,14 @@ class DeviceLanes(Closing):
             self._stream.synchronize()
             return end.since(begin) / (2 * pairs)
 
-    def _fetch(self, what: str) -> None:
+    def _fetch(self, what: Literal["x", "m", "x0"]) -> None:
         image = 4 * self._width * self._size
-        self._stream.download(self._landing.array[:image], self._state.x[0] if what == "x" else self._state.x0)
-        self._stream.download(self._landing.array[image:], self._broken)
+        self._stream.download(self._landing.array[:image], self._state.shown(what))
+        self._stream.download(self._landing.array[image:], self._state.broken)
         self._stream.synchronize()
         host = self._landing.array.copy()
         self._images[what] = host[:image].view(np.float32).reshape(self._width, *self.shape)
         self._flags = host[image:].view(np.float32).reshape(2, self._width)
-
-    def _begin(self) -> None:
-        """Put all samples that were written into their lanes, in one launch."""
-        if not self._pending:
-            return
-        begins, images = pack(self._pending)
-        at, s = self._table.upload(begins, *images), self._state
-        own = s.x[0], s.m[0], s.x0, self._seeds, self._indices, self._broken
-        addresses = (*own, *s.optional("label", "target", "known", "mask"), at, at + begins.nbytes)
-        self._stream.launch("begin", len(begins), self._size, *map(_pointer, addresses), _i32(self._size))
-        self._place_conditions()
-        self._pending = {}
-
-    def _place_conditions(self) -> None:
-        """Copy what a sample has besides its label into its lane; the label is part of what the kernel is given."""
-        lanes, s = sorted(self._pending), self._state
-        given: list[Any] = [self._pending[lane].conditions for lane in lanes]
-        inputs = [name for name in given[0] if name != LABEL]
-        if not inputs:
-            return
-        values = [np.array([one[name] for one in given], s.signature.inputs[name].dtype) for name in inputs]
-        at = self._table.upload(*values)
-        for name, stacked in zip(inputs, values, strict=True):
-            for run in np.split(lanes, np.flatnonzero(np.diff(lanes) != 1) + 1):  # of lanes beside each other
-                size = len(run) * stacked[0].nbytes
-                self._stream.copy(s.fixed[name] + int(run[0]) * stacked[0].nbytes, at, size)
-                at += size
 
     def _table_of(self, rows: Float32) -> Float32:
         """Rows for the device, float32 [steps, row_bytes / 4]: a step has its rows [width, columns], then numbers."""
@@ -300,11 +319,11 @@ class DeviceLanes(Closing):
         for i in range(count):
             now, row = i % 2, rows + i * self._row_bytes
             for name, number, column in drawn:
-                addresses = (s.fixed[name], row, self._seeds, self._indices)
+                addresses = (s.fixed[name], row, s.seeds, s.indices)
                 places = (_i32(self._at[column]), _i32(self._at["n"]), ctypes.c_uint32(number))
                 self._stream.launch("noise", s.width, self._size, *map(_pointer, addresses), size, columns, *places)
             self._runner.enqueue(now, row)
-            checked = (s.x[1 - now], row, row + 4 * s.width * wide, self._broken, self._broken + 4 * s.width)
+            checked = (s.x[1 - now], row, row + 4 * s.width * wide, s.broken, s.broken + 4 * s.width)
             place = _i32(self._at["t"])
             self._stream.launch("check", s.width, self._size, *map(_pointer, checked), size, columns, place)
         if count % 2:
