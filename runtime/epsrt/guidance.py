@@ -25,14 +25,17 @@ def judged(guidance: Guidance) -> bool:
     return bool(np.any(_numbers("classifier", guidance.classifier)))
 
 
-def guided_apart(request: Request, null_label: int | None) -> bool:
-    """Whether guidance is given one a sample, or only some of the samples may have something to be guided by."""
+def guided_apart(request: Request, m: Manifest) -> bool:
+    """Whether guidance is given one a sample, or weighs samples of which only some may have something to weigh."""
     asked, labels = request.guidance, request.labels
-    if request.conditions or request.null_conditions:
-        return True
     several = (values for values in (asked.weight, asked.classifier, asked.rescale) if isinstance(values, list))
-    without = [x is None or (is_whole(x) and x == null_label) for x in labels] if isinstance(labels, list) else []
-    return any(len(values) > 1 for values in several) or len({*without}) > 1
+    if any(len(values) > 1 for values in several):
+        return True
+    if np.all(_numbers("guidance", m.sampling.guidance if asked.weight is None else asked.weight) == 1):
+        return False
+    given = {*(request.conditions or {}), *(request.null_conditions or {})}
+    without = [x is None or (is_whole(x) and x == m.null_label) for x in labels] if isinstance(labels, list) else []
+    return any(c.guided and c.name in given for c in m.takes) or len({*without}) > 1
 
 
 def columns_of(

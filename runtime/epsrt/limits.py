@@ -32,8 +32,9 @@ class Limits:
     bytes    of the host's memory for a request's arrays. They are counted as 4·C·H·W for the result of each sample, for
              each image that is given (init, x, known, mask; one for all is one), and for 7 images in each lane at once,
              11 with a mask; 512 a sample and 512 a row of the plan; conditions as they are given and in lanes; and
-             where guidance is given one a sample, or only some have labels, 176 for each row of each sample. A stream
-             has all its samples in lanes. What the network itself takes is not in it: `batch` and the engine bound that
+             where guidance is given one a sample, or weighs conditions or some labels against none, 176 for each row of
+             each sample. A stream has all its samples in lanes. What the network itself takes is not in it: `batch` and
+             the engine bound that
     samples  n
     steps    rows of the plan: Heun has two a step. They are counted before strength leaves some out, and with those
              that resampling adds

@@ -84,7 +84,7 @@ def prepare(
                 lanes=n if at_once is None else min(n, at_once),
                 masked=masks is not None,
                 rows=rows,
-                own=rows * n if n > 1 and guided_apart(request, m.null_label) else 0,
+                own=rows * n if n > 1 and guided_apart(request, m) else 0,
                 conditions=conditions + more * n + beside * (n if at_once is None else min(n, at_once)),
             )
 

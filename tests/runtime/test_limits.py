@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from epsrt import InputError, LimitError, Limits, Plan, Request, Sampler, solvers
+from epsrt.condition import Condition
 from epsrt.limits import bytes_of
 from epsrt.manifest import Sizes
 from numpy_engine import SCHEDULE, NumpyEngine, bundle
@@ -278,6 +279,30 @@ class TestBytes:
         need = images * 32 + 512 * len_of(asked) + 512 * STEPS + 176 * STEPS * own
         asked = {"steps": STEPS, **asked}
         Sampler(engine, limits=Limits(bytes=need)).sample(**asked)
+        with pytest.raises(LimitError, match=f"take {need} bytes, over bytes = {need - 1}, this sampler's limit"):
+            Sampler(engine, limits=Limits(bytes=need - 1)).sample(**asked)
+
+    @pytest.mark.parametrize(
+        ("asked", "own"),
+        [
+            ({}, 0),
+            ({"guidance": 1.0}, 0),
+            ({"guidance": 2.0}, 6),
+            ({"guidance": [1.0] * 5 + [2.0]}, 6),
+            ({"classifier": 2.0, "targets": 1}, 0),
+            ({"labels": [1] * 5 + [None]}, 0),
+        ],
+    )
+    @pytest.mark.parametrize("guided", [True, False])
+    def test_conditions_count_as_they_are_given_and_in_lanes(self, asked, own, guided):
+        """And row by row only where they may be guided apart."""
+        style = Condition("style", (3,), "float32", "vector", guided, 0.0)
+        engine = NumpyEngine(bundle(conditions=(style,)))
+        own = own if guided or isinstance(asked.get("guidance"), list) else 0
+        lanes = 4 * 12 * (1 + guided)
+        need = (6 + 7 * 4) * 32 + 6 * 512 + STEPS * (512 + 176 * own) + 6 * 12 + lanes
+        asked = {"steps": STEPS, "labels": 1, "conditions": {"style": np.ones((6, 3), np.float32)}, **asked}
+        assert len(Sampler(engine, limits=Limits(bytes=need)).sample(**asked)) == 6
         with pytest.raises(LimitError, match=f"take {need} bytes, over bytes = {need - 1}, this sampler's limit"):
             Sampler(engine, limits=Limits(bytes=need - 1)).sample(**asked)
 
