@@ -13,9 +13,9 @@ from epsrt import Bundle
 from epsrt.engines.gpu.trt_build import BuildOptions, build, describe
 from epsrt.engines.gpu.trt_library import library
 from epsrt.errors import EngineError
-from epsrt.manifest import FORMAT, StepGraph
+from epsrt.manifest import FORMAT, Sizes, StepGraph
 from epsrt_command import tensors as layers
-from nets import diffusers_unet, labels, tiny, unet
+from nets import autoencoder, diffusers_unet, labels, redraw, tiny, unet
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx_cu13")
 
@@ -258,7 +258,6 @@ def test_an_exception_from_the_progress_ends_the_build(small_bundle_path) -> Non
 @pytest.mark.parametrize("features", [(), ("guidance", "mask")], ids=["plain", "guidance-mask"])
 def test_dynamic_sizes_build(tmp_path, small_bundle_path, precision: str, features: tuple[str, ...]) -> None:
     """A U-Net with attention, whose reshapes are by shapes that the graph computes."""
-    from epsrt.manifest import Sizes
     from epsrt_export.graphs import Recipe, write_graphs
 
     sizes = Sizes(2, 24)
@@ -284,3 +283,59 @@ def test_parts_build_at_all_their_sizes(latent_bundle_path, name: str) -> None:
     tensors = [t for layer in describe(lib, bundle, part) for t in layer["outputs"]]
     output = part.outputs[0]
     assert {"name": output.name, "type": "FLOAT", "shape": [-1, output.shape[0], -1, -1]} in tensors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("kind", ["every role", "signal", "volume"])
+def test_conditions_and_every_rank_build(tmp_path, small_bundle_path, kind: str, precision: str) -> None:
+    """Guided by all that may be guided, with a mask and free sizes: the largest graph."""
+    import conditional
+    from epsrt_export.graphs import Recipe, write_graphs
+
+    classes, conditions, sizes = 0, (), Sizes(4, 24)
+    if kind == "every role":
+        shape, classes = (1, 8, 8), 3
+        conditions = (conditional.CONTEXT, conditional.SEEN, conditional.POOLED, conditional.RATE, conditional.LOW)
+        network = redraw(conditional.Conditioned(shape, conditions, classes + 1))
+    else:
+        network, facts = conditional.conditioned(kind)
+        shape = facts["shape"]
+        sizes = Sizes((4, 2, 4), (4, 8, 12)) if kind == "volume" else sizes  # its depth stays as it is
+    takes = (*(labels(classes) if classes else ()), *conditions)
+    features = ("guidance", "mask") if takes else ("mask",)
+    (graph,) = write_graphs(Recipe(network, shape, takes, sizes=sizes, variants=(features,)), precision, tmp_path)
+    manifest = msgspec.structs.replace(
+        Bundle.open(small_bundle_path).manifest,
+        format=FORMAT,
+        shape=shape,
+        graphs=(graph,),
+        sizes=sizes,
+        classes=classes,
+        null_label=classes or None,
+        conditions=conditions,
+        files={},
+    )
+    bundle, lib = Bundle(tmp_path, manifest), library("tensorrt-rtx")
+    graph = graph.in_dialect(DIALECT)
+    assert build(lib, bundle, graph, BuildOptions(((1, 2, 4),), targets=("sm_89",))).layers > 50
+    outputs = [t for layer in describe(lib, bundle, graph) for t in layer["outputs"]]
+    assert {"name": "x_next", "type": "FLOAT", "shape": [-1, *manifest.free]} in outputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codes", [0, 8], ids=["kl", "vq"])
+def test_parts_build_in_both_precisions(tmp_path, latent_bundle_path, codes: int) -> None:
+    from epsrt_export.parts import write_parts
+
+    manifest = msgspec.structs.replace(Bundle.open(latent_bundle_path).manifest, files={})
+    made = write_parts(autoencoder(codes=codes), manifest, ("fp32", "fp16"), 21, tmp_path)
+    bundle, lib = Bundle(tmp_path, manifest), library("tensorrt-rtx")
+    halves = [(name, part) for name, parts in made.items() for part in parts]
+    assert {(name, part.precision) for name, part in halves} == {
+        (name, precision) for name in ("decode", "encode") for precision in ("fp32", "fp16")
+    }
+    for name, part in halves:
+        assert build(lib, bundle, part, BuildOptions(((1, 2, 4),), targets=("sm_89",))).layers >= 5
+        kinds = {t["type"] for layer in describe(lib, bundle, part) for t in layer["outputs"]}
+        assert ("HALF" in kinds) == (part.precision == "fp16"), (name, part.precision, kinds)
