@@ -1,4 +1,4 @@
-"""epsrt bound as its users run it: a subprocess. What it computes, tests/export/test_bound.py checks."""
+"""epsrt bound as its users type it. What it computes, tests/export/test_bound.py checks."""
 
 import json
 from functools import partial
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import refusal, run
 from PIL import Image
-from test_cli import refusal, run
 
 from epsrt_export.bound import variational_bound
 from epsrt_trainer.data import load

@@ -1,4 +1,4 @@
-"""epsrt sample with guidance, images to begin from and known pixels: the installed command, and what it wrote."""
+"""epsrt sample with guidance, images to begin from and known pixels: the command, and what it wrote."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import refusal, run
 from PIL import Image, ImageSequence
-from test_cli import refusal, run
 
 from epsrt import Sampler, canvas
 from nets import tiny

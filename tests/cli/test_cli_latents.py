@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from command_line import run
 from PIL import Image
-from test_cli import run
 
 from epsrt import InputError, Sampler
 from helpers import forge

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import run
+from command_line import run
 
 from epsrt import Bundle
 from helpers import forge

@@ -1,12 +1,12 @@
-"""epsrt plan, and every method through epsrt sample: the installed command."""
+"""epsrt plan, and every method through epsrt sample."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import refusal, run
 from PIL import Image
-from test_cli import refusal, run
 
 from epsrt import Sampler, Schedule
 from epsrt.solvers import METHODS, make

@@ -1,4 +1,4 @@
-"""epsrt invert and epsrt interpolate: the installed command, and what it wrote."""
+"""epsrt invert and epsrt interpolate: the command, and what it wrote."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import refusal, run
 from PIL import Image
-from test_cli import refusal, run
 
 from epsrt import Sampler, slerp
 

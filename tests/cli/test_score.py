@@ -1,4 +1,4 @@
-"""epsrt score: the installed command, what it says and what it refuses."""
+"""epsrt score: the command, what it says and what it refuses."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from command_line import run
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
-from test_cli import run
 
 from epsrt.images import from_images
 from epsrt.score import metrics
