@@ -118,7 +118,7 @@ class Soak:
             gc.collect()
 
     def run(self, seconds: float) -> Soaked:
-        """Every kind of request once, and then at random until the time is over."""
+        """Every kind of request once, then two at once, and then at random until the time is over."""
         logging.disable(logging.CRITICAL)
         with self.all_open():  # a library's first use starts what stays
             for name in NAMES:
@@ -130,6 +130,8 @@ class Soak:
                 for kind in range(KINDS):
                     if time.monotonic() - began < WARM * seconds / 2:
                         self._draw(name, kind)
+            while time.monotonic() - began < WARM * seconds:  # what two threads at once need at most comes late
+                self._both(self.rng.choice(NAMES), self.rng.randrange(KINDS))
             while (now := time.monotonic() - began) < seconds:
                 self.once()
                 if now - looked >= EVERY:
