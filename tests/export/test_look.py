@@ -129,11 +129,6 @@ class TestFiles:
         torch.save({"model": under("", adm()), "ema": {"shadow_params": shadow}}, tmp_path / "x.pt")
         assert facts(look(tmp_path / "x.pt"))["weights"] == "averaged (EMA), and plain ones: --ema or --no-ema"
 
-    def test_latent_diffusion_is_told_as_the_export_tells_it(self, tmp_path):
-        names = {**under("ldm.model.diffusion_model.", adm()), "ldm.first_stage_model.x": torch.zeros(1)}
-        torch.save({"state_dict": names}, tmp_path / "x.ckpt")
-        assert "is a checkpoint of latent diffusion" in look(tmp_path / "x.ckpt").problem
-
     @pytest.mark.parametrize("anchor", ["init_conv.weight", "conv_in.weight", "input_blocks.0.0.weight", "pos_embed"])
     def test_odd_tensors_make_no_guess_and_no_traceback(self, tmp_path, anchor):
         others = (

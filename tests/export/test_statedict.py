@@ -111,6 +111,7 @@ BOTH = {
     "WeightAveraging": lambda: {"state_dict": under("net.", AVERAGES), "current_model_state": under("net.")},
     "AveragedModel in Lightning": lambda: {"state_dict": {**under("net."), **under("avg_model.", swa())}},
     "LitEma": lambda: {"state_dict": {**under("model.unet."), **litema()}},
+    "LitEma, deeper": lambda: {"state_dict": under("ldm.", {**under("model.unet."), **litema()})},
     "EMAState": lambda: {"state_dict": STATE, "EMAState": AVERAGES},
     "non_ema": lambda: {"model_non_ema": STATE, "model": {"ema": AVERAGES}},
     "score_sde": lambda: {"model": under("module."), "ema": {"decay": 0.9, "num_updates": 3, "shadow_params": SHADOW}},
@@ -161,6 +162,12 @@ def test_what_stands_beside(file):
     assert value(found) == 1
 
 
+def test_what_stands_beside_averages_of_litema(file):
+    path = file({**under("model.unet."), **litema(), "betas": torch.ones(3), "model_ema.decay": torch.ones(())})
+    for ema, more in ((True, set(under("model.unet."))), (False, set(litema()) | {"model_ema.decay"})):
+        assert set(weights(path, ANCHOR, ema).beside) == {"betas"} | more
+
+
 def test_several_networks_and_none(file):
     for content, names in (
         ({"a": STATE, "b": STATE}, "a and b"),
@@ -180,8 +187,10 @@ def test_several_networks_and_none(file):
         weights(file(STATE), (ANCHOR, "label_emb.weight"))
     latent = {**under("model.diffusion_model."), "first_stage_model.x": torch.zeros(1)}
     for prefix in ("", "ldm."):
-        with pytest.raises(InputError, match="is a checkpoint of latent diffusion, .* latents=True"):
-            weights(file({"state_dict": {prefix + name: tensor for name, tensor in latent.items()}}), ANCHOR)
+        path = file({"state_dict": {prefix + name: tensor for name, tensor in latent.items()}})
+        with pytest.raises(InputError, match="is a checkpoint of latent diffusion: say --from latent-diffusion"):
+            weights(path, ANCHOR)
+        assert list(weights(path, ANCHOR, latent=True).beside) == ["first_stage_model.x"]
 
 
 def test_lightnings_dict_is_plain_data(tmp_path, monkeypatch):

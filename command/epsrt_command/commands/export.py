@@ -22,6 +22,7 @@ epsrt export out/digits.safetensors out/edit.epsrt --masked --classifier out/jud
 epsrt export --from diffusers path/to/ddpm-cifar10-32 cifar.epsrt
 epsrt export --from guided-diffusion 64x64_diffusion.pt imagenet.epsrt --set flags="--class_cond True --image_size 64 …"
 epsrt export --from denoising-diffusion-pytorch model-70.pt mine.epsrt --set image_size=32
+epsrt export --from latent-diffusion models/ldm/cin256-v2/model.ckpt imagenet.epsrt
 """
 
 FAMILIES = (
@@ -37,6 +38,7 @@ FAMILIES = (
     "dit",
     "sit",
     "torchcfm",
+    "latent-diffusion",
 )
 
 

@@ -27,6 +27,7 @@ FAMILIES = {
     "dit": ("dit", "dit"),
     "sit": ("dit", "sit"),
     "torchcfm": ("torchcfm", "load"),
+    "latent-diffusion": ("latent_diffusion", "load"),
 }
 
 

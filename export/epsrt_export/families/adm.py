@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epsrt.errors import InputError
+from epsrt_export.families.adm_attention import GROUPS, Attention, Transformer
 from epsrt_export.families.sines import Sines
 
-GROUPS = 32
 MOST = {"image_size": 65536, "in_channels": 65536, "num_channels": 65536, "num_res_blocks": 256}
 
 
@@ -34,6 +34,8 @@ class ADMConfig:
                            average pooling and copied pixels alone
     use_new_attention_order  qkv is [3, heads, channels]; else [heads, 3, channels]
     time_scale             t is multiplied by it: 1000/T where the timesteps are rescaled
+    context_dim            0: a label's embedding is added to that of time. Else it has so many numbers, and blocks of
+                           transformers, transformer_depth a level, attend to it (arXiv 2112.10752, section 3.3)
     """
 
     image_size: int = 64
@@ -53,6 +55,8 @@ class ADMConfig:
     use_new_attention_order: bool = False
     conv_resample: bool = True
     time_scale: float = 1.0
+    context_dim: int = 0
+    transformer_depth: int = 1
 
     def __post_init__(self) -> None:
         for name, most in MOST.items():
@@ -132,32 +136,18 @@ class ResBlock(nn.Module):
         return out
 
 
-class Attention(nn.Module):
-    """Self-attention over the pixels of a feature map, residual; [B, C, H, W] -> the same."""
-
-    def __init__(self, channels: int, heads: int, new_order: bool) -> None:
-        super().__init__()
-        self.heads, self.new_order = heads, new_order
-        self.norm = _norm(channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = nn.Conv1d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        _, c, height, width = x.shape
-        split = (3, self.heads) if self.new_order else (self.heads, 3)
-        qkv = self.qkv(self.norm(x).flatten(2)).reshape(-1, *split, c // self.heads, height * width)
-        q, k, v = (part.transpose(-1, -2) for part in qkv.unbind(1 if self.new_order else 2))
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(-1, c, height * width)
-        out: Tensor = x + self.proj_out(mixed).reshape(-1, c, height, width)
-        return out
-
-
 class Chain(nn.ModuleList):
-    """Layers one after the other; residual blocks are given the condition too."""
+    """Layers one after the other; residual blocks are given the condition too, and transformers the context."""
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, context: Tensor | None) -> Tensor:
         for layer in self:
-            x = layer(x, condition) if isinstance(layer, ResBlock) else layer(x)
+            match layer:
+                case ResBlock():
+                    x = layer(x, condition)
+                case Transformer():
+                    x = layer(x, context)
+                case _:
+                    x = layer(x)
         return x
 
 
@@ -170,11 +160,14 @@ class ADMUNet(nn.Module):
         base, widths, last = config.num_channels, config.widths, len(config.widths) - 1
         self.sines = Sines(base)
         self.time_embed = nn.Sequential(nn.Linear(base, 4 * base), nn.SiLU(), nn.Linear(4 * base, 4 * base))
-        self.label_emb = nn.Embedding(config.num_classes, 4 * base) if config.num_classes else None
+        embedded = config.context_dim or 4 * base
+        self.label_emb = nn.Embedding(config.num_classes, embedded) if config.num_classes else None
 
-        def attention(level: int, up: bool = False) -> Attention:
-            width = widths[level]
-            return Attention(width, config.heads(width, up), config.use_new_attention_order)
+        def attention(level: int, up: bool = False) -> nn.Module:
+            width, heads = widths[level], config.heads(widths[level], up)
+            if config.context_dim:
+                return Transformer(width, heads, config.context_dim, config.transformer_depth)
+            return Attention(width, heads, config.use_new_attention_order)
 
         def resized(width: int, how: str) -> nn.Module:
             if config.resblock_updown:
@@ -220,15 +213,16 @@ class ADMUNet(nn.Module):
         condition = self.time_embed(self.sines(t.to(torch.float32) * self.config.time_scale).to(x.dtype))
         if (label is not None) != (self.label_emb is not None):
             raise InputError(f"{self.config.num_classes} classes and {'no' if label is None else 'a'} label do not fit")
-        if self.label_emb is not None:
-            condition = condition + self.label_emb(label)
+        context = None if self.label_emb is None else self.label_emb(label)
+        if context is not None and not self.config.context_dim:
+            condition = condition + context
         condition = F.silu(condition)
         h, skips = x, []
         for block in self.input_blocks:
-            h = block(h, condition)
+            h = block(h, condition, context)
             skips.append(h)
-        h = self.middle_block(h, condition)
+        h = self.middle_block(h, condition, context)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), condition)
+            h = block(torch.cat([h, skips.pop()], dim=1), condition, context)
         out: Tensor = self.out(h)
         return out

@@ -1,4 +1,4 @@
-"""What the shapes of a state dict show of an ADMUNet, for improved- and guided-diffusion and torchcfm alike."""
+"""What the shapes of a state dict show of an ADMUNet, for the families that have it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Seen:
 
     attended   levels whose blocks are followed by attention
     resized    how levels are halved: "blocks", "convolutions", "pooling", or "" of one level
+    context_dim, transformer_depth   where blocks attend to a context; else 0 and 1
     """
 
     in_channels: int
@@ -33,6 +34,8 @@ class Seen:
     use_scale_shift_norm: bool
     num_classes: int
     out_channels: int
+    context_dim: int = 0
+    transformer_depth: int = 1
 
     @classmethod
     def of(cls, config: ADMConfig) -> Seen:
@@ -74,6 +77,24 @@ class Seen:
         """attention_resolutions of a network for images of that size."""
         return tuple(image_size >> level for level in self.attended)
 
+    def config(self, image_size: int, **told: Any) -> ADMConfig:
+        """The network for images of that size, with what is told of it besides: heads, and what else has no weights."""
+        known = {
+            "in_channels": self.in_channels,
+            "num_channels": self.num_channels,
+            "channel_mult": self.channel_mult,
+            "num_res_blocks": self.num_res_blocks,
+            "attention_resolutions": self.resolutions(image_size),
+            "num_classes": self.num_classes,
+            "learn_sigma": self.learn_sigma,
+            "use_scale_shift_norm": self.use_scale_shift_norm,
+            "resblock_updown": self.resized == "blocks",
+            "conv_resample": self.resized != "pooling",
+            "context_dim": self.context_dim,
+            "transformer_depth": self.transformer_depth,
+        }
+        return ADMConfig(image_size, **{**known, **told})
+
 
 def look(shapes: Shapes) -> Seen | Guess | None:
     """What a file shows, a Guess that says why no bundle holds it, or None where it is of another family."""
@@ -87,11 +108,11 @@ def look(shapes: Shapes) -> Seen | Guess | None:
         return Guess("", {"network": str(error)})
 
 
-def seen(shapes: Shapes, path: str | Path) -> Seen:
-    """What a file shows, which has the ANCHORS.
+def seen(shapes: Shapes, path: str | Path, contexts: bool = False) -> Seen:
+    """What a file shows, which has the ANCHORS; `contexts`: its blocks may attend to one.
 
-    Raises InputError for what no bundle holds: classifiers, networks that take a second image, data of one or three
-    dimensions; BundleError where tensors are missing.
+    Raises InputError for what the families do not read: classifiers, networks that take a second image, data of one or
+    three dimensions; BundleError where tensors are missing.
     """
 
     def size(name: str, axis: int = 0) -> int:
@@ -103,10 +124,10 @@ def seen(shapes: Shapes, path: str | Path) -> Seen:
             f"{path} is of a classifier of noised images (it has no output_blocks), which draws none: give the file of "
             "a diffusion network"
         )
-    if any(".transformer_blocks." in name for name in shapes):
+    if not contexts and any(".transformer_blocks." in name for name in shapes):
         raise InputError(
-            f"{path} takes a context in each step, such as text (its blocks attend to one), and bundles cannot hold "
-            "one yet: from Python, an adapter can fix one (export_network)"
+            f"{path} takes a context in each step, such as text (its blocks attend to one), and this family reads "
+            "none: from Python, give it as a condition (export_network, conditions=)"
         )
     ends = {number: [n for n in names if n.split(".")[2] != "0"] for number, names in up.items()}
     by_block = [number for number, names in ends.items() if any(n.endswith(".in_layers.2.weight") for n in names)]
@@ -130,11 +151,13 @@ def seen(shapes: Shapes, path: str | Path) -> Seen:
         base,
         tuple(width / base for width in widths),
         each - 1,
-        tuple(level for level, start in enumerate(starts) if f"output_blocks.{start}.1.qkv.weight" in shapes),
+        tuple(level for level, start in enumerate(starts) if f"output_blocks.{start}.1.norm.weight" in shapes),
         "" if levels == 1 else "blocks" if by_block else "convolutions" if by_conv else "pooling",
         size("middle_block.0.emb_layers.1.bias") > size("middle_block.0.in_layers.2.bias"),
         size("label_emb.weight"),
         returned,
+        size("middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1),
+        len(numbered(shapes, "middle_block.1.transformer_blocks.")) or 1,
     )
 
 

@@ -13,6 +13,7 @@ from epsrt.errors import BundleError, InputError, one_line, one_of, typed
 from epsrt.files import sha256
 from epsrt_export.autoencoder import Autoencoder
 from epsrt_export.families import statedict
+from epsrt_export.families.codes import nearest
 from epsrt_export.families.diffusers_json import read_json
 from epsrt_export.families.diffusers_weights import renamed, weights
 from epsrt_export.families.tensorfile import load
@@ -92,10 +93,8 @@ class CodesDecoder(Half):
     """Pictures of the codes that are nearest to z."""
 
     def forward(self, z: Tensor) -> Tensor:
-        own, codes = self.network, self.network.quantize.embedding.weight.float()
-        flat = z.movedim(1, -1).float()
-        nearest = (codes.square().sum(1) - 2 * flat @ codes.T).argmin(-1)  # |z|² is the same for all
-        code = codes[nearest].movedim(-1, 1).to(z.dtype)
+        own = self.network
+        code = nearest(z, own.quantize.embedding.weight)
         out: Tensor = own.decoder(own.post_quant_conv(code), code if own.config.norm_type == "spatial" else None)
         return out
 

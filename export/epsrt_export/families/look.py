@@ -24,21 +24,15 @@ from epsrt_export.families import nvlabs
 from epsrt_export.families.diffusers_folder import CONFIG, is_folder
 from epsrt_export.families.diffusers_json import read_json
 from epsrt_export.families.guess import Guess
-from epsrt_export.families.places import (
-    LATENT_DIFFUSION,
-    WRAPPERS,
-    Place,
-    dicts_of,
-    latent_diffusion,
-    rest_of,
-    shadows,
-    unwrapped,
-)
+from epsrt_export.families.places import WRAPPERS, Place, dicts_of, latent_diffusion, rest_of, shadows, unwrapped
 from epsrt_export.families.statedict import Shapes
 from epsrt_export.families.tensorfile import kind_of, outline
 
 # whose `recognise` is asked, in this order: the first that knows the names
-RECOGNISERS = ("diffusers_folder", "dit", "edm", "edm2", "score_sde", "torchcfm", "openai", "lucidrains", "monai")
+RECOGNISERS = (
+    "latent_diffusion", "diffusers_folder", "dit", "edm", "edm2", "score_sde", "torchcfm", "openai", "lucidrains",
+    "monai",
+)  # fmt: skip
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _COVER = re.compile(r"(?:module|\w*(?<![^_])ema|ema_model|online_model|swa_model|averaged_model)\.")
 DEEPEST = 5  # parts of a prefix
@@ -92,8 +86,6 @@ def _file(path: Path) -> Look:
         facts.append((where, _tensors(named)))
     if plain := {name: value for name, value in rest.items() if not isinstance(value, (list, tuple))}:
         facts.append(("beside them", _shortly(plain)))
-    if any(latent_diffusion(named) for _, named in dicts):
-        return Look(path, tuple(facts), problem=f"it {LATENT_DIFFUSION}")
     guesses = [pair for keys, named in dicts for pair in _guesses(keys, named, rest)]
     if not guesses:
         names = next((list(named) for _, named in dicts), [])
@@ -126,7 +118,7 @@ def _guesses(keys: tuple[str, ...], named: Mapping[str, Any], rest: Mapping[str,
             continue
         under = names[bisect_left(names, prefix) : bisect_left(names, f"{prefix}\U0010ffff")]
         shapes = {name.removeprefix(prefix): tuple(own[name].shape) for name in under}
-        if any(map(_COVER.match, shapes)):
+        if any(map(_COVER.match, shapes)) and not latent_diffusion(shapes):
             continue  # what lies deeper is what the network's owner named
         if (guess := _guess(shapes, rest)) is not None:
             taken.append(prefix)

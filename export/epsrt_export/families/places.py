@@ -18,10 +18,7 @@ WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."
 _AVERAGED = re.compile(r"(?:^|_|(?<=[a-z])(?=E))(?:ema|EMA|Ema|swa|SWA|averaged|avg)(?=$|_|[A-Z])")
 _PLAIN = re.compile(r"(?:^|_)(?:non?|without)_?ema", re.IGNORECASE)
 _CURRENT = "current_model_state"  # of Lightning's WeightAveraging: the plain weights, state_dict the averages
-LATENT_DIFFUSION = (
-    "is a checkpoint of latent diffusion, whose network draws latents of its first_stage_model, and no family reads "
-    'its noise: export the network from Python, with export_network, Schedule("scaled-linear", …) and latents=True'
-)
+LATENT_DIFFUSION = "is a checkpoint of latent diffusion: say --from latent-diffusion"
 SHADOW = "shadow_params"  # of diffusers' EMAModel, torch_ema and score_sde: averages without names
 
 
@@ -108,15 +105,18 @@ def _in_one(
 
 def _undotted(place: Place) -> Iterator[Place]:
     """The averages beside a network `attribute` that a LitEma keeps as attribute_ema, under names without dots."""
-    attribute, _, inner = place.prefix.partition(".")
+    parts = place.prefix.split(".")[:-1]
     names = [name for name in place.named if name.startswith(place.prefix)]
-    kept = {name: f"{attribute}_ema.{name.removeprefix(f'{attribute}.').replace('.', '')}" for name in names}
-    dotted = {name: other for name, other in kept.items() if "." in name.removeprefix(f"{attribute}.")}
-    if attribute and any(other in place.named for other in dotted.values()):
-        averages = {name: place.named.get(other, place.named[name]) for name, other in kept.items()}
-        prefix = f"{attribute}_ema.{inner}"
-        named = {prefix + name.removeprefix(place.prefix): tensor for name, tensor in averages.items()}
-        yield replace(place, prefix=prefix, named=named)
+    for depth in range(1, len(parts) + 1):
+        attribute, inner = ".".join(parts[:depth]), ".".join([*parts[depth:], ""])
+        kept = {name: f"{attribute}_ema.{name.removeprefix(f'{attribute}.').replace('.', '')}" for name in names}
+        dotted = {name: other for name, other in kept.items() if "." in name.removeprefix(f"{attribute}.")}
+        if any(other in place.named for other in dotted.values()):
+            averages = {name: place.named.get(other, place.named[name]) for name, other in kept.items()}
+            prefix = f"{attribute}_ema.{inner}"
+            others = {name: tensor for name, tensor in place.named.items() if not name.startswith(f"{attribute}_ema.")}
+            own = {prefix + name.removeprefix(place.prefix): tensor for name, tensor in averages.items()}
+            yield replace(place, prefix=prefix, named=others | own)
 
 
 def latent_diffusion(named: Iterable[str]) -> bool:

@@ -51,21 +51,24 @@ class Weights:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
 
-def weights(path: str | Path, anchors: str | Sequence[str], ema: bool | None = None) -> Weights:
+def weights(path: str | Path, anchors: str | Sequence[str], ema: bool | None = None, latent: bool = False) -> Weights:
     """The state dict in a file of torch.save or *.safetensors, wherever a training has put it.
 
     anchors  tensors that the network always has, by its own names; they are looked for in every dict of the file, under
              any prefix
     ema      true: the averaged weights. false: the plain ones. None: the averaged where there are some
+    latent   the file may be of latent diffusion, whose autoencoder is then in `beside`
 
     Names that torch.compile or its data parallelism changed ("_orig_mod.", …) become the network's own.
     Raises BundleError for files that `tensorfile.load` refuses and where no dict holds the anchors, InputError where
-    `ema` asks for what the file lacks, or where the file holds several such networks.
+    `ema` asks for what the file lacks, where the file holds several such networks, or where it is of latent diffusion.
     """
-    return weights_in(load(path), path, anchors, ema)
+    return weights_in(load(path), path, anchors, ema, latent)
 
 
-def weights_in(found: Any, path: str | Path, anchors: str | Sequence[str], ema: bool | None = None) -> Weights:
+def weights_in(
+    found: Any, path: str | Path, anchors: str | Sequence[str], ema: bool | None = None, latent: bool = False
+) -> Weights:
     """`weights`, of what a file held."""
     if ema is not None:
         typed("ema", ema, False)
@@ -73,7 +76,7 @@ def weights_in(found: Any, path: str | Path, anchors: str | Sequence[str], ema: 
     places = places_of(found, wanted, path)
     if not places:
         raise BundleError(_foreign(path, found, wanted))
-    if any(latent_diffusion(place.named) for place in places):
+    if not latent and any(latent_diffusion(place.named) for place in places):
         raise InputError(f"{path} {LATENT_DIFFUSION}")
     plain, averaged = [p for p in places if not p.averaged], [p for p in places if p.averaged]
     shadow = None if averaged else next(shadows(found), None)
@@ -84,7 +87,7 @@ def weights_in(found: Any, path: str | Path, anchors: str | Sequence[str], ema: 
         raise InputError(f"ema = {str(ema).lower()}, but {path} holds the {has} weights alone: leave ema out")
     place = _one(averaged if take and averaged else plain, path)
     return Weights(
-        _tensors(place, path),
+        tensors_under(place.prefix, place.named, path),
         _beside(place),
         rest_of(found),
         shadow if take else None,
@@ -135,10 +138,11 @@ def _one(places: Sequence[Place], path: str | Path) -> Place:
     return best[0]
 
 
-def _tensors(place: Place, path: str | Path) -> dict[str, Tensor]:
+def tensors_under(prefix: str, named: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a dict whose names begin with a prefix, without it. Raises BundleError for what has no values."""
     found = {}
-    for name, value in place.named.items():
-        if not name.startswith(place.prefix):
+    for name, value in named.items():
+        if not name.startswith(prefix):
             continue
         if not isinstance(value, Tensor) and not holds_tensors(value):
             continue  # an epoch or a version beside the tensors
@@ -147,7 +151,7 @@ def _tensors(place: Place, path: str | Path) -> dict[str, Tensor]:
             if isinstance(value, Tensor):
                 what = "without values, on the meta device" if value.is_meta else str(value.layout)
             raise BundleError(f"{path} is no state dict: its entry {name!r} is {what}, not a tensor; {SAVE_TENSORS}")
-        found[name.removeprefix(place.prefix)] = value
+        found[name.removeprefix(prefix)] = value
     return found
 
 

@@ -25,7 +25,8 @@ SAVE_TENSORS = (
 )
 # of torch's refusals: the class or function that the pickle names
 _NAMED = re.compile(r"(?:GLOBAL|global:?|class) ([A-Za-z_][\w.]*\.\w+)")
-# what trainers write beside the weights, and plain data all of it: command lines, Lightning's dicts, NumPy's numbers
+# what trainers write beside the weights, and plain data all of it: command lines, Lightning's dicts and the class that
+# is a key among its callbacks, NumPy's numbers
 _LIGHTNING = (
     "lightning.fabric.utilities.data",
     "lightning_fabric.utilities.data",
@@ -40,6 +41,7 @@ _SCALAR = np.float64(0).__reduce__()[0]
 _PLAIN: list[Any] = [
     argparse.Namespace,
     *((OrderedDict, f"{module}.AttributeDict") for module in _LIGHTNING),
+    ("ModelCheckpoint", "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *(np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}),
 ]

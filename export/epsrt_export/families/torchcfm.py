@@ -13,7 +13,7 @@ from epsrt.errors import InputError, typed
 from epsrt.files import sha256
 from epsrt.manifest import Sampling
 from epsrt_export.families import statedict
-from epsrt_export.families.adm import ADMConfig, ADMUNet
+from epsrt_export.families.adm import ADMUNet
 from epsrt_export.families.adm_shapes import ANCHORS, look, seen
 from epsrt_export.families.flow import FLOW, Turned
 from epsrt_export.families.guess import Guess
@@ -63,21 +63,11 @@ def load(
         )
     size = height_and_width("image_size", image_size)
     height, width = suited("image_size", size, 2 ** (len(shown.channel_mult) - 1))
-    config = ADMConfig(
-        image_size=width,
-        in_channels=shown.in_channels,
-        num_channels=shown.num_channels,
-        channel_mult=shown.channel_mult,
-        num_res_blocks=shown.num_res_blocks,
-        attention_resolutions=shown.resolutions(width),
+    config = shown.config(
+        width,
         num_heads=1 if num_heads is None else typed("num_heads", num_heads, 0),
         num_heads_upsample=typed("num_heads_upsample", num_heads_upsample, 0),
         num_head_channels=-1 if num_head_channels is None else typed("num_head_channels", num_head_channels, 0),
-        num_classes=shown.num_classes,
-        learn_sigma=shown.learn_sigma,
-        use_scale_shift_norm=shown.use_scale_shift_norm,
-        resblock_updown=shown.resized == "blocks",
-        conv_resample=shown.resized != "pooling",
         use_new_attention_order=typed("use_new_attention_order", use_new_attention_order, False),
     )
     with torch.device("meta"):
