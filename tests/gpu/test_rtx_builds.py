@@ -146,6 +146,11 @@ def of_family(name: str):
                 num_classes=3,
             )
             return ADMUNet(config), (3, 8, 8), "learned_range"
+        case "latent-diffusion":
+            from epsrt_export.families.adm import ADMConfig, ADMUNet
+
+            config = ADMConfig(8, 3, 32, (1, 2), 1, (4,), num_heads=2, num_classes=3, context_dim=16)
+            return ADMUNet(config), (3, 8, 8), None
     from epsrt_export.families import lucidrains_unet
 
     network = lucidrains_unet.theirs().Unet(dim=8, dim_mults=(1, 2))
@@ -154,7 +159,9 @@ def of_family(name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dit", "diffusers-dit", "diffusers-unet", "guided-diffusion", "lucidrains"])
+@pytest.mark.parametrize(
+    "name", ["dit", "diffusers-dit", "diffusers-unet", "guided-diffusion", "latent-diffusion", "lucidrains"]
+)
 def test_each_family_builds(tmp_path, small_bundle_path, name: str) -> None:
     from epsrt_export.graphs import Recipe, write_graphs
 
