@@ -1,0 +1,1 @@
+"""Batching: samples of many requests share the lanes of one engine, row by row."""
