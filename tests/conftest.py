@@ -127,6 +127,12 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
     return copy
 
 
+@pytest.fixture
+def one_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bench of this process starts each engine once, as it does those that are slow to start, and not ten times."""
+    monkeypatch.setattr("epsrt.bench.group.STARTS_S", 0.0)
+
+
 @pytest.fixture(scope="module")  # not longer: some folders have another bundle_path
 def engine(bundle_path: Path) -> Iterator[Engine]:
     opened = open_engine(Bundle.open(bundle_path), "onnxruntime", threads=1)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import getpass
 import json
-import os
-import signal
 import socket
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command_line import run
 
 from epsrt import Bundle
 from epsrt.bench.report import read
@@ -21,18 +18,14 @@ from epsrt.bench.share import shared
 from helpers import run_python
 
 Refused = Callable[..., str]
-EPSRT = str(Path(sys.executable).with_name("epsrt"))
 QUICK = ("--engine", "onnxruntime", "--threads", 1, "--batch", 2, "--steps", 3, "--rounds", 2)
 
 
 def bench(*arguments: object, cwd: Path) -> str:
-    command = [EPSRT, "bench", *map(str, arguments)]
-    environment = {**os.environ, "COLUMNS": "200"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run("bench", *arguments, cwd=cwd).stdout
 
 
+@pytest.mark.usefixtures("one_start")
 def test_what_is_shared_can_be_compared_and_names_nobody(digits_bundle_path: Path, tmp_path: Path) -> None:
     named = tmp_path / "a-name-of-mine.epsrt"
     named.symlink_to(digits_bundle_path)
@@ -80,24 +73,7 @@ def test_what_is_refused_before_anything_is_measured(
     assert [p.name for p in tmp_path.iterdir()] == ["folder.json"]
 
 
-def test_an_interrupt_shares_nothing(small_bundle_path: Path, tmp_path: Path) -> None:
-    """What there is stays in --out; what is shared is whole or not there."""
-    command = [EPSRT, "bench", small_bundle_path, "--engine", "onnxruntime", "--threads", "1", "--batch", "1,4"]
-    command += ["--steps", "100", "--seconds", "8", "--out", "mine.json", "--share", "shared.json"]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=tmp_path)
-    try:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "mine.json").exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 143
-    assert [p.name for p in tmp_path.iterdir()] == ["mine.json"]
-    assert not read(tmp_path / "mine.json").complete
-
-
+@pytest.mark.usefixtures("one_start")
 def test_a_cpu_has_flops_and_the_share_of_a_peak_that_is_given(small_bundle_path: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     printed = json.loads(bench(small_bundle_path, *QUICK, "--peak-tflops", 2, "--peak-gbs", 50, "--json", cwd=tmp_path))

@@ -1,4 +1,4 @@
-"""The installed command, as its users run it: a subprocess."""
+"""The command: what all of its commands have in common, and what only a process of its own shows."""
 
 import json
 import os
@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from command_line import refusal, run
 from PIL import Image
 
 from epsrt import Bundle, Sampler
@@ -22,23 +24,9 @@ EPSRT = str(Path(sys.executable).with_name("epsrt"))
 LABELS = "0,1,2,3,4,5,6,7,8,9"
 
 
-def run(
-    *arguments: object, code: int = 0, cwd: Path | None = None, columns: int = 200
-) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": str(columns)}
-    done = subprocess.run([EPSRT, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=cwd)
-    assert done.returncode == code, done.stderr
-    return done
-
-
-def refusal(*arguments: object, cwd: Path | None = None) -> str:
-    """The sentence: one line on stderr behind the progress, exit 1, nothing on stdout, no traceback."""
-    done = run(*arguments, code=1, cwd=cwd)
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("epsrt: ")
-    return last
+def process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The installed command, as its users run it."""
+    return subprocess.run([EPSRT, *map(str, arguments)], capture_output=True, text=True, check=False, **options)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +58,7 @@ def test_each_command_has_help_with_examples(command: str) -> None:
 
 
 def test_version() -> None:
-    assert run("--version").stdout == "epsrt 0.1.0\n"
+    assert process("--version").stdout == "epsrt 0.1.0\n"
 
 
 def test_completion_can_be_shown() -> None:
@@ -80,8 +68,9 @@ def test_completion_can_be_shown() -> None:
 
 def test_sample_writes_a_grid(bundle_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "grid.png"
-    done = run("sample", bundle_path, "--method", "ddim", "--steps", 5, "-n", 10, "--labels", LABELS, "--out", out)
-    assert "10 images" in done.stdout
+    words = ("--method", "ddim", "--steps", 5, "-n", 10, "--labels", LABELS, "--out", out)
+    done = process("sample", bundle_path, *words)
+    assert (done.returncode, "10 images" in done.stdout) == (0, True)
     width, height = Image.open(out).size
     assert width == 10 * 66 + 2
     assert height == 66 + 2
@@ -175,6 +164,9 @@ def test_brackets_in_a_path_are_no_markup(bundle_path: Path, tmp_path: Path) -> 
 def test_a_bundle_that_is_none(tmp_path: Path) -> None:
     for command in ("sample", "verify", "inspect"):
         assert "does not exist" in refusal(command, tmp_path / "none.epsrt")
+    done = process("inspect", tmp_path / "none.epsrt")
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
+    assert process("inspekt").returncode == 2
 
 
 def test_inspect_tells_what_it_holds(bundle_path: Path) -> None:
@@ -217,7 +209,8 @@ def test_verify_first_looks_into_every_graph(refused, copy_of, bundle_path, how)
 
 def test_train_export_sample(tmp_path: Path) -> None:
     checkpoint, bundle = tmp_path / "tiny.safetensors", tmp_path / "tiny.epsrt"
-    small = ["train.steps=3", "train.batch=8", "network.base_channels=16", "schedule.T=60"]
+    small = ["train.steps=3", "train.batch=8", "schedule.T=60", "network.base_channels=16"]
+    small += ["network.channel_multipliers=[1]", "network.attention_resolutions=[]", "network.residual_blocks=1"]
     run("train", "--preset", "digits", "--out", checkpoint, *(word for s in small for word in ("--set", s)))
     report = json.loads(run("export", checkpoint, bundle, "--max-batch", 4, "--precision", "fp32", "--json").stdout)
     assert report["digest"] == Bundle.open(bundle).manifest.digest
@@ -305,9 +298,7 @@ def test_a_disk_that_is_full_names_its_file(
     bundle_path: Path, tmp_path: Path, arguments: tuple[object, ...], file: str
 ) -> None:
     words = [str(bundle_path) if word == "BUNDLE" else str(word) for word in arguments]
-    done = subprocess.run(
-        [EPSRT, *words, "--out", str(tmp_path / file)], capture_output=True, text=True, preexec_fn=small_files
-    )
+    done = process(*words, "--out", tmp_path / file, preexec_fn=small_files)
     assert done.returncode == 1
     named = tmp_path / file.replace(".safetensors", ".state.safetensors")
     wanted = f"epsrt: {named}: File too large: raise the limit on the size of files, or write less at once"

@@ -12,7 +12,8 @@ from torch import nn
 from epsrt import Bundle, BundleError, EpsrtError, Sampler, Schedule, noise, open_engine
 from epsrt.parity.measure import relative_l2, worst_psnr
 from epsrt.verify import verify
-from epsrt_export import ParityError, export_network, golden, parity
+from epsrt_export import ParityError, Source, export_network, golden, parity
+from epsrt_export.manifest import manifest_of
 from epsrt_trainer.sample import ddim_loop, ddpm_loop
 from helpers import AT_EXPORT, forge
 from nets import damaged
@@ -113,6 +114,14 @@ def put(path, kind, **more):
     return export_network(denoiser(kind), schedule, path, **{**options, "precisions": ("fp32",), **more})
 
 
+def recorded(prediction, schedule):
+    """What an export would record: no graph is written."""
+    source = Source(
+        Denoiser(prediction, schedule).eval(), schedule, SHAPE, prediction=prediction, sigma_data=SIGMA_DATA
+    )
+    return golden.record(source.network, manifest_of(source, IMAGES, ()), lambda name, share: None)
+
+
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):
     """bundles(kind) is the bundle of a kind, made once."""
@@ -202,10 +211,10 @@ class TestTheWholeGate:
         assert relative_l2(kept.network.out, truth.numpy()) < 1e-6
 
     @pytest.mark.parametrize("kind", ["edm-ve", "velocity-flow", "v-zero"])
-    def test_dear_networks_start_from_noised_images(self, tmp_path, monkeypatch, kind):
+    def test_dear_networks_start_from_noised_images(self, monkeypatch, kind):
         monkeypatch.setattr(golden, "DEAR", 0)
         monkeypatch.setattr(golden, "CUT", ((2, 15, 1), (1, 5, 0)))
-        kept, schedule = put(tmp_path / "dear.epsrt", kind).golden(), KINDS[kind][1]
+        kept, schedule = recorded(*KINDS[kind]), KINDS[kind][1]
         run = kept.trajectories["ddpm-40-last-15"]
         assert run.rows.shape[0] == 15
         start = [float(v) for v in schedule.at(schedule.span[0] + 14)]
@@ -217,12 +226,9 @@ class TestTheWholeGate:
         names = ["network", "threshold", "step", "ddim-40", "ddpm-40", "batch", *AT_EXPORT]
         assert [r.name for r in bundle.parity()[3:]] == names
 
-    def test_steps_that_do_not_divide_a_flow(self, tmp_path):
+    def test_steps_that_do_not_divide_a_flow(self):
         """The golden DDIM run of 50 steps visits fractional timesteps of a flow of 60."""
-        flow = Schedule("flow", T=60)
-        options = {"shape": SHAPE, "prediction": "velocity", "precisions": ("fp32",), "max_batch": 2}
-        bundle = export_network(Denoiser("velocity", flow).eval(), flow, tmp_path / "some.epsrt", **options)
-        t = bundle.golden().trajectories["ddim-50"].rows[:, 0]
+        t = recorded("velocity", Schedule("flow", T=60)).trajectories["ddim-50"].rows[:, 0]
         np.testing.assert_allclose(t, 60 - 1.2 * np.arange(50), rtol=1e-6)
 
 
