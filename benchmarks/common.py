@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from epsrt import Bundle
 from epsrt.errors import BundleError
-from epsrt.files import whole_file
+from epsrt.files import whole_directory, whole_file
 from epsrt.machine import PACKAGES, describe
+from epsrt.manifest import Manifest
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from epsrt_export.source import Source
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path("out/bench")
@@ -35,6 +40,17 @@ def write(name: str, rows: list[dict[str, Any]]) -> Path:
         value = {"benchmark": name, "date": time.strftime("%Y-%m-%d"), "machine": machine(), "rows": rows}
         beside.write_text(json.dumps(value, indent=1) + "\n")
     return path
+
+
+def processor_time(run: Callable[[], object]) -> Callable[[], float]:
+    """`clocked` by the processor's time of this process: what others do in between does not count."""
+
+    def timed() -> float:
+        begin = time.process_time()
+        run()
+        return time.process_time() - begin
+
+    return timed
 
 
 def matches(row: dict[str, Any], key: dict[str, Any]) -> bool:
@@ -118,3 +134,25 @@ def bundle(preset: str, precisions: Sequence[str] = ("fp32",), max_batch: int = 
         precisions=precisions,
         max_batch=max_batch,
     )
+
+
+def ungated(name: str, make: Callable[[], Source], variants: Sequence[tuple[str, ...]] = ((),)) -> Bundle:
+    """A source's step graphs and parts in FP32, written once to out/bench/NAME. No gate sees them, nor is there a
+    golden file: of weights that are random the time of a step alone is asked.
+    """
+    folder = CACHE / name
+    if not folder.exists():
+        from epsrt_export.graphs import Recipe, write_graphs
+        from epsrt_export.manifest import manifest_of
+        from epsrt_export.parts import write_parts
+
+        print(f"writing the graphs of {name} to {folder} (once)", flush=True)
+        source = make()
+        recipe = Recipe(source.network, source.shape, manifest_of(source, 64, ()).takes, variants=variants)
+        with whole_directory(folder) as beside:
+            manifest = manifest_of(source, 64, write_graphs(recipe, "fp32", beside))
+            if source.autoencoder is not None:
+                parts = write_parts(source.autoencoder, manifest, ("fp32",), 21, beside)
+                manifest = msgspec.structs.replace(manifest, parts=parts)
+            (beside / "graphs.json").write_bytes(msgspec.json.encode(manifest))
+    return Bundle(folder, msgspec.json.decode((folder / "graphs.json").read_bytes(), type=Manifest))

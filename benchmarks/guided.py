@@ -12,20 +12,20 @@ import statistics
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 import torch
-from common import CACHE, write
+from common import ungated, write
 
-from epsrt import Bundle, Lanes, Plan, Sample, open_engine
+from epsrt import Lanes, Plan, Sample, open_engine
 from epsrt.bench.report import paired_ratio
 from epsrt.bench.timing import clocked, rounds
-from epsrt.files import whole_directory
-from epsrt.manifest import Manifest
+
+if TYPE_CHECKING:
+    from epsrt_export.source import Source
 
 PRESET, BATCH, STEPS = "ddpm-cifar10", 8, 4
-FOLDER = CACHE / "guided"
 # name, features, batch, method, weight of guidance
 RUNS = (
     ("plain", (), BATCH, "ddim"), ("plain, twice the batch", (), 2 * BATCH, "ddim"),
@@ -37,11 +37,9 @@ PAIRS = (
 )  # fmt: skip
 
 
-def graphs() -> Bundle:
-    """The three step graphs, written once."""
-    from epsrt_export import Source
-    from epsrt_export.graphs import Recipe, write_graphs
-    from epsrt_export.manifest import manifest_of
+def source() -> Source:
+    """The network by class, with what starts at zero drawn."""
+    from epsrt_export.source import Source
     from epsrt_trainer.networks import build
     from epsrt_trainer.presets import PRESETS
 
@@ -50,16 +48,9 @@ def graphs() -> Bundle:
     network = build(config).eval()
     with torch.no_grad():
         for parameter in network.parameters():
-            if not parameter.any():  # what starts at zero
+            if not parameter.any():
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    source = Source(network, PRESETS[PRESET].schedule, shape, classes=10, null_label=10)
-    variants = ((), ("guidance",), ("mask",))
-    if not FOLDER.exists():
-        print(f"writing step graphs to {FOLDER} (once)", flush=True)
-        with whole_directory(FOLDER) as beside:
-            made = write_graphs(Recipe(network, shape, True, variants=variants, null_label=10), "fp32", beside)
-            (beside / "graphs.json").write_bytes(msgspec.json.encode(manifest_of(source, 64, made)))
-    return Bundle(FOLDER, msgspec.json.decode((FOLDER / "graphs.json").read_bytes(), type=Manifest))
+    return Source(network, PRESETS[PRESET].schedule, shape, classes=10, null_label=10)
 
 
 def begin(lanes: Lanes, masked: bool, shape: tuple[int, ...]) -> None:
@@ -87,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     most = parser.parse_args().rounds
-    bundle, runs = graphs(), {}
+    bundle, runs = ungated("guided", source, ((), ("guidance",), ("mask",))), {}
     with ExitStack() as stack:
         plain = stack.enter_context(open_engine(bundle, "onnxruntime"))
         engines = {

@@ -105,6 +105,27 @@ def dit(folder: Path, heads: int, width: int, layers: int) -> None:
     DDIMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
 
 
+def ldm(folder: Path) -> None:
+    """A U-Net of 97 M and an autoencoder of 14 M parameters, which makes 4 × 32 × 32 of 128 × 128 pixels."""
+    from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DModel
+
+    from epsrt_export.families.diffusers import Denoiser
+
+    shape, levels = (4, 32, 32), 3
+    config = google(32, (128, 256, 512, 512), 1)
+    unet = UNet2DModel(in_channels=4, out_channels=4, **config)
+    redraw(Denoiser(unet, 4), Schedule(), shape)
+    coder = AutoencoderKL(
+        block_out_channels=(64, 128, 256),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        latent_channels=4,
+        layers_per_block=2,
+        sample_size=128,
+    )
+    LDMPipeline(coder, unet, DDIMScheduler(clip_sample=False)).save_pretrained(folder)
+
+
 def openai(folder: Path, schedule: Schedule, config: ADMConfig) -> None:
     """A bare state dict; which flags go with it, their README says."""
     network = ADMUNet(config)
@@ -242,6 +263,7 @@ CASES: dict[str, Case] = {
     "dit-s-2": Case(
         "diffusers", "DiT-S/2, DiTTransformer2DModel", partial(dit, heads=6, width=64, layers=12), of("diffusers")
     ),
+    "ldm": Case("diffusers", "LDMPipeline, 128 × 128 pixels of 4 × 32 × 32 latents", ldm, of("diffusers")),
     "improved-cifar10": Case(
         "improved-diffusion", "cifar10_uncond_50M",
         partial(openai, schedule=Schedule("cosine", 4000), config=IMPROVED_UNET),

@@ -158,6 +158,8 @@ def _several(name: str, given: ArrayLike, within: tuple[float, float] | None) ->
         raise InputError(
             f"{name} is {array.dtype} {list(array.shape)}, not float [n, C, …]: give several, or [1, C, …]"
         )
+    if within is None and array.dtype == np.float32:
+        return array  # a part looks at numbers itself
     found = images_of(name, array, len(array), array.shape[1:], within, OVERSHOT)
     assert found is not None
     return found
@@ -169,4 +171,4 @@ def _run(part: RunningPart, name: str, given: Float32, batch: int, look: Look = 
     for i in range(0, max(1, len(given)), batch):
         look()
         found.append(part.run(**{name: given[i : i + batch]}))
-    return {key: np.concatenate([each[key] for each in found]) for key in found[0]}
+    return found[0] if len(found) == 1 else {key: np.concatenate([each[key] for each in found]) for key in found[0]}

@@ -34,7 +34,8 @@ class Graphs(Unforkable):
         """
         first = self._engine
         self.check_process()  # before a lock that another thread may have held at the fork
-        graph = first.bundle.graph(first.graph.precision, features)
+        own = features == first.graph.features
+        graph = first.graph if own else first.bundle.graph(first.graph.precision, features)
         call = object()  # a number would stay one too high where a signal's handler raises between it and try
         try:
             with self._lock:
@@ -62,10 +63,10 @@ class Graphs(Unforkable):
                 self._engines[graph.stem] = engine
 
     def _release(self) -> None:
-        own: list[Engine] = []
         with self._lock:
-            if self._closed and not self.calls:
-                own, self.own = self.own, []
+            if not self._closed or self.calls:
+                return
+            own, self.own = self.own, []
         with ExitStack() as stack:
             for engine in own:
                 stack.callback(engine.close)

@@ -43,9 +43,9 @@ def images_of(
         raise InputError(f"{name} is {given.dtype} {list(given.shape)}, not float [{count}, {want}]")
     with np.errstate(over="ignore"):
         images = np.array(given, np.float32, order="C")  # a copy: the caller's may change before it is drawn
-    bad = np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(1))
-    if len(bad):
-        raise InputError(f"{name} image {bad[0]} holds NaN or infinity")
+    if not np.isfinite(images).all():
+        bad = next(i for i, image in enumerate(images) if not np.isfinite(image).all())
+        raise InputError(f"{name} image {bad} holds NaN or infinity")
     if within is not None:
         low, high = within
         beyond = slack * (high - low)
@@ -54,7 +54,7 @@ def images_of(
             raise InputError(
                 f"{name} holds values from {least:g} to {most:g}, and the bundle's images {low:g} to {high:g}: scale it"
             )
-    return np.broadcast_to(images, (count, *shape))
+    return images if len(images) == count else np.broadcast_to(images, (count, *shape))
 
 
 def mask_of(given: ArrayLike | None, count: int, shape: Shape) -> Float32 | None:

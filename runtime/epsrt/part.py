@@ -29,6 +29,8 @@ class Port(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def of(self, extents: Size, factor: int) -> tuple[int, ...]:
         """Its shape beside latents of these extents, each of which stands for `factor` pixels of a picture's."""
+        if FREE not in self.shape:
+            return self.shape
         times = factor if self.name == IMAGE else 1
         beside = (*(1 for _ in self.shape[len(extents) :]), *(n * times for n in extents))
         return tuple(b if n == FREE else n for n, b in zip(self.shape, beside, strict=True))

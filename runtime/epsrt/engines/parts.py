@@ -19,7 +19,8 @@ from epsrt.types import Arrays, Size
 if TYPE_CHECKING:
     from epsrt.engines.proof import Kept
 
-Call = Callable[[Arrays, Arrays], None]  # fills the outputs from the inputs, [batch, …] each, C-contiguous
+# fills the outputs from the inputs, [batch, …] each, C-contiguous; or puts arrays of its own in the outputs' place
+Call = Callable[[Arrays, Arrays], None]
 Open = Callable[[str, Part], Call]
 
 
@@ -46,9 +47,8 @@ class OpenPart(Closing):
         batch, extents = self._batch_of(arrays), m.shape[1:]
         for name, port in ports.items():
             extents = self._checked(port, arrays[name], batch, extents, factor)
-        signature = Signature.of_part(self.part, factor, batch, extents)
         given = {name: np.require(arrays[name], None, ["C", "W"]) for name in ports}  # OpenVINO wants to write
-        found = {name: tensor.zeros() for name, tensor in signature.outputs.items()}
+        found = {p.name: np.zeros((batch, *p.of(extents, factor)), p.dtype) for p in self.part.outputs}
         self._call(given, found)
         for name, array in found.items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -99,22 +99,25 @@ class OpenPart(Closing):
 
     def _checked(self, port: Port, array: Any, batch: int, extents: Size, factor: int) -> Size:
         """The latents' extents beside an input. Raises InputError where it is not what the port says."""
-        what = f"{self.name} takes {port.name} as {port.dtype} [batch, {_words(port)}]"
         if not isinstance(array, np.ndarray):
-            raise InputError(f"{what}, not a {type(array).__name__}: give a NumPy array")
+            raise self._refused(port, f"a {type(array).__name__}: give a NumPy array")
         if array.dtype != port.dtype:
-            raise InputError(f"{what}, not {array.dtype}: convert it with {port.name}.astype({port.dtype!r})")
+            raise self._refused(port, f"{array.dtype}: convert it with {port.name}.astype({port.dtype!r})")
         shape = array.shape[1:]
-        if len(shape) != len(port.shape) or any(n not in (b, FREE) for b, n in zip(shape, port.shape, strict=True)):
-            raise InputError(f"{what}, not {list(array.shape)}: {self._other(shape)}")
+        if shape != port.shape and not _fit(shape, port.shape):
+            raise self._refused(port, f"{list(array.shape)}: {self._other(shape)}")
         if FREE in port.shape:
             times = factor if port.name == IMAGE else 1
             if any(n % times for n in shape[1:]):
-                raise InputError(f"{what}, not {list(array.shape)}: its extents are multiples of {times} pixels")
+                raise self._refused(port, f"{list(array.shape)}: its extents are multiples of {times} pixels")
             extents = self.bundle.image_shape([n // times for n in shape[1:]])[1:]
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise InputError(f"{self.name} was given an {port.name} with NaN or infinity in it: mend what made it")
         return extents
+
+    def _refused(self, port: Port, found: str) -> InputError:
+        words = ", ".join("?" if n == FREE else str(n) for n in port.shape)
+        return InputError(f"{self.name} takes {port.name} as {port.dtype} [batch, {words}], not {found}")
 
     def _other(self, shape: tuple[int, ...]) -> str:
         """What an array of a wrong shape seems to be."""
@@ -149,5 +152,5 @@ class OpenParts:
             self._parts.clear()
 
 
-def _words(port: Port) -> str:
-    return ", ".join("?" if n == FREE else str(n) for n in port.shape)
+def _fit(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    return len(shape) == len(wanted) and all(b in (n, FREE) for n, b in zip(shape, wanted, strict=True))

@@ -2,6 +2,8 @@
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -71,6 +73,15 @@ class TestRun:
                 for a, b in zip(found, wanted, strict=True):
                     np.testing.assert_array_equal(a, b)
 
+    def test_what_came_back_is_the_callers(self, engine):
+        part = engine.part("decode")
+        first = part.run(x=latents())["image"]
+        kept = first.copy()
+        assert (part.run(x=-latents())["image"] != kept).any()
+        np.testing.assert_array_equal(first, kept)
+        first[:] = 0
+        np.testing.assert_array_equal(part.run(x=latents())["image"], kept)
+
     def test_a_part_is_opened_once(self, engine):
         assert engine.part("decode") is engine.part("decode")
 
@@ -94,6 +105,17 @@ class TestRefused:
     def test_arrays_that_decode_does_not_take(self, engine, given, sentence):
         with pytest.raises(InputError, match=sentence):
             engine.part("decode").run(**given)
+
+    def test_onnxruntimes_output_of_another_shape(self, bundle, monkeypatch):
+        """An operator may say a shape that it does not keep to."""
+        with open_engine(bundle, "onnxruntime", precision="fp32", threads=1) as engine:
+            part = engine.part("decode")
+            own = part._call.args[0]
+            short = SimpleNamespace(run=lambda names, given: [a[..., 1:] for a in own.run(names, given)])
+            monkeypatch.setattr(part, "_call", partial(part._call.func, short, *part._call.args[1:]))
+            said = r"part decode of .* gave image \[1, 3, 16, 15\], the manifest implies \[1, 3, 16, 16\]"
+            with pytest.raises(EngineError, match=said):
+                part.run(x=latents())
 
     def test_pictures_that_the_factor_does_not_divide(self, engine):
         with pytest.raises(InputError, match="its extents are multiples of 2 pixels"):

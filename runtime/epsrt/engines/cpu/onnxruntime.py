@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from epsrt.bundle import Bundle
@@ -69,26 +71,37 @@ class OnnxRuntimeCpu(Closing):
         return session
 
     def _open_part(self, name: str, part: Part) -> Call:
-        session, what = self._session(part), f"part {name} of {self.bundle.path}"
-        return lambda given, found: _bound(session, given, found, what)()
+        return partial(_run, self._session(part), f"part {name} of {self.bundle.path}")
 
     def _bind(self, inputs: Arrays, outputs: Arrays) -> Run:
         return _bound(self.session, inputs, outputs, f"a step of {self.bundle.path}")
 
 
+def _run(session: Any, what: str, given: Arrays, found: Arrays) -> None:
+    """parts.Call: the outputs are the session's own arrays, for to bind others takes longer than to make them."""
+    made = _ran(partial(session.run, list(found), given), what)
+    for (name, wanted), array in zip(found.items(), made, strict=True):
+        if array.shape != wanted.shape:
+            raise EngineError(
+                f"{what} gave {name} {list(array.shape)}, the manifest implies {list(wanted.shape)}: export it again"
+            )
+        found[name] = array
+
+
 def _bound(session: Any, inputs: Arrays, outputs: Arrays, what: str) -> Run:
-    """What runs a session on arrays; `what` it then runs, for a sentence."""
+    """What runs a session on arrays that live as long as it; `what` it then runs, for a sentence."""
     binding: Any = session.io_binding()
     for arrays, bind in ((inputs, binding.bind_input), (outputs, binding.bind_output)):
         for name, array in arrays.items():
             bind(name, "cpu", 0, array.dtype.type, list(array.shape), array.ctypes.data)
 
-    def run() -> None:
-        try:
-            session.run_with_iobinding(binding)
-        except ERRORS as error:
-            if foreign(error, "onnxruntime"):
-                raise
-            raise EngineError(f"onnxruntime failed in {what}: {one_line(error)}") from error
+    return partial(_ran, partial(session.run_with_iobinding, binding), what)
 
-    return run
+
+def _ran(run: Callable[[], Any], what: str) -> Any:
+    try:
+        return run()
+    except ERRORS as error:
+        if foreign(error, "onnxruntime"):
+            raise
+        raise EngineError(f"onnxruntime failed in {what}: {one_line(error)}") from error
