@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import run
 from PIL import Image
-from test_cli import run
 
 from conditional import KINDS, conditioned
 from epsrt import Sampler

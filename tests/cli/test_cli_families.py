@@ -1,4 +1,4 @@
-"""epsrt export --from: other people's files by the installed command, sampled and shown as their owners know them."""
+"""epsrt export --from: other people's files by the command, sampled and shown as their owners know them."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import refusal, run
 from diffusers import DDIMPipeline, DDIMScheduler
-from test_cli import refusal, run
 
 from epsrt import Bundle
 from epsrt.manifest import Sampling
