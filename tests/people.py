@@ -400,6 +400,14 @@ for _family in ("dit", "sit"):
         return kept(at, of_test("test_family_dit", "of_record")(family, "four")[0])
 
 
+for _words, _which, _heads in (("of faces", "FACES", "num_head_channels=16"), ("by class", "CLASSES", "num_heads=2")):
+
+    @case(f"CompVis' latent diffusion {_words}", "latent-diffusion", "--set", _heads)
+    def _(at: Path, which: str = _which) -> Path:
+        checkpoint, config, stage = (of_test("test_family_latent_diffusion", n) for n in ("checkpoint", which, "VQ"))
+        return kept(at, {"state_dict": checkpoint(config, stage), "global_step": 500}, "model.ckpt")
+
+
 @case("EDM's official pickle", "edm")
 def _(at: Path) -> Path:
     (at / "edm-cifar10-32x32-uncond-vp.pkl").write_bytes(b"\x80\x04\x8c\x1ctorch_utils.persistence\x94.")
