@@ -15,6 +15,7 @@ samplers: .venv/installed
 
 gallery: .venv/installed
 	$(BIN)/python examples/gallery.py
+	$(BIN)/python examples/emoji_gallery.py
 
 # Forty minutes on two cores; stopped, it goes on.
 emoji: .venv/installed

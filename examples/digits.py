@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from sheet import sheet
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
@@ -138,17 +138,8 @@ def accuracy(model: SVC, images: NDArray[np.uint8]) -> float:
 
 def draw(rows: list[tuple[str, NDArray[np.uint8]]], path: Path, left: int = 110) -> None:
     """The first ten images [n, 8, 8, 1] of each row, beside its name."""
-    cell, top = 56, 8
-    sheet = Image.new("L", (left + 10 * (cell + 4), top + len(rows) * (cell + 8)), 255)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
-    for row, (name, images) in enumerate(rows):
-        y = top + row * (cell + 8)
-        pen.text((8, y + cell // 2 - 9), name, fill=0, font=font)
-        for i in range(10):
-            tile = Image.fromarray(images[i, ..., 0]).resize((cell, cell), Image.Resampling.NEAREST)
-            sheet.paste(tile, (left + i * (cell + 4), y))
     with whole_file(path) as beside:
-        sheet.save(beside)
+        sheet([(name, list(images[:10, ..., 0])) for name, images in rows], left=left, times=7).save(beside)
 
 
 def main() -> None:

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from digits import OUT, SEED, console, exported
 from emoji_data import prepared
-from PIL import Image, ImageDraw, ImageFont
+from sheet import sheet
 
 from epsrt import Sampler, open_engine
 from epsrt.files import whole_file
 from epsrt.score.metrics import frechet_distance
-from epsrt.types import Float32, Float64, UInt8
+from epsrt.types import Float32, Float64
 from epsrt_command import show
 from epsrt_trainer.checkpoint import load_autoencoder
 from epsrt_trainer.data import Images, load
@@ -68,30 +68,20 @@ def features(sampler: Sampler, pictures: Float32) -> Float32:
     return z.reshape(n, c, BLOCKS, h // BLOCKS, BLOCKS, w // BLOCKS).mean((3, 5)).reshape(n, -1)
 
 
-def draw(names: tuple[str, ...], images: UInt8, path: Path) -> None:
-    """A row of images [N, H, W, 3] beside each name."""
-    gap, left, font = 4, 170, ImageFont.load_default(size=15)
-    height, width = images.shape[1] + gap, images.shape[2] + gap
-    sheet = Image.new("RGB", (left + ROW * width + gap, len(names) * height + gap), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, name in enumerate(names):
-        pen.text((8, row * height + height // 2 - 9), name, fill="black", font=font)
-        for column, image in enumerate(images[row * ROW : (row + 1) * ROW]):
-            sheet.paste(Image.fromarray(image), (left + column * width, row * height + gap))
-    with whole_file(path) as beside:
-        sheet.save(beside, format="PNG")
-
-
 def main() -> None:
     begin = time.perf_counter()
     seen, unseen = map(load, prepared())
     autoencoder = trained("emoji-autoencoder", seen, AUTOENCODER)
     console.print(f"reconstruction of {len(unseen)} held-out emoji: {psnr(autoencoder, unseen).mean():.1f} dB")
-    bundle = exported(trained("emoji-latent", seen, NETWORK, autoencoder), BUNDLE)
+    checkpoint = trained("emoji-latent", seen, NETWORK, autoencoder)
+    bundle = exported(checkpoint, BUNDLE, masked=True, precisions=("fp16",))
     names = bundle.manifest.class_names
     with Sampler(open_engine(bundle)) as sampler:
         labels = np.repeat(np.arange(len(names)), ROW)
-        draw(names, sampler.to_images(sampler.sample(seed=SEED, labels=labels, **PLAN)), SHEET)
+        tiles = sampler.to_images(sampler.sample(seed=SEED, labels=labels, **PLAN))
+        rows = [(name, list(tiles[i * ROW : (i + 1) * ROW])) for i, name in enumerate(names)]
+        with whole_file(SHEET) as beside:
+            sheet(rows, left=170, times=1).save(beside, format="PNG")
         console.print(f"{SHEET}: {ROW} of each of {len(names)} categories")
         samples = sampler.sample(seed=SEED + 1, labels=unseen.labels.numpy(), **PLAN)
         some = torch.randperm(len(seen), generator=torch.Generator().manual_seed(SEED))[: len(unseen)]

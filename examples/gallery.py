@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from digits import OUT, SEED, console, exported, trained
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from samplers import by_class
+from sheet import Tiles, sheet
 
 from epsrt import Bundle, Sampler, canvas, open_engine, slerp
 from epsrt.files import whole_file
@@ -27,10 +28,9 @@ from epsrt_trainer.data import load
 
 CLASSIFIER, REAL, DOCS = OUT / "digits-classifier.safetensors", OUT / "real", Path("docs")
 DIGITS = list(range(10))
-GREY, MAGNIFIED = 128, 6
+GREY = 128
 
 Images = NDArray[np.float32]
-Tiles = Sequence[NDArray[np.uint8] | None]  # [H, W] each; None leaves a gap
 
 
 @dataclass(frozen=True)
@@ -52,26 +52,6 @@ def editing_bundle() -> Bundle:
 def canvas_bundle() -> Bundle:
     """The digits with masks and other sizes, FP32 alone."""
     return exported(trained(), OUT / "canvas.epsrt", masked=True, sizes=(2, 32), precisions=("fp32",))
-
-
-def sheet(rows: Sequence[tuple[str, Tiles]], heads: Sequence[tuple[int, str]] = (), left: int = 110) -> Image.Image:
-    """Rows of tiles beside their names; `heads` are captions, each above the tile of that column."""
-    gap, top, font = 4, 26 if heads else 6, ImageFont.load_default(size=15)
-    tall = [max(t.shape[0] for t in tiles if t is not None) * MAGNIFIED for _, tiles in rows]
-    wide = [[(8 if t is None else t.shape[1] * MAGNIFIED) + gap for t in tiles] for _, tiles in rows]
-    made = Image.new("L", (left + max(map(sum, wide)) + gap, top + sum(tall) + gap * (len(rows) + 1)), 255)
-    pen, y = ImageDraw.Draw(made), top
-    for column, head in heads:
-        pen.text((left + sum(wide[0][:column]), 5), head, fill=0, font=font)
-    for (name, tiles), height, widths in zip(rows, tall, wide, strict=True):
-        pen.text((8, y + height // 2 - 9), name, fill=0, font=font)
-        for i, tile in enumerate(tiles):
-            if tile is not None:
-                picture = Image.fromarray(tile)
-                size = picture.width * MAGNIFIED, picture.height * MAGNIFIED
-                made.paste(picture.resize(size, Image.Resampling.NEAREST), (left + sum(widths[:i]), y))
-        y += height + gap
-    return made
 
 
 def guidance(g: Gallery) -> Image.Image:

@@ -83,3 +83,16 @@ def test_the_digits_of_the_examples_are_small_and_theirs():
     rungs = bundle.parity()
     assert len(rungs) > 20
     assert all(rung.passed for rung in rungs)
+
+
+def test_the_emoji_of_the_examples_are_small_and_whole():
+    """In FP16 alone, with an autoencoder, guidance and masks; in at most 12 MiB."""
+    bundle = Bundle.open(EXAMPLES / "emoji.epsrt")
+    assert sum(file.stat().st_size for file in bundle.path.iterdir()) <= 12 * 2**20
+    m = bundle.manifest
+    assert (m.shape, m.latent.shape, m.classes, len(m.class_names)) == ((4, 16, 16), (3, 64, 64), 9, 9)
+    assert {graph.precision for graph in m.graphs} == {part.precision for part in m.parts["decode"]} == {"fp16"}
+    assert {graph.features for graph in m.graphs} == {(), ("guidance",), ("mask",), ("guidance", "mask")}
+    rungs = bundle.parity()
+    assert "decoded ddim-50" in {rung.name for rung in rungs}
+    assert all(rung.passed for rung in rungs)
