@@ -4,46 +4,45 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from command_line import run
 
-from epsrt import Bundle
+from epsrt import Bundle, Schedule
 from epsrt.manifest import Sizes, Thresholding
+from epsrt_trainer.checkpoint import save_checkpoint
+from epsrt_trainer.classifier import ClassifierConfig, NoisyClassifier
 from helpers import forge
 from nets import unet
 
-EPSRT = str(Path(sys.executable).with_name("epsrt"))
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a random network, which misses FP16's gate."""
+    network = unet(channel_multipliers=(1,), attention_resolutions=())
+    path = tmp_path_factory.mktemp("checkpoint") / "some.safetensors"
+    return save_checkpoint(path, network, network.config, Schedule(T=20, beta_end=0.2))
 
 
-def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [EPSRT, *map(str, arguments)], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, check=False
-    )
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def test_a_thresholded_bundle(checkpoint_path: Path, tmp_path: Path) -> None:
+def test_a_thresholded_bundle(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "some.epsrt"
     options = ("--threshold-ratio", 0.995, "--threshold-max", 1.5, "--precision", "fp32", "--max-batch", 2, "--json")
-    done = run("export", checkpoint_path, out, *options)
+    done = run("export", checkpoint, out, *options)
     made = Bundle.open(out)
     assert json.loads(done.stdout)["digest"] == made.manifest.digest
     assert made.manifest.thresholding == Thresholding(0.995, 1.5)
     assert made.graph("fp32").features == ("thresholding",)
 
 
-def test_thresholding_takes_both_numbers(checkpoint_path: Path, tmp_path: Path) -> None:
+def test_thresholding_takes_both_numbers(checkpoint: Path, tmp_path: Path) -> None:
     for option, value in (("--threshold-ratio", 0.995), ("--threshold-max", 1.5)):
-        done = run("export", checkpoint_path, tmp_path / "some.epsrt", option, value, code=1)
+        done = run("export", checkpoint, tmp_path / "some.epsrt", option, value, code=1)
         assert "epsrt: dynamic thresholding has two numbers: give both --threshold-ratio and --threshold" in done.stderr
-    done = run("export", checkpoint_path, tmp_path / "s", "--threshold-ratio", 99.5, "--threshold-max", 1.5, code=1)
+    done = run("export", checkpoint, tmp_path / "s", "--threshold-ratio", 99.5, "--threshold-max", 1.5, code=1)
     assert "epsrt: thresholding ratio = 99.5 is outside (0, 1]" in done.stderr
     assert os.listdir(tmp_path) == []
 
@@ -64,9 +63,6 @@ def test_inspect_shows_them(learned_bundle_path: Path, small_bundle_path: Path) 
 
 def test_sizes(tmp_path: Path) -> None:
     """Exported, shown, sampled at another size, verified; and what is refused."""
-    from epsrt import Schedule
-    from epsrt_trainer.checkpoint import save_checkpoint
-
     network, out, images = unet(channels=3), tmp_path / "some.epsrt", tmp_path / "wide.npz"
     checkpoint = save_checkpoint(tmp_path / "some.safetensors", network, network.config, Schedule(T=20, beta_end=0.2))
     run("export", checkpoint, out, "--sizes", "2:24", "--precision", "fp32", "--max-batch", 2)
@@ -96,15 +92,14 @@ def test_sizes(tmp_path: Path) -> None:
 
 def test_masked_and_by_a_classifier(tmp_path: Path) -> None:
     """Exported from the two checkpoints, shown, and sampled by both."""
-    from epsrt import Schedule
-    from epsrt_trainer.checkpoint import save_checkpoint
-    from epsrt_trainer.classifier import ClassifierConfig, NoisyClassifier
-
     small = {"channel_multipliers": (1,), "attention_resolutions": ()}
     schedule, out = Schedule(T=20, beta_end=0.2), tmp_path / "some.epsrt"
     size = {"image_channels": 1, "image_size": 8, "base_channels": 16, "groups": 8, "residual_blocks": 1}
-    network, judge = unet(seed=8, **small), NoisyClassifier(ClassifierConfig(classes=3, **size, **small))
-    torch.nn.init.normal_(judge.head.weight)  # zero at first: no gradient at all
+    network = unet(seed=8, **small)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        judge = NoisyClassifier(ClassifierConfig(classes=3, **size, **small))
+        torch.nn.init.normal_(judge.head.weight)  # zero at first: no gradient at all
     checkpoint = save_checkpoint(tmp_path / "network.safetensors", network, network.config, schedule)
     path = save_checkpoint(tmp_path / "judge.safetensors", judge, judge.config, schedule, class_names=("a", "b", "c"))
     options = ("--precision", "fp32", "--max-batch", 2)
@@ -152,14 +147,8 @@ def test_inspect_shows_the_owners_guidance(bundle_path: Path, copy_of: Callable[
     assert "--steps 50 --guidance 1" in run(*ask).stdout  # to draw them as they were inverted
 
 
-def test_fp16_that_misses_the_gate(tmp_path: Path) -> None:
+def test_fp16_that_misses_the_gate(checkpoint: Path, tmp_path: Path) -> None:
     """It is left out with a sentence, and refused where it was asked for; FP32 alone is exported without a word."""
-    from epsrt import Schedule
-    from epsrt_trainer.checkpoint import save_checkpoint
-
-    network = unet(channel_multipliers=(1,), attention_resolutions=())
-    schedule = Schedule(T=20, beta_end=0.2)
-    checkpoint = save_checkpoint(tmp_path / "some.safetensors", network, network.config, schedule)
     options = (checkpoint, tmp_path / "some.epsrt", "--max-batch", 2)
     said = [line for line in run("export", *options).stderr.splitlines() if not line.endswith("…")]
     (sentence,) = said
