@@ -79,7 +79,8 @@ def pipeline(scheduler, network, steps, shape, monkeypatch):
 
 class TestThroughTheGate:
     def test_ddpm(self, ddpm_folder, tmp_path, monkeypatch):
-        bundle = export(families.load("diffusers", ddpm_folder), tmp_path / "some.epsrt", max_batch=4)
+        source = families.load("diffusers", ddpm_folder)
+        bundle = export(source, tmp_path / "some.epsrt", max_batch=4, precisions=("fp32",))
         m, p = bundle.manifest, bundle.manifest.provenance
         assert (m.shape, m.classes, m.prediction, m.clip) == ((3, 8, 8), 0, "epsilon", 1.0)
         options = {"compatible": "diffusers", "steps_offset": 0, "variance": "fixed_large"}
@@ -133,7 +134,7 @@ class TestThroughTheGate:
         assert (source.shape, source.classes, source.null_label, source.variance) == ((4, 8, 8), 5, 5, "learned_range")
         assert (source.clip, source.sampling.method, source.sampling.steps) == (None, "ddim", 50)
         assert source.sampling.guidance == 4.0
-        bundle = export(source, tmp_path / "some.epsrt", max_batch=4)
+        bundle = export(source, tmp_path / "some.epsrt", max_batch=4, precisions=("fp32",))
         model, labels = dit(), [0, 5, 2]
 
         def network(x, t):
