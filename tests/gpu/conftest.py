@@ -82,14 +82,18 @@ bundle = spoken and plain(spoken)
 
 
 @pytest.fixture(scope="session")
-def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stand_in(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The folder of a stand-in driver that knows our kernels, and one more: `words`, the bare Philox."""
     pytest.importorskip("cuda.bindings", reason="needs cuda-bindings")
-    folder = tmp_path_factory.mktemp("driver")
-    source = folder / "kernels.cu"
-    source.write_text(KERNELS.read_text() + WORDS)
+
+    def make(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        source = folder / "kernels.cu"
+        source.write_text(KERNELS.read_text() + WORDS)
+        build(folder, [source])
+
     try:
-        return build(folder, [source]).parent
+        return once("driver", make)
     except NoCompiler as error:
         pytest.skip(str(error))
 
