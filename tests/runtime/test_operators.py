@@ -349,12 +349,12 @@ def mutated(rng, data):
     return bytes(made)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))  # make trust tries more
 def test_thousands_of_mutated_files_are_taken_or_refused_in_a_sentence(seed):
     rng, taken = random.Random(seed), 0
     bundle = Bundle.open(DATA / "plain.epsrt")
     graphs = [(file, (DATA / "plain.epsrt" / file).read_bytes()) for file in bundle.manifest.graphs[0].files().values()]
-    for _ in range(1500):
+    for _ in range(1000):
         file, data = rng.choice(graphs)
         try:
             check(mutated(rng, data), file, bundle.manifest)
@@ -362,7 +362,7 @@ def test_thousands_of_mutated_files_are_taken_or_refused_in_a_sentence(seed):
         except BundleError as error:
             assert str(error).isprintable()
             assert len(str(error)) < 700
-    assert taken < 300
+    assert taken < 200
 
 
 def test_a_large_constant_is_not_looked_into_again_and_again():
