@@ -11,7 +11,8 @@ from epsrt.engines.gpu.engine_files import Choice, above, holding, profiles_of
 
 CHOSEN = """
 import gc
-from epsrt.engines.gpu.tensorrt import KEPT_FILES, open_tensorrt
+from epsrt.engines.gpu.tensorrt import open_tensorrt
+from epsrt.engines.gpu.trt_loaded_files import KEPT_FILES
 said, told = [], []
 
 def opened(**options):

@@ -473,7 +473,7 @@ def test_other_sizes(on_stand_in, sized_bundle_path) -> None:
     on_stand_in(
         BOTH
         + """
-loaded = gpu._load(built(bundle, profiles=((1, 2, 4),)).entry).engine
+loaded = gpu._loaded.get(gpu._files, built(bundle, profiles=((1, 2, 4),)).entry).engine
 assert loaded.get_tensor_profile_shape("x", 0) == [(1, 1, 4, 4), (2, 1, 8, 8), (4, 1, 24, 24)]
 assert loaded.get_tensor_profile_shape("rows", 0) == [(n, len(gpu.columns)) for n in (1, 2, 4)]
 with Sampler(gpu) as sampler, Sampler(cpu) as plain:

@@ -335,7 +335,8 @@ assert made.options["sizes"] == "4:24" and made.profiles == ((1, 1, 1), (4, 4, 4
 made = built(bundle)
 print(made.why)
 gpu = open_engine(bundle, "tensorrt", may_build=False)
-assert gpu._load(made.entry).engine.get_tensor_profile_shape("m", 1) == [(4, 1, n, n) for n in (4, 8, 48)]
+loaded = gpu._loaded.get(gpu._files, made.entry).engine
+assert loaded.get_tensor_profile_shape("m", 1) == [(4, 1, n, n) for n in (4, 8, 48)]
 """,
         wider,
     )
@@ -422,7 +423,7 @@ def test_profiles_of_every_input(on_stand_in, edited_bundle_path) -> None:
         """
 entry = built(bundle, features=["mask", "guidance"], profiles=((1, 2, 4), (5, 8, 8))).entry
 gpu = open_engine(bundle, "tensorrt", precision="fp32", features=["mask", "guidance"])
-shapes = gpu._load(entry).engine.get_tensor_profile_shape
+shapes = gpu._loaded.get(gpu._files, entry).engine.get_tensor_profile_shape
 for i, batches in enumerate(((1, 2, 4), (5, 8, 8))):
     image, rows, label = (1, 8, 8), (len(gpu.columns),), ()
     for name, rest in {"x": image, "m": image, "z": image, "rows": rows, "label": label, "known": image, "mask": image,

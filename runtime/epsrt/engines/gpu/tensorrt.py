@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,14 +15,15 @@ from epsrt.engine import Closing, Engine, check_batch
 from epsrt.engines import nvidia
 from epsrt.engines.cache.brought import Brought
 from epsrt.engines.cache.entry import Entry
-from epsrt.engines.cache.key import Options, batches, profile_words
+from epsrt.engines.cache.key import Options, batches
 from epsrt.engines.dialects import DIALECTS, fault, own_dialect, say_plain
 from epsrt.engines.gpu import cuda
-from epsrt.engines.gpu.engine_files import Choice, EngineFiles, G, above, holding, profiles_of
+from epsrt.engines.gpu.engine_files import Choice, EngineFiles, above, holding, profiles_of
 from epsrt.engines.gpu.lanes import CHUNK, DeviceLanes
 from epsrt.engines.gpu.parts import DeviceParts
 from epsrt.engines.gpu.trt_library import library
-from epsrt.engines.gpu.trt_loaded import Compiled, Context, LoadedEngineFile
+from epsrt.engines.gpu.trt_loaded import Context
+from epsrt.engines.gpu.trt_loaded_files import LoadedFiles, identity
 from epsrt.engines.gpu.trt_part import PartFiles
 from epsrt.engines.parts import Call, OpenPart, OpenParts
 from epsrt.engines.proof import Kept, Proof
@@ -33,8 +33,6 @@ from epsrt.part import Part
 from epsrt.types import OnProgress, Say, Shape, Size
 
 log = logging.getLogger("epsrt")
-
-KEPT_FILES = 3  # engine files that stay loaded when no lanes use them: each has the weights in the GPU's memory
 
 
 class TensorRt(Closing):
@@ -76,11 +74,9 @@ class TensorRt(Closing):
         self._limit(found)
         self._device = cuda.device()
         self._device.use()
-        self._runtime = files.library.runtime()
-        self._loaded: OrderedDict[tuple[Path, str], tuple[Entry, LoadedEngineFile]] = OrderedDict()
-        self._loading, self._building = threading.Lock(), threading.RLock()
+        self._loaded, self._building = LoadedFiles(files.library), threading.RLock()
         self.brought, self._parts = Brought(self.bundle, files.trusted), OpenParts(self.bundle, self.graph.precision)
-        self._proven: set[tuple[Path, str]] = set()  # engine files, as in _loaded
+        self._proven: set[tuple[Path, str]] = set()  # engine files
 
     def lanes(self, batch: int, size: Size | None = None) -> DeviceLanes:
         """See epsrt.engine.Engine. The first lanes of a batch build its engine file, where none holds it and they may.
@@ -95,7 +91,7 @@ class TensorRt(Closing):
 
     def lanes_on(self, choice: Choice, batch: int, shape: Shape) -> DeviceLanes:
         """Lanes on an engine file that was chosen for them."""
-        loaded = self._load(choice.entry)
+        loaded = self._loaded.get(self._files, choice.entry)
         make = lambda buffers, stream: Context(loaded, choice.profile, buffers, stream)  # noqa: E731
         made = DeviceLanes(self._device, self.bundle, self.graph, shape, batch, choice.width, make, self.chunk)
         loaded.keep_compiled()
@@ -117,13 +113,12 @@ class TensorRt(Closing):
 
     def information(self, entry: Entry) -> str:
         """What the library says of the layers of an engine file, as JSON text."""
-        return self._load(entry).information()
+        return self._loaded.get(self._files, entry).information()
 
     def close(self) -> None:
         """Release the parts and the engine files. Lanes keep theirs until they are closed."""
         self._parts.close()
-        with self._loading:
-            self._loaded.clear()
+        self._loaded.clear()
 
     def _limit(self, found: list[Entry]) -> None:
         """Set max_batch, by the engine files that there are where none may be built."""
@@ -138,7 +133,7 @@ class TensorRt(Closing):
     def _chosen(self, batch: int) -> Choice:
         plain = self._plain  # first: what is chosen below is of its dialect, or of the plain graph after it
         choice = self._held(batch)
-        if choice is not None and (plain is None or _key(choice.entry) in self._proven):
+        if choice is not None and (plain is None or identity(choice.entry) in self._proven):
             return choice
         with self._building:  # another thread may have built or proven it meanwhile
             if self._plain is not None:
@@ -166,11 +161,11 @@ class TensorRt(Closing):
             raise
         except EngineError as error:
             return None, f"it cannot be built: {error}"
-        if _key(choice.entry) not in self._proven:
+        if identity(choice.entry) not in self._proven:
             alone = OneFile(self, choice.entry)
             if reason := fault(alone.proof(), alone, self._on_progress):
                 return None, reason
-            self._proven.add(_key(choice.entry))
+            self._proven.add(identity(choice.entry))
         return choice, ""
 
     def _speak_plainly(self, reason: str) -> None:
@@ -191,55 +186,15 @@ class TensorRt(Closing):
     def _there(self) -> list[Entry]:
         """All engine files, those that are loaded first, which may be gone from the cache."""
         files = self._files
-        with self._loading:
-            loaded = [entry for entry, _ in reversed(self._loaded.values())]
+        loaded = self._loaded.entries()
         return [e for e in loaded if e.record and e.record.key.graph == files.graph.file] + files.found()
 
     def _open_part(self, name: str, part: Part) -> Call:
         of = self._files
         files = EngineFiles(of.library, self.bundle, part, of.gpu, of.trusted, part=name)
         build = partial(files.make, say=self._say, on_progress=self._on_progress) if self._may_build else None
-        opened = PartFiles(files, build, partial(self._deserialized, files, part))
+        opened = PartFiles(files, build, partial(self._loaded.get, files))
         return DeviceParts(self._device, self.bundle, part, opened.open, opened.kept)
-
-    def _load(self, entry: Entry) -> LoadedEngineFile:
-        """An engine file in memory, where it stays while it is one of those used last."""
-        key = _key(entry)
-        with self._loading:
-            if key not in self._loaded:
-                self._loaded[key] = entry, self._read(entry)
-            self._loaded.move_to_end(key)
-            while len(self._loaded) > KEPT_FILES:
-                self._loaded.popitem(last=False)
-            return self._loaded[key][1]
-
-    def _read(self, entry: Entry) -> LoadedEngineFile:
-        try:
-            return self._deserialized(self._files, self.graph, entry)
-        except OutOfMemoryError:
-            if not self._loaded:
-                raise
-        self._loaded.clear()  # whatever no lanes use makes room
-        return self._deserialized(self._files, self.graph, entry)
-
-    def _deserialized(self, files: EngineFiles[G], graph: G, entry: Entry) -> LoadedEngineFile:
-        gpu = files.gpu
-        assert entry.record is not None
-        options, compiled = entry.record.key.options, None
-        if files.library.compiles:
-            name = f"{entry.path.stem}-{gpu.name}-{gpu.arch}.compiled".replace(" ", "-")
-            compiled = Compiled(files.cache.blob(name) or b"", lambda data: files.cache.keep_blob(name, data))
-        return LoadedEngineFile(
-            files.library,
-            self._runtime,
-            self.bundle,
-            graph,
-            files.cache.load(entry),
-            stripped=options.get("stripped") is True,
-            version_compatible=options.get("version_compatible") is True,
-            compiled=compiled,
-            command=f"{files.command(*map(profile_words, profiles_of(entry)))} --again",
-        )
 
 
 class OneFile(Closing):
@@ -279,12 +234,6 @@ class OneFile(Closing):
 
     def close(self) -> None:
         """Nothing to release: the engine keeps its files."""
-
-
-def _key(entry: Entry) -> tuple[Path, str]:
-    """An engine file and its content."""
-    assert entry.record is not None  # or it had no profiles
-    return entry.path, entry.record.sha256
 
 
 def open_tensorrt(
