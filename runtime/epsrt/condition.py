@@ -76,6 +76,14 @@ class Condition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return f"is {self.dtype}, and a label is int64"
         if self.null is not None and not self.guided:
             return "has a null, and is not guided: leave one of them out"
-        if self.null is not None and np.asarray(self.null).astype(self.dtype) != self.null:
+        if self.null is not None and not _holds(self.dtype, self.null):
             return f"has the null {self.null!r}, which is no {self.dtype}"
         return None
+
+
+def _holds(dtype: str, value: float) -> bool:
+    """Whether an array of a dtype holds a number as it is."""
+    try:
+        return bool(np.asarray(value).astype(dtype) == value)
+    except OverflowError:  # a whole number of many digits
+        return False
