@@ -265,7 +265,7 @@ def _replacing(job: Job, stage: Stage) -> Iterator[None]:
 
 def tried(kind: str, engine: str, numbers: range, place: Path) -> Found:
     """Jobs of a kind on an engine, each with bundles and an engine cache of its own."""
-    found, worker = Found(), Worker(work, limit=120.0)
+    found, worker = Found(), Worker(work, limit=180.0)
     for number in numbers:
         job = Job(kind, engine, number, place / str(number))
         job.place.mkdir(parents=True)
@@ -277,7 +277,7 @@ def tried(kind: str, engine: str, numbers: range, place: Path) -> Found:
         else:
             _add(found, worker, job)
         if engine == "openvino":  # the one that keeps what it compiled
-            _add(found, Worker(work, limit=120.0, retires=1), replace(job, after=True))
+            _add(found, Worker(work, limit=180.0, retires=1), replace(job, after=True))
         shutil.rmtree(job.place)
     worker.close()
     return found

@@ -32,7 +32,8 @@ KINDS = 60  # different requests a bundle
 SLOPE = 1.0  # MiB in ten minutes, at most
 LONG = 600  # seconds: in less, memory says nothing
 WARM = 0.4  # the share of the time after which memory is looked at
-EVERY = 2.0  # seconds between two looks
+EVERY = 20.0  # seconds between two looks
+SETTLED = 12  # requests a bundle before a look, so that the same models and lanes are kept at each
 SOON = 0.05  # seconds until a deadline that passes in a call
 
 
@@ -134,7 +135,8 @@ class Soak:
                 self._both(self.rng.choice(NAMES), self.rng.randrange(KINDS))
             while (now := time.monotonic() - began) < seconds:
                 self.once()
-                if now - looked >= EVERY:
+                if now - looked >= min(EVERY, seconds / 10):
+                    self._settle()
                     self.found.memory.append((now, kib()))
                     looked = now
         time.sleep(0.2)
@@ -147,6 +149,11 @@ class Soak:
         if slope is not None and slope > SLOPE:
             self.found.note("memory", f"it grows by {slope:.2f} MiB in 10 minutes")
         return self.found
+
+    def _settle(self) -> None:
+        for name in NAMES:
+            for kind in range(SETTLED):
+                self._draw(name, kind)
 
     def once(self) -> None:
         name, kind = self.rng.choice(NAMES), self.rng.randrange(KINDS)

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +22,8 @@ FORK = multiprocessing.get_context("fork")
 
 class Worker(Generic[J, R]):
     """Calls `do(job)` in a process that is replaced when it dies, or takes longer than `limit` seconds.
+
+    A third of them is what the processor may need for it: the machine may have other work.
 
     The parent must have one thread alone: whatever starts threads is imported by `do`.
     """
@@ -41,7 +44,7 @@ class Worker(Generic[J, R]):
             if not self.pipe.poll(self.limit):
                 self.close()
                 return "hang", f"over {self.limit:g} s"
-            answer = self.pipe.recv()
+            answer, seconds = self.pipe.recv()
         except (EOFError, ConnectionResetError):
             self.process.join()
             code = self.process.exitcode
@@ -51,6 +54,8 @@ class Worker(Generic[J, R]):
         self.left -= 1
         if not self.left:
             self.close()
+        if seconds > self.limit / 3:
+            return "hang", f"over {self.limit / 3:g} s of the processor's time"
         return "done", answer
 
     def close(self) -> None:
@@ -77,7 +82,8 @@ class Worker(Generic[J, R]):
                 job = pipe.recv()
             except EOFError:
                 os._exit(0)
-            pipe.send(self.do(job))
+            began = time.process_time()
+            pipe.send((self.do(job), time.process_time() - began))
 
     def _last_words(self) -> str:
         self.said.seek(0, os.SEEK_END)
