@@ -1,7 +1,7 @@
 """Files as people have them, and what `epsrt` says of each: docs/evidence/files.md.
 
 python tests/make_files.py make FOLDER             small networks in the files of their owners
-python tests/make_files.py run FOLDER now          each case's command, by this Python's epsrt; what it says is kept
+python tests/make_files.py run FOLDER now [WORDS]  each case's command, by this Python's epsrt; what it says is kept
 python tests/make_files.py page                    the page, from docs/evidence/files.json
 
 `run FOLDER before` was run once, with PYTHONPATH on version 0.1 as it was before these files were read.
@@ -72,12 +72,12 @@ def make(folder: Path) -> None:
     (folder / "cases.json").write_text(json.dumps(listed, indent=1))
 
 
-def run(folder: Path, column: str) -> None:
-    """Try each case's command and keep, by its words, what was said."""
+def run(folder: Path, column: str, only: str) -> None:
+    """Try the command of each case that has some words in its own, and keep, by its words, what was said."""
     listed = json.loads((folder / "cases.json").read_bytes())
     before: dict[str, Any] = json.loads(KEPT.read_bytes()) if KEPT.exists() else {}
     kept: dict[str, Any] = {case["words"]: before.get(case["words"], {}) for case in listed}
-    for case in listed:
+    for case in (case for case in listed if only in case["words"]):
         with tempfile.TemporaryDirectory() as out:
             said = _try(case, Path(out))
         shown = shlex.join(["--from", case["family"], Path(case["path"]).name, *case["options"]])
@@ -90,13 +90,13 @@ def _try(case: dict[str, Any], out: Path) -> str:
     bundle = out / "out.epsrt"
     done = _epsrt("export", "--from", case["family"], case["path"], str(bundle), *QUICK, *case["options"])
     said = _short(done.stderr, case, out)
-    if done.returncode:
-        return f"refused: {said}"
+    if done.returncode:  # in its last sentence; what was chosen is told before
+        return f"refused: {_short(done.stderr[done.stderr.rfind('epsrt: ') :], case, out)}"
     if not case["after"]:
         return f"a bundle{f': {said}' if said else ''}"
     done = _epsrt(*[word.format(bundle=bundle, out=out) for word in case["after"]])
     if not done.returncode:
-        return f"a bundle, and then what was asked for: {said}"
+        return f"a bundle, and then what was asked for{f': {said}' if said else ''}"
     return f"a bundle, and then refused: {_short(done.stderr, case, out)}"
 
 
@@ -137,12 +137,13 @@ def main() -> None:
     parser.add_argument("what", choices=("make", "run", "page"))
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("column", choices=("before", "now"), nargs="?")
+    parser.add_argument("only", nargs="?", default="")
     asked = parser.parse_args()
     match asked.what:
         case "make":
             make(asked.folder)
         case "run":
-            run(asked.folder, asked.column)
+            run(asked.folder, asked.column, asked.only)
         case _:
             PAGE.write_text(page())
 

@@ -215,7 +215,9 @@ def _(at: Path) -> Path:
 
 @case("A network of sounds, Dance Diffusion's UNet1DModel", "diffusers")
 def _(at: Path) -> Path:
-    return of_test("test_family_sequences", "sound_in")(at / "sound")[0]
+    torch.manual_seed(0)
+    model = diffusers.UNet1DModel(**of_test("test_family_sequences", "SOUND"))
+    return of_test("test_family_sequences", "save")(at / "sound", model, diffusers.IPNDMScheduler(20))
 
 
 @case("A planner's UNet1DModel", "diffusers", "--set", "size=16")
@@ -402,9 +404,11 @@ for _family in ("dit", "sit"):
 
 for _words, _which, _heads in (("of faces", "FACES", "num_head_channels=16"), ("by class", "CLASSES", "num_heads=2")):
 
-    @case(f"CompVis' latent diffusion {_words}", "latent-diffusion", "--set", _heads)
+    @case(f"CompVis' latent diffusion {_words}", "latent-diffusion", "--set", "size=8", "--set", _heads)
     def _(at: Path, which: str = _which) -> Path:
-        checkpoint, config, stage = (of_test("test_family_latent_diffusion", n) for n in ("checkpoint", which, "VQ"))
+        checkpoint, config, stage = (
+            of_test("test_family_latent_diffusion", n) for n in ("checkpoint", which, "SHALLOW")
+        )
         return kept(at, {"state_dict": checkpoint(config, stage), "global_step": 500}, "model.ckpt")
 
 

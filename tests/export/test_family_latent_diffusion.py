@@ -40,6 +40,7 @@ FACES = ADMConfig(**SMALL, num_head_channels=16, use_scale_shift_norm=False)
 CHURCHES = ADMConfig(**SMALL, in_channels=4, num_heads=4, resblock_updown=True)
 CLASSES = ADMConfig(**SMALL, num_heads=2, num_classes=1001, context_dim=24, use_scale_shift_norm=False)
 VQ = StageShape(3, 32, (32, 32, 64), 1, (), True, 3, 3, 64)
+SHALLOW = StageShape(3, 32, (32, 32), 1, (), True, 3, 3, 64)
 KL = StageShape(3, 32, (32, 64), 1, (), True, 4, 4, 0)
 TOLD = {FACES: {"num_head_channels": 16}, CHURCHES: {"num_heads": 4}, CLASSES: {"num_heads": 2}}
 DDIM = {"compatible": "diffusers", "steps_offset": 1, "set_alpha_to_one": False}
@@ -227,7 +228,7 @@ class TestSamples:
 
     @pytest.mark.slow
     def test_through_the_gate(self, saved, tmp_path):
-        state, labels = checkpoint(CLASSES, StageShape(**{**vars(VQ), "widths": (32, 32)})), [7, 999, 0]
+        state, labels = checkpoint(CLASSES, SHALLOW), [7, 999, 0]
         source = load(saved(state), size=8, num_heads=2)
         bundle = export(source, tmp_path / "some.epsrt", max_batch=SAMPLES, precisions=("fp32",))
         assert set(bundle.manifest.parts) >= {"decode", "encode"}

@@ -267,10 +267,7 @@ def test_a_lane_without_them_has_their_nulls_or_zeros() -> None:
         (Condition("v", (4,), "float32", "vector", null=0.0), "has a null, and is not guided"),
         (Condition("n", (), "int64", "scalar", guided=True, null=0.5), "has the null 0.5, which is no int64"),
         (Condition("n", (), "int64", "scalar", guided=True, null=10**30), "has the null 10{30}, which is no int64"),
-        (
-            Condition("v", (3,), "float32", "vector", guided=True, null=10**400),
-            "has the null 10{400}, which is no fl",
-        ),
+        (Condition("v", (3,), "float32", "vector", guided=True, null=10**400), "has the null 10{400}, which is no fl"),
     ],
 )
 def test_a_manifest_with_a_condition_that_is_none(condition: Condition, message: str, tmp_path: Any) -> None:
