@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from epsrt.errors import BundleError, EpsrtError, one_line
 from epsrt.manifest import MANIFEST, SIGNATURE, FileEntry
-from epsrt.raised import foreign, passed_over
+from epsrt.raised import foreign, passed_over, resolved
 
 AGAIN = "copy or export the bundle again"
 TICK = 100_000_000  # ns: two writes so close may leave a file the same times
@@ -189,7 +189,7 @@ def standing(path: Path) -> Iterator[Path]:
 def absolute(path: Path) -> Path:
     """The path that is meant now: neither a later change of directory nor one of links leads elsewhere."""
     try:
-        return path.resolve()
+        return resolved(path)
     except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, a NUL
         if foreign(error, "pathlib"):
             raise

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from epsrt.raised import foreign, passed_over
+from epsrt.raised import foreign, passed_over, resolved
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # writes that fail so tell no name
 
@@ -95,7 +95,7 @@ def sha256(path: str | Path) -> str:
 
 
 def _target(path: str | Path) -> Path:
-    return Path(os.path.realpath(path))  # a link is followed, not replaced
+    return resolved(Path(path))  # a link is followed, not replaced
 
 
 def _check_kind(path: Path, of_kind: Callable[[int], bool], kind: str) -> None:

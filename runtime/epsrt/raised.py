@@ -10,6 +10,7 @@ import functools
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import CodeType
 
 KNOWN = ("builtins", "epsrt", "msgspec")  # the packages whose classes a call of ours raises
@@ -59,6 +60,16 @@ def passed_over(*kinds: type[Exception]) -> Iterator[None]:
     except kinds as error:
         if foreign(error):
             raise
+
+
+def resolved(path: Path) -> Path:
+    """Path.resolve, which by itself passes over an OSError that the handler of a signal raises in the middle of it."""
+    try:
+        return path.resolve(strict=True)
+    except OSError as error:
+        if foreign(error):
+            raise
+    return path.resolve()  # not all of it is there
 
 
 def _code(handler: object) -> CodeType | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 import epsrt
 from epsrt import Bundle, EngineError, Sample, Sampler, idle_row, open_engine
+from epsrt.contents import absolute
 from epsrt.machine import cores
 from epsrt.verify import verify
 
@@ -90,6 +92,16 @@ def test_out_of_a_step(small_bundle_path, alarm, name, threads):
             np.testing.assert_array_equal(sampler.sample(2, steps=8, seed=1), want)
 
         assert shoot(alarm, lambda: sampler.sample(4, steps=8), SHOTS, 0.02, same) == []
+
+
+@pytest.mark.parametrize("path", ["there", "missing"])
+def test_out_of_finding_where_a_path_leads(tmp_path, monkeypatch, alarm, path):
+    """Python's own Path.resolve passes over an OSError that is raised in the middle of it."""
+    (tmp_path / "there").mkdir()
+    alarm(Late("the task took too long"), 1000.0)
+    monkeypatch.setattr(os, "lstat", lambda *_, **__: signal.raise_signal(signal.SIGALRM))
+    with pytest.raises(Late):
+        absolute(tmp_path / path)
 
 
 @pytest.mark.parametrize("name", ENGINES)

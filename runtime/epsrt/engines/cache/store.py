@@ -35,7 +35,7 @@ from epsrt.engines.cache.key import Key, Record, Wanted, differences
 from epsrt.errors import EngineError
 from epsrt.files import sweep
 from epsrt.manifest import FileEntry
-from epsrt.raised import foreign, passed_over
+from epsrt.raised import foreign, passed_over, resolved
 
 log = logging.getLogger("epsrt")
 
@@ -54,7 +54,7 @@ class EngineCache:
     """The cache in `directory`, by default the user's own. It is made when something is first locked or stored."""
 
     def __init__(self, directory: Path | None = None) -> None:
-        self.directory = (directory or private.cache_directory()).resolve()  # links that lead here are the user's own
+        self.directory = resolved(directory or private.cache_directory())  # links that lead here are the user's own
 
     def find(self, wanted: Wanted) -> list[Entry]:
         """The engine files that fit, the latest built first. Raises EngineError if others can write the cache."""
